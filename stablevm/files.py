@@ -1,0 +1,77 @@
+"""Files that are complete or absent: written under a temporary name, synced, then renamed."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stablevm.errors import UserError
+
+_TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it becomes `path` when the block ends without an exception.
+
+    The temporary name keeps the suffix of `path`, because writers such as PIL and numpy choose a format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is a leftover of an interrupted `replacing`."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_with(path: str | Path, writer: Callable[[Path], Any]) -> None:
+    """Let `writer(temporary_path)` write the file."""
+    with replacing(path) as temporary:
+        writer(temporary)
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Parse a JSON file; `what` names it in the message when it is absent or damaged."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: no file {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error}); restore or remake it") from None
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of the file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

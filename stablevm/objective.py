@@ -1,0 +1,255 @@
+"""What the network is trained on: noisy samples, times, labels and targets, for CFM, STF and StableVM.
+
+Model-free: a draw knows neither the network nor the trainer, so it fits into any training loop:
+
+    objective = StableVM(ClassBank(num_classes=10, capacity=256, shape=(4, 32, 32)))
+    draw = objective.draw(latents, labels, stream)
+    loss = squared_error(model(draw.x_t, draw.t, draw.labels), draw.target).mean()
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stablevm.bank import NO_ID, ClassBank
+from stablevm.errors import UserError
+from stablevm.interpolant import LINEAR, Interpolant, align
+from stablevm.posterior import posterior
+from stablevm.rng import AnyGenerator, rand, randn
+from stablevm.schedules import TimeName, draw_times
+
+Prediction = Literal["v", "x"]
+Anchors = Literal["bank", "batch"]
+
+# References drawn over all classes for the samples whose label was dropped; the number of the published toy study.
+POOL_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One batch to regress on. All tensors are on the latents' device; images have shape (B, *shape).
+
+    labels holds the null class where the label was dropped. ids are the dataset rows of the anchors (NO_ID where
+    unknown): the images that alignment needs. ess is the effective sample size of each target, 1 for CFM.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    labels: Tensor
+    target: Tensor
+    x0: Tensor
+    noise: Tensor
+    ids: Tensor
+    ess: Tensor
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all objectives share.
+
+    prediction: "v" makes the velocity the target, "x" the data. null_class and label_dropout serve classifier-free
+    guidance: with that chance a label is replaced by the null class.
+    """
+
+    path: Interpolant = LINEAR
+    prediction: Prediction = "v"
+    weighting: TimeName = "uniform"
+    label_dropout: float = 0.0
+    null_class: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("v", "x"):
+            raise UserError(f"--prediction {self.prediction}: expected v or x")
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"--cfg-prob {self.label_dropout}: expected a chance in [0, 1]")
+        if self.label_dropout and self.null_class is None:
+            raise UserError(f"a label dropout of {self.label_dropout} needs a null class to drop labels to")
+
+
+class FlowMatching:
+    """Conditional flow matching (`si`): the target is made of the one sample that made x_t (Lipman et al., 2023)."""
+
+    def __init__(self, protocol: Protocol | None = None) -> None:
+        self.protocol = protocol or Protocol()
+
+    def draw(self, latents: Tensor, labels: Tensor, stream: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
+        """latents (B, *shape), labels (B,) int64; stream: where the times, noise and dropped labels come from."""
+        noisy = _perturb(self.protocol, latents, stream)
+        labels, _ = _drop_labels(self.protocol, labels, stream)
+        return _finish(self.protocol, noisy, labels, _ids_or_none(ids, labels), None)
+
+
+class StableTargetField:
+    """STF (Xu et al., 2023): the samples of one set are the references of those of them that are perturbed.
+
+    The references of a labelled row are those of its class in the set; of a row without label, the whole set.
+    """
+
+    def __init__(self, protocol: Protocol | None = None) -> None:
+        self.protocol = protocol or Protocol()
+
+    def draw(
+        self,
+        references: Tensor,
+        labels: Tensor,
+        stream: AnyGenerator,
+        *,
+        anchors: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Draw:
+        """references (n, *shape) with labels (n,); anchors: positions (B,) in the set that are perturbed (all if None).
+
+        The anchors must be chosen independently of the references' values, or the target is biased.
+        """
+        count = references.shape[0]
+        chosen = torch.arange(count, device=references.device) if anchors is None else anchors
+        noisy = _perturb(self.protocol, references[chosen], stream)
+        own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
+        same_class = (labels[chosen, None] == labels) | dropped.to(labels.device)[:, None]
+        itself = chosen[:, None] == torch.arange(count, device=references.device)
+        found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=same_class & ~itself)
+        own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
+        return _finish(self.protocol, noisy, own_labels, own_ids, (found.offset, found.ess))
+
+
+class StableVM:
+    """StableVM (Yang et al., 2026): references from a bank of each class's recent samples.
+
+    anchors: which sample makes x_t. "bank", as published: a class uniform over classes, then one of its entries;
+    "batch": the fresh sample itself. Rows whose label was dropped have references from all classes, `pool_size` of them
+    drawn anew each time, with the classes' shares those of the anchors (uniform, or as seen in the data), because the
+    anchor must be exchangeable with its references (math.md, fact 1).
+    """
+
+    def __init__(
+        self,
+        bank: ClassBank,
+        protocol: Protocol | None = None,
+        *,
+        anchors: Anchors = "bank",
+        pool_size: int = POOL_SIZE,
+    ) -> None:
+        if anchors not in ("bank", "batch"):
+            raise UserError(f"--bank-anchors {anchors}: expected bank or batch")
+        if pool_size < 1:
+            raise UserError(f"a pool of {pool_size} references: expected at least 1")
+        self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
+        self.protocol = protocol or Protocol()
+
+    def draw(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        stream: AnyGenerator,
+        *,
+        ids: Tensor | None = None,
+        slots: Tensor | None = None,
+        pool_stream: torch.Generator | None = None,
+    ) -> Draw:
+        """Insert fresh latents (B, *shape) of classes labels (B,) into the bank, then draw B samples to regress on.
+
+        ids: dataset rows of the latents, by which copies are recognised. slots: where the caller has inserted them
+        already (with the other processes' ones). pool_stream: where the shared pool comes from, if not from `stream`
+        (needed when that holds one stream per row).
+        """
+        ids = _ids_or_none(ids, labels)
+        if slots is None:
+            slots = self.bank.insert(latents, labels, ids)
+        if self.anchors == "bank":
+            labels, slots = self.bank.draw(rand((latents.shape[0], 2), stream))
+            latents, ids = self.bank.gather(slots).to(latents), self.bank.ids_at(slots)
+        noisy = _perturb(self.protocol, latents, stream)
+        shown, dropped = _drop_labels(self.protocol, labels, stream)
+        if pool_stream is None:
+            if not isinstance(stream, torch.Generator):
+                raise ValueError("with one stream per row the pool needs a stream of its own: give pool_stream")
+            pool_stream = stream
+        corrections = self._weigh(noisy, labels, slots, ids, dropped, pool_stream)
+        return _finish(self.protocol, noisy, shown, ids, corrections)
+
+    def _weigh(
+        self,
+        noisy: "_Noisy",
+        labels: Tensor,
+        slots: Tensor,
+        ids: Tensor,
+        dropped: Tensor,
+        pool_stream: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Offsets `x0 - m` and effective sample sizes; labelled rows by class, the others against the pool."""
+        offset, ess = torch.empty_like(noisy.x0), torch.empty_like(noisy.t)
+        for is_pool, rows in ((False, (~dropped).nonzero()), (True, dropped.nonzero())):
+            if not len(rows):
+                continue
+            rows = rows.squeeze(1).to(noisy.x0.device)
+            references = self._pool(slots[rows], ids[rows], pool_stream) if is_pool else None
+            x0, noise, t = noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
+            if references is None:
+                keep = self.bank.is_reference(labels[rows], slots[rows], ids[rows])
+                found = posterior(self.protocol.path, x0, noise, t, self.bank.entries, groups=labels[rows], keep=keep)
+            else:
+                found = posterior(self.protocol.path, x0, noise, t, references[0], keep=references[1])
+            offset[rows], ess[rows] = found.offset, found.ess
+        return offset, ess
+
+    def _pool(self, slots: Tensor, ids: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        """References (n, *shape) over all classes, and which of them each row may use (R, n)."""
+        seen = self.bank.seen
+        shares = seen if self.anchors == "batch" else (seen > 0)
+        picked, filled = self.bank.draw_pool(self.pool_size, shares, stream)
+        copies = (self.bank.ids_at(picked) == ids[:, None]) & (ids != NO_ID)[:, None]
+        return self.bank.gather(picked), filled & ~copies & (picked != slots[:, None])
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample: (B,), float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class _Noisy:
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    x_t: Tensor
+
+
+def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Noisy:
+    device = latents.device
+    t = draw_times(protocol.weighting, protocol.path, latents.shape[0], stream).to(device)
+    noise = randn(latents.shape, stream, device)
+    return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t))
+
+
+def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tuple[Tensor, Tensor]:
+    """The labels that the network sees, and which were dropped (on the host, where their number is needed)."""
+    if protocol.null_class is None:
+        return labels, torch.zeros(len(labels), dtype=torch.bool)
+    dropped = rand((len(labels),), stream) < protocol.label_dropout
+    return torch.where(dropped.to(labels.device), protocol.null_class, labels), dropped
+
+
+def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
+    return torch.full_like(labels, NO_ID) if ids is None else ids.to(labels)
+
+
+def _finish(
+    protocol: Protocol, noisy: _Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
+) -> Draw:
+    """The target: CFM's, plus the correction that the references make where there are any (math.md, anchored form)."""
+    ess = torch.ones_like(noisy.t) if correction is None else correction[1]
+    if protocol.prediction == "x":
+        target = noisy.x0 if correction is None else noisy.x0 - correction[0]
+    else:
+        target = protocol.path.velocity(noisy.x0, noisy.noise, noisy.t)
+        if correction is not None:
+            target = target + _correction_gain(protocol.path, noisy.t, noisy.x0) * correction[0]
+    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess)
+
+
+def _correction_gain(path: Interpolant, t: Tensor, like: Tensor) -> Tensor:
+    """`sigma' alpha / sigma - alpha'`; 0 at t = 0, where the offset that it multiplies is exactly 0."""
+    at = path.coefficients(align(t, like))
+    return torch.where(at.sigma > 0, at.wronskian / at.sigma, 0.0)

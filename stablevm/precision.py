@@ -1,0 +1,36 @@
+"""Full float32 products where the mathematics needs them, whatever the global switches say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def _switches() -> list[Any]:
+    """The objects of this torch whose `fp32_precision` decides how float32 matrices are multiplied."""
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Turn autocast, TF32 and reduced-precision float32 products off inside the block, and back on after it.
+
+    The product switches are global to the process: do not share them with another thread that multiplies.
+    """
+    switches = _switches()
+    before = [switch.fp32_precision for switch in switches]
+    legacy = None if switches else torch.get_float32_matmul_precision()
+    with torch.autocast(device_type=device.type, enabled=False):
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            if legacy is not None:
+                torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
+            if legacy is not None:
+                torch.set_float32_matmul_precision(legacy)

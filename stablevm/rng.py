@@ -1,0 +1,60 @@
+"""Random numbers whose seeds belong to samples, never to processes.
+
+A sample is named by a key such as (global seed, purpose, step, global position). Its stream depends on the key
+alone, so one process or four, batch 8 or 64, before or after a resume, it gets the same numbers. Streams run on the
+CPU: the same numbers on every device.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed for `key`, the same on every machine and Python version."""
+    text = "/".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator at the start of the stream that `key` names."""
+    return torch.Generator().manual_seed(derive_seed(*key))
+
+
+class RowGenerators:
+    """One stream per row of a batch; stands wherever the functions below take a `torch.Generator`."""
+
+    def __init__(self, streams: Sequence[torch.Generator]) -> None:
+        self.streams = list(streams)
+
+    @classmethod
+    def for_keys(cls, *prefix: int | str, positions: Sequence[int]) -> "RowGenerators":
+        """Row i gets the stream named (*prefix, positions[i])."""
+        return cls([generator(*prefix, int(position)) for position in positions])
+
+
+AnyGenerator = torch.Generator | RowGenerators
+
+
+def randn(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal float32 values of `shape` = (B, ...)."""
+    return _fill(torch.randn, shape, stream, device)
+
+
+def rand(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform float32 values in [0, 1) of `shape` = (B, ...)."""
+    return _fill(torch.rand, shape, stream, device)
+
+
+def _fill(sample, shape: Sequence[int], stream: AnyGenerator, device: torch.device | str) -> Tensor:  # type: ignore[no-untyped-def]
+    if isinstance(stream, torch.Generator):
+        return sample(tuple(shape), generator=stream, device=stream.device).to(device)
+    rows, *rest = shape
+    if rows != len(stream.streams):
+        raise ValueError(f"{rows} rows asked of {len(stream.streams)} row generators")
+    values = torch.empty(tuple(shape))
+    for row, row_stream in zip(values, stream.streams, strict=True):
+        row.copy_(sample(tuple(rest), generator=row_stream))
+    return values.to(device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Gaussian mixtures, where the exact field is known in closed form."""
