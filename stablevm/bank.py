@@ -31,7 +31,7 @@ class ClassBank:
             raise UserError(f"a bank needs classes and capacity, got {num_classes} and {capacity}")
         self.num_classes, self.capacity, self.shape = num_classes, capacity, tuple(shape)
         slots = num_classes * capacity
-        # One slot beyond the last takes the writes that no queue keeps, so that insertion needs no data-dependent shapes.
+        # One slot beyond the last takes the writes that no queue keeps: no shape then depends on the data.
         self._data = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
         self._ids = torch.full((slots + 1,), NO_ID, dtype=torch.int64, device=device)
         self._heads = torch.zeros(num_classes, dtype=torch.int64, device=device)

@@ -245,11 +245,11 @@ def _finish(
     else:
         target = protocol.path.velocity(noisy.x0, noisy.noise, noisy.t)
         if correction is not None:
-            target = target + _correction_gain(protocol.path, noisy.t, noisy.x0) * correction[0]
+            target = target + correction_gain(protocol.path, noisy.t, noisy.x0) * correction[0]
     return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess)
 
 
-def _correction_gain(path: Interpolant, t: Tensor, like: Tensor) -> Tensor:
+def correction_gain(path: Interpolant, t: Tensor, like: Tensor) -> Tensor:
     """`sigma' alpha / sigma - alpha'`; 0 at t = 0, where the offset that it multiplies is exactly 0."""
     at = path.coefficients(align(t, like))
     return torch.where(at.sigma > 0, at.wronskian / at.sigma, 0.0)

@@ -14,7 +14,7 @@ from stablevm.rng import AnyGenerator, rand, randn
 WeightName = Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"]
 TimeName = Literal["uniform", "lognormal", "logit_normal"]
 
-# Log noise levels ln(sigma/alpha) ~ N(mean, std^2). EDM (Karras et al., 2022, table 1) and SD3 (Esser et al., 2024, 3.1).
+# ln(sigma/alpha) ~ N(mean, std^2): EDM (Karras et al., 2022, table 1) and SD3 (Esser et al., 2024, section 3.1).
 LOG_RATIO_MOMENTS = {"lognormal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
 
 

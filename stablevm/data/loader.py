@@ -1,0 +1,203 @@
+"""Which samples each optimiser step sees, and the loader that reads them.
+
+The stream of samples is the concatenation of one permutation per epoch; step s takes the positions s*G to (s+1)*G of it
+(G the global batch) and each process a contiguous part of those. It is a function of (seed, step) alone: to resume is
+to start at another step, and one process or four see the same global batches.
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stablevm import rng
+from stablevm.data.shards import PreparedDataset
+from stablevm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """The samples of one process in one optimiser step."""
+
+    moments: Tensor  # (B, 2C, h, w) float16: mean, then standard deviation
+    labels: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64: rows of the data set, which name the samples
+    images: Tensor | None  # (B, 3, H, W) uint8, where asked for
+
+    def pin_memory(self) -> "TrainingBatch":
+        """The batch in page-locked memory, from which copies to a GPU run beside other work."""
+        return TrainingBatch(
+            moments=self.moments.pin_memory(),
+            labels=self.labels.pin_memory(),
+            rows=self.rows.pin_memory(),
+            images=None if self.images is None else self.images.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Yields the rows of process `rank` of `world` for the steps `start_step` to `start_step + num_steps - 1`.
+
+    Every sample comes once in each epoch, none is dropped; a step may reach over the end of an epoch, and a global
+    batch may be larger than the data set. Raises UserError if `world` does not divide `global_batch`.
+    """
+
+    num_samples: int
+    global_batch: int
+    rank: int
+    world: int
+    seed: int
+    start_step: int
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1 or self.global_batch % self.world:
+            raise UserError(
+                f"--batch-size {self.global_batch}: not a positive multiple of the {self.world} processes that "
+                "share it; give one"
+            )
+
+    @property
+    def first_position(self) -> int:
+        """Position of this process's first sample in the global batch."""
+        return self.rank * self.local_batch
+
+    @property
+    def local_batch(self) -> int:
+        return self.global_batch // self.world
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, permutation = -1, np.empty(0, np.int64)
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            position = step * self.global_batch + self.first_position
+            end = position + self.local_batch
+            rows: list[int] = []
+            while position < end:
+                if epoch != position // self.num_samples:
+                    epoch = position // self.num_samples
+                    permutation = self.permutation(epoch)
+                first = position - epoch * self.num_samples
+                part = permutation[first : first + end - position].tolist()
+                rows += part
+                position += len(part)
+            yield rows
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order (num_samples,) int64 in which `epoch` goes through the data set."""
+        return torch.randperm(self.num_samples, generator=rng.generator(self.seed, "epoch", epoch)).numpy()
+
+
+def training_loader(
+    dataset: PreparedDataset,
+    *,
+    global_batch: int,
+    seed: int,
+    num_steps: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    with_images: bool = False,
+    flip: bool = False,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader of `num_steps` batches (`TrainingBatch`) of this process, from `start_step` on.
+
+    With `flip` each sample is mirrored with probability 1/2, its image too. Raises UserError for a batch that the
+    processes can't share, for images that the data set does not hold, and for flips that it was prepared without.
+    """
+    if with_images:
+        dataset.check_images()
+    if flip and not dataset.has_flips:
+        raise UserError(
+            f"flips asked for, but --data-dir {dataset.folder} was prepared without the moments of mirrored images; "
+            "train without flips or prepare it with them"
+        )
+    sampler = StepSampler(len(dataset), global_batch, rank, world, seed, start_step, num_steps)
+    return _Loader(
+        _StepReader(dataset, sampler, with_images, flip),
+        batch_sampler=_StepRequests(sampler),
+        collate_fn=_as_read,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=pin_memory,
+        generator=rng.generator(seed, "loader"),  # seeds the workers: without it the global generator would be used
+    )
+
+
+class _Loader(DataLoader):
+    """Raises a UserError of a worker as it was: torch would put the worker's traceback into its message."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _StepRequests:
+    """What the workers are asked for: the number of a step, followed by its rows."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step, rows in enumerate(self.sampler, start=self.sampler.start_step):
+            yield [step, *rows]
+
+
+class _StepReader(Dataset):
+    """Reads a whole batch at once: torch's loader passes each request to `__getitems__` as it is."""
+
+    def __init__(self, dataset: PreparedDataset, sampler: StepSampler, with_images: bool, flip: bool) -> None:
+        self.dataset, self.sampler = dataset, sampler
+        self.with_images, self.flip = with_images, flip
+        self.labels = dataset.labels()
+
+    def __getitems__(self, request: list[int]) -> TrainingBatch | UserError:
+        step, *rows = request
+        try:
+            return self._read(step, rows)
+        except UserError as error:
+            return error
+
+    def _read(self, step: int, rows: list[int]) -> TrainingBatch:
+        batch = TrainingBatch(
+            moments=self.dataset.moments(rows),
+            labels=self.labels[rows],
+            rows=torch.tensor(rows),
+            images=self.dataset.images(rows) if self.with_images else None,
+        )
+        return self._flipped(batch, step) if self.flip else batch
+
+    def _flipped(self, batch: TrainingBatch, step: int) -> TrainingBatch:
+        first = self.sampler.first_position
+        streams = rng.RowGenerators.for_keys(
+            self.sampler.seed, "flip", step, positions=range(first, first + len(batch.rows))
+        )
+        mirrored = rng.rand((len(batch.rows),), streams) < 0.5
+        batch.moments[mirrored] = self.dataset.moments_flip(batch.rows[mirrored])
+        if batch.images is None:
+            return batch
+        return replace(batch, images=torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images))
+
+
+def _as_read(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the trainer finishes its step and needs the workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,262 @@
+"""Frozen image encoders: their patch tokens are what representation alignment aims at."""
+
+import pickle
+import struct
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stablevm.autoencoder import pixels_to_unit
+from stablevm.errors import UserError
+from stablevm.models.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
+
+DIGITS = "digits"
+MOCO_PREFIX = "module.base_encoder."  # of the encoder among the parameters of a MoCo v3 checkpoint
+# Misspelt layers in MoCo v3 checkpoints that REPA's loader renames.
+MOCO_MISSPELT = {
+    "blocks.13.norm13": "blocks.13.norm1",
+    "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
+    "blocks.14.norm14": "blocks.14.norm2",
+    "blocks.14.mlp.fc14": "blocks.14.mlp.fc2",
+}
+ERROR_LENGTH = 240  # characters of another library's message that ours quotes
+# What the readers of safetensors and of pickles raise for bytes that they can't make sense of.
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class TimmEncoderSpec:
+    """A network of timm's, and how its tokens are read."""
+
+    timm_name: str
+    final_norm: bool = True  # REPA reads MAE and CLIP before their last normalisation
+    downloadable: bool = True
+
+
+# REPA's names (Yu et al., 2024). timm has no MoCo v3: its weights go into the MAE entries, which have its architecture
+# and pixel statistics. Of timm's two CLIP entries, "quickgelu" has the activation that CLIP was trained with.
+SHORT_NAMES = {
+    "dinov2-vit-s": TimmEncoderSpec("vit_small_patch14_dinov2.lvd142m"),
+    "dinov2-vit-b": TimmEncoderSpec("vit_base_patch14_dinov2.lvd142m"),
+    "dinov2-vit-l": TimmEncoderSpec("vit_large_patch14_dinov2.lvd142m"),
+    "dinov2-vit-g": TimmEncoderSpec("vit_giant_patch14_dinov2.lvd142m"),
+    "dinov2reg-vit-s": TimmEncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m"),
+    "dinov2reg-vit-b": TimmEncoderSpec("vit_base_patch14_reg4_dinov2.lvd142m"),
+    "dinov2reg-vit-l": TimmEncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m"),
+    "dinov2reg-vit-g": TimmEncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m"),
+    "dinov1-vit-b": TimmEncoderSpec("vit_base_patch16_224.dino"),
+    "mocov3-vit-b": TimmEncoderSpec("vit_base_patch16_224.mae", downloadable=False),
+    "mocov3-vit-l": TimmEncoderSpec("vit_large_patch16_224.mae", downloadable=False),
+    "mae-vit-l": TimmEncoderSpec("vit_large_patch16_224.mae", final_norm=False),
+    "clip-vit-L": TimmEncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", final_norm=False),
+    "jepa-vit-h": TimmEncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa"),
+}
+
+
+class Encoder(nn.Module, ABC):
+    """Images to tokens, without gradients and in evaluation mode for ever."""
+
+    network: Any  # the frozen part: DigitsNet, or a model of timm's, which has no useful static type
+
+    def __init__(self, network: nn.Module, *, dim: int, grid_size: int) -> None:
+        """`dim` is the width of a token, `grid_size` the number of tokens per side."""
+        super().__init__()
+        self.network = network
+        self.dim = dim
+        self.grid_size = grid_size
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stay in evaluation mode, whatever `mode` says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) on the encoder's device to float32 tokens (B, grid_size^2, dim), row by row."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self._tokens(images).float()
+
+    @abstractmethod
+    def _tokens(self, images: Tensor) -> Tensor:
+        """The tokens in whatever precision the network runs in."""
+
+
+class DigitsEncoder(Encoder):
+    """The patches of DigitsNet, for grey images of 8 x 8."""
+
+    def __init__(self, network: DigitsNet, dtype: torch.dtype) -> None:
+        super().__init__(network.to(dtype), dim=FEATURE_DIM, grid_size=GRID_SIZE)
+        self.dtype = dtype
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            raise UserError(
+                f"--enc-type {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, this "
+                f"encoder reads {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
+            )
+        return self.network.patches(pixels_to_unit(images[:, :1]).to(self.dtype))
+
+
+class TimmEncoder(Encoder):
+    """The patch tokens of a vision transformer of timm's, for images of any size."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any, *, grid_size: int, dtype: torch.dtype) -> None:
+        super().__init__(network.to(dtype), dim=network.num_features, grid_size=grid_size)
+        self.dtype = dtype
+        self.input_size = grid_size * _patch_size(network)
+        for name in ("mean", "std"):
+            statistic = torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1)
+            self.register_buffer(name, statistic, persistent=False)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        side = self.input_size
+        pixels = F.interpolate(images.float() / 255, size=(side, side), mode="bicubic", antialias=True)
+        inputs = (pixels - self.mean) / self.std
+        return self.network.forward_features(inputs.to(self.dtype))[:, self.network.num_prefix_tokens :]
+
+
+def load_encoder(
+    name: str,
+    *,
+    grid_size: int,
+    weights: Path | None,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
+    """The frozen encoder called `name`, giving grid_size x grid_size tokens and running in `dtype` on `device`.
+
+    `name` is "digits", a short name of REPA's (`SHORT_NAMES`) or a vision transformer's name in timm. `weights` is a
+    safetensors or torch file in timm's or the authors' layout; without one, timm downloads the pretrained weights.
+    Raises UserError for an unknown name, a file that doesn't fit, or weights that can't be downloaded.
+    """
+    if name == DIGITS:
+        return _load_digits(grid_size, weights, dtype).to(device)
+    return _load_timm(name, grid_size, weights, dtype).to(device)
+
+
+def _load_digits(grid_size: int, weights: Path | None, dtype: torch.dtype) -> Encoder:
+    if grid_size != GRID_SIZE:
+        raise UserError(
+            f"--enc-type {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has {grid_size} x {grid_size}; "
+            f"choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
+        )
+    if weights is None:
+        raise UserError(f"--enc-type {DIGITS}: give its weights with --encoder-weights FILE.safetensors")
+    network = DigitsNet()
+    _load_strictly(network, _read_weights(weights), DIGITS, weights)
+    return DigitsEncoder(network, dtype)
+
+
+def _load_timm(name: str, grid_size: int, weights: Path | None, dtype: torch.dtype) -> Encoder:
+    spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
+    _check_source(name, spec, weights)
+    network = _create(name, spec.timm_name, grid_size, pretrained=weights is None)
+    if weights is not None:
+        _load_strictly(network, _for_timm(_read_weights(weights), network), spec.timm_name, weights)
+    if not spec.final_norm:
+        network.norm = nn.Identity()
+    return TimmEncoder(network, grid_size=grid_size, dtype=dtype)
+
+
+def _check_source(name: str, spec: TimmEncoderSpec, weights: Path | None) -> None:
+    """UserError for a name that timm doesn't know, and where weights must be given and aren't."""
+    import timm
+
+    try:
+        pretrained = timm.get_pretrained_cfg(spec.timm_name)
+    except RuntimeError:  # a known architecture, with an unknown tag after the dot
+        pretrained = None
+    if pretrained is None:
+        names = ", ".join((DIGITS, *SHORT_NAMES))
+        raise UserError(f"--enc-type {name}: expected one of {names}, or the name of a timm vision transformer")
+    if weights is None and not (spec.downloadable and pretrained.has_weights):
+        raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
+
+
+def _create(name: str, timm_name: str, grid_size: int, pretrained: bool) -> Any:
+    """timm's network for an image of grid_size patches per side; timm resamples the position embedding."""
+    import timm
+
+    try:
+        # timm draws first values from the global random state, also where weights replace them at once
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            network: Any = timm.create_model(timm_name, pretrained=pretrained, num_classes=0)
+    except OSError as error:
+        raise UserError(
+            f"--enc-type {name}: no download of {timm_name} ({_quote(error)}); give a file with --encoder-weights"
+        ) from None
+    if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
+        raise UserError(f"--enc-type {name}: not a plain vision transformer; choose one, such as dinov2-vit-b")
+    side = grid_size * _patch_size(network)
+    network.set_input_size(img_size=(side, side))
+    return network
+
+
+def _patch_size(network: Any) -> int:
+    height, width = network.patch_embed.patch_size
+    assert height == width
+    return height
+
+
+def _for_timm(checkpoint: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    """Parameters under timm's names, for the network's grid, without the classifier."""
+    nested = checkpoint.get("state_dict", checkpoint)
+    moco = {_moco_name(key): value for key, value in nested.items() if key.startswith(MOCO_PREFIX)}
+    state = moco or checkpoint
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        state = convert(state, network)
+    return {key: value for key, value in state.items() if not key.startswith("head")}
+
+
+def _moco_name(key: str) -> str:
+    name = key.removeprefix(MOCO_PREFIX)
+    layer, _, parameter = name.rpartition(".")
+    return f"{MOCO_MISSPELT[layer]}.{parameter}" if layer in MOCO_MISSPELT else name
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--encoder-weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE:
+        raise UserError(
+            f"--encoder-weights {path}: neither safetensors nor a torch file of tensors alone; convert it"
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"--encoder-weights {path}: expected named tensors, found {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _load_strictly(network: nn.Module, state: dict[str, Any], name: str, path: Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"--encoder-weights {path}: not the weights of {name} ({_quote(error)})") from None
+
+
+def _quote(error: Exception) -> str:
+    return shorten(str(error), ERROR_LENGTH)

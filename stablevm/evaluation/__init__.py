@@ -1,0 +1,1 @@
+"""Judging images: statistics of features, the extractor that makes them, figures and the report."""

@@ -1,0 +1,44 @@
+"""First values of parameters, drawn from a CPU generator of the caller's, so that every device gets the same ones.
+
+The global random state is neither read nor moved, and networks on the meta device are passed over.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def materialize(network: nn.Module) -> None:
+    """Give a network built on the meta device memory on the default device: normalisations identity, all else zero."""
+    network.to_empty(device=torch.get_default_device())
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.zero_()
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+
+
+def xavier_uniform(network: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights of the linear layers and convolutions inside `network`; biases are left as they are.
+
+    A weight (out, in, ...) counts as a matrix (out, rest), as DiT does for its patch embedding.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
+            matrix = _on_cpu(module.weight).flatten(1)
+            _copy(nn.init.xavier_uniform_(matrix, generator=generator), module.weight)
+
+
+def normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """Draw `weight` from N(0, std^2)."""
+    if not weight.is_meta:
+        _copy(nn.init.normal_(_on_cpu(weight), std=std, generator=generator), weight)
+
+
+def _on_cpu(weight: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+
+
+@torch.no_grad()
+def _copy(values: Tensor, weight: Tensor) -> None:
+    weight.copy_(values.view(weight.shape))

@@ -1,0 +1,42 @@
+"""What the commands' configurations share: ranges, choices, and options that have no effect. Free of torch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stablevm.errors import UserError
+
+Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
+
+
+def as_typed(option: str, value: Any) -> str:
+    """The option as it is given on the command line."""
+    dashed = option.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {value}"
+
+
+def require(config: Any, expectations: Iterable[Expectation]) -> None:
+    """Raise UserError for the first field of a configuration that is outside its choices or not as expected."""
+    for option, met, expected in [*_choices(config), *expectations]:
+        if not met:
+            raise UserError(f"{as_typed(option, getattr(config, option))}: expected {expected}")
+
+
+def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
+    """One line for each field of `idle` (option: the options that make it useless) that is not at its default."""
+    defaults = {field.name: field.default for field in fields(config)}
+    return [
+        f"{as_typed(option, getattr(config, option))} has no effect with {reason}"
+        for option, reason in idle.items()
+        if getattr(config, option) != defaults[option]
+    ]
+
+
+def _choices(config: Any) -> list[Expectation]:
+    return [
+        (option, getattr(config, option) in get_args(hint), f"one of {', '.join(map(str, get_args(hint)))}")
+        for option, hint in get_type_hints(type(config)).items()
+        if get_origin(hint) is Literal
+    ]

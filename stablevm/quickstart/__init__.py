@@ -1,0 +1,1 @@
+"""The whole staircase on handwritten digits: prepare, train, sample, judge, report."""

@@ -1,0 +1,83 @@
+"""The measured recipe of the quickstart (docs/experiments.md), as configurations of the ordinary commands."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from stablevm.evaluation.config import EvaluateConfig
+from stablevm.options import as_typed
+from stablevm.quickstart.config import QuickstartConfig
+from stablevm.sampling.config import GenerateConfig
+from stablevm.training.config import TrainConfig
+
+NUM_SAMPLES = 500
+GUIDANCE_SCALES = (1.5, 1.0)  # the first one is the headline
+
+
+def data_folder(config: QuickstartConfig) -> Path:
+    return config.output_dir / "data"
+
+
+def extractor_folder(config: QuickstartConfig) -> Path:
+    return config.output_dir / "extractor"
+
+
+def train_config(config: QuickstartConfig) -> TrainConfig:
+    """Rates and schedules that suit a network of this size; the references are the whole class, about 135 digits."""
+    bank: dict[str, Any] = {"bank_capacity_per_class": 256, "prefill_bank_fully": True}
+    return TrainConfig(
+        exp_name=config.loss_type,
+        output_dir=config.output_dir,
+        data_dir=data_folder(config),
+        report_to="tensorboard",
+        model="SiT-XS/2",
+        batch_size=64,
+        max_train_steps=config.steps,
+        checkpointing_steps=200,
+        checkpoints_kept=2,
+        sampling_steps=400,
+        learning_rate=3e-3,
+        lr_schedule="cosine",
+        lr_warmup_steps=100,
+        adam_beta2=0.99,
+        ema_decay=0.995,
+        seed=config.seed,
+        num_workers=0,
+        weighting="logit_normal",
+        loss_type=config.loss_type,
+        use_proj_loss=True,
+        encoder_depth=2,
+        proj_weight_schedule="sigmoid",
+        enc_type="digits",
+        encoder_weights=str(extractor_folder(config) / "extractor.safetensors"),
+        **(bank if config.loss_type == "stablevm" else {}),
+    )
+
+
+def generate_config(config: QuickstartConfig, checkpoint: Path, scale: float) -> GenerateConfig:
+    """50 images per class in 40 Euler steps."""
+    return GenerateConfig(
+        ckpt=checkpoint,
+        num_fid_samples=NUM_SAMPLES,
+        per_proc_batch_size=250,
+        mode="ode",
+        num_steps=40,
+        cfg_scale=scale,
+        global_seed=config.seed,
+        sample_dir=config.output_dir / "samples",
+        name=f"{config.loss_type}-guidance-{scale:g}",
+    )
+
+
+def evaluate_config(config: QuickstartConfig, samples: Path) -> EvaluateConfig:
+    return EvaluateConfig(samples=samples, reference=data_folder(config), extractor=extractor_folder(config))
+
+
+def command_line(command: str, config: Any, positional: str | None = None) -> str:
+    """The command that runs `config`, with the options that differ from their defaults."""
+    words = [command] + ([str(getattr(config, positional))] if positional else [])
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name != positional and value != field.default:
+            words.append(as_typed(field.name, value))
+    return " ".join(words)

@@ -1,0 +1,259 @@
+"""Runs the staircase step by step; each step finds its earlier result and goes on from there."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stablevm import __version__, rng
+from stablevm.data.digits import prepare_digits
+from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.errors import UserError
+from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor, train_extractor
+from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.figures import samples_beside_real, training_curves, variance_figure
+from stablevm.evaluation.judge import result_rows
+from stablevm.evaluation.report import Figure, write_report
+from stablevm.files import read_json, write_json
+from stablevm.interpolant import get_interpolant
+from stablevm.quickstart import recipe
+from stablevm.quickstart.config import QuickstartConfig
+from stablevm.sampling.generation import generate
+from stablevm.training import checkpoint
+from stablevm.training.tracker import METRICS_FILE, read_metrics
+from stablevm.training.trainer import train
+from stablevm.variance import variance_curve
+
+CONFIG_FILE = "quickstart.json"
+CURVE_TIMES = torch.linspace(0.05, 0.95, 19)
+CURVE_REFERENCES, CURVE_ROWS = 64, 2000
+SHOWN_PER_CLASS = 8
+
+
+def quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Everything from data to report; returns the summary. UserError for a folder that holds another quickstart."""
+    config.validate()
+    clock = Clock(config.output_dir)
+    _claim_folder(config)
+    with clock:
+        _announce(1, "prepare the digits")
+        print(prepare_digits(recipe.data_folder(config)))
+        _announce(2, "train the extractor that judges them")
+        extractor = make_extractor(recipe.data_folder(config), recipe.extractor_folder(config), config.seed)
+        _announce(3, f"train SiT-XS/2 ({config.loss_type})")
+        run = recipe.train_config(config)
+        step = train(run)
+        _announce(4, f"sample {recipe.NUM_SAMPLES} digits")
+        weights = checkpoint.checkpoint_folder(run.folder, step)
+        samples = {scale: generate(recipe.generate_config(config, weights, scale)) for scale in recipe.GUIDANCE_SCALES}
+        _announce(5, "judge them")
+        results = {scale: evaluate(recipe.evaluate_config(config, path)) for scale, path in samples.items()}
+        _announce(6, "draw the report")
+        figures = _figures(config, samples[recipe.GUIDANCE_SCALES[0]])
+    summary = _summary(config, results, extractor, clock.seconds)
+    write_json(config.output_dir / "summary.json", summary)
+    _write_report(config, summary, results, figures, weights, samples)
+    _print_summary(config, summary)
+    return summary
+
+
+def make_extractor(data_dir: Path, output_dir: Path, seed: int) -> DigitsExtractor:
+    """The extractor in `output_dir`, trained first if it is not there."""
+    if (output_dir / "extractor.json").exists():
+        extractor = load_extractor(output_dir)
+        if extractor.seed != seed:
+            raise UserError(
+                f"{output_dir} holds an extractor of seed {extractor.seed}, not {seed}; give another folder"
+            )
+        print(f"{output_dir}: the extractor is there")
+    else:
+        with tqdm(desc="extractor", unit="step") as bar:
+
+            def show(step: int, steps: int) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
+
+            extractor = train_extractor(
+                open_dataset(data_dir), open_dataset(data_dir, "test"), seed=seed, progress=show
+            )
+        save_extractor(output_dir, extractor)
+    print(f"extractor: {extractor.test_accuracy:.1%} of the test digits recognised")
+    return extractor
+
+
+class Clock:
+    """Seconds of work over all commands that it took to finish, kept in FOLDER/seconds.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "seconds.json"
+        self._start = time.perf_counter()
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Clock":
+        self.seconds = read_json(self._path, "quickstart")["seconds"] if self._path.exists() else 0.0
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+        write_json(self._path, {"seconds": self.seconds})
+
+
+def _claim_folder(config: QuickstartConfig) -> None:
+    path = config.output_dir / CONFIG_FILE
+    mine = {"seed": config.seed, "loss_type": config.loss_type, "steps": config.steps}
+    if path.exists():
+        theirs = read_json(path, "quickstart")
+        for option, value in mine.items():
+            if theirs.get(option) != value:
+                raise UserError(
+                    f"--output-dir {config.output_dir}: holds a quickstart with {option} {theirs.get(option)}, "
+                    f"this one has {value}; give another folder"
+                )
+    elif config.output_dir.exists() and any(config.output_dir.iterdir()):
+        raise UserError(f"--output-dir {config.output_dir}: holds other files; give an empty or a new folder")
+    write_json(path, mine)
+
+
+def _figures(config: QuickstartConfig, samples: Path) -> list[Figure]:
+    folder = config.output_dir / "figures"
+    train_set, test_set = open_dataset(recipe.data_folder(config)), open_dataset(recipe.data_folder(config), "test")
+    run = recipe.train_config(config)
+    archive = np.load(samples)
+    generated = _by_class(archive["arr_0"], archive["labels"])
+    real = _by_class(test_set.images(range(len(test_set))).permute(0, 2, 3, 1).numpy(), test_set.labels().numpy())
+    samples_beside_real(generated, real, folder / "samples.png", train_set.class_names)
+    training_curves(read_metrics(run.folder / METRICS_FILE), folder / "training.png")
+    curve = _variance(config, train_set)
+    write_json(config.output_dir / "variance.json", curve)
+    variance_figure(curve, folder / "variance.png")
+    return [
+        Figure("Samples beside real digits", folder / "samples.png",
+               f"Left: digits of the test split. Right: samples, guidance {recipe.GUIDANCE_SCALES[0]:g}, unselected."),
+        Figure("Training", folder / "training.png",
+               "The velocity loss cannot reach zero: what remains is the spread of the images behind one noisy input."),
+        Figure("Noise of the targets", folder / "variance.png",
+               f"Variance about the exact velocity of each class. The run itself uses "
+               f"{'the whole class as references: variance 0' if config.loss_type == 'stablevm' else 'CFM targets'}."),
+    ]  # fmt: skip
+
+
+def _variance(config: QuickstartConfig, dataset: PreparedDataset) -> dict[str, Any]:
+    moments = dataset.moments(range(len(dataset)))
+    latents = dataset.latent.from_moments(moments, torch.zeros(len(dataset), *dataset.latent.shape))
+    curve = variance_curve(
+        get_interpolant(recipe.train_config(config).path_type),
+        latents,
+        dataset.labels(),
+        CURVE_TIMES,
+        references=CURVE_REFERENCES,
+        rows=CURVE_ROWS,
+        stream=rng.generator(config.seed, "variance"),
+    )
+    return {**dataclasses.asdict(curve), "title": "Handwritten digits"}
+
+
+def _by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first few images of each class: (classes, n, H, W, 3)."""
+    return np.stack([images[labels == label][:SHOWN_PER_CLASS] for label in range(int(labels.max()) + 1)])
+
+
+def _summary(
+    config: QuickstartConfig, results: dict[float, dict[str, Any]], extractor: DigitsExtractor, seconds: float
+) -> dict[str, Any]:
+    run, headline = recipe.train_config(config), results[recipe.GUIDANCE_SCALES[0]]
+    return {
+        "accuracy": headline["accuracy"],
+        "frechet_test": headline["frechet_test"],
+        "frechet_floor": headline["frechet_floor"],
+        "seconds": round(seconds, 1),
+        "precision": headline["precision"],
+        "recall": headline["recall"],
+        "coverage": headline["coverage"],
+        "by_guidance": {f"{scale:g}": result for scale, result in results.items()},
+        "protocol": {
+            "version": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "seed": config.seed,
+            "loss_type": config.loss_type,
+            "steps": config.steps,
+            "model": run.model,
+            "batch_size": run.batch_size,
+            "samples": recipe.NUM_SAMPLES,
+            "sampler": "Euler ODE, 40 steps, EMA weights",
+            "guidance": recipe.GUIDANCE_SCALES[0],
+            "extractor": extractor.name,
+            "extractor_test_accuracy": extractor.test_accuracy,
+            "alignment_encoder": "the extractor's convolutional patch features (supervised)",
+        },
+    }
+
+
+def _write_report(
+    config: QuickstartConfig,
+    summary: dict[str, Any],
+    results: dict[float, dict[str, Any]],
+    figures: list[Figure],
+    weights: Path,
+    samples: dict[float, Path],
+) -> None:
+    write_report(
+        config.output_dir / "report.html",
+        title="stablevm quickstart: handwritten digits",
+        summary={
+            "recognised as their class": f"{summary['accuracy']:.1%}",
+            "Fréchet distance to the test split": summary["frechet_test"],
+            "the same of the training split (floor)": summary["frechet_floor"],
+            "minutes of work": summary["seconds"] / 60,
+        },
+        figures=figures,
+        metrics_table=_table(results),
+        commands=_commands(config, weights, samples),
+        protocol={
+            key: json.dumps(value) if isinstance(value, list) else value for key, value in summary["protocol"].items()
+        },
+    )
+
+
+def _table(results: dict[float, dict[str, Any]]) -> list[list[str | float | int]]:
+    """One column per guidance scale beside the names and explanations of the metrics."""
+    columns = [result_rows(result) for result in results.values()]
+    head: list[str | float | int] = ["", *(f"guidance {scale:g}" for scale in results), ""]
+    return [head] + [
+        [rows[0][0], *(row[1] for row in rows), rows[0][2]] for rows in list(zip(*columns, strict=True))[1:]
+    ]
+
+
+def _commands(config: QuickstartConfig, weights: Path, samples: dict[float, Path]) -> list[str]:
+    data, extractor = recipe.data_folder(config), recipe.extractor_folder(config)
+    return [
+        f"stablevm prepare digits {data}",
+        f"stablevm extractor --data-dir {data} --output-dir {extractor} --seed {config.seed}",
+        recipe.command_line("accelerate launch train.py", recipe.train_config(config)),
+        *(recipe.command_line("python generate.py", recipe.generate_config(config, weights, s)) for s in samples),
+        *(
+            recipe.command_line("python evaluate.py", recipe.evaluate_config(config, path), "samples")
+            for path in samples.values()
+        ),
+    ]
+
+
+def _announce(number: int, what: str) -> None:
+    print(f"\n[{number}/6] {what}", flush=True)
+
+
+def _print_summary(config: QuickstartConfig, summary: dict[str, Any]) -> None:
+    print(
+        f"\n{summary['accuracy']:.1%} of {recipe.NUM_SAMPLES} samples are recognised as their class "
+        f"(guidance {recipe.GUIDANCE_SCALES[0]:g})\n"
+        f"Fréchet distance to the test split {summary['frechet_test']:.2f} (training split: "
+        f"{summary['frechet_floor']:.2f})\n"
+        f"precision {summary['precision']:.2f}, recall {summary['recall']:.2f}, coverage {summary['coverage']:.2f}\n"
+        f"{summary['seconds']:.0f} seconds of work, seed {config.seed}, {config.loss_type}, {config.steps} steps\n"
+        f"report: {config.output_dir / 'report.html'}"
+    )

@@ -1,0 +1,28 @@
+"""Which class each generated image gets: a function of the seed, the same on every process."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stablevm.rng import generator
+
+
+def balanced_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor:
+    """`num_samples` int64 labels, as many of each class, exact to one; the seed picks the classes that get one more.
+
+    They are shuffled over the whole set, not class by class or block by block: the Inception score is computed over
+    consecutive chunks of the file, and chunks that are balanced by construction would raise it.
+    """
+    stream = generator("labels", "equal", seed)
+    per_class, remainder = divmod(num_samples, len(classes))
+    pool = torch.tensor(classes, dtype=torch.int64)
+    extra = pool[torch.randperm(len(pool), generator=stream)[:remainder]]
+    labels = torch.cat([pool.repeat(per_class), extra])
+    return labels[torch.randperm(num_samples, generator=stream)]
+
+
+def random_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor:
+    """`num_samples` int64 labels, each drawn uniformly from `classes`."""
+    pool = torch.tensor(classes, dtype=torch.int64)
+    return pool[torch.randint(len(pool), (num_samples,), generator=generator("labels", "random", seed))]

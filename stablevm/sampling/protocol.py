@@ -1,0 +1,124 @@
+"""What generated images depend on: recorded beside them, so that images of different origins never mix."""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, full
+
+from stablevm import files
+from stablevm.autoencoder import IDENTITY, full_name, latent_spec_of
+from stablevm.errors import UserError
+from stablevm.sampling.config import GenerateConfig, as_typed
+from stablevm.sampling.labels import balanced_labels, random_labels
+from stablevm.sampling.sampler import SamplerSettings
+from stablevm.snapshot import ModelCard
+
+Protocol = dict[str, Any]
+_HASH_DIGITS = 8
+
+
+def check_claims(config: GenerateConfig, card: ModelCard) -> None:
+    """UserError where an option contradicts the checkpoint; both values are named."""
+    recorded = {
+        "model": card.model.name,
+        "path_type": card.path_type,
+        "prediction_type": card.prediction,
+        "encoder_depth": card.model.encoder_depth,
+        "projector_embed_dims": ",".join(str(width) for width in card.model.projector_dims) or "none",
+        "use_projector": bool(card.model.projector_dims),
+        "use_irepa": card.model.projector_kind == "conv",
+        "qk_norm": card.model.qk_norm,
+    }
+    for option, value in recorded.items():
+        given = getattr(config, option)
+        if given is not None and given != value:
+            raise UserError(
+                f"{as_typed(option, given)}: the checkpoint {config.ckpt} records {as_typed(option, value)}; "
+                "leave the option out"
+            )
+    _check_autoencoder(config, card)
+    unknown = [index for index in config.class_indices() or () if index >= card.model.num_classes]
+    if unknown:
+        raise UserError(f"--classes {config.classes}: the checkpoint knows 0 to {card.model.num_classes - 1}")
+
+
+def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
+    recorded = card.latent.autoencoder
+    if config.vae is not None and full_name(config.vae) != recorded:
+        another_folder = recorded != IDENTITY and Path(config.vae).is_dir()
+        if not another_folder:
+            raise UserError(
+                f"--vae {config.vae}: the checkpoint {config.ckpt} records {recorded}; leave the option out, "
+                "or give the folder of an autoencoder to decode with"
+            )
+    if config.resolution is not None:
+        side = latent_spec_of(autoencoder_name(config, card), config.resolution).shape[1]
+        if side != card.latent.shape[1]:
+            raise UserError(
+                f"--resolution {config.resolution}: that is a latent of {side} x {side}, "
+                f"the checkpoint {config.ckpt} records {card.latent.shape[1]} x {card.latent.shape[2]}"
+            )
+
+
+def autoencoder_name(config: GenerateConfig, card: ModelCard) -> str:
+    return card.latent.autoencoder if config.vae is None else full_name(config.vae)
+
+
+def sampler_settings(config: GenerateConfig) -> SamplerSettings:
+    return SamplerSettings(**{field.name: getattr(config, field.name) for field in fields(SamplerSettings)})
+
+
+def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
+    """The class of each image, int64 (num_fid_samples,); the null class for all with `unconditional`."""
+    if config.unconditional:
+        return full((config.num_fid_samples,), card.model.null_class)
+    classes = config.class_indices() or range(card.model.num_classes)
+    draw = balanced_labels if config.label_sampling == "equal" else random_labels
+    return draw(config.num_fid_samples, classes, config.global_seed)
+
+
+def protocol_of(config: GenerateConfig, card: ModelCard) -> Protocol:
+    """All that the images depend on, as JSON values; `config` is effective. Reads the weights file, for its hash."""
+    weights_file = config.ckpt / f"{config.weights}.safetensors"
+    if not weights_file.is_file():
+        raise UserError(f"--ckpt {config.ckpt}: it holds no {weights_file.name}; see --weights")
+    classes = config.class_indices()
+    return {
+        "num_fid_samples": config.num_fid_samples,
+        "global_seed": config.global_seed,
+        "label_sampling": config.label_sampling,
+        "classes": None if classes is None else list(classes),
+        "unconditional": config.unconditional,
+        **asdict(sampler_settings(config)),
+        "tf32": config.tf32,
+        "fused_attn": card.model.fused_attn,
+        "autoencoder": autoencoder_name(config, card),
+        "path_type": card.path_type,
+        "prediction": card.prediction,
+        "model": card.model.name,
+        "step": card.step,
+        "weights": config.weights,
+        "weights_sha256": files.sha256(weights_file),
+    }
+
+
+def default_name(protocol: Protocol) -> str:
+    """A file name to recognise the run by; its last digits, a hash of the protocol, keep different runs apart."""
+    digits = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:_HASH_DIGITS]
+    model = protocol["model"].replace("/", "-")
+    steps = f"{protocol['mode']}{protocol['num_steps']}"
+    return f"{model}-{protocol['step']:07d}-{steps}-cfg{protocol['cfg_scale']:g}-{digits}"
+
+
+def check_same(protocol: Protocol, found: Protocol, where: Path) -> None:
+    """UserError naming the first difference between this run's protocol and the one found at `where`."""
+    for key in protocol | found:
+        ours, theirs = protocol.get(key), found.get(key)
+        if ours != theirs:
+            raise UserError(
+                f"{where} holds images made with {key} {theirs}, this run has {ours}; "
+                "give another --name or --sample-dir, or the same options"
+            )

@@ -1,0 +1,102 @@
+"""A trained network that knows all that sampling needs: `model.json` beside its weights in safetensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stablevm.autoencoder import LatentSpec
+from stablevm.errors import UserError
+from stablevm.files import read_json, replacing, write_json
+from stablevm.models.config import SiTConfig
+from stablevm.models.sit import SiT
+
+CARD_FILE = "model.json"
+FORMAT_VERSION = 1
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The facts that a network's weights are useless without."""
+
+    model: SiTConfig
+    latent: LatentSpec
+    path_type: str
+    prediction: Literal["v", "x"]
+    class_names: tuple[str, ...]
+    step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model.to_dict(),
+            "latent": self.latent.to_dict(),
+            "path_type": self.path_type,
+            "prediction": self.prediction,
+            "class_names": list(self.class_names),
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelCard":
+        return cls(
+            model=SiTConfig.from_dict(values["model"]),
+            latent=LatentSpec.from_dict(values["latent"]),
+            path_type=values["path_type"],
+            prediction=values["prediction"],
+            class_names=tuple(values["class_names"]),
+            step=values["step"],
+        )
+
+
+def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> None:
+    """Write each set of weights as `NAME.safetensors`, then the card; an existing file is replaced whole."""
+    folder = Path(folder)
+    for name, tensors in weights.items():
+        save_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(folder / CARD_FILE, card.to_dict())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, complete or not at all."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary)
+
+
+def load_card(folder: str | Path) -> ModelCard:
+    """Read the card; UserError when `folder` is not a checkpoint or was written by another format version."""
+    folder = Path(folder)
+    if not (folder / CARD_FILE).is_file():
+        raise UserError(f"--ckpt {folder}: not a checkpoint folder (it holds no {CARD_FILE})")
+    values = read_json(folder / CARD_FILE, "checkpoint")
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"--ckpt {folder}: format version {version}, this program reads {FORMAT_VERSION}")
+    return ModelCard.from_dict(values)
+
+
+def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of `NAME.safetensors`; UserError when the file is absent or damaged."""
+    path = Path(folder) / f"{name}.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"--ckpt {folder}: {path.name} is missing") from None
+    except SafetensorError as error:
+        raise UserError(f"--ckpt {folder}: {path.name} is damaged ({error}); use an earlier checkpoint") from None
+
+
+def load(folder: str | Path, *, weights: Weights = "ema", device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
+    """The network in evaluation mode, float32, without gradients, with its card."""
+    card = load_card(folder)
+    with torch.device("meta"):  # first values would be thrown away
+        model = SiT(card.model)
+    model.load_state_dict(load_weights(folder, weights), assign=True)
+    return model.to(device).eval().requires_grad_(False), card

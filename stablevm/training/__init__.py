@@ -1,0 +1,1 @@
+"""Training SiT networks: configuration, trainer, moving average, checkpoints, trackers."""

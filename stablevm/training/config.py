@@ -1,0 +1,225 @@
+"""The options of `train`. Free of torch, so that `--help` stays quick."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from stablevm.errors import UserError
+from stablevm.options import as_typed, idle_warnings, require
+
+CONFIG_FILE = "config.json"
+TRACKERS = ("tensorboard", "wandb", "none")
+
+# May differ between a run and its continuation: they change neither the batches nor the network.
+FREE_ON_RESUME = frozenset(
+    {
+        "resume", "resume_step", "report_to", "num_workers", "max_train_steps", "epochs", "checkpointing_steps",
+        "checkpoints_kept", "sampling_steps", "log_steps", "prefill_batch_size", "prefill_workers", "bank_on_gpu",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a network into OUTPUT_DIR/EXP_NAME. To go on after an interruption, run the same command again."""
+
+    exp_name: str
+    """Name of the run; logs, samples and checkpoints go to OUTPUT_DIR/EXP_NAME."""
+    data_dir: Path
+    """Prepared data set: a folder with dataset.json, or one whose folder train holds it."""
+    output_dir: Path = Path("exps")
+    """Folder of all runs."""
+    report_to: str = "tensorboard"
+    """wandb, tensorboard, none; several separated by commas. Metrics always go to metrics.jsonl as well."""
+    model: str = "SiT-XL/2"
+    """SiT-{S,B,L,XL}/{2,4,8}, or SiT-{XXS,XS}/{1,2,4} for small images."""
+    encoder_depth: int = 8
+    """Block, counted from 1, whose tokens are aligned."""
+    fused_attn: bool = True
+    """Compute attention with the fused kernel."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+    resolution: int | None = None
+    """Side of the images in pixels, checked against the data set. Default: the data set's."""
+    num_classes: int | None = None
+    """Number of classes, at least those of the data set. Default: the data set's."""
+    batch_size: int = 256
+    """Samples per step over all processes; a multiple of processes x accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Parts into which each process splits its share of a step, to save memory."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns that off."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Arithmetic of the network. Default: fp16 on a GPU, no on a CPU."""
+    allow_tf32: bool = False
+    """Let a GPU round the factors of the network's float32 products to TF32. The references' never are."""
+    epochs: int = 1400
+    """Stop after this many passes over the data, if --max-train-steps does not end first."""
+    max_train_steps: int = 400_000
+    """Stop after this many steps."""
+    checkpointing_steps: int = 50_000
+    """Write a checkpoint every this many steps, and at the end."""
+    checkpoints_kept: int = 0
+    """Keep only this many of the newest checkpoints; 0 keeps all."""
+    sampling_steps: int = 10_000
+    """Draw a grid of samples every this many steps, and at the end; 0: never."""
+    log_steps: int = 10
+    """Write metrics every this many steps."""
+    resume: bool = False
+    """Go on with OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
+    resume_step: int = 0
+    """Go on from the checkpoint of this step instead of the newest."""
+    learning_rate: float = 1e-4
+    """Rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or falling along a half cosine to 5 % at the last step."""
+    lr_warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient, in [0, 1)."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient, in [0, 1)."""
+    adam_weight_decay: float = 0.0
+    """AdamW's weight decay, 0 or more."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon, above 0."""
+    ema_decay: float = 0.9999
+    """Decay d of the weights' moving average, in [0, 1); after n steps min(d, (1 + n) / (10 + n)) is used."""
+    seed: int = 0
+    """Seed of weights, batches, times and noise; 0 or more."""
+    num_workers: int = 4
+    """Processes that read data."""
+    path_type: Literal["linear", "cosine"] = "linear"
+    """Path between data and noise."""
+    prediction: Literal["v", "x"] = "v"
+    """What the network predicts: v, the velocity; x, the data."""
+    weighting: Literal["uniform", "lognormal", "logit_normal"] = "uniform"
+    """Distribution of training times: uniform; lognormal: EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2);
+    logit_normal: ln(sigma/alpha) ~ N(0, 1)."""
+    cfg_prob: float = 0.1
+    """Chance that a label is dropped, in [0, 1]."""
+    loss_type: Literal["si", "stablevm"] = "si"
+    """si: flow matching, targets of one sample. stablevm: targets averaged over the bank's references."""
+    bank_capacity_per_class: int = 256
+    """Samples that the bank keeps of each class."""
+    prefill_bank_fully: bool = False
+    """Fill the bank up before the first step; otherwise it starts with one sample per class."""
+    prefill_batch_size: int = 1024
+    """Latents read at a time while the bank is filled."""
+    prefill_workers: int | None = None
+    """Threads that read latents while the bank is filled. Default: --num-workers."""
+    bank_on_gpu: bool = True
+    """Keep the bank in the GPU's memory; otherwise in the host's, where its arithmetic then runs too."""
+    bank_anchors: Literal["bank", "batch"] = "bank"
+    """The sample that is perturbed: bank, one drawn from the bank (as published); batch, the fresh one."""
+    use_proj_loss: bool = False
+    """Align inner tokens with a frozen encoder's (VA-REPA)."""
+    proj_coeff: float = 0.5
+    """Weight of the alignment loss, 0 or more."""
+    proj_weight_schedule: Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"] = "hard"
+    """How alignment fades with time; constant is plain REPA."""
+    proj_tau: float = 0.7
+    """Time around which it fades, in (0, 1]."""
+    proj_k: float = 20.0
+    """Steepness of the sigmoid."""
+    enc_type: str = "dinov2-vit-b"
+    """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name, or digits."""
+    encoder_weights: str | None = None
+    """Files of the encoders' weights separated by commas, for machines without network."""
+    use_irepa: bool = False
+    """iREPA: a convolutional projector, and encoder features normalised over space."""
+    irepa_gamma: float = 0.6
+    """Share of the mean over patches that iREPA takes off the encoder's features, in [0, 1]."""
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.exp_name
+
+    @property
+    def encoder_names(self) -> list[str]:
+        return [name.strip() for name in self.enc_type.split(",")] if self.use_proj_loss else []
+
+    @property
+    def encoder_files(self) -> list[Path | None]:
+        """One weights file per encoder; None where timm downloads them."""
+        if self.encoder_weights is None:
+            return [None] * len(self.encoder_names)
+        return [Path(part.strip()) for part in self.encoder_weights.split(",")]
+
+    @property
+    def trackers(self) -> list[str]:
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in names if name != "none"]
+
+    def total_steps(self, samples: int) -> int:
+        """Steps until the first of --epochs and --max-train-steps ends, on a data set of `samples`."""
+        return min(self.max_train_steps, math.ceil(self.epochs * samples / self.batch_size))
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        counts = ("batch_size", "gradient_accumulation_steps", "epochs", "max_train_steps", "checkpointing_steps")
+        more_counts = ("bank_capacity_per_class", "prefill_batch_size", "log_steps")
+        naturals = ("checkpoints_kept", "sampling_steps", "resume_step", "lr_warmup_steps", "seed", "num_workers")
+        shares = ("adam_beta1", "adam_beta2", "ema_decay")
+        require(
+            self,
+            [
+                ("exp_name", Path(self.exp_name).name == self.exp_name and self.exp_name != "", "a folder's name"),
+                ("report_to", set(self.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}, comma-separated"),
+                *((name, getattr(self, name) >= 1, "at least 1") for name in counts + more_counts),
+                *((name, getattr(self, name) >= 0, "0 or more") for name in naturals),
+                *((name, 0 <= getattr(self, name) < 1, "a number in [0, 1)") for name in shares),
+                ("learning_rate", self.learning_rate > 0, "a positive number"),
+                ("adam_epsilon", self.adam_epsilon > 0, "a positive number"),
+                ("adam_weight_decay", self.adam_weight_decay >= 0, "0 or more"),
+                ("max_grad_norm", self.max_grad_norm >= 0, "0 or more; 0 does not clip"),
+                ("cfg_prob", 0 <= self.cfg_prob <= 1, "a chance in [0, 1]"),
+                ("proj_coeff", self.proj_coeff >= 0, "0 or more"),
+                ("proj_tau", 0 < self.proj_tau <= 1, "a time in (0, 1]"),
+                ("irepa_gamma", 0 <= self.irepa_gamma <= 1, "a share in [0, 1]"),
+                ("prefill_workers", self.prefill_workers is None or self.prefill_workers >= 0, "0 or more"),
+                ("encoder_weights", len(self.encoder_files) == len(self.encoder_names) or not self.use_proj_loss,
+                 f"one file for each of --enc-type {self.enc_type}"),
+            ],
+        )  # fmt: skip
+
+    def warnings(self) -> list[str]:
+        """One line for each option that was given and has no effect with the others."""
+        idle: dict[str, str] = {}
+        if self.loss_type == "si":
+            bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
+            idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors"), "--loss-type si")
+        if not self.use_proj_loss:
+            projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
+            idle |= dict.fromkeys((*projection, "encoder_depth", "use_irepa", "irepa_gamma"), "--no-use-proj-loss")
+        if self.use_proj_loss and self.proj_weight_schedule != "sigmoid":
+            idle["proj_k"] = f"--proj-weight-schedule {self.proj_weight_schedule}"
+        if self.use_proj_loss and self.proj_weight_schedule == "constant":
+            idle["proj_tau"] = "--proj-weight-schedule constant"
+        if self.use_proj_loss and not self.use_irepa:
+            idle["irepa_gamma"] = "--no-use-irepa"
+        return idle_warnings(self, idle)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """UserError for a field that this version does not know."""
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"{CONFIG_FILE}: unknown options {', '.join(sorted(unknown))}, of another version")
+        folders = {name: Path(values[name]) for name in ("data_dir", "output_dir")}
+        return cls(**{**values, **folders})
+
+    def check_continues(self, earlier: "TrainConfig") -> None:
+        """UserError naming the first option that contradicts the run which this one continues."""
+        free = FREE_ON_RESUME - ({"max_train_steps", "epochs"} if self.lr_schedule == "cosine" else set())
+        mine, theirs = self.to_dict(), earlier.to_dict()
+        for option, value in mine.items():
+            if option not in free and value != theirs[option]:
+                raise UserError(
+                    f"{self.folder} holds a run with {as_typed(option, theirs[option])}, this command says "
+                    f"{as_typed(option, value)}: give that, or another --exp-name"
+                )

@@ -1,0 +1,23 @@
+"""The exponential moving average of the weights, with the published warm-up."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class MovingAverage:
+    """A float32 copy of `model` that follows it: `average += (1 - d) (model - average)` after each step."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """decay: in [0, 1); after n updates `min(decay, (1 + n) / (10 + n))` is used."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self._average = [parameter.data for parameter in self.model.parameters()]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        """Follow `model` after `updates` earlier updates."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        current = [parameter.data for parameter in model.parameters()]
+        torch._foreach_lerp_(self._average, current, 1 - decay)

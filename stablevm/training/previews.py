@@ -1,0 +1,36 @@
+"""Grids of samples during training, always of the same noise, so that one sees the network learn."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from stablevm.autoencoder import Autoencoder
+from stablevm.images import save_png, tile
+from stablevm.rng import RowGenerators
+from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.snapshot import ModelCard
+
+SETTINGS = SamplerSettings(mode="ode", num_steps=40, cfg_scale=1.5)
+CLASSES, PER_CLASS = 10, 6
+MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
+
+
+class Previews:
+    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes."""
+
+    def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
+        self.folder, self.autoencoder, self.seed = folder, autoencoder, seed
+
+    def draw(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
+        """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
+        classes = min(CLASSES, card.model.num_classes)
+        labels = torch.arange(classes).repeat_interleave(PER_CLASS)
+        streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
+        latents, _ = draw_latents(model, card, labels, streams, SETTINGS, device)
+        images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
+        grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
+        save_png(self.folder / f"step-{card.step:07d}.png", grid)
+        return grid

@@ -1,0 +1,142 @@
+"""From the options to the things that training works with; every mismatch between them is an error here."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stablevm import rng
+from stablevm.bank import ClassBank
+from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.encoders import Encoder, load_encoder
+from stablevm.errors import UserError
+from stablevm.interpolant import get_interpolant
+from stablevm.models.config import SiTConfig, sit_config
+from stablevm.objective import FlowMatching, Protocol, StableVM
+from stablevm.training.config import TrainConfig
+
+
+def open_data(config: TrainConfig) -> PreparedDataset:
+    """The data set, checked against the options."""
+    dataset = open_dataset(config.data_dir)
+    if config.resolution not in (None, dataset.resolution):
+        raise UserError(f"--resolution {config.resolution}: {config.data_dir} holds images of {dataset.resolution}")
+    if config.num_classes is not None and config.num_classes < dataset.num_classes:
+        raise UserError(
+            f"--num-classes {config.num_classes}: {config.data_dir} has {dataset.num_classes} classes; "
+            "give at least as many"
+        )
+    if config.use_proj_loss:
+        dataset.check_images()
+    return dataset
+
+
+def class_names(config: TrainConfig, dataset: PreparedDataset) -> tuple[str, ...]:
+    """Names of all classes that the network knows; those beyond the data set's are called by their number."""
+    extra = range(dataset.num_classes, config.num_classes or dataset.num_classes)
+    return (*dataset.class_names, *map(str, extra))
+
+
+def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
+    """The network without projectors: their widths are the encoders'."""
+    channels, height, width = dataset.latent.shape
+    if height != width:
+        raise UserError(f"--data-dir {config.data_dir}: its latents are {height} x {width}, the network takes squares")
+    return sit_config(
+        config.model,
+        input_size=height,
+        in_channels=channels,
+        num_classes=config.num_classes or dataset.num_classes,
+        qk_norm=config.qk_norm,
+        fused_attn=config.fused_attn,
+        encoder_depth=config.encoder_depth,
+        projector_kind="conv" if config.use_irepa else "mlp",
+    )
+
+
+def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dtype: torch.dtype) -> list[Encoder]:
+    """The frozen encoders on `device`, for a network of `grid_size` tokens per side."""
+    return [
+        load_encoder(name, grid_size=grid_size, weights=weights, device=device, dtype=dtype)
+        for name, weights in zip(config.encoder_names, config.encoder_files, strict=True)
+    ]
+
+
+def make_objective(
+    config: TrainConfig, model: SiTConfig, dataset: PreparedDataset, device: torch.device
+) -> FlowMatching | StableVM:
+    """The objective, with an empty bank where it needs one."""
+    protocol = Protocol(
+        path=get_interpolant(config.path_type),
+        prediction=config.prediction,
+        weighting=config.weighting,
+        label_dropout=config.cfg_prob,
+        null_class=model.null_class,
+    )
+    if config.loss_type == "si":
+        return FlowMatching(protocol)
+    bank = ClassBank(
+        model.num_classes,
+        config.bank_capacity_per_class,
+        dataset.latent.shape,
+        device=device if config.bank_on_gpu else "cpu",
+    )
+    return StableVM(bank, protocol, anchors=config.bank_anchors)
+
+
+def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:
+    """Fill the bank with samples of each class chosen by the seed, reading latents only.
+
+    Every process chooses and reads the same ones, so that all hold the same bank without talking to each other.
+    Raises UserError naming the classes of which the data holds no sample.
+    """
+    per_class = bank.capacity if config.prefill_bank_fully else 1
+    labels = dataset.labels()
+    rows = _choose_rows(labels, bank.num_classes, per_class, config.seed)
+    workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
+    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not show) as progress:
+        for part, latents in _read_latents(dataset, rows, config, workers):
+            bank.insert(latents, labels[part], part)
+            progress.update(len(part))
+    missing = bank.missing_classes()
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise UserError(
+            f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
+            f"({shown}), so their bank stays empty; prepare the data with them or lower --num-classes"
+        )
+    if show and config.prefill_bank_fully:
+        short = int((bank.counts < bank.capacity).sum())
+        if short:
+            print(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
+
+
+def _choose_rows(labels: Tensor, num_classes: int, per_class: int, seed: int) -> Tensor:
+    """At most `per_class` rows of each class at random, in the order of the file."""
+    shuffled = torch.randperm(len(labels), generator=rng.generator(seed, "prefill"))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = torch.bincount(labels, minlength=num_classes)
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return by_class[rank < per_class].sort().values
+
+
+def _read_latents(
+    dataset: PreparedDataset, rows: Tensor, config: TrainConfig, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of `rows` with their latents, in order, read by `workers` threads (or this one)."""
+
+    def read(part: Tensor) -> Tensor:
+        moments = dataset.moments(part.tolist())
+        streams = rng.RowGenerators.for_keys(config.seed, "prefill", positions=part.tolist())
+        return dataset.latent.from_moments(moments, rng.randn((len(part), *dataset.latent.shape), streams))
+
+    parts = rows.split(config.prefill_batch_size)
+    if workers == 0:
+        yield from zip(parts, map(read, parts), strict=True)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(parts), workers):  # no more than `workers` parts are read ahead
+            ahead = parts[start : start + workers]
+            yield from zip(ahead, pool.map(read, ahead), strict=True)

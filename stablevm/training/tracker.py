@@ -1,0 +1,78 @@
+"""Where numbers and pictures of a run go: always a JSON-lines file, and the trackers that were asked for."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablevm.errors import UserError
+from stablevm.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Trackers:
+    """One interface to the JSON-lines file `FOLDER/metrics.jsonl`, TensorBoard (`FOLDER/tensorboard`) and wandb.
+
+    To be used on one process only. Rows after `first_step` of an earlier run that was killed are taken off the file,
+    so that each step stands in it once.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], config: Mapping[str, Any], first_step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._others = [_open_tracker(name, folder, config) for name in names]
+        path = folder / METRICS_FILE
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One row; values that are not finite become null in the file, which JSON can hold."""
+        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for tracker in self._others:
+            tracker.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
+        """A picture uint8 (H, W, 3), for the trackers that show some."""
+        for tracker in self._others:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [image]}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._others:
+            tracker.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a kill left half-written is ignored."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    plain = {key: value if isinstance(value, int | float | bool) else str(value) for key, value in config.items()}
+    if name == "tensorboard":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a TensorFlow that happens to be installed stays quiet
+        tracker: Any = TensorBoardTracker("tensorboard", logging_dir=str(folder))
+    else:
+        try:
+            tracker = WandBTracker("stablevm", name=folder.name, dir=str(folder))
+        except ImportError:
+            raise UserError("--report-to wandb: it is not installed; pip install 'stablevm[wandb]'") from None
+    if hasattr(tracker, "start"):  # accelerate 1.9 and newer start a tracker apart from making it
+        tracker.start()
+    tracker.store_init_configuration(plain)
+    return tracker

@@ -1,0 +1,280 @@
+"""Whole generations from a tiny checkpoint: the same images however the work is split, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import random_weights, save_checkpoint, tiny_card
+from PIL import Image
+
+from stablevm.errors import UserError
+from stablevm.rng import RowGenerators
+from stablevm.sampling import generation
+from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.generation import generate
+from stablevm.sampling.parts import PART_LENGTH, PartFolder
+from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.snapshot import load, save
+
+COUNT = 70  # four full parts and one of six
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_card())
+
+
+@pytest.fixture
+def options(checkpoint, tmp_path):
+    """Build a config: few cheap steps unless told otherwise."""
+
+    def build(**given):
+        return GenerateConfig(
+            **{
+                "ckpt": checkpoint,
+                "num_fid_samples": COUNT,
+                "num_steps": 4,
+                "cfg_scale": 1.5,
+                "guidance_high": 0.7,
+                "sample_dir": tmp_path / "samples",
+                "name": "run",
+                **given,
+            }
+        )
+
+    return build
+
+
+def as_process(monkeypatch, rank, world_size):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+
+
+def images_of(path):
+    with np.load(path) as archive:
+        return archive["arr_0"]
+
+
+def levels_apart(path, other):
+    return np.abs(images_of(path).astype(int) - images_of(other).astype(int)).max()
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_result(options, capsys):
+    target = generate(options())
+    assert {path.name for path in target.parent.iterdir()} == {"run.npz", "run.png"}, "the parts are gone"
+    with np.load(target) as archive:
+        images, labels, protocol = archive["arr_0"], archive["labels"], json.loads(archive["protocol"].item())
+    assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
+    assert (images[..., 0] == images[..., 2]).all() and images.std() > 20 and len(np.unique(images, axis=0)) == COUNT
+    assert labels.dtype == np.int64 and sorted(np.bincount(labels)) == [17, 17, 18, 18]
+    assert protocol["num_steps"] == 4 and protocol["weights"] == "ema" and len(protocol["weights_sha256"]) == 64
+    # A row of eight images of 8 x 8 pixels, enlarged eightfold, for each of the four classes, two pixels apart.
+    assert Image.open(target.with_suffix(".png")).size == (8 * 66 + 2, 4 * 66 + 2)
+    printed = capsys.readouterr().out.strip()
+    # Of the times 1, 0.68, 0.36, 0.04, three are in the guided interval.
+    assert printed.startswith(f"{target}: 70 images, EMA weights of step 120, 7 network evaluations per image, ")
+
+
+def test_pixels_are_latents_rounded_to_the_nearest_level(options, checkpoint):
+    config = options(mode="ode", num_fid_samples=PART_LENGTH)
+    target = generate(config)
+    labels = torch.from_numpy(np.load(target)["labels"])
+    model, card = load(checkpoint)
+    streams = RowGenerators.for_keys("generate", 0, positions=range(PART_LENGTH))
+    settings = SamplerSettings(mode="ode", num_steps=4, cfg_scale=1.5, guidance_high=0.7)
+    latents, _ = draw_latents(model, card, labels, streams, settings, "cpu")
+    levels = ((latents.double() + 1) * 127.5).clamp(0, 255)[:, 0].numpy()
+    assert np.abs(levels - images_of(target)[..., 0]).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("given", [{"mode": "sde"}, {"mode": "ode", "heun": True}])
+def test_batch_size_does_not_change_the_images(options, given):
+    whole = generate(options(per_proc_batch_size=64, **given))
+    small = generate(options(per_proc_batch_size=7, name="small", **given))
+    assert levels_apart(whole, small) <= 1
+
+
+def test_processes_do_not_change_the_images(options, monkeypatch):
+    whole = generate(options())
+    for rank in (1, 2, 0):  # the first process last: it would wait for the others
+        as_process(monkeypatch, rank, world_size=3)
+        shared = generate(options(name="shared"))
+        assert shared.exists() == (rank == 0)
+        if rank == 1:
+            parts = {path.name for path in shared.with_suffix(".parts").glob("*.npy")}
+            assert parts == {"000016-000032.npy", "000064-000070.npy"}, "its share alone"
+    assert levels_apart(whole, shared) <= 1
+    assert np.array_equal(np.load(whole)["labels"], np.load(shared)["labels"])
+
+
+def test_the_first_process_waits_for_the_others(options, monkeypatch):
+    whole = generate(options())
+
+    def others_work_meanwhile(seconds):
+        as_process(monkeypatch, 1, world_size=2)
+        generate(options(name="shared"))
+
+    monkeypatch.setattr(generation.time, "sleep", others_work_meanwhile)
+    as_process(monkeypatch, 0, world_size=2)
+    assert levels_apart(whole, generate(options(name="shared"))) <= 1
+
+
+def test_image_depends_on_seed_and_index_alone(options):
+    many, few = generate(options(classes="2")), generate(options(classes="2", num_fid_samples=20, name="few"))
+    assert np.abs(images_of(many)[:20].astype(int) - images_of(few).astype(int)).max() <= 1
+    other_seed = generate(options(classes="2", num_fid_samples=20, name="other", global_seed=1))
+    assert levels_apart(few, other_seed) > 50
+
+
+def test_interrupted_and_resumed_gives_the_same_file(options, monkeypatch):
+    whole = generate(options(per_proc_batch_size=PART_LENGTH))
+    write, written = PartFolder.write, []
+
+    def write_until_interrupted(self, part, images):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(part)
+        write(self, part, images)
+
+    config = options(name="resumed", per_proc_batch_size=PART_LENGTH)
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFolder, "write", write_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(config)
+    parts = config.sample_dir / "resumed.parts"
+    assert {path.name for path in parts.iterdir()} == {"protocol.json", "000000-000016.npy", "000016-000032.npy"}
+    drawn = []
+    monkeypatch.setattr(PartFolder, "write", lambda self, part, images: (drawn.append(part), write(self, part, images)))
+    assert generate(config).read_bytes() == whole.read_bytes()
+    assert drawn == [range(32, 48), range(48, 64), range(64, 70)], "only what was missing"
+
+
+def test_resumed_with_another_batch_size_and_process_count(options, monkeypatch):
+    whole = generate(options())
+    as_process(monkeypatch, 2, world_size=3)
+    generate(options(name="resumed", per_proc_batch_size=5))
+    as_process(monkeypatch, 0, world_size=1)
+    assert levels_apart(whole, generate(options(name="resumed", per_proc_batch_size=33))) <= 1
+
+
+def test_killed_process_leaves_complete_parts_alone(options, checkpoint, tmp_path):
+    config = options(name="killed", per_proc_batch_size=2, num_steps=60)
+    given = {**vars(config), "ckpt": str(config.ckpt), "sample_dir": str(config.sample_dir)}
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from stablevm.sampling.config import GenerateConfig; from stablevm.sampling.generation import generate\n"
+        "given = json.loads(sys.argv[1]); given |= {key: Path(given[key]) for key in ('ckpt', 'sample_dir')}\n"
+        "generate(GenerateConfig(**given))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(given)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    parts = config.sample_dir / "killed.parts"
+    deadline = time.monotonic() + 60
+    while not list(parts.glob("0*.npy")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed at work"
+    found = list(parts.glob("0*.npy"))
+    assert found and all(np.load(path).shape == (PART_LENGTH, 8, 8, 3) for path in found)
+    resumed = generate(config)
+    assert levels_apart(resumed, generate(options(name="whole", num_steps=60))) <= 1
+    assert not parts.exists()
+
+
+def test_finished_run_is_returned_at_once(options, monkeypatch, capsys):
+    target = generate(options())
+    before = contents(target.parent)
+    monkeypatch.setattr(generation, "draw_latents", None)
+    (target.parent / "run.parts").mkdir()  # as a process killed while it tidied up leaves it
+    capsys.readouterr()
+    assert generate(options(per_proc_batch_size=3)) == target
+    assert capsys.readouterr().out == f"{target} is complete already\n"
+    assert contents(target.parent) == before and not (target.parent / "run.parts").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_protocol_is_refused_and_nothing_changes(options, finished, monkeypatch):
+    config = options()
+    if finished:
+        generate(config)
+    else:
+        as_process(monkeypatch, 1, world_size=2)
+        generate(config)
+        as_process(monkeypatch, 0, world_size=1)
+    before = contents(config.sample_dir)
+    for given, difference in (
+        ({"cfg_scale": 2.0}, "cfg_scale 1.5, this run has 2.0"),
+        ({"weights": "model"}, "weights ema"),
+    ):
+        with pytest.raises(UserError, match=difference):
+            generate(options(**given))
+    assert contents(config.sample_dir) == before
+    without_effect = options(diffusion_scale=config.diffusion_scale, heun=True)
+    assert generate(without_effect).exists(), "an option without effect is no difference"
+
+
+def test_other_weights_under_the_same_name_are_refused(options, tmp_path):
+    generate(options())
+    other = save_checkpoint(tmp_path / "other", tiny_card(), seed=9)
+    with pytest.raises(UserError, match="weights_sha256"):
+        generate(options(ckpt=other))
+
+
+def test_default_names_keep_runs_apart(options):
+    first, second = (generate(options(name=None, num_fid_samples=2, global_seed=seed)) for seed in (0, 1))
+    assert first != second and first.name.startswith("SiT-XXS-4-0000120-sde4-cfg1.5-")
+
+
+def test_weights_labels_and_precision_choices_change_the_images(options):
+    base = generate(options())
+    for name, given in (
+        ("model", {"weights": "model"}),
+        ("bf16", {"precision": "bf16"}),
+        ("unconditional", {"unconditional": True}),
+        ("noisy", {"diffusion_scale": 2.0}),
+        ("late", {"last_time": 0.2}),
+        ("low", {"guidance_low": 0.5}),
+    ):
+        assert levels_apart(base, generate(options(name=name, **given))) > 1, name
+    assert set(np.load(options().sample_dir / "unconditional.npz")["labels"]) == {4}, "the null class"
+    assert levels_apart(base, generate(options(name="explicit attention", fused_attn=False))) <= 1
+
+
+def test_classes_and_random_labels(options):
+    chosen = np.load(generate(options(name="chosen", classes="3,1", num_fid_samples=9)))["labels"]
+    assert sorted(np.bincount(chosen)[[1, 3]]) == [4, 5]
+    drawn = np.load(generate(options(name="random", label_sampling="random")))["labels"]
+    assert set(drawn) == {0, 1, 2, 3}
+
+
+def test_idle_options_warn(options, capsys):
+    generate(options(num_fid_samples=1, heun=True, tf32=not torch.cuda.is_available(), grid=False))
+    assert "warning: --heun has no effect with --mode sde\n" in capsys.readouterr().err
+    assert {path.name for path in options().sample_dir.iterdir()} == {"run.npz"}, "no picture was asked for"
+
+
+def test_values_that_are_not_finite_are_an_error(options, tmp_path):
+    card = tiny_card()
+    weights = {name: torch.full_like(value, float("nan")) for name, value in random_weights(card, 0).items()}
+    save(tmp_path / "broken", card, {"ema": weights})
+    with pytest.raises(UserError, match="--precision fp32: image 0 came out with values that are not finite"):
+        generate(options(ckpt=tmp_path / "broken"))
+
+
+def test_missing_weights_are_named(options, tmp_path):
+    save(tmp_path / "ema only", tiny_card(), {"ema": random_weights(tiny_card(), 0)})
+    with pytest.raises(UserError, match=r"it holds no model\.safetensors"):
+        generate(options(ckpt=tmp_path / "ema only", weights="model"))
+    assert not Path(options().sample_dir).exists()

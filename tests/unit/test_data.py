@@ -1,0 +1,241 @@
+"""Prepared data on disk: writing, reading in any order, and every fault in one clear line."""
+
+import json
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from data_sets import COUNT, DESCRIPTION, kill_at_rename, one_line, source, write
+from safetensors.torch import load_file, save_file
+
+from stablevm.data.loader import training_loader
+from stablevm.data.manifest import Manifest
+from stablevm.data.shards import ShardWriter, open_dataset
+from stablevm.errors import UserError
+
+
+class TestShards:
+    def test_round_trip_over_several_shards(self, dataset_dir, dataset_rows):
+        data = open_dataset(dataset_dir)
+        assert [shard.rows for shard in data.manifest.shards] == [8_192, 8_192, 3_616]
+        assert len(data) == COUNT and data.num_classes == 3 and data.has_images and data.resolution == 4
+        assert data.latent == DESCRIPTION.latent and data.class_names == ("cat", "dog", "owl")
+        assert list(data.manifest.class_counts) == dataset_rows["labels"].bincount().tolist()
+        every = range(COUNT)
+        for read, name in (
+            (data.labels(), "labels"),
+            (data.index(), "index"),
+            (data.moments(every), "moments"),
+            (data.moments_flip(every), "moments_flip"),
+            (data.images(every), "images"),
+        ):
+            assert read.dtype == dataset_rows[name].dtype and torch.equal(read, dataset_rows[name])
+
+    def test_random_access_in_any_order_with_repeats_across_shards(self, dataset_dir, dataset_rows):
+        data = open_dataset(dataset_dir)
+        picks = torch.randint(COUNT, (500,), generator=torch.Generator().manual_seed(2))
+        edges = torch.tensor([8_191, 8_192, 8_193, 16_383, 16_384, 0, 19_999, 8_192, 8_192, 7, 6])
+        for chosen in (picks, edges, picks.flip(0), torch.empty(0, dtype=torch.int64)):
+            assert torch.equal(data.moments(chosen), dataset_rows["moments"][chosen])
+            assert torch.equal(data.images(chosen.tolist()), dataset_rows["images"][chosen])
+        assert torch.equal(data.moments(range(8_000, 17_000)), dataset_rows["moments"][8_000:17_000])
+
+    @pytest.mark.parametrize("row", [-1, COUNT])
+    def test_rows_outside_are_an_error(self, dataset_dir, row):
+        with pytest.raises(IndexError, match="20000 rows"):
+            open_dataset(dataset_dir).moments([0, row])
+
+    def test_what_was_read_is_a_copy(self, dataset_dir, dataset_rows):
+        data = open_dataset(dataset_dir)
+        data.moments([4]).zero_()
+        assert torch.equal(data.moments([4])[0], dataset_rows["moments"][4])
+
+    def test_survives_fork_and_pickling_with_files_open(self, dataset_dir, dataset_rows):
+        data = open_dataset(dataset_dir)
+        data.moments([0])
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            first, second = pool.map(_Sum(data), [range(100), range(8_190, 8_195)])
+        assert first == dataset_rows["moments"][:100].double().sum()
+        assert second == dataset_rows["moments"][8_190:8_195].double().sum()
+        assert len(pickle.dumps(data)) < 1_000  # the folder, not what is mapped from it
+
+    def test_split_folder_or_the_folder_itself(self, dataset_dir):
+        assert open_dataset(dataset_dir.parent).folder == open_dataset(dataset_dir).folder == dataset_dir
+
+    def test_float32_moments_are_stored_as_float16(self, tmp_path):
+        few = source(10)
+        few["moments"] = few["moments"].float() + 1e-5
+        write(tmp_path, few)
+        assert torch.equal(open_dataset(tmp_path).moments(range(10)), few["moments"].half())
+
+    def test_a_set_without_images_and_flips(self, tmp_path):
+        few = source(10)
+        del few["images"], few["moments_flip"]
+        description = Manifest(("a", "b", "c"), 4, "none", DESCRIPTION.latent, has_flips=False, has_images=False)
+        write(tmp_path, few, description)
+        data = open_dataset(tmp_path)
+        assert not data.has_images and data.verify() == []
+        with pytest.raises(UserError, match="prepared without images"):
+            training_loader(data, global_batch=2, seed=0, num_steps=1, with_images=True)
+        with pytest.raises(UserError, match="prepared without the moments of mirrored"):
+            training_loader(data, global_batch=2, seed=0, num_steps=1, flip=True)
+
+
+class _Sum:
+    def __init__(self, data):
+        self.data = data
+
+    def __call__(self, chosen):
+        return self.data.moments(chosen).double().sum()
+
+
+class TestWriter:
+    def test_refuses_to_overwrite_a_data_set(self, dataset_dir):
+        with pytest.raises(UserError, match="holds a prepared data set already"):
+            ShardWriter(dataset_dir, DESCRIPTION)
+
+    @pytest.mark.parametrize("count", [8_191, 16_385])
+    def test_rows_per_shard_have_a_range(self, tmp_path, count):
+        with pytest.raises(UserError, match=f"{count}: expected 8192 to 16384"):
+            ShardWriter(tmp_path, DESCRIPTION, rows_per_shard=count)
+
+    def test_wrong_rows_are_refused(self, tmp_path):
+        writer = ShardWriter(tmp_path, DESCRIPTION)
+        good = source(4)
+        with pytest.raises(ValueError, match="moments_flip"):
+            writer.add(**{name: tensor for name, tensor in good.items() if name != "images"})
+        with pytest.raises(ValueError, match=r"labels of shape \(3,\)"):
+            writer.add(**{**good, "labels": good["labels"][:3]})
+        with pytest.raises(ValueError, match="3 class names"):
+            writer.add(**{**good, "labels": torch.tensor([0, 1, 2, 3])})
+
+    def test_moments_that_are_not_finite_name_the_sample(self, tmp_path):
+        few = source(4)
+        few["moments"] = few["moments"].float()
+        few["moments"][2, 0, 0, 0] = 1e6  # infinite in float16
+        with pytest.raises(UserError, match="moments of sample 17"):
+            write(tmp_path, few)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_rows_is_an_error(self, tmp_path):
+        with pytest.raises(UserError, match="no samples"):
+            ShardWriter(tmp_path, DESCRIPTION).finish()
+
+    def test_killed_between_shards_is_ignored_and_completes_when_run_again(self, tmp_path, dataset_rows, monkeypatch):
+        with monkeypatch.context() as patch:
+            kill_at_rename(patch, 3)
+            with pytest.raises(KeyboardInterrupt):
+                write(tmp_path, dataset_rows)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "latents-00000.safetensors",
+            "images-00000.safetensors",
+            "latents-00001.safetensors",
+        }
+        with pytest.raises(UserError, match="interrupted; run the preparation again"):
+            open_dataset(tmp_path)
+        (tmp_path / ".tmp-1-abcd-latents-00001.safetensors").write_bytes(b"half")  # left by a kill -9
+        write(tmp_path, dataset_rows)
+        data = open_dataset(tmp_path)
+        assert data.verify() == [] and torch.equal(data.moments(range(COUNT)), dataset_rows["moments"])
+        assert not list(tmp_path.glob(".tmp-*"))
+
+
+class TestFaults:
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(UserError, match="absent: no such folder") as error:
+            open_dataset(tmp_path / "absent")
+        one_line(error)
+
+    def test_no_manifest(self, tmp_path):
+        with pytest.raises(UserError, match=r"no dataset\.json") as error:
+            open_dataset(tmp_path)
+        one_line(error)
+
+    @pytest.mark.parametrize(
+        ("change", "cause"),
+        [
+            (lambda text: text[:200], "not valid JSON"),
+            (lambda text: text.replace('"format_version": 1', '"format_version": 7'), "version 7.*reads 1"),
+            (lambda text: json.dumps({"labels": []}), "version None"),
+            (lambda text: "[1]", "version None"),
+            (lambda text: text.replace('"crop"', '"crap"'), "KeyError: 'crop'"),
+            (lambda text: text.replace('"scale"', '"scala"'), "scala"),
+            (lambda text: text.replace('"count": 20000', '"count": 20001'), "count 20001"),
+            (lambda text: text.replace('"owl"', '"owl", "yak"'), "4 class_names, 3 class_counts"),
+            (lambda text: text.replace('"has_images": true', '"has_images": false'), "has_images"),
+            (lambda text: json.dumps({**json.loads(text), "shards": []}), "no shards"),
+        ],
+    )
+    def test_bad_manifest(self, dataset_copy, change, cause):
+        path = dataset_copy / "dataset.json"
+        path.write_text(change(path.read_text()))
+        with pytest.raises(UserError, match=cause) as error:
+            open_dataset(dataset_copy)
+        assert str(dataset_copy) in one_line(error)
+
+    def test_missing_shard(self, dataset_copy):
+        (dataset_copy / "latents-00001.safetensors").unlink()
+        with pytest.raises(UserError, match=r"latents-00001\.safetensors is missing") as error:
+            open_dataset(dataset_copy)
+        one_line(error)
+
+    def test_truncated_shard(self, dataset_copy):
+        path = dataset_copy / "latents-00002.safetensors"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-10])
+        with pytest.raises(UserError, match=f"latents-00002.* has {len(whole) - 10:,} bytes") as error:
+            open_dataset(dataset_copy)
+        one_line(error)
+
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "header", "gone"])
+    def test_shard_damaged_after_opening(self, dataset_copy, damage):
+        path = dataset_copy / "latents-00001.safetensors"
+        data = open_dataset(dataset_copy)
+        whole = path.read_bytes()
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes({"truncated": whole[:-10], "empty": b"", "header": b"\xff" * len(whole)}[damage])
+        data.moments([0])
+        with pytest.raises(UserError, match=r"latents-00001\.safetensors can't be read") as error:
+            data.moments([8_192])
+        one_line(error)
+
+    def test_shard_with_other_rows_or_types(self, dataset_copy):
+        path = dataset_copy / "latents-00000.safetensors"
+        data = open_dataset(dataset_copy)
+        save_file({name: tensor[:100] for name, tensor in load_file(path).items()}, path)
+        with pytest.raises(UserError, match=r"latents-00000.*instead of int64 \(8192,\)") as error:
+            data.moments([0])
+        one_line(error)
+
+    def test_images_of_other_samples(self, dataset_copy):
+        path = dataset_copy / "images-00001.safetensors"
+        tensors = load_file(path)
+        tensors["index"] = tensors["index"].flip(0).contiguous()
+        save_file(tensors, path)
+        data = open_dataset(dataset_copy)
+        data.images([0])
+        with pytest.raises(UserError, match=r"images-00001.*holds other samples than latents-00001") as error:
+            data.images([9_000])
+        one_line(error)
+
+    def test_labels_that_the_manifest_does_not_count(self, dataset_copy):
+        path = dataset_copy / "latents-00002.safetensors"
+        tensors = load_file(path)
+        tensors["labels"][-1] = 3
+        save_file(tensors, path)
+        with pytest.raises(UserError, match="labels in its shards are not those") as error:
+            open_dataset(dataset_copy).labels()
+        one_line(error)
+
+    def test_verify_names_all_damaged_files(self, dataset_copy):
+        data = open_dataset(dataset_copy)
+        assert data.verify() == []
+        for name, position in (("latents-00001.safetensors", -5), ("images-00002.safetensors", 5_000)):
+            damaged = bytearray((dataset_copy / name).read_bytes())
+            damaged[position] ^= 1
+            (dataset_copy / name).write_bytes(damaged)
+        (dataset_copy / "images-00000.safetensors").unlink()
+        names = [path.name for path in data.verify()]
+        assert names == ["images-00000.safetensors", "latents-00001.safetensors", "images-00002.safetensors"]

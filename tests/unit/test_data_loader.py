@@ -1,0 +1,148 @@
+"""The stateless sampler and the loader on top of it."""
+
+import os
+import random
+import signal
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from data_sets import COUNT, one_line
+
+from stablevm.data import loader as loader_module
+from stablevm.data.loader import StepSampler, training_loader
+from stablevm.data.shards import open_dataset
+from stablevm.errors import UserError
+
+
+def global_batches(world, *, num_samples=10, global_batch=4, seed=0, start_step=0, num_steps=10):
+    ranks = [StepSampler(num_samples, global_batch, rank, world, seed, start_step, num_steps) for rank in range(world)]
+    return [list(chain(*parts)) for parts in zip(*ranks, strict=True)]
+
+
+class TestSampler:
+    @pytest.mark.parametrize("global_batch", [4, 20, 28])  # straddles epochs, two epochs, more than two
+    def test_each_epoch_holds_every_sample_once(self, global_batch):
+        stream = np.concatenate(global_batches(1, global_batch=global_batch, num_steps=10))
+        assert len(stream) == 10 * global_batch
+        epochs = stream[: len(stream) // 10 * 10].reshape(-1, 10)
+        assert (np.sort(epochs, axis=1) == np.arange(10)).all()
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+    @pytest.mark.parametrize("global_batch", [4, 28])
+    def test_any_number_of_processes_sees_the_same_global_batches(self, global_batch):
+        one = global_batches(1, global_batch=global_batch)
+        assert global_batches(2, global_batch=global_batch) == global_batches(4, global_batch=global_batch) == one
+
+    def test_resuming_is_starting_at_another_step(self):
+        whole = global_batches(2, num_steps=20)
+        assert global_batches(2, start_step=13, num_steps=7) == whole[13:]
+
+    def test_the_seed_decides_the_order(self):
+        assert global_batches(1, seed=0) == global_batches(1, seed=0) != global_batches(1, seed=1)
+
+    @pytest.mark.parametrize("global_batch", [6, 0])
+    def test_a_batch_that_the_processes_can_not_share(self, global_batch):
+        with pytest.raises(UserError, match=f"--batch-size {global_batch}: .* 4 processes") as error:
+            StepSampler(10, global_batch, 0, 4, 0, 0, 1)
+        one_line(error)
+
+
+def read(data, **options):
+    return list(training_loader(data, **{"global_batch": 8, "seed": 3, "num_steps": 4, **options}))
+
+
+def same(left, right):
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(left, right, strict=True)
+        for name in ("moments", "labels", "rows", "images")
+    )
+
+
+class TestLoader:
+    def test_batches_hold_the_rows_they_name(self, dataset_dir, dataset_rows):
+        data = open_dataset(dataset_dir)
+        batches = read(data, with_images=True)
+        assert [batch.rows.tolist() for batch in batches] == list(StepSampler(COUNT, 8, 0, 1, 3, 0, 4))
+        for batch in batches:
+            for name in ("moments", "labels", "images"):
+                assert torch.equal(getattr(batch, name), dataset_rows[name][batch.rows])
+        loader = training_loader(data, global_batch=8, seed=3, num_steps=4)
+        assert len(loader) == 4
+
+    def test_workers_change_nothing(self, dataset_dir):
+        data = open_dataset(dataset_dir)
+        options = {"with_images": True, "flip": True, "start_step": 5}
+        assert same(read(data, **options), read(data, workers=2, **options))
+
+    def test_two_processes_read_the_halves_of_one(self, dataset_dir):
+        data = open_dataset(dataset_dir)
+        whole = read(data, flip=True, with_images=True)
+        for rank in range(2):
+            half = slice(4 * rank, 4 * rank + 4)
+            for batch, part in zip(whole, read(data, flip=True, with_images=True, rank=rank, world=2), strict=True):
+                for name in ("moments", "labels", "rows", "images"):
+                    assert torch.equal(getattr(batch, name)[half], getattr(part, name))
+
+    def test_flips_are_fair_and_take_the_image_along(self, dataset_dir, dataset_rows):
+        batches = read(open_dataset(dataset_dir), flip=True, with_images=True, global_batch=500)
+        choices = []
+        for batch in batches:
+            plain, flipped = dataset_rows["moments"][batch.rows], dataset_rows["moments_flip"][batch.rows]
+            is_flipped = (batch.moments == flipped).flatten(1).all(1)
+            assert torch.equal(is_flipped, ~(batch.moments == plain).flatten(1).all(1))
+            images = dataset_rows["images"][batch.rows]
+            assert torch.equal(batch.images[is_flipped], images[is_flipped].flip(-1))
+            assert torch.equal(batch.images[~is_flipped], images[~is_flipped])
+            choices.append(is_flipped)
+        chosen = torch.stack(choices).double()  # 4 steps x 500 positions
+        assert abs(chosen.sum() - 1_000) < 4 * 2_000**0.5 / 2  # |z| < 4 at seed 3
+        assert (chosen.corrcoef() - torch.eye(4)).abs().max() < 4 / 500**0.5  # steps are independent: |z| < 4
+
+    def test_a_resumed_loader_goes_on_with_the_same_flips(self, dataset_dir):
+        data = open_dataset(dataset_dir)
+        whole = read(data, flip=True, with_images=True)
+        assert same(whole[2:], read(data, flip=True, with_images=True, start_step=2, num_steps=2))
+
+    def test_files_of_images_are_not_needed_without_alignment(self, dataset_copy):
+        for path in dataset_copy.glob("images-*"):
+            path.unlink()
+        data = open_dataset(dataset_copy)
+        assert all(batch.images is None for batch in read(data))
+        with pytest.raises(UserError, match=r"images-00000\.safetensors is missing"):
+            training_loader(data, global_batch=8, seed=0, num_steps=1, with_images=True)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_global_random_states_stay_as_they_were(self, dataset_dir, workers):
+        data = open_dataset(dataset_dir)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        read(data, flip=True, with_images=True, workers=workers)
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
+        assert before[2] == random.getstate()
+
+    def test_ctrl_c_does_not_end_workers(self, dataset_dir):
+        loader = training_loader(open_dataset(dataset_dir), global_batch=8, seed=3, num_steps=20, workers=2)
+        batches = iter(loader)
+        next(batches), next(batches)  # one of each worker: both have started
+        for worker in loader._iterator._workers:
+            os.kill(worker.pid, signal.SIGINT)
+        assert len(list(batches)) == 18
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_damaged_shard_is_one_line_in_the_main_process(self, dataset_copy, workers):
+        data = open_dataset(dataset_copy)
+        loader = training_loader(data, global_batch=COUNT, seed=0, num_steps=1, with_images=True, workers=workers)
+        (dataset_copy / "images-00001.safetensors").write_bytes(b"")
+        with pytest.raises(UserError, match=r"^--data-dir.*images-00001") as error:
+            list(loader)
+        one_line(error)
+
+    def test_pin_memory_pins_every_tensor(self, monkeypatch, dataset_dir):
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+        batch = loader_module.TrainingBatch(*(torch.zeros(2) for _ in range(3)), images=None)
+        pinned = batch.pin_memory()
+        assert pinned.images is None
+        assert all(getattr(pinned, name).eq(1).all() for name in ("moments", "labels", "rows"))

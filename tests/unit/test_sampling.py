@@ -1,0 +1,314 @@
+"""Guidance, labels, options, claims and the archive of the sampling room."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import tiny_card
+from torch import nn
+
+from stablevm.errors import UserError
+from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR, get_interpolant
+from stablevm.rng import RowGenerators
+from stablevm.sampling.archive import read_protocol, write_archive
+from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.guidance import GuidedVelocity
+from stablevm.sampling.labels import balanced_labels, random_labels
+from stablevm.sampling.protocol import check_claims
+from stablevm.sampling.sampler import SamplerSettings, draw_latents
+
+
+class Recorder(nn.Module):
+    """Predicts the label as a number, and remembers how it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, labels):
+        self.calls.append((x.dtype, tuple(t.shape), len(x), torch.is_autocast_enabled("cpu")))
+        return labels.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+
+def guided(model, **options):
+    return GuidedVelocity(model, LINEAR, "v", torch.tensor([2, 3]), null_class=10, **options)
+
+
+def at(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+# Guidance
+
+
+def test_guidance_extrapolates_from_the_null_class_inside_the_interval_alone():
+    model = Recorder()
+    velocity = guided(model, scale=1.8, low=0.2, high=0.7)
+    x = torch.zeros(2, 1, 1, 1, dtype=torch.float64)
+    seen = {time: velocity(x, at(time)).flatten().tolist() for time in (0.1, 0.2, 0.5, 0.7, 0.8)}
+    inside = [10 + 1.8 * (2 - 10), 10 + 1.8 * (3 - 10)]
+    assert seen[0.1] == seen[0.8] == [2, 3]
+    assert seen[0.2] == seen[0.5] == seen[0.7] == pytest.approx(inside)
+    assert [rows for _, _, rows, _ in model.calls] == [2, 4, 4, 4, 2], "one batch holds both halves"
+    assert velocity.evaluations == 8
+
+
+def test_scale_one_evaluates_no_null_class():
+    model = Recorder()
+    velocity = guided(model, scale=1.0)
+    velocity(torch.zeros(2, 1, 1, 1, dtype=torch.float64), at(0.5))
+    assert velocity.evaluations == 1 and model.calls[0][2] == 2
+
+
+@pytest.mark.parametrize("precision, autocast", [("fp32", False), ("bf16", True), ("fp16", True)])
+def test_network_runs_in_the_precision_asked_whatever_surrounds_it(precision, autocast):
+    model = Recorder()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        velocity = guided(model, precision=precision)(torch.zeros(2, 1, 1, 1, dtype=torch.float64), at(0.5))
+    assert model.calls == [(torch.float32, (2,), 2, autocast)]
+    assert velocity.dtype == torch.float64
+
+
+# Drawing
+
+
+def draw(model, settings, card=None, positions=(0, 1, 2), label=1):
+    labels = torch.full((len(positions),), label)
+    streams = RowGenerators.for_keys("test", positions=positions)
+    return draw_latents(model, card or tiny_card(), labels, streams, settings, "cpu")
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        # 172 of the 250 times from 1 to 0.04 are at most 0.7: 250 + 172, REPA's published count.
+        (SamplerSettings(cfg_scale=1.8, guidance_high=0.7), 422),
+        (SamplerSettings(), 250),
+        (SamplerSettings(cfg_scale=1.8), 500),
+        (SamplerSettings(mode="ode", num_steps=10), 10),
+        (SamplerSettings(mode="ode", num_steps=10, heun=True), 19),
+        (SamplerSettings(mode="ode", num_steps=10, cfg_scale=2, guidance_low=0.3, guidance_high=0.7), 15),
+    ],
+)
+def test_network_evaluations(settings, expected):
+    model = Recorder()
+    _, evaluations = draw(model, settings)
+    assert evaluations == expected == sum(rows for _, _, rows, _ in model.calls) / 3
+
+
+class GaussianNetwork(nn.Module):
+    """The exact prediction for pixels from N(0.3, 0.25), as velocity or as data."""
+
+    def __init__(self, path, prediction):
+        super().__init__()
+        self.path, self.kind = path, {"v": "velocity", "x": "x0"}[prediction]
+
+    def forward(self, x, t, labels):
+        x, t = x.double(), t.double()
+        c = self.path.coefficients(t, x)
+        gain = c.alpha * 0.25 / (c.alpha**2 * 0.25 + c.sigma**2)
+        return self.path.convert(0.3 + gain * (x - c.alpha * 0.3), x, t, "x0", self.kind)
+
+
+@pytest.mark.parametrize(
+    "settings", [SamplerSettings(num_steps=50), SamplerSettings(mode="ode", num_steps=20, heun=True)]
+)
+@pytest.mark.parametrize("path_type", INTERPOLANTS)
+def test_data_prediction_samples_as_velocity_prediction_does(path_type, settings):
+    path = get_interpolant(path_type)
+    by_velocity, by_data = (
+        draw(GaussianNetwork(path, prediction), settings, tiny_card(prediction=prediction, path_type=path_type))[0]
+        for prediction in ("v", "x")
+    )
+    assert by_velocity.std() > 0.3
+    assert torch.allclose(by_velocity, by_data, rtol=0, atol=2e-5)
+
+
+def test_an_image_depends_on_its_own_stream_alone():
+    network = GaussianNetwork(COSINE, "v")
+    card = tiny_card(path_type="cosine")
+    together, _ = draw(network, SamplerSettings(num_steps=9), card, positions=(4, 5, 6))
+    alone, _ = draw(network, SamplerSettings(num_steps=9), card, positions=(6,))
+    assert torch.equal(together[2:], alone)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("num_samples", [3, 30, 1003])
+def test_balanced_labels_are_exact_to_one_and_shuffled(num_samples):
+    classes = (7, 1, 4, 9)
+    labels = balanced_labels(num_samples, classes, seed=5)
+    counts = Counter(labels.tolist())
+    assert len(labels) == num_samples and labels.dtype == torch.int64 and set(counts) <= set(classes)
+    floor = num_samples // 4
+    assert {counts[label] for label in classes} <= {floor, floor + 1}
+    assert torch.equal(labels, balanced_labels(num_samples, classes, seed=5))
+    if num_samples > 3:
+        runs = (labels.diff() == 0).sum().item()
+        assert 0 < runs < num_samples / 2, "neither in turn nor class by class"
+        assert not torch.equal(labels, balanced_labels(num_samples, classes, seed=6))
+
+
+def test_the_seed_picks_the_classes_that_get_one_more():
+    extras = {balanced_labels(1, range(10), seed).item() for seed in range(60)}
+    assert len(extras) >= 8
+
+
+def test_random_labels_are_uniform():
+    counts = Counter(random_labels(4000, (2, 5, 8, 11), seed=0).tolist())
+    z = [(counts[label] - 1000) / (4000 * 0.25 * 0.75) ** 0.5 for label in (2, 5, 8, 11)]
+    assert max(map(abs, z)) < 3.5, z  # seed 0
+
+
+# Options
+
+
+def options(**given):
+    return GenerateConfig(ckpt=Path("ckpt"), **given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"num_fid_samples": 0}, "--num-fid-samples 0: expected at least 1"),
+        ({"per_proc_batch_size": 0}, "--per-proc-batch-size 0"),
+        ({"num_steps": 0, "mode": "ode"}, "--num-steps 0"),
+        ({"num_steps": 1}, "--num-steps 1: expected at least 2 with --mode sde"),
+        ({"cfg_scale": float("nan")}, "--cfg-scale nan"),
+        ({"guidance_low": -0.1}, "--guidance-low -0.1"),
+        ({"guidance_high": 1.5}, "--guidance-high 1.5"),
+        ({"guidance_low": 0.8, "guidance_high": 0.7}, "--guidance-high 0.7: expected at least --guidance-low 0.8"),
+        ({"global_seed": -1}, "--global-seed -1"),
+        ({"diffusion_scale": -1.0}, "--diffusion-scale -1.0"),
+        ({"last_time": 0.0}, "--last-time 0.0"),
+        ({"name": "a/b"}, "--name a/b"),
+        ({"name": "a.npz"}, "--name a.npz"),
+        ({"classes": "3,x"}, "--classes 3,x"),
+        ({"classes": "3,3"}, "--classes 3,3"),
+        ({"mode": "euler"}, "--mode euler: expected one of ode, sde"),
+        ({"precision": "tf32"}, "--precision tf32: expected one of fp32, bf16, fp16"),
+    ],
+)
+def test_options_out_of_range_are_refused(given, message):
+    with pytest.raises(UserError) as caught:
+        options(**given).validate()
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_options_without_effect_are_named_and_neutralised():
+    config = options(heun=True, guidance_high=0.7, unconditional=True, classes="1")
+    config.validate()
+    assert config.warnings() == [
+        "--heun has no effect with --mode sde",
+        "--guidance-high 0.7 has no effect with --unconditional",
+        "--classes 1 has no effect with --unconditional",
+    ]
+    assert config.effective() == options(unconditional=True)
+    assert options(mode="ode", last_time=0.1).warnings() == ["--last-time 0.1 has no effect with --mode ode"]
+    published = options(cfg_scale=1.8, guidance_high=0.7)
+    assert published.warnings() == [] and published.effective() == published
+
+
+def test_options_import_without_torch():
+    code = "import sys, stablevm.sampling.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CARD = tiny_card(projector_dims=(16, 32), encoder_depth=2)
+
+
+def test_claims_that_agree_with_the_checkpoint_pass():
+    check_claims(options(), CARD)
+    check_claims(
+        options(
+            model="SiT-XXS/4",
+            path_type="linear",
+            prediction_type="v",
+            resolution=8,
+            encoder_depth=2,
+            projector_embed_dims="16,32",
+            use_projector=True,
+            use_irepa=False,
+            qk_norm=False,
+            vae="identity",
+            classes="0,3",
+        ),
+        CARD,
+    )
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"model": "SiT-B/2"}, r"--model SiT-B/2: .* records --model SiT-XXS/4"),
+        ({"path_type": "cosine"}, r"--path-type cosine: .* records --path-type linear"),
+        ({"prediction_type": "x"}, r"--prediction-type x: .* records --prediction-type v"),
+        ({"resolution": 16}, r"--resolution 16: .* 16 x 16, .* 8 x 8"),
+        ({"encoder_depth": 1}, r"--encoder-depth 1: .* records --encoder-depth 2"),
+        ({"projector_embed_dims": "768"}, r"--projector-embed-dims 768: .* records --projector-embed-dims 16,32"),
+        ({"use_projector": False}, r"--no-use-projector: .* records --use-projector"),
+        ({"use_irepa": True}, r"--use-irepa: .* records --no-use-irepa"),
+        ({"qk_norm": True}, r"--qk-norm: .* records --no-qk-norm"),
+        ({"vae": "mse"}, r"--vae mse: .* records identity"),
+        ({"classes": "1,4"}, r"--classes 1,4: .* 0 to 3"),
+    ],
+)
+def test_claims_against_the_checkpoint_name_both_values(given, message):
+    with pytest.raises(UserError, match=message):
+        check_claims(options(**given), CARD)
+
+
+def test_decoding_with_an_autoencoder_from_a_folder(tmp_path):
+    """A folder may be a copy of the recorded autoencoder, so it is no contradiction; pixels need none."""
+    latent = CARD.latent.__class__(shape=(4, 8, 8), scale=0.18215, shift=0.0, autoencoder="stabilityai/sd-vae-ft-mse")
+    card = CARD.__class__(CARD.model, latent, "linear", "v", CARD.class_names, 1)
+    check_claims(options(vae=str(tmp_path)), card)
+    check_claims(options(vae="mse"), card)
+    with pytest.raises(UserError, match=r"--vae ema: .* records stabilityai/sd-vae-ft-mse"):
+        check_claims(options(vae="ema"), card)
+    with pytest.raises(UserError, match="records identity"):
+        check_claims(options(vae=str(tmp_path)), CARD)
+
+
+# The archive
+
+
+def test_archive_reads_back_and_depends_on_its_contents_alone(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    labels = np.array([3, 1, 2, 0, 1])
+    protocol = {"mode": "sde", "classes": [1, 2], "name": "ä"}
+    for name in ("a.npz", "b.npz"):
+        write_archive(tmp_path / name, [images[:2], images[2:]], labels, protocol)
+        monkeypatch.setattr("time.localtime", lambda *_: (2000, 2, 3, 4, 5, 6, 0, 0, 0))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz") as archive:
+        assert sorted(archive) == ["arr_0", "labels", "protocol"]
+        assert np.array_equal(archive["arr_0"], images) and archive["arr_0"].dtype == np.uint8
+        assert np.array_equal(archive["labels"], labels) and archive["labels"].dtype == np.int64
+        assert json.loads(archive["protocol"].item()) == protocol
+    assert read_protocol(tmp_path / "a.npz") == protocol
+
+
+def test_archive_is_written_in_bounded_memory(tmp_path):
+    chunk = np.zeros((16, 64, 64, 3), dtype=np.uint8)
+    tracemalloc.start()
+    write_archive(tmp_path / "a.npz", (chunk for _ in range(100)), np.zeros(1600, dtype=np.int64), {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * chunk.nbytes < (tmp_path / "a.npz").stat().st_size / 40
+
+
+def test_files_of_others_are_not_taken_for_archives(tmp_path):
+    np.savez(tmp_path / "foreign.npz", arr_0=np.zeros(3))
+    (tmp_path / "text.npz").write_text("hello")
+    for name in ("foreign.npz", "text.npz"):
+        with pytest.raises(UserError, match=f"{name} exists and was not made by this command"):
+            read_protocol(tmp_path / name)
