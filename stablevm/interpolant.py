@@ -58,13 +58,21 @@ class Interpolant:
         c = self.coefficients(t, x0)
         return c.d_alpha * x0 + c.d_sigma * noise
 
+    def offset_gain(self, t: Tensor, like: Tensor) -> Tensor:
+        """`sigma' alpha / sigma - alpha'`: how much the velocity rises where E[x0 | x_t] falls (docs/theory.md).
+
+        0 at t = 0, where it multiplies a difference of posterior means that is exactly 0.
+        """
+        c = self.coefficients(t, like)
+        return torch.where(c.sigma > 0, c.wronskian / c.sigma, 0.0)
+
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio `alpha^2 / sigma^2`; infinite at t = 0."""
         c = self.coefficients(t)
         return (c.alpha / c.sigma).square()
 
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, source: Kind, target: Kind) -> Tensor:
-        """Turn a prediction of one kind into another: all four are affine in E[x0 | x_t] (math.md).
+        """Turn a prediction of one kind into another: all four are affine in E[x0 | x_t] (docs/theory.md).
 
         Each conversion goes through the pair (x0, noise) that the prediction implies, with the path's Wronskian
         as the only divisor for velocities. What stays singular is so by nature: scores at t = 0, noise from x0 at

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablevm.bank import NO_ID, ClassBank
 from stablevm.errors import UserError
-from stablevm.interpolant import LINEAR, Interpolant, align
+from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import posterior
 from stablevm.rng import AnyGenerator, rand, randn
 from stablevm.schedules import TimeName, draw_times
@@ -120,7 +120,7 @@ class StableVM:
     anchors: which sample makes x_t. "bank", as published: a class uniform over classes, then one of its entries;
     "batch": the fresh sample itself. Rows whose label was dropped have references from all classes, `pool_size` of them
     drawn anew each time, with the classes' shares those of the anchors (uniform, or as seen in the data), because the
-    anchor must be exchangeable with its references (math.md, fact 1).
+    anchor must be exchangeable with its references (docs/theory.md).
     """
 
     def __init__(
@@ -238,18 +238,12 @@ def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
 def _finish(
     protocol: Protocol, noisy: _Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
 ) -> Draw:
-    """The target: CFM's, plus the correction that the references make where there are any (math.md, anchored form)."""
+    """The target: CFM's, plus the correction that the references make where there are any (docs/theory.md)."""
     ess = torch.ones_like(noisy.t) if correction is None else correction[1]
     if protocol.prediction == "x":
         target = noisy.x0 if correction is None else noisy.x0 - correction[0]
     else:
         target = protocol.path.velocity(noisy.x0, noisy.noise, noisy.t)
         if correction is not None:
-            target = target + correction_gain(protocol.path, noisy.t, noisy.x0) * correction[0]
+            target = target + protocol.path.offset_gain(noisy.t, noisy.x0) * correction[0]
     return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess)
-
-
-def correction_gain(path: Interpolant, t: Tensor, like: Tensor) -> Tensor:
-    """`sigma' alpha / sigma - alpha'`; 0 at t = 0, where the offset that it multiplies is exactly 0."""
-    at = path.coefficients(align(t, like))
-    return torch.where(at.sigma > 0, at.wronskian / at.sigma, 0.0)

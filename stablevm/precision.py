@@ -1,4 +1,4 @@
-"""Full float32 products where the mathematics needs them, whatever the global switches say."""
+"""How exactly float32 is multiplied: in full where the mathematics needs it, TF32 where the user allows it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +34,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 switch.fp32_precision = value
             if legacy is not None:
                 torch.set_float32_matmul_precision(legacy)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 in products and convolutions of float32, or forbid it (PyTorch allows it in convolutions)."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

@@ -93,10 +93,11 @@ def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
         raise UserError(f"--ckpt {folder}: {path.name} is damaged ({error}); use an earlier checkpoint") from None
 
 
-def load(folder: str | Path, *, weights: Weights = "ema", device: torch.device | str = "cpu") -> tuple[SiT, ModelCard]:
-    """The network in evaluation mode, float32, without gradients, with its card."""
-    card = load_card(folder)
+def load_model(
+    folder: str | Path, card: ModelCard, *, weights: Weights = "ema", device: torch.device | str = "cpu"
+) -> SiT:
+    """The network of `card` with the weights in `folder`: evaluation mode, float32, without gradients."""
     with torch.device("meta"):  # first values would be thrown away
         model = SiT(card.model)
     model.load_state_dict(load_weights(folder, weights), assign=True)
-    return model.to(device).eval().requires_grad_(False), card
+    return model.to(device).eval().requires_grad_(False)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant, align
-from stablevm.objective import correction_gain
 from stablevm.posterior import posterior
 
 
@@ -33,7 +32,7 @@ def variance_curve(
 ) -> VarianceCurve:
     """`V(t) = E |target - v(x_t)|^2 / d` for latents (N, *shape) with labels (N,), at times (T,).
 
-    v is the exact velocity of the class's empirical distribution: the whole class is its posterior (math.md, fact 5).
+    v is the exact velocity of the class's empirical distribution: the whole class is its posterior (docs/theory.md).
     Each time uses `rows` anchors drawn from the data, each with `references - 1` others of its class (fewer where the
     class is smaller) for StableVM. Both differ from v by the gain times a difference of posterior means.
     """
@@ -43,7 +42,7 @@ def variance_curve(
         anchors = torch.randint(len(latents), (rows,), generator=stream)
         noise = torch.randn(rows, *latents.shape[1:], generator=stream)
         t = torch.full((rows,), time)
-        gain = correction_gain(path, t, noise)
+        gain = path.offset_gain(t, noise)
         errors, sizes = [], []
         for label in labels[anchors].unique().tolist():
             mine = (labels[anchors] == label).nonzero().squeeze(1)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from stablevm.errors import UserError
+from stablevm.options import idle_warnings, require
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,7 @@ class GenerateConfig:
             ("last_time", 0 < self.last_time < 1, "a time between 0 and 1"),
             ("name", self.name is None or _is_file_stem(self.name), "a file name without folder and .npz"),
         ]
-        for option, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                choices = get_args(hint)
-                expectations.append((option, getattr(self, option) in choices, f"one of {', '.join(choices)}"))
-        for option, met, expected in expectations:
-            if not met:
-                raise UserError(f"{as_typed(option, getattr(self, option))}: expected {expected}")
+        require(self, expectations)
         self.class_indices()
 
     def class_indices(self) -> tuple[int, ...] | None:
@@ -113,11 +108,7 @@ class GenerateConfig:
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
-        return [
-            f"{as_typed(option, getattr(self, option))} has no effect with {reason}"
-            for option, reason in self._idle_options().items()
-            if getattr(self, option) != _DEFAULTS[option]
-        ]
+        return idle_warnings(self, self._idle_options())
 
     def effective(self) -> "GenerateConfig":
         """The same request, with options that have no effect at their defaults."""
@@ -139,14 +130,6 @@ class GenerateConfig:
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(GenerateConfig)}
-
-
-def as_typed(option: str, value: Any) -> str:
-    """The option as it is given on the command line."""
-    dashed = option.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {value}"
 
 
 def _is_file_stem(name: str) -> bool:

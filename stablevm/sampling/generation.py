@@ -8,12 +8,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +22,7 @@ from stablevm.autoencoder import load_autoencoder
 from stablevm.errors import UserError
 from stablevm.files import write_with
 from stablevm.images import save_png, tile
-from stablevm.models.sit import SiT
+from stablevm.precision import tf32
 from stablevm.rng import RowGenerators
 from stablevm.sampling.archive import read_protocol, write_archive
 from stablevm.sampling.config import GenerateConfig
@@ -40,7 +37,7 @@ from stablevm.sampling.protocol import (
     sampler_settings,
 )
 from stablevm.sampling.sampler import draw_latents
-from stablevm.snapshot import ModelCard, load_card, load_weights
+from stablevm.snapshot import ModelCard, load_card, load_model
 
 _POLL_SECONDS = 1.0
 _GRID_COLUMNS = 8
@@ -147,9 +144,7 @@ def _draw(run: Run, missing: list[range], progress: tqdm) -> int:
     """Draw the images of `missing` in batches and write each part once it is full; the evaluations per image."""
     config, device = run.config, run.process.device
     settings = sampler_settings(config)
-    model = SiT(run.card.model)
-    model.load_state_dict(load_weights(config.ckpt, config.weights))
-    model.to(device).eval().requires_grad_(False)
+    model = load_model(config.ckpt, run.card, weights=config.weights, device=device)
     autoencoder = load_autoencoder(run.card.latent, name=config.vae, device=device)
     evaluations = 0
     indices = [index for part in missing for index in part]
@@ -158,7 +153,7 @@ def _draw(run: Run, missing: list[range], progress: tqdm) -> int:
     for start in range(0, len(indices), config.per_proc_batch_size):
         batch = indices[start : start + config.per_proc_batch_size]
         streams = RowGenerators.for_keys("generate", config.global_seed, positions=batch)
-        with _tf32(config.tf32):
+        with tf32(config.tf32):
             latents, evaluations = draw_latents(model, run.card, run.labels[batch], streams, settings, device)
             _check_finite(latents, batch, config)
             drawn.extend(autoencoder.decode(latents).permute(0, 2, 3, 1).numpy())
@@ -218,20 +213,6 @@ def _card(config: GenerateConfig) -> ModelCard:
     if config.fused_attn is None:
         return card
     return replace(card, model=replace(card.model, fused_attn=config.fused_attn))
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Allow TF32 in products and convolutions of float32, or forbid it (PyTorch allows it in convolutions)."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 def _progress(run: Run) -> tqdm:

@@ -11,7 +11,8 @@ from torch import Tensor, full
 from stablevm import files
 from stablevm.autoencoder import IDENTITY, full_name, latent_spec_of
 from stablevm.errors import UserError
-from stablevm.sampling.config import GenerateConfig, as_typed
+from stablevm.options import as_typed
+from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.sampler import SamplerSettings
 from stablevm.snapshot import ModelCard

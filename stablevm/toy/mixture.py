@@ -24,7 +24,7 @@ class GaussianMixture:
         return self.means[component] + self.variances[component].sqrt() * noise
 
     def posterior_mean(self, path: Interpolant, x_t: Tensor, t: Tensor) -> Tensor:
-        """`E[x0 | x_t]` of x_t (B, d) at t (B,) or scalar, in closed form (math.md).
+        """`E[x0 | x_t]` of x_t (B, d) at t (B,) or scalar, in closed form (docs/theory.md).
 
         Given component k, x_t is Gaussian with mean alpha mu_k and variance alpha^2 S_k + sigma^2. The result has the
         shape (B, d); memory is (B, K, d).

@@ -18,6 +18,7 @@ from stablevm.files import read_json, write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.models.sit import SiT
 from stablevm.objective import StableVM
+from stablevm.precision import tf32
 from stablevm.schedules import AlignmentSchedule
 from stablevm.snapshot import ModelCard
 from stablevm.training import checkpoint
@@ -50,7 +51,7 @@ def train(config: TrainConfig) -> int:
     trainer = Trainer(config, dataset, accelerator)
     if start:
         trainer.restore(checkpoint.load(config.folder, start))
-    with Interruption() as interruption:
+    with Interruption() as interruption, tf32(config.allow_tf32):
         return trainer.run(interruption)
 
 
@@ -292,9 +293,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     precision = config.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(mixed_precision=precision)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:

@@ -21,7 +21,7 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.parts import PART_LENGTH, PartFolder
 from stablevm.sampling.sampler import SamplerSettings, draw_latents
-from stablevm.snapshot import load, save
+from stablevm.snapshot import load_card, load_model, save
 
 COUNT = 70  # four full parts and one of six
 
@@ -90,7 +90,8 @@ def test_pixels_are_latents_rounded_to_the_nearest_level(options, checkpoint):
     config = options(mode="ode", num_fid_samples=PART_LENGTH)
     target = generate(config)
     labels = torch.from_numpy(np.load(target)["labels"])
-    model, card = load(checkpoint)
+    card = load_card(checkpoint)
+    model = load_model(checkpoint, card)
     streams = RowGenerators.for_keys("generate", 0, positions=range(PART_LENGTH))
     settings = SamplerSettings(mode="ode", num_steps=4, cfg_scale=1.5, guidance_high=0.7)
     latents, _ = draw_latents(model, card, labels, streams, settings, "cpu")

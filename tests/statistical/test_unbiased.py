@@ -1,4 +1,4 @@
-"""The facts of math.md, against the closed form of a conditional Gaussian mixture.
+"""Targets are unbiased: they are held to the closed form of a conditional Gaussian mixture.
 
 Each method draws many batches at six fixed times. For random test functions f, the mean of
 `(target - v(x_t, label)) . u f(x_t)` over independent batches must be zero: z < 4 for 20 functions (seed 0). A method
@@ -70,7 +70,7 @@ def draw_batch_anchors(protocol, stream, references=None):
 
 
 def draw_stale_references(protocol, stream):
-    """The same references in every batch: biased (math.md, fact 3)."""
+    """The same references in every batch: biased ."""
     return draw_batch_anchors(protocol, stream, references=torch.Generator().manual_seed(5))
 
 

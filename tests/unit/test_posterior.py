@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
-from stablevm.objective import correction_gain
 from stablevm.posterior import posterior
 
 TIMES = (0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 1.0)
@@ -49,7 +48,7 @@ def test_equals_float64_under_tf32_and_autocast(path, d, kind, tolerance, arrang
             t = torch.full((ROWS,), time)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 found = posterior(path, x0, noise, t, given, groups=groups, keep=keep)
-            target = path.velocity(x0, noise, t) + correction_gain(path, t, x0) * found.offset
+            target = path.velocity(x0, noise, t) + path.offset_gain(t, x0) * found.offset
             expected = direct_target(path, x0, noise, t, references.expand(ROWS, SET, d))
             error = (target - expected).norm(dim=1) / expected.norm(dim=1)
             assert error.max() < tolerance, (time, error)
@@ -65,7 +64,7 @@ def test_ends_are_finite_and_right(path, stream):
     keep = torch.arange(2)[:, None] != torch.arange(SET)
     t = torch.tensor([0.0, 1.0])
     found = posterior(path, x0, noise, t, references, keep=keep)
-    gain = correction_gain(path, t, x0)
+    gain = path.offset_gain(t, x0)
     assert torch.equal(gain[0] * found.offset[0], torch.zeros(8)) and found.ess[0] == 1
     torch.testing.assert_close(found.offset[1], x0[1] - references.mean(0), atol=1e-6, rtol=1e-5)
     assert found.ess[1] == pytest.approx(SET, rel=1e-5)
