@@ -20,7 +20,7 @@ LOG_RATIO_MOMENTS = {"lognormal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
 
 @dataclass(frozen=True)
 class AlignmentSchedule:
-    """The weight w(t) of VA-REPA (docs/theory.md; Yang et al., 2026): 1 where the input is clear, fading towards the prior.
+    """The weight w(t) of VA-REPA (Yang et al., 2026): 1 where the input is clear, fading towards the prior.
 
     name: one of hard, hard_high (ablation), sigmoid, cosine, snr, constant (plain REPA).
     tau: the time around which it fades, in (0, 1]; steepness: k of the sigmoid.

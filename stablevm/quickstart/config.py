@@ -18,7 +18,7 @@ class QuickstartConfig:
     """Seed of the extractor, the training and the samples; 0 or more."""
     loss_type: Literal["stablevm", "si"] = "stablevm"
     """stablevm: targets averaged over references. si: plain flow matching, for comparison."""
-    steps: int = 1200
+    steps: int = 2000
     """Training steps, 1 or more."""
 
     def validate(self) -> None:

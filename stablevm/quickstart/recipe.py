@@ -1,6 +1,6 @@
 """The measured recipe of the quickstart (docs/experiments.md), as configurations of the ordinary commands."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,29 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.training.config import TrainConfig
 
 NUM_SAMPLES = 500
-GUIDANCE_SCALES = (1.5, 1.0)  # the first one is the headline
+EULER_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How samples are guided: by `scale` at times up to `high`."""
+
+    scale: float
+    high: float = 1.0
+
+    @property
+    def name(self) -> str:
+        if self.scale == 1:
+            return "no guidance"
+        return f"guidance {self.scale:g}" + (f", t <= {self.high:g}" if self.high < 1 else "")
+
+    @property
+    def file_name(self) -> str:
+        return self.name.replace(" <= ", "").replace(", ", "-").replace(" ", "-")
+
+
+# The first one is the headline: guidance only near the data keeps the variety that guidance at all times costs.
+GUIDANCES = (Guidance(1.5, high=0.4), Guidance(1.5), Guidance(1.0))
 
 
 def data_folder(config: QuickstartConfig) -> Path:
@@ -54,18 +76,19 @@ def train_config(config: QuickstartConfig) -> TrainConfig:
     )
 
 
-def generate_config(config: QuickstartConfig, checkpoint: Path, scale: float) -> GenerateConfig:
-    """50 images per class in 40 Euler steps."""
+def generate_config(config: QuickstartConfig, checkpoint: Path, guidance: Guidance) -> GenerateConfig:
+    """50 images per class by Euler's method."""
     return GenerateConfig(
         ckpt=checkpoint,
         num_fid_samples=NUM_SAMPLES,
         per_proc_batch_size=250,
         mode="ode",
-        num_steps=40,
-        cfg_scale=scale,
+        num_steps=EULER_STEPS,
+        cfg_scale=guidance.scale,
+        guidance_high=guidance.high,
         global_seed=config.seed,
         sample_dir=config.output_dir / "samples",
-        name=f"{config.loss_type}-guidance-{scale:g}",
+        name=f"{config.loss_type}-{guidance.file_name}",
     )
 
 

@@ -23,6 +23,7 @@ from stablevm.files import read_json, write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
+from stablevm.quickstart.recipe import Guidance
 from stablevm.sampling.generation import generate
 from stablevm.training import checkpoint
 from stablevm.training.tracker import METRICS_FILE, read_metrics
@@ -33,6 +34,7 @@ CONFIG_FILE = "quickstart.json"
 CURVE_TIMES = torch.linspace(0.05, 0.95, 19)
 CURVE_REFERENCES, CURVE_ROWS = 64, 2000
 SHOWN_PER_CLASS = 8
+HEADLINE = recipe.GUIDANCES[0]
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
@@ -50,11 +52,11 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         step = train(run)
         _announce(4, f"sample {recipe.NUM_SAMPLES} digits")
         weights = checkpoint.checkpoint_folder(run.folder, step)
-        samples = {scale: generate(recipe.generate_config(config, weights, scale)) for scale in recipe.GUIDANCE_SCALES}
+        samples = {guide: generate(recipe.generate_config(config, weights, guide)) for guide in recipe.GUIDANCES}
         _announce(5, "judge them")
-        results = {scale: evaluate(recipe.evaluate_config(config, path)) for scale, path in samples.items()}
+        results = {guide: evaluate(recipe.evaluate_config(config, path)) for guide, path in samples.items()}
         _announce(6, "draw the report")
-        figures = _figures(config, samples[recipe.GUIDANCE_SCALES[0]])
+        figures = _figures(config, samples[HEADLINE])
     summary = _summary(config, results, extractor, clock.seconds)
     write_json(config.output_dir / "summary.json", summary)
     _write_report(config, summary, results, figures, weights, samples)
@@ -133,7 +135,7 @@ def _figures(config: QuickstartConfig, samples: Path) -> list[Figure]:
     variance_figure(curve, folder / "variance.png")
     return [
         Figure("Samples beside real digits", folder / "samples.png",
-               f"Left: digits of the test split. Right: samples, guidance {recipe.GUIDANCE_SCALES[0]:g}, unselected."),
+               f"Left: digits of the test split. Right: samples, {HEADLINE.name}, unselected."),
         Figure("Training", folder / "training.png",
                "The velocity loss cannot reach zero: what remains is the spread of the images behind one noisy input."),
         Figure("Noise of the targets", folder / "variance.png",
@@ -163,9 +165,9 @@ def _by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _summary(
-    config: QuickstartConfig, results: dict[float, dict[str, Any]], extractor: DigitsExtractor, seconds: float
+    config: QuickstartConfig, results: dict[Guidance, dict[str, Any]], extractor: DigitsExtractor, seconds: float
 ) -> dict[str, Any]:
-    run, headline = recipe.train_config(config), results[recipe.GUIDANCE_SCALES[0]]
+    run, headline = recipe.train_config(config), results[HEADLINE]
     return {
         "accuracy": headline["accuracy"],
         "frechet_test": headline["frechet_test"],
@@ -174,7 +176,7 @@ def _summary(
         "precision": headline["precision"],
         "recall": headline["recall"],
         "coverage": headline["coverage"],
-        "by_guidance": {f"{scale:g}": result for scale, result in results.items()},
+        "by_guidance": {guide.name: result for guide, result in results.items()},
         "protocol": {
             "version": __version__,
             "torch": torch.__version__,
@@ -185,8 +187,8 @@ def _summary(
             "model": run.model,
             "batch_size": run.batch_size,
             "samples": recipe.NUM_SAMPLES,
-            "sampler": "Euler ODE, 40 steps, EMA weights",
-            "guidance": recipe.GUIDANCE_SCALES[0],
+            "sampler": f"Euler ODE, {recipe.EULER_STEPS} steps, EMA weights",
+            "guidance": HEADLINE.name,
             "extractor": extractor.name,
             "extractor_test_accuracy": extractor.test_accuracy,
             "alignment_encoder": "the extractor's convolutional patch features (supervised)",
@@ -197,10 +199,10 @@ def _summary(
 def _write_report(
     config: QuickstartConfig,
     summary: dict[str, Any],
-    results: dict[float, dict[str, Any]],
+    results: dict[Guidance, dict[str, Any]],
     figures: list[Figure],
     weights: Path,
-    samples: dict[float, Path],
+    samples: dict[Guidance, Path],
 ) -> None:
     write_report(
         config.output_dir / "report.html",
@@ -220,22 +222,25 @@ def _write_report(
     )
 
 
-def _table(results: dict[float, dict[str, Any]]) -> list[list[str | float | int]]:
-    """One column per guidance scale beside the names and explanations of the metrics."""
+def _table(results: dict[Guidance, dict[str, Any]]) -> list[list[str | float | int]]:
+    """One column per guidance beside the names and explanations of the metrics."""
     columns = [result_rows(result) for result in results.values()]
-    head: list[str | float | int] = ["", *(f"guidance {scale:g}" for scale in results), ""]
+    head: list[str | float | int] = ["", *(guide.name for guide in results), ""]
     return [head] + [
         [rows[0][0], *(row[1] for row in rows), rows[0][2]] for rows in list(zip(*columns, strict=True))[1:]
     ]
 
 
-def _commands(config: QuickstartConfig, weights: Path, samples: dict[float, Path]) -> list[str]:
+def _commands(config: QuickstartConfig, weights: Path, samples: dict[Guidance, Path]) -> list[str]:
     data, extractor = recipe.data_folder(config), recipe.extractor_folder(config)
     return [
         f"stablevm prepare digits {data}",
         f"stablevm extractor --data-dir {data} --output-dir {extractor} --seed {config.seed}",
         recipe.command_line("accelerate launch train.py", recipe.train_config(config)),
-        *(recipe.command_line("python generate.py", recipe.generate_config(config, weights, s)) for s in samples),
+        *(
+            recipe.command_line("python generate.py", recipe.generate_config(config, weights, guide))
+            for guide in samples
+        ),
         *(
             recipe.command_line("python evaluate.py", recipe.evaluate_config(config, path), "samples")
             for path in samples.values()
@@ -250,7 +255,7 @@ def _announce(number: int, what: str) -> None:
 def _print_summary(config: QuickstartConfig, summary: dict[str, Any]) -> None:
     print(
         f"\n{summary['accuracy']:.1%} of {recipe.NUM_SAMPLES} samples are recognised as their class "
-        f"(guidance {recipe.GUIDANCE_SCALES[0]:g})\n"
+        f"({HEADLINE.name})\n"
         f"Fréchet distance to the test split {summary['frechet_test']:.2f} (training split: "
         f"{summary['frechet_floor']:.2f})\n"
         f"precision {summary['precision']:.2f}, recall {summary['recall']:.2f}, coverage {summary['coverage']:.2f}\n"

@@ -293,7 +293,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     precision = config.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
-    accelerator = Accelerator(mixed_precision=precision)
+    # Told that there is only a CPU, accelerate joins several processes through gloo; untold, it would leave each alone.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(

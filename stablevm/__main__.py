@@ -1,0 +1,8 @@
+"""`python -m stablevm` is the command `stablevm`."""
+
+import sys
+
+from stablevm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The options of every command, frozen: a change of a name, a type or a default must be made on purpose.
+
+python tests/unit/test_option_surface.py --write
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from stablevm.evaluation.config import EvaluateConfig
+from stablevm.quickstart.config import QuickstartConfig
+from stablevm.sampling.config import GenerateConfig
+from stablevm.training.config import TrainConfig
+
+FROZEN = Path(__file__).parents[1] / "golden" / "options.json"
+COMMANDS = {
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "quickstart": QuickstartConfig,
+}
+
+
+def surface():
+    def default(field):
+        return "required" if field.default is dataclasses.MISSING else repr(field.default)
+
+    return {
+        command: {field.name: f"{field.type} = {default(field)}" for field in dataclasses.fields(config)}
+        for command, config in COMMANDS.items()
+    }
+
+
+def test_options_are_the_frozen_ones():
+    # Paths have another repr on another system; types are compared as their text.
+    assert json.loads(json.dumps(surface(), default=str)) == json.loads(FROZEN.read_text())
+
+
+def test_every_option_is_documented():
+    for config in COMMANDS.values():
+        source = Path(sys.modules[config.__module__].__file__).read_text()
+        for field in dataclasses.fields(config):
+            declaration = source.split(f"\n    {field.name}: ", 1)[1].split("\n", 2)
+            assert declaration[1].strip().startswith('"""'), f"{config.__name__}.{field.name} has no docstring"
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    FROZEN.write_text(json.dumps(surface(), indent=1, default=str) + "\n")
