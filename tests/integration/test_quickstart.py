@@ -39,7 +39,7 @@ def finished(tmp_path_factory, smaller):
 def test_summary_and_report(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert {"accuracy", "frechet_test", "frechet_floor", "seconds", "protocol"} <= summary.keys()
-    assert summary["protocol"]["steps"] == STEPS and 0 < summary["frechet_floor"]
+    assert summary["protocol"]["steps"] == STEPS and summary["frechet_floor"] > 0
     report = (finished / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 3 and 'src="http' not in report
     text = re.sub("<[^>]+>", "", report)

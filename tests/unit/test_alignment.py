@@ -1,0 +1,33 @@
+"""The alignment loss and iREPA's normalisation, by hand."""
+
+import pytest
+import torch
+
+from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
+
+
+def test_loss_is_minus_the_mean_cosine():
+    projected = torch.tensor([[[1.0, 0.0], [3.0, 3.0]]])
+    features = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])
+    assert alignment_loss(projected, features).tolist() == pytest.approx([-(1 + 0.5**0.5) / 2])
+
+
+def test_weighted_mean():
+    losses, weights = torch.tensor([-1.0, -0.5, 0.25]), torch.tensor([1.0, 0.0, 3.0])
+    assert weighted_alignment(losses, weights).item() == pytest.approx((-1 + 0.75) / 4)
+    assert weighted_alignment(losses, weights, total=torch.tensor(8.0)).item() == pytest.approx(-0.25 / 8)
+
+
+def test_without_weight_the_term_is_zero_and_attached():
+    projected = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    term = weighted_alignment(alignment_loss(projected, torch.ones(2, 3, 4)), torch.zeros(2))
+    term.backward()
+    assert term.item() == 0 and torch.equal(projected.grad, torch.zeros_like(projected))
+
+
+def test_spatial_normalisation():
+    features = torch.tensor([[[1.0, 4.0], [3.0, 4.0], [8.0, 4.0]]])
+    normalised = normalize_over_space(features, gamma=0.5)
+    deviation = (((torch.tensor([1.0, 3.0, 8.0]) - 4) ** 2).sum() / 2).sqrt()
+    torch.testing.assert_close(normalised[0, :, 0], (torch.tensor([1.0, 3.0, 8.0]) - 2) / (deviation + 1e-6))
+    torch.testing.assert_close(normalised[0, :, 1], torch.full((3,), 2.0 / 1e-6))

@@ -1,0 +1,151 @@
+"""The ring against plain queues, and what it promises about memory, copies and the pool."""
+
+from collections import deque
+
+import pytest
+import torch
+
+from stablevm.bank import NO_ID, ClassBank
+from stablevm.errors import UserError
+
+CLASSES, CAPACITY = 3, 4
+
+
+def filled(labels, ids=None, capacity=CAPACITY):
+    """A bank whose samples are their ids (or positions)."""
+    bank = ClassBank(CLASSES, capacity, (1,))
+    labels = torch.tensor(labels)
+    ids = torch.arange(len(labels)) if ids is None else torch.tensor(ids)
+    bank.insert(ids[:, None].float(), labels, ids)
+    return bank
+
+
+def contents(bank):
+    """Per class, the values from oldest to newest."""
+    state = bank.state_dict()
+    rows = []
+    for label in range(bank.num_classes):
+        count, head = int(bank.counts[label]), int(state["heads"][label])
+        start = head if count == bank.capacity else 0
+        slots = [(start + i) % bank.capacity for i in range(count)]
+        rows.append(bank.entries[label, slots, 0].tolist())
+    return rows
+
+
+class QueueModel:
+    """What the bank should do, one sample at a time, with distinct ids in each call."""
+
+    def __init__(self):
+        self.queues = [deque() for _ in range(CLASSES)]
+
+    def insert(self, values, labels, ids):
+        known = [any(entry[0] == i for entry in self.queues[c]) for c, i in zip(labels, ids, strict=True)]
+        for value, label, i, is_known in zip(values, labels, ids, known, strict=True):
+            if is_known:
+                for entry in self.queues[label]:
+                    if entry[0] == i:
+                        entry[1] = value
+        for value, label, i, is_known in zip(values, labels, ids, known, strict=True):
+            if not is_known:
+                self.queues[label].append([i, value])
+                if len(self.queues[label]) > CAPACITY:
+                    self.queues[label].popleft()
+
+    def contents(self):
+        return [[value for _, value in queue] for queue in self.queues]
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_equals_plain_queues(with_ids, stream):
+    bank, model = ClassBank(CLASSES, CAPACITY, (1,)), QueueModel()
+    storage = bank.entries.data_ptr()
+    for call in range(300):
+        size = int(torch.randint(1, 12, (), generator=stream))
+        labels = torch.randint(CLASSES, (size,), generator=stream)
+        ids = torch.randperm(40, generator=stream)[:size] if with_ids else torch.arange(size) + 1000 * (call + 1)
+        values = torch.rand(size, 1, generator=stream)
+        bank.insert(values, labels, ids if with_ids else None)
+        model.insert(values[:, 0].tolist(), labels.tolist(), ids.tolist())
+        assert contents(bank) == model.contents()
+    assert bank.entries.data_ptr() == storage, "insertion must not allocate new storage"
+
+
+def test_slots_say_where_each_sample_went():
+    bank = ClassBank(CLASSES, CAPACITY, (1,))
+    labels = torch.tensor([0] * 6 + [2])
+    slots = bank.insert(torch.arange(7.0)[:, None], labels)
+    assert (slots[:2] == bank.discarded_slot).all(), "of six, the first two do not stay"
+    assert bank.gather(slots[2:]).flatten().tolist() == [2, 3, 4, 5, 6]
+    assert bank.counts.tolist() == [4, 0, 1] and bank.seen.tolist() == [6, 0, 1]
+    assert bank.missing_classes() == [1]
+
+
+def test_known_sample_is_refreshed_where_it_stands():
+    bank = filled([0, 0, 0])
+    slots = bank.insert(torch.tensor([[7.0]]), torch.tensor([0]), torch.tensor([1]))
+    assert slots.tolist() == [1] and contents(bank)[0] == [0, 7, 2]
+
+
+def test_storage_may_be_half_precision(stream):
+    bank = ClassBank(1, 2, (5,), dtype=torch.float16)
+    sample = torch.randn(1, 5, generator=stream)
+    bank.insert(sample, torch.tensor([0]))
+    assert bank.entries.dtype == torch.float16 and torch.equal(bank.entries[0, 0], sample[0].half())
+
+
+def test_state_is_exact(stream):
+    bank = filled([0, 1, 2, 0, 0, 0, 0])
+    other = ClassBank(CLASSES, CAPACITY, (1,))
+    other.load_state_dict(bank.state_dict())
+    more = torch.rand(5, 1, generator=stream), torch.tensor([0, 0, 1, 2, 2]), torch.arange(5) + 3
+    for each in (bank, other):
+        each.insert(*more)
+    for name, value in bank.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    with pytest.raises(UserError, match=r"saved bank is \(3, 4, 1\).*this run's is \(3, 5, 1\)"):
+        ClassBank(CLASSES, 5, (1,)).load_state_dict(bank.state_dict())
+
+
+def test_draw_is_uniform_over_classes_then_entries(stream):
+    """z < 4 for each entry's count among 40,000 draws, fixture's seed; class 1 is empty and never drawn."""
+    bank, draws = filled([0, 2, 2, 2]), 40_000
+    labels, slots = bank.draw(torch.rand(draws, 2, generator=stream))
+    assert torch.equal(labels, slots // CAPACITY)
+    expected = {0: 1 / 2, 2 * CAPACITY: 1 / 6, 2 * CAPACITY + 1: 1 / 6, 2 * CAPACITY + 2: 1 / 6}
+    assert set(slots.tolist()) == set(expected)
+    for slot, share in expected.items():
+        z = ((slots == slot).sum() - draws * share) / (draws * share * (1 - share)) ** 0.5
+        assert abs(z) < 4
+
+
+def test_draw_at_the_ends_of_the_interval():
+    almost_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    labels, slots = filled([0, 2, 2]).draw(torch.stack([torch.zeros(2), almost_one.expand(2)]))
+    assert labels.tolist() == [0, 2] and slots.tolist() == [0, 2 * CAPACITY + 1]
+
+
+def test_pool_covers_all_classes_with_the_asked_shares(stream):
+    """Classes of 1 and 3 entries get 0.2 and 0.8 whatever their counts: z < 4 over 2,000 draws of one."""
+    bank, draws = filled([0, 2, 2, 2]), 2000
+    weights = torch.tensor([0.2, 0.0, 0.8])
+    first = torch.stack([bank.draw_pool(1, weights, stream)[0][0] for _ in range(draws)])
+    z = ((first < CAPACITY).sum() - 0.2 * draws) / (draws * 0.2 * 0.8) ** 0.5
+    assert abs(z) < 4
+
+
+def test_pool_is_without_replacement_and_says_what_is_filled(stream):
+    bank = filled([0, 0, 2])
+    slots, full = bank.draw_pool(100, torch.ones(CLASSES), stream)
+    assert len(slots) == CLASSES * CAPACITY and len(set(slots.tolist())) == len(slots)
+    assert sorted(slots[full].tolist()) == [0, 1, 2 * CAPACITY]
+
+
+def test_references_exclude_the_anchor_its_copies_and_empty_slots():
+    bank = filled([0, 0, 0, 2])
+    labels, slots = torch.tensor([0, 0, 2]), torch.tensor([0, bank.discarded_slot, 2 * CAPACITY])
+    ids = torch.tensor([0, 2, NO_ID])
+    assert bank.is_reference(labels, slots, ids).tolist() == [
+        [False, True, True, False],  # itself
+        [True, True, False, False],  # not in the bank by slot, but a copy of it by id
+        [False, False, False, False],  # the only one of its class
+    ]
