@@ -1,0 +1,84 @@
+"""The variance of targets: never more with references, falling like 1/(n - 1), and the curve's bookkeeping."""
+
+import itertools
+
+import pytest
+import torch
+from mixtures import make_mixture
+
+from stablevm.interpolant import LINEAR
+from stablevm.posterior import posterior
+from stablevm.variance import variance_curve
+
+DIMENSION, ROWS = 4, 4000
+MIXTURE = make_mixture(4, DIMENSION, seed=3)
+
+
+def squared_errors(references, time, stream):
+    """|target - v|^2 for ROWS independent anchors, each with `references - 1` fresh others, and the same for CFM."""
+    x0, noise = MIXTURE.sample(ROWS, stream), torch.randn(ROWS, DIMENSION, generator=stream)
+    others = MIXTURE.sample(ROWS * (references - 1), stream).reshape(ROWS, references - 1, DIMENSION)
+    t = torch.full((ROWS,), time)
+    x_t = LINEAR.interpolate(x0, noise, t)
+    plain = LINEAR.velocity(x0, noise, t)
+    target = plain + LINEAR.offset_gain(t, x0) * posterior(LINEAR, x0, noise, t, others).offset
+    exact = MIXTURE.field(LINEAR, x_t, t)
+    return (target - exact).square().sum(1).double(), (plain - exact).square().sum(1).double()
+
+
+def z_of(difference):
+    return (difference.mean() / (difference.std() / len(difference) ** 0.5)).item()
+
+
+@pytest.mark.parametrize("time", [0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_references_never_add_variance(time, stream):
+    """The paired difference V_CFM - V_refs is never below -4 standard errors, and above 4 from t = 0.5 on."""
+    with_references, plain = squared_errors(16, time, stream)
+    assert z_of(plain - with_references) > (4 if time >= 0.5 else -4)
+
+
+def test_variance_falls_like_one_over_n_minus_one(stream):
+    """(n - 1) V(n) at t = 0.9 for n = 8 .. 64 agrees between neighbours within z = 4 (the fixture's seed)."""
+    scaled = [squared_errors(n, 0.9, stream)[0] * (n - 1) for n in (8, 16, 32, 64)]
+    for fewer, more in itertools.pairwise(scaled):
+        error = (fewer.var() / ROWS + more.var() / ROWS).sqrt()
+        assert abs(fewer.mean() - more.mean()) / error < 4
+
+
+def test_plain_variance_at_the_prior_is_that_of_the_data(stream):
+    """V_CFM(1) = tr Cov(x0) on the linear path: relative 5 % at 4,000 samples (the fixture's seed)."""
+    _, plain = squared_errors(2, 1.0, stream)
+    assert plain.mean().item() == pytest.approx(MIXTURE.sample(50_000, stream).var(dim=0).sum().item(), rel=0.05)
+
+
+def test_curve_against_brute_force():
+    """With all of a class as references the variance is 0; with one it is CFM's; and CFM's is the brute-force value."""
+    stream = torch.Generator().manual_seed(4)
+    latents, labels = torch.randn(30, 2, 2, generator=stream), torch.arange(30) % 3
+    times = torch.tensor([0.3, 0.8])
+
+    def curve(references):
+        same = torch.Generator().manual_seed(5)
+        return variance_curve(LINEAR, latents, labels, times, references=references, rows=500, stream=same)
+
+    whole, single = curve(10), curve(1)
+    assert whole.stablevm == pytest.approx([0, 0], abs=1e-9) and whole.references == 10
+    assert single.stablevm == pytest.approx(single.cfm, rel=1e-5) and single.ess == pytest.approx([1, 1])
+    assert whole.cfm == pytest.approx(brute_force(latents, labels, times), rel=0.25)
+
+
+def brute_force(latents, labels, times):
+    """E |CFM target - v|^2 / d over 2,000 draws, by weights written down plainly (another stream, seed 6)."""
+    stream, found = torch.Generator().manual_seed(6), []
+    for t in times.tolist():
+        total = 0.0
+        for _ in range(2000):
+            anchor = int(torch.randint(30, (), generator=stream))
+            x0, noise = latents[anchor].flatten(), torch.randn(4, generator=stream)
+            group = latents[labels == labels[anchor]].flatten(1)
+            x_t = (1 - t) * x0 + t * noise
+            weights = (-(x_t - (1 - t) * group).square().sum(1) / (2 * t**2)).softmax(0)
+            mean = weights @ group
+            total += ((noise - x0) - ((x_t - (1 - t) * mean) / t - mean)).square().mean().item() / 2000
+        found.append(total)
+    return found

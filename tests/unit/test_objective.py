@@ -1,0 +1,160 @@
+"""Draws: what they hold, and the exact facts about their targets."""
+
+import pytest
+import torch
+
+from stablevm.bank import NO_ID, ClassBank
+from stablevm.errors import UserError
+from stablevm.interpolant import COSINE, LINEAR
+from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
+from stablevm.rng import RowGenerators
+
+SHAPE, CLASSES, ROWS = (2, 3, 3), 3, 12
+CONDITIONAL = {"label_dropout": 0.3, "null_class": CLASSES}
+
+
+@pytest.fixture
+def batch(stream):
+    return torch.randn(ROWS, *SHAPE, generator=stream), torch.arange(ROWS) % CLASSES
+
+
+def same_stream():
+    return torch.Generator().manual_seed(11)
+
+
+def exact_velocity(path, draw, samples):
+    """The velocity of the empirical distribution of `samples`, in float64."""
+    at = path.coefficients(draw.t.double()[:, None])
+    x_t, points = draw.x_t.double().flatten(1), samples.double().flatten(1)
+    distance = (x_t[:, None] - at.alpha[..., None] * points).square().sum(-1)
+    mean = (-distance / (2 * at.sigma.square())).softmax(-1) @ points
+    return (at.d_alpha * mean + at.d_sigma * (x_t - at.alpha * mean) / at.sigma).reshape(draw.x_t.shape)
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["v", "x"])
+def test_one_reference_is_flow_matching_bit_for_bit(path, prediction, batch):
+    latents, labels = batch[0][:CLASSES], batch[1][:CLASSES]
+    protocol = Protocol(path=path, prediction=prediction)
+    plain = FlowMatching(protocol).draw(latents, labels, same_stream())
+    bank = ClassBank(CLASSES, 1, SHAPE)
+    stable = StableVM(bank, protocol, anchors="batch").draw(latents, labels, same_stream())
+    for name in ("x_t", "t", "labels", "target", "x0", "noise"):
+        assert torch.equal(getattr(plain, name), getattr(stable, name)), name
+    assert torch.equal(stable.ess, torch.ones(CLASSES))
+
+
+@pytest.mark.parametrize("anchors", ["bank", "batch"])
+def test_whole_data_as_references_gives_the_exact_velocity(anchors, batch):
+    latents, labels = batch
+    bank = ClassBank(CLASSES, ROWS, SHAPE)
+    draw = StableVM(bank, anchors=anchors).draw(latents, labels, same_stream(), ids=torch.arange(ROWS))
+    for label in range(CLASSES):
+        mine = draw.labels == label
+        part = type(draw)(**{name: value[mine] for name, value in vars(draw).items()})
+        exact = exact_velocity(LINEAR, part, latents[labels == label])
+        torch.testing.assert_close(part.target.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_dropped_labels_are_weighed_against_all_classes(batch):
+    latents, labels = batch
+    protocol = Protocol(label_dropout=1.0, null_class=CLASSES)
+    draw = StableVM(ClassBank(CLASSES, ROWS, SHAPE), protocol, anchors="batch").draw(latents, labels, same_stream())
+    assert (draw.labels == CLASSES).all()
+    torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
+
+
+def test_stable_target_field_weighs_the_set_by_class(batch):
+    latents, labels = batch
+    draw = StableTargetField().draw(latents, labels, same_stream(), anchors=torch.tensor([0, 3, 6]))
+    exact = exact_velocity(LINEAR, draw, latents[labels == 0])
+    torch.testing.assert_close(draw.target.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_predicting_data_aims_at_the_posterior_mean(path, batch):
+    latents, labels = batch
+    draws = [
+        StableVM(ClassBank(CLASSES, ROWS, SHAPE), Protocol(path=path, prediction=kind), anchors="batch").draw(
+            latents, labels, same_stream()
+        )
+        for kind in ("v", "x")
+    ]
+    mean = path.convert(draws[0].target.double(), draws[0].x_t.double(), draws[0].t.double(), "velocity", "x0")
+    torch.testing.assert_close(draws[1].target.double(), mean, rtol=1e-4, atol=1e-4)
+
+
+def test_label_dropout(stream):
+    """The share of dropped labels: z < 4 over 5,000 rows, the fixture's seed."""
+    rows = 5000
+    labels = torch.zeros(rows, dtype=torch.int64)
+    draw = FlowMatching(Protocol(**CONDITIONAL)).draw(torch.zeros(rows, 1), labels, stream)
+    dropped = draw.labels == CLASSES
+    assert torch.equal(draw.labels[~dropped], labels[~dropped])
+    assert abs(dropped.float().mean() - 0.3) / (0.3 * 0.7 / rows) ** 0.5 < 4
+
+
+def test_anchors_are_told_by_their_ids(batch):
+    latents, labels = batch
+    ids = torch.arange(ROWS) + 100
+    bank = ClassBank(CLASSES, ROWS, SHAPE)
+    draw = StableVM(bank, anchors="bank").draw(latents, labels, same_stream(), ids=ids)
+    assert torch.equal(draw.x0, latents[draw.ids - 100]) and torch.equal(draw.labels, labels[draw.ids - 100])
+    fresh = StableVM(bank, anchors="batch").draw(latents, labels, same_stream(), ids=ids)
+    assert torch.equal(fresh.ids, ids) and torch.equal(fresh.x0, latents)
+    assert (FlowMatching().draw(latents, labels, same_stream()).ids == NO_ID).all()
+
+
+@pytest.mark.parametrize("anchors", ["bank", "batch"])
+def test_a_row_does_not_depend_on_how_the_batch_is_split(anchors, batch):
+    latents, labels = batch
+    bank = ClassBank(CLASSES, ROWS, SHAPE)
+    slots = bank.insert(latents, labels)
+    objective = StableVM(bank, Protocol(**CONDITIONAL), anchors=anchors, pool_size=7)
+
+    def draw(rows):
+        streams = RowGenerators.for_keys("test", positions=range(rows.start, rows.stop))
+        return objective.draw(latents[rows], labels[rows], streams, slots=slots[rows], pool_stream=same_stream())
+
+    whole, halves = draw(slice(0, ROWS)), [draw(slice(0, 5)), draw(slice(5, ROWS))]
+    for name in ("x_t", "t", "labels", "x0", "noise", "ids"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
+    for name in ("target", "ess"):
+        torch.testing.assert_close(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+
+
+def test_half_precision_bank_still_gives_nearly_the_same_target(batch):
+    latents, labels = batch
+    targets = [
+        StableVM(ClassBank(CLASSES, ROWS, SHAPE, dtype=dtype), anchors="batch").draw(latents, labels, same_stream())
+        for dtype in (torch.float32, torch.float16)
+    ]
+    torch.testing.assert_close(targets[0].target, targets[1].target, rtol=0.01, atol=0.01)
+
+
+def test_squared_error_is_a_mean_per_sample():
+    prediction, target = (
+        torch.zeros(2, 2, 2, dtype=torch.bfloat16),
+        torch.tensor([[[1.0, 1], [1, 1]], [[0, 2], [0, 0]]]),
+    )
+    assert squared_error(prediction, target).tolist() == [1.0, 1.0]
+    assert squared_error(prediction, target).dtype == torch.float32
+
+
+def test_mistakes_are_told(batch):
+    latents, labels = batch
+    with pytest.raises(UserError, match="--prediction eps: expected v or x"):
+        Protocol(prediction="eps")
+    with pytest.raises(UserError, match=r"--cfg-prob 2: expected a chance in \[0, 1\]"):
+        Protocol(label_dropout=2, null_class=3)
+    with pytest.raises(UserError, match="needs a null class"):
+        Protocol(label_dropout=0.1)
+    bank = ClassBank(CLASSES, 2, SHAPE)
+    with pytest.raises(UserError, match="--bank-anchors fresh: expected bank or batch"):
+        StableVM(bank, anchors="fresh")
+    with pytest.raises(UserError, match="a pool of 0 references"):
+        StableVM(bank, pool_size=0)
+    with pytest.raises(UserError, match="a bank needs classes and capacity"):
+        ClassBank(0, 2, SHAPE)
+    with pytest.raises(ValueError, match="give pool_stream"):
+        StableVM(bank).draw(latents, labels, RowGenerators.for_keys("x", positions=range(ROWS)))
