@@ -13,8 +13,8 @@ NO_ID = -1
 class ClassBank:
     """A first-in-first-out queue of at most `capacity` samples per class (Yang et al., 2026: 256).
 
-    Slots are numbered flat: slot s of class c is `c * capacity + s`. Nothing is allocated after construction and no
-    method but `missing_classes` and the state's makes the host wait for the device.
+    Slots are numbered flat: slot s of class c is `c * capacity + s`. No storage is allocated after construction, and
+    no method but the state's makes the host wait for the device.
     """
 
     def __init__(
@@ -124,10 +124,6 @@ class ClassBank:
         itself = labels[:, None] * self.capacity + local == slots[:, None]
         copy = (self.ids[labels] == ids[:, None]) & (ids != NO_ID)[:, None]
         return filled & ~itself & ~copy
-
-    def missing_classes(self) -> list[int]:
-        """Classes without an entry."""
-        return (self.counts == 0).nonzero().flatten().tolist()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the bank holds, exactly; tensors only, so that safetensors can store it."""

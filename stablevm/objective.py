@@ -7,6 +7,7 @@ Model-free: a draw knows neither the network nor the trainer, so it fits into an
     loss = squared_error(model(draw.x_t, draw.t, draw.labels), draw.target).mean()
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from stablevm.bank import NO_ID, ClassBank
 from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR, Interpolant
-from stablevm.posterior import posterior
+from stablevm.posterior import posterior, posterior_over_blocks
 from stablevm.rng import AnyGenerator, rand, randn
 from stablevm.schedules import TimeName, draw_times
 
@@ -112,6 +113,19 @@ class StableTargetField:
         found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=same_class & ~itself)
         own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
         return _finish(self.protocol, noisy, own_labels, own_ids, (found.offset, found.ess))
+
+    def draw_over_blocks(
+        self, anchors: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]], stream: AnyGenerator
+    ) -> Draw:
+        """The same for unlabelled anchors (B, *shape) of a set that comes in blocks, in the memory of one block.
+
+        blocks: pairs of references (n, *shape) and keep (B, n), False where a reference is the row's own anchor, or
+        None where the block holds no anchor.
+        """
+        noisy = _perturb(self.protocol, anchors, stream)
+        labels = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        found = posterior_over_blocks(self.protocol.path, noisy.x0, noisy.noise, noisy.t, blocks)
+        return _finish(self.protocol, noisy, labels, _ids_or_none(None, labels), (found.offset, found.ess))
 
 
 class StableVM:

@@ -9,6 +9,7 @@ StableVM, Yang et al., 2026, takes over). The anchor's own logit is 0, so it nee
 always takes part, exactly once, and `references` hold the others.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from stablevm.precision import full_precision
 # Bytes of float32 differences that are held at once: small enough for a CPU's cache, large enough to fill a GPU.
 CHUNK_BYTES_CPU = 8 * 2**20
 CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+# Logits, and values of references, that are held at once for rows that share references.
+BLOCK_ELEMENTS = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -54,72 +57,134 @@ def posterior(
     so that references that nearly coincide keep their distances. Where sigma = 0 (t = 0) the noisy sample is its
     anchor, and the references drop out.
     """
-    rows = anchors.shape[0]
     per_set = references.shape[: references.ndim - anchors.ndim + 1]
-    n = per_set[-1]
     flat = references.reshape(*per_set, -1)
-    x0, eps = anchors.reshape(rows, -1).float(), noise.reshape(rows, -1).float()
-    at = path.coefficients(t.double().expand(rows))
-    noisy = at.sigma > 0
-    lam = torch.where(noisy, at.alpha / at.sigma, 0.0)
-    mask = noisy[:, None] if keep is None else noisy[:, None] & keep
-    mask = mask.expand(rows, n)
+    x0, eps, lam = _flat_rows(path, anchors, noise, t)
     with full_precision(anchors.device):
         if flat.ndim == 2:
-            offset, ess = _attend(x0[None], eps[None], lam[None], flat[None], mask[None])
+            offset, ess = _attend(x0[None], eps[None], lam[None], flat[None], None if keep is None else keep[None])
             offset, ess = offset[0], ess[0]
         elif groups is None:
-            offset, ess = _per_row(x0, eps, lam, flat, None, mask)
+            offset, ess = _per_row(x0, eps, lam, flat, None, keep)
         elif anchors.device.type == "cpu":
-            offset, ess = _per_group(x0, eps, lam, flat, groups, mask)
+            offset, ess = _per_group(x0, eps, lam, flat, groups, keep)
         else:  # finding the groups would make the host wait for the device
-            offset, ess = _per_row(x0, eps, lam, flat, groups, mask)
-    return Posterior(offset.reshape(anchors.shape), ess)
+            offset, ess = _per_row(x0, eps, lam, flat, groups, keep)
+    return _posterior(anchors, lam, offset, ess)
+
+
+def posterior_over_blocks(
+    path: Interpolant, anchors: Tensor, noise: Tensor, t: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]]
+) -> Posterior:
+    """`posterior` over one set for all rows that comes in blocks: pairs (references (n, *shape), keep (B, n) or None).
+
+    Memory is that of one block, however many there are.
+    """
+    x0, eps, lam = _flat_rows(path, anchors, noise, t)
+    with full_precision(anchors.device):
+        weighing = _Weighing(x0[None], eps[None], lam[None])
+        for references, keep in blocks:
+            weighing.add(references.reshape(1, len(references), -1), None if keep is None else keep[None])
+        offset, ess = weighing.result()
+    return _posterior(anchors, lam, offset[0], ess[0])
+
+
+def _flat_rows(path: Interpolant, anchors: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors and noise as (B, d) float32, and lam = alpha / sigma (B,) in float64, infinite at t = 0."""
+    rows = anchors.shape[0]
+    at = path.coefficients(t.double().expand(rows))
+    return anchors.reshape(rows, -1).float(), noise.reshape(rows, -1).float(), at.alpha / at.sigma
+
+
+def _posterior(anchors: Tensor, lam: Tensor, offset: Tensor, ess: Tensor) -> Posterior:
+    """Where lam is infinite x_t is the anchor, and the references drop out."""
+    finite = lam.isfinite()
+    offset = torch.where(finite[:, None], offset, 0.0)
+    return Posterior(offset.reshape(anchors.shape), torch.where(finite, ess, 1.0))
 
 
 def _per_group(
-    x0: Tensor, eps: Tensor, lam: Tensor, bank: Tensor, groups: Tensor, mask: Tensor
+    x0: Tensor, eps: Tensor, lam: Tensor, bank: Tensor, groups: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Rows of the same group share one pass over its references; nothing is gathered."""
     offset, ess = torch.empty_like(x0), torch.empty_like(lam, dtype=torch.float32)
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero().squeeze(1)
-        part = _attend(x0[rows][None], eps[rows][None], lam[rows][None], bank[group][None], mask[rows][None])
+        mask = None if keep is None else keep[rows][None]
+        part = _attend(x0[rows][None], eps[rows][None], lam[rows][None], bank[group][None], mask)
         offset[rows], ess[rows] = part[0][0], part[1][0]
     return offset, ess
 
 
 def _per_row(
-    x0: Tensor, eps: Tensor, lam: Tensor, sets: Tensor, groups: Tensor | None, mask: Tensor
+    x0: Tensor, eps: Tensor, lam: Tensor, sets: Tensor, groups: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Each row has its references to itself (gathered, where it has a group); a bounded number of rows at a time."""
     limit = CHUNK_BYTES_CPU if x0.device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
     chunk = max(1, limit // max(1, 4 * sets.shape[1] * sets.shape[2]))
-    parts = [
-        _attend(x0[s, None], eps[s, None], lam[s, None], sets[s if groups is None else groups[s]], mask[s, None])
-        for s in (slice(start, start + chunk) for start in range(0, x0.shape[0], chunk))
-    ]
+    parts = []
+    for start in range(0, x0.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        refs = sets[rows if groups is None else groups[rows]]
+        mask = None if keep is None else keep[rows, None]
+        parts.append(_attend(x0[rows, None], eps[rows, None], lam[rows, None], refs, mask))
     return torch.cat([part[0] for part in parts])[:, 0], torch.cat([part[1] for part in parts])[:, 0]
 
 
-def _attend(x0: Tensor, eps: Tensor, lam: Tensor, refs: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """G groups of R rows that share n references: x0, eps (G, R, d), lam (G, R), refs (G, n, d), keep (G, R, n).
+def _attend(x0: Tensor, eps: Tensor, lam: Tensor, refs: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """G groups of R rows that share n references: x0, eps (G, R, d), lam (G, R), refs (G, n, d), keep (G, R, n)."""
+    weighing = _Weighing(x0, eps, lam)
+    weighing.add(refs, keep)
+    return weighing.result()
+
+
+class _Weighing:
+    """The softmax over references, taken in blocks (the online softmax of Milakov and Gimelshein, 2018).
 
     Everything is measured from the group's first anchor. With one row per group that is the anchored form itself;
     with more, `|x0 - b|^2` is expanded around that centre and the products are float64, where the cancellation of the
     expansion does no harm. Terms that are the same for all references of a row are left out of the logits.
     """
-    dtype = torch.float32 if x0.shape[1] == 1 else torch.float64
-    centre = x0[:, :1]
-    delta = (refs - centre).to(dtype)
-    own = (x0 - centre).to(dtype)
-    lam = lam.to(dtype)[..., None]
-    query = lam.square() * own + lam * eps.to(dtype)
-    logits = query @ delta.mT - 0.5 * lam.square() * torch.linalg.vector_norm(delta, dim=-1).square()[:, None]
-    logits = logits.masked_fill(~keep, -torch.inf)
-    anchor_logit = ((query - 0.5 * lam.square() * own) * own).sum(-1, keepdim=True)
-    logits = torch.cat([anchor_logit, logits], dim=-1)
-    weights = (logits - logits.amax(-1, keepdim=True)).float().softmax(-1)
-    others = weights[..., 1:].to(dtype)
-    offset = own * others.sum(-1, keepdim=True) - others @ delta
-    return offset.float(), 1 / weights.square().sum(-1)
+
+    def __init__(self, x0: Tensor, eps: Tensor, lam: Tensor) -> None:
+        """x0, eps (G, R, d) and lam (G, R); the anchor alone takes part so far, with the weight 1."""
+        self.dtype = torch.float32 if x0.shape[1] == 1 else torch.float64
+        self.centre = x0[:, :1]
+        self.own = (x0 - self.centre).to(self.dtype)
+        lam = lam.to(self.dtype)[..., None]
+        self.half_square = 0.5 * lam.square()
+        self.query = lam.square() * self.own + lam * eps.to(self.dtype)
+        self.peak = ((self.query - self.half_square * self.own) * self.own).sum(-1, keepdim=True)
+        self.mass = torch.ones_like(self.peak)
+        self.squared_mass = torch.ones_like(self.peak)
+        self.offset = torch.zeros_like(self.own)
+
+    def add(self, refs: Tensor, keep: Tensor | None) -> None:
+        """Let references (G, n, d) take part in all rows, or in those where keep (G, R, n) says so."""
+        rows, width = self.own.shape[1:]
+        block = max(1, BLOCK_ELEMENTS // max(rows, width))
+        for start in range(0, refs.shape[1], block):
+            part = slice(start, start + block)
+            self._add_block(refs[:, part], None if keep is None else keep[:, :, part])
+
+    def _add_block(self, refs: Tensor, keep: Tensor | None) -> None:
+        delta = (refs - self.centre).to(self.dtype)
+        squares = torch.linalg.vector_norm(delta, dim=-1).square()[:, None]
+        logits = (self.query @ delta.mT).addcmul_(self.half_square, squares, value=-1)
+        if keep is not None:
+            logits.masked_fill_(~keep, -torch.inf)
+        peak = torch.maximum(self.peak, logits.amax(-1, keepdim=True))
+        weights = logits.sub_(peak).float().exp_()
+        shrink = (self.peak - peak).exp()
+        mass = weights.sum(-1, keepdim=True).to(self.dtype)
+        squared = torch.linalg.vector_norm(weights, dim=-1, keepdim=True).to(self.dtype).square()
+        moment = self.own * mass - weights.to(self.dtype) @ delta
+        self.peak = peak
+        self.mass = self.mass * shrink + mass
+        self.squared_mass = self.squared_mass * shrink.square() + squared
+        self.offset = self.offset * shrink + moment
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Offsets (G, R, d) and effective sample sizes (G, R), float32."""
+        ess = self.mass.square() / self.squared_mass
+        return (self.offset / self.mass).float(), ess.squeeze(-1).float()

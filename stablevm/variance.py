@@ -1,23 +1,56 @@
-"""How noisy the targets are: the variance of CFM's and StableVM's about the exact velocity of the data, over time."""
+"""How noisy the targets are: the variance of CFM's and StableVM's about the exact velocity, over time."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant, align
-from stablevm.posterior import posterior
+from stablevm.posterior import posterior, posterior_over_blocks
+
+BAND = (0.15, 0.85)  # quantiles over samples, as published
+# Below the split point CFM's variance stays under this share of its largest value: one trajectory is nearly straight.
+SPLIT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class VarianceCurve:
-    """Per time: variances per dimension of the targets, and StableVM's mean effective sample size."""
+    """Per time: squared errors per dimension of the targets, and StableVM's mean effective sample size.
+
+    `cfm` and `stablevm` are means over samples, the bands their 15 % and 85 % quantiles.
+    """
 
     t: list[float]
     cfm: list[float]
     stablevm: list[float]
+    cfm_band: list[tuple[float, float]]
+    stablevm_band: list[tuple[float, float]]
     ess: list[float]
     references: int  # per sample, the anchor among them
+
+    @classmethod
+    def of(cls, times: Tensor, references: int, samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "VarianceCurve":
+        """From, per time, squared errors per dimension of CFM and StableVM and effective sample sizes: (rows,) each."""
+        cfm, stablevm, ess = zip(*samples, strict=True)
+        return cls(
+            times.tolist(),
+            [values.double().mean().item() for values in cfm],
+            [values.double().mean().item() for values in stablevm],
+            [_band(values) for values in cfm],
+            [_band(values) for values in stablevm],
+            [values.double().mean().item() for values in ess],
+            references,
+        )
+
+    def split_point(self) -> float:
+        """The largest time up to which CFM's variance stays below SPLIT_SHARE of its maximum; 0 if there is none."""
+        limit, split = SPLIT_SHARE * max(self.cfm), 0.0
+        for time, value in zip(self.t, self.cfm, strict=True):
+            if value > limit:
+                break
+            split = time
+        return split
 
 
 def variance_curve(
@@ -34,29 +67,73 @@ def variance_curve(
 
     v is the exact velocity of the class's empirical distribution: the whole class is its posterior (docs/theory.md).
     Each time uses `rows` anchors drawn from the data, each with `references - 1` others of its class (fewer where the
-    class is smaller) for StableVM. Both differ from v by the gain times a difference of posterior means.
+    class is smaller) for StableVM.
     """
     members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
-    points = []
-    for time in times.tolist():
+
+    def samples_at(time: float) -> tuple[Tensor, Tensor, Tensor]:
         anchors = torch.randint(len(latents), (rows,), generator=stream)
         noise = torch.randn(rows, *latents.shape[1:], generator=stream)
-        t = torch.full((rows,), time)
-        gain = path.offset_gain(t, noise)
-        errors, sizes = [], []
+        parts = []
         for label in labels[anchors].unique().tolist():
             mine = (labels[anchors] == label).nonzero().squeeze(1)
-            group, itself = members[label], anchors[mine][:, None] == members[label]
-            x0, eps = latents[anchors[mine]], noise[mine]
-            exact = posterior(path, x0, eps, t[mine], latents[group], keep=~itself).offset
-            few = posterior(path, x0, eps, t[mine], latents[group], keep=_choose(~itself, references - 1, stream))
-            scale = align(gain[mine].flatten(), x0)
-            errors.append(torch.stack([(scale * exact).square(), (scale * (few.offset - exact)).square()]).flatten(2))
-            sizes.append(few.ess)
-        cfm, stablevm = torch.cat(errors, dim=1).double().mean(dim=(1, 2)).tolist()
-        points.append((time, cfm, stablevm, torch.cat(sizes).double().mean().item()))
-    t_list, cfm_list, stablevm_list, ess_list = (list(column) for column in zip(*points, strict=True))
-    return VarianceCurve(t_list, cfm_list, stablevm_list, ess_list, references)
+            group, others = members[label], anchors[mine][:, None] != members[label]
+            x0, eps, t = latents[anchors[mine]], noise[mine], torch.full((len(mine),), time)
+            exact = posterior(path, x0, eps, t, latents[group], keep=others)
+            few = posterior(path, x0, eps, t, latents[group], keep=_choose(others, references - 1, stream))
+            parts.append(_errors(path, t, exact.offset, few.offset, few.ess))
+        first, second, third = zip(*parts, strict=True)
+        return torch.cat(first), torch.cat(second), torch.cat(third)
+
+    return VarianceCurve.of(times, references, [samples_at(time) for time in times.tolist()])
+
+
+def streamed_variance_curve(
+    path: Interpolant,
+    blocks: Callable[[], Iterator[Tensor]],
+    count: int,
+    times: Tensor,
+    *,
+    references: int,
+    rows: int,
+    stream: torch.Generator,
+) -> VarianceCurve:
+    """The same without labels, for data of any size: `blocks()` reads all `count` samples (n, *shape) in order.
+
+    Memory is that of a block, of `references` samples and of `rows` samples at each time; the data is read twice.
+    The same anchors and the same references serve all times.
+    """
+    anchors = torch.randint(count, (rows,), generator=stream)
+    subset = torch.randperm(count, generator=stream)[: references - 1]
+    x0, few = (_pick(blocks(), rows_) for rows_ in (anchors, subset))
+    noise = torch.randn(len(times), *x0.shape, generator=stream)
+    t = times.repeat_interleave(rows)
+    every_x0, every_noise = x0.repeat(len(times), *[1] * (x0.ndim - 1)), noise.flatten(0, 1)
+    own = anchors.repeat(len(times))[:, None]
+
+    def with_masks() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for block in blocks():
+            yield block, own != torch.arange(start, start + len(block))
+            start += len(block)
+
+    exact = posterior_over_blocks(path, every_x0, every_noise, t, with_masks())
+    some = posterior(path, every_x0, every_noise, t, few, keep=own != subset)
+    errors = _errors(path, t, exact.offset, some.offset, some.ess)
+    return VarianceCurve.of(times, references, zip(*(part.split(rows) for part in errors), strict=True))
+
+
+def _errors(path: Interpolant, t: Tensor, exact: Tensor, few: Tensor, ess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors per dimension (rows,) of CFM and StableVM: both targets differ from v by the gain times a
+    difference of posterior means.
+    """
+    gain = align(path.offset_gain(t, t), exact)
+    return (gain * exact).square().flatten(1).mean(1), (gain * (few - exact)).square().flatten(1).mean(1), ess
+
+
+def _band(values: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values.double(), torch.tensor(BAND, dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _choose(allowed: Tensor, count: int, stream: torch.Generator) -> Tensor:
@@ -64,3 +141,17 @@ def _choose(allowed: Tensor, count: int, stream: torch.Generator) -> Tensor:
     keys = torch.rand(allowed.shape, generator=stream).masked_fill(~allowed, -1.0)
     best = keys.topk(min(count, keys.shape[1]), dim=1).indices
     return torch.zeros_like(allowed).scatter_(1, best, True) & allowed
+
+
+def _pick(blocks: Iterable[Tensor], rows: Tensor) -> Tensor:
+    """The samples at `rows` of a data set that is read in blocks."""
+    found: Tensor | None = None
+    start = 0
+    for block in blocks:
+        if found is None:
+            found = torch.empty(len(rows), *block.shape[1:])
+        here = (rows >= start) & (rows < start + len(block))
+        found[here] = block[rows[here] - start].float()
+        start += len(block)
+    assert found is not None
+    return found

@@ -1,10 +1,6 @@
-"""Pictures for the report: training curves, the variance of the targets, samples beside real images.
-
-PNG files at 200 dots per inch, made for half their pixel size on a page: text is then 13 to 16 px high.
-"""
+"""Pictures for the report: training curves, the variance of the targets, samples beside real images."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,37 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.errors import UserError
-from stablevm.files import write_with
 from stablevm.images import tile
+from stablevm.plotting import (
+    BLUE,
+    GREEN,
+    INK,
+    PAGE_WIDTH,
+    SOFT_INK,
+    VERMILION,
+    new_figure,
+    panels,
+    plain_log_labels,
+    save_figure,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-DOTS_PER_INCH = 200
-PAGE_WIDTH = 10.0  # inches: 1000 px on the page
-# Okabe and Ito's palette, told apart with every kind of colour vision.
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-INK, SOFT_INK, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-STYLE: dict[Any, Any] = {
-    "font.size": 10.0,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "xtick.color": SOFT_INK,
-    "ytick.color": SOFT_INK,
-    "legend.frameon": False,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-}
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -55,15 +37,15 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> N
     if not rows:
         raise UserError("metrics: no row holds velocity_loss; train for at least one logged step")
     aligned = [row for row in rows if "alignment_loss" in row]
-    with _style():
-        figure, panels = _panels(2 if aligned else 1)
-        _curve(panels[0], rows, "velocity_loss", BLUE)
-        panels[0].set(title="Velocity loss", ylabel="mean squared error per dimension", yscale="log")
-        _plain_log_labels(panels[0])
+    with style():
+        figure, axes = panels(2 if aligned else 1)
+        _curve(axes[0], rows, "velocity_loss", BLUE)
+        axes[0].set(title="Velocity loss", ylabel="mean squared error per dimension", yscale="log")
+        plain_log_labels(axes[0])
         if aligned:
-            _curve(panels[1], aligned, "alignment_loss", VERMILION)
-            panels[1].set(title="Alignment loss", ylabel="minus cosine similarity")
-        _save(figure, path)
+            _curve(axes[1], aligned, "alignment_loss", VERMILION)
+            axes[1].set(title="Alignment loss", ylabel="minus cosine similarity")
+        save_figure(figure, path)
 
 
 def variance_figure(curve: Mapping[str, Any], path: str | Path) -> None:
@@ -73,8 +55,8 @@ def variance_figure(curve: Mapping[str, Any], path: str | Path) -> None:
     `references`, and a `title`.
     """
     t = curve["t"]
-    with _style():
-        figure, (variance, ess) = _panels(2)
+    with style():
+        figure, (variance, ess) = panels(2)
         variance.fill_between(t, curve["stablevm"], curve["cfm"], color=BLUE, alpha=0.08, linewidth=0)
         variance.plot(t, curve["cfm"], color=VERMILION, marker="s", markersize=4, label="CFM")
         label = f"StableVM, {curve['references']:,} references"
@@ -87,10 +69,10 @@ def variance_figure(curve: Mapping[str, Any], path: str | Path) -> None:
         ess.set(title="Effective sample size", ylabel="number of references", xlim=(0, 1), yscale="log")
         ess.legend(loc="center left")
         ess.set_ylim(0.9, 1.3 * curve["references"])
-        _plain_log_labels(ess)
+        plain_log_labels(ess)
         for panel in (variance, ess):
             panel.set_xlabel("time t  (0 data, 1 noise)")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def samples_beside_real(
@@ -110,8 +92,8 @@ def samples_beside_real(
     margin, gap = 0.8, 0.35  # inches: class names on the left, between the halves
     inch = (PAGE_WIDTH - margin - gap) / pixels
     height = sheets[0].shape[0] * inch + 0.45
-    with _style():
-        figure = _figure(height)
+    with style():
+        figure = new_figure(height)
         left = margin
         for sheet, title in zip(sheets, ("Real", "Generated"), strict=True):
             width, tall = sheet.shape[1] * inch, sheet.shape[0] * inch
@@ -124,7 +106,7 @@ def samples_beside_real(
         middles = (np.arange(len(class_names)) + 0.5) * sheets[0].shape[0] / len(class_names)
         figure.axes[0].set_yticks(middles, class_names, color=INK, fontsize=11)
         figure.axes[0].tick_params(length=0, pad=6)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -148,36 +130,3 @@ def _moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
     """Centred mean over `window` values, over fewer at the ends."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
-
-
-def _plain_log_labels(axes: "Axes") -> None:
-    """0.02, 0.05, 0.1 rather than powers of ten, on a scale that often spans only one of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _panels(count: int) -> tuple["Figure", list["Axes"]]:
-    figure = _figure(height=3.9)
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _figure(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(PAGE_WIDTH, height), dpi=DOTS_PER_INCH, facecolor="white")
-
-
-def _style() -> AbstractContextManager[None]:
-    import matplotlib
-
-    return matplotlib.rc_context(STYLE)
-
-
-def _save(figure: "Figure", path: str | Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    write_with(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))

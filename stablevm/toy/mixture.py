@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablevm.interpolant import Interpolant, Kind, align
+from stablevm.interpolant import Interpolant, Kind
+from stablevm.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -17,26 +18,42 @@ class GaussianMixture:
     means: Tensor
     variances: Tensor
 
+    @property
+    def dimension(self) -> int:
+        return self.means.shape[1]
+
     def sample(self, count: int, stream: torch.Generator) -> Tensor:
         """`count` independent samples (count, d)."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=stream)
-        noise = torch.randn(count, self.means.shape[1], generator=stream, dtype=self.means.dtype)
-        return self.means[component] + self.variances[component].sqrt() * noise
+        noise = torch.randn(count, self.dimension, generator=stream, dtype=self.means.dtype)
+        return torch.addcmul(self.means[component], self.variances.sqrt()[component], noise)
 
-    def posterior_mean(self, path: Interpolant, x_t: Tensor, t: Tensor) -> Tensor:
-        """`E[x0 | x_t]` of x_t (B, d) at t (B,) or scalar, in closed form (docs/theory.md).
+    def posterior_mean(self, path: Interpolant, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """`E[x0 | x_t]` of x_t (B, d) at one time t in [0, 1], in closed form; float64 of shape (B, d).
 
-        Given component k, x_t is Gaussian with mean alpha mu_k and variance alpha^2 S_k + sigma^2. The result has the
-        shape (B, d); memory is (B, K, d).
+        Given component k, x_t is Gaussian with mean alpha mu_k and variance alpha^2 S_k + sigma^2. Squares are
+        expanded, so that matrix products do the work and memory is (B, K) and not (B, K, d).
         """
-        at = path.coefficients(align(t, x_t))
-        alpha, sigma = at.alpha[..., None], at.sigma[..., None]
-        variance = alpha.square() * self.variances + sigma.square()
-        residual = x_t[:, None] - alpha * self.means
-        log_density = -0.5 * (residual.square() / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
-        share = (self.weights.log() + log_density).softmax(-1)
-        return (share[..., None] * (self.means + alpha * self.variances / variance * residual)).sum(1)
+        at = path.coefficients(torch.as_tensor(t, dtype=torch.float64))
+        x, means, spread = x_t.double(), self.means.double(), self.variances.double()
+        variance = at.alpha.square() * spread + at.sigma.square()
+        centre = at.alpha * means
+        with full_precision(x.device):
+            square = x.square() @ (1 / variance).T - 2 * x @ (centre / variance).T + (centre.square() / variance).sum(1)
+            log_density = -0.5 * (square + (variance.log() + math.log(2 * math.pi)).sum(1))
+            share = (self.weights.double().log() + log_density).softmax(-1)
+            gain = at.alpha * spread / variance
+            return share @ (means - gain * centre) + x * (share @ gain)
 
-    def field(self, path: Interpolant, x_t: Tensor, t: Tensor, kind: Kind = "velocity") -> Tensor:
-        """The exact velocity, score, noise or data prediction at x_t (B, d)."""
-        return path.convert(self.posterior_mean(path, x_t, t), x_t, t, "x0", kind)
+    def field(self, path: Interpolant, x_t: Tensor, t: float | Tensor, kind: Kind = "velocity") -> Tensor:
+        """The exact velocity, score, noise or data prediction at x_t (B, d), in float64."""
+        time = torch.as_tensor(t, dtype=torch.float64)
+        return path.convert(self.posterior_mean(path, x_t, t), x_t.double(), time, "x0", kind)
+
+
+def published_mixture(components: int, dimension: int, stream: torch.Generator) -> GaussianMixture:
+    """The mixture of the published study: means U(-1, 1), variances U(0.01, 0.1), weights U(0.1, 1) normalised."""
+    means = torch.rand(components, dimension, generator=stream) * 2 - 1
+    variances = torch.rand(components, dimension, generator=stream) * 0.09 + 0.01
+    weights = torch.rand(components, generator=stream) * 0.9 + 0.1
+    return GaussianMixture(weights / weights.sum(), means, variances)

@@ -92,32 +92,30 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
     Every process chooses and reads the same ones, so that all hold the same bank without talking to each other.
     Raises UserError naming the classes of which the data holds no sample.
     """
-    per_class = bank.capacity if config.prefill_bank_fully else 1
     labels = dataset.labels()
-    rows = _choose_rows(labels, bank.num_classes, per_class, config.seed)
+    counts = torch.bincount(labels, minlength=bank.num_classes)
+    missing = (counts == 0).nonzero().flatten().tolist()
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise UserError(
+            f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
+            f"({shown}), so their bank would stay empty; prepare the data with them or lower --num-classes"
+        )
+    rows = _choose_rows(labels, counts, bank.capacity if config.prefill_bank_fully else 1, config.seed)
     workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
     with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not show) as progress:
         for part, latents in _read_latents(dataset, rows, config, workers):
             bank.insert(latents, labels[part], part)
             progress.update(len(part))
-    missing = bank.missing_classes()
-    if missing:
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        raise UserError(
-            f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
-            f"({shown}), so their bank stays empty; prepare the data with them or lower --num-classes"
-        )
-    if show and config.prefill_bank_fully:
-        short = int((bank.counts < bank.capacity).sum())
-        if short:
-            print(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
+    short = int((counts < bank.capacity).sum())
+    if show and config.prefill_bank_fully and short:
+        print(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
 
 
-def _choose_rows(labels: Tensor, num_classes: int, per_class: int, seed: int) -> Tensor:
-    """At most `per_class` rows of each class at random, in the order of the file."""
+def _choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:
+    """At most `per_class` rows of each class, which has `counts` of them, at random, in the order of the file."""
     shuffled = torch.randperm(len(labels), generator=rng.generator(seed, "prefill"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = torch.bincount(labels, minlength=num_classes)
     rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return by_class[rank < per_class].sort().values
 

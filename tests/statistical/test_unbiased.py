@@ -24,7 +24,7 @@ CONDITIONAL = [make_mixture(3, DIMENSION, seed, torch.float64) for seed in range
 
 def exact_velocity(path, draw):
     """The velocity given the label; without label, that of both classes mixed half and half."""
-    x_t, t = draw.x_t.double(), draw.t.double()
+    x_t, t = draw.x_t, draw.t[0].item()
     labelled = torch.stack([mixture.field(path, x_t, t) for mixture in CONDITIONAL])
     both = type(CONDITIONAL[0])(
         torch.cat([m.weights for m in CONDITIONAL]) / CLASSES,
@@ -32,7 +32,7 @@ def exact_velocity(path, draw):
         torch.cat([m.variances for m in CONDITIONAL]),
     )
     every = torch.cat([labelled, both.field(path, x_t, t)[None]])
-    return every[draw.labels, torch.arange(len(t))]
+    return every[draw.labels, torch.arange(len(x_t))]
 
 
 def samples(labels, stream):

@@ -22,7 +22,7 @@ def squared_errors(references, time, stream):
     x_t = LINEAR.interpolate(x0, noise, t)
     plain = LINEAR.velocity(x0, noise, t)
     target = plain + LINEAR.offset_gain(t, x0) * posterior(LINEAR, x0, noise, t, others).offset
-    exact = MIXTURE.field(LINEAR, x_t, t)
+    exact = MIXTURE.field(LINEAR, x_t, time)
     return (target - exact).square().sum(1).double(), (plain - exact).square().sum(1).double()
 
 

@@ -1,0 +1,132 @@
+"""The options of `gmm_exp.py`. Free of torch, so that `--help` stays quick."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from stablevm.errors import UserError
+from stablevm.options import idle_warnings, require
+
+Method = Literal["cfm", "stf", "stable_vm", "stable_vm_efficient"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# What a result depends on; the rest chooses what is run and drawn.
+RESULT_FIELDS = (
+    "vector_field", "components", "dimension", "batch_size", "references", "updates", "learning_rate", "max_grad_norm",
+    "ema_decay", "width", "depth", "eval_every", "eval_samples", "eval_times",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Learn the field of a Gaussian mixture, where the exact one is known, with different training targets.
+
+    Each method trains on the same mixture from the same first weights; the Fisher divergence is the mean of
+    |predicted - exact field|^2, summed over dimensions, against the closed form. Results go to OUTPUT_DIR/data, one
+    file for each method, field and seed; finished ones are not computed again.
+    """
+
+    exp: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-e"])] = ("stable_vm",)
+    """Methods: cfm, stf, stable_vm, stable_vm_efficient (never holds the references at once); several, or all."""
+    vector_field: Literal["velocity", "score"] = "velocity"
+    """What is learnt. The score is scaled: sigma(t) times the score of x_t, in training, evaluation and figures."""
+    seeds: int = 1
+    """Number of repetitions, with the seeds SEED, SEED + 1, and so on."""
+    seed: int = 0
+    """Seed of mixture, evaluation points, first weights and training; 0 or more."""
+    only_plot: bool = False
+    """Draw figures of the results there are, and the variance curves; train nothing."""
+    no_plot_variance: bool = False
+    """Leave the variance curves out."""
+    enable_visualization: bool = False
+    """Also draw PNG frames and GIFs: predicted, exact and difference fields, and trajectories from noise to data."""
+    use_wandb: bool = False
+    """Send metrics to wandb as well."""
+    use_tensorboard: bool = False
+    """Send metrics to TensorBoard as well."""
+    imagenet_data_path: Path | None = None
+    """A prepared data set whose variance curve is drawn as well."""
+    cifar10_data_path: Path | None = None
+    """Folder of CIFAR-10's binary version (data_batch_1.bin, ...), whose variance curve is drawn as well."""
+    output_dir: Path = Path("plots")
+    """Folder for figures; results go to its folder data."""
+    components: int = 100
+    """Components of the mixture."""
+    dimension: int = 10
+    """Dimensions of the mixture."""
+    batch_size: int = 256
+    """Samples per update."""
+    references: int = 2048
+    """References per update, drawn anew each time and shared by the batch."""
+    updates: int = 20_000
+    """Updates of Adam."""
+    learning_rate: float = 1e-4
+    """Adam's rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, for all methods alike."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average, which is what is evaluated; in [0, 1)."""
+    width: int = 32
+    """Width of the network's hidden layers."""
+    depth: int = 3
+    """Number of the network's hidden layers."""
+    eval_every: int = 500
+    """Updates between evaluations; there is one before the first update as well."""
+    eval_samples: int = 10_000
+    """Samples at each time of evaluation."""
+    eval_times: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    """Times of evaluation, in (0, 1]; the first four are the published ones."""
+    variance_dimensions: tuple[int, ...] = (10, 100, 500)
+    """Dimensions of the mixtures whose variance curves are drawn."""
+    variance_samples: int = 1000
+    """Samples at each time of a variance curve."""
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that --exp names, in the order of METHODS."""
+        names = [name for word in self.exp for name in word.split(",") if name]
+        for name in names:
+            if name not in (*METHODS, "all"):
+                raise UserError(f"--exp {name}: expected {', '.join(METHODS)} or all")
+        return METHODS if "all" in names else tuple(method for method in METHODS if method in names)
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        counts = ("seeds", "components", "dimension", "batch_size", "updates", "width", "depth", "eval_every")
+        require(
+            self,
+            [
+                ("exp", bool(self.methods), f"some of {', '.join(METHODS)}, or all"),
+                *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
+                ("references", self.references >= self.batch_size, f"at least --batch-size {self.batch_size}"),
+                ("eval_samples", self.eval_samples >= 2, "at least 2"),
+                ("variance_samples", self.variance_samples >= 2, "at least 2"),
+                ("seed", self.seed >= 0, "0 or more"),
+                ("learning_rate", self.learning_rate > 0, "a positive number"),
+                ("max_grad_norm", self.max_grad_norm > 0, "a positive number"),
+                ("ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)"),
+                ("eval_times", bool(self.eval_times) and all(0 < t <= 1 for t in self.eval_times), "times in (0, 1]"),
+                ("variance_dimensions", all(d >= 1 for d in self.variance_dimensions), "dimensions from 1"),
+                ("dimension", self.dimension >= 2 or not self.enable_visualization, "at least 2 to draw a plane"),
+            ],
+        )
+
+    def warnings(self) -> list[str]:
+        """One line for each option that was given and has no effect with the others."""
+        idle: dict[str, str] = {}
+        if self.no_plot_variance:
+            curve = ("variance_dimensions", "variance_samples", "imagenet_data_path", "cifar10_data_path")
+            idle |= dict.fromkeys(curve, "--no-plot-variance")
+        if self.only_plot:
+            idle |= dict.fromkeys(("use_wandb", "use_tensorboard"), "--only-plot")
+        return idle_warnings(self, idle)
+
+    def result_settings(self) -> dict[str, Any]:
+        """The options that a result depends on, as JSON holds them."""
+        values = {name: value for name, value in asdict(self).items() if name in RESULT_FIELDS}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+assert set(RESULT_FIELDS) <= {field.name for field in fields(ToyConfig)}

@@ -1,0 +1,98 @@
+"""Results on disk: one JSON file and one of weights for each method, field, seed and set of options."""
+
+import hashlib
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from stablevm import rng
+from stablevm.files import read_json, replacing, write_json
+from stablevm.toy.config import METHODS, Method, ToyConfig
+from stablevm.toy.network import Perceptron
+
+
+@dataclass(frozen=True)
+class Result:
+    """Fisher divergences over updates: `divergence[i][j]` after updates[i] at times[j]."""
+
+    method: Method
+    seed: int
+    updates: list[int]
+    times: list[float]
+    divergence: list[list[float]]
+    seconds: dict[str, float]
+
+
+def result_path(config: ToyConfig, method: Method, seed: int) -> Path:
+    """The name tells the method, the field and the seed; a checksum of the options keeps different settings apart."""
+    settings = hashlib.sha256(json.dumps(config.result_settings(), sort_keys=True).encode()).hexdigest()[:8]
+    return config.output_dir / "data" / f"{method}-{config.vector_field}-seed{seed}-{settings}.json"
+
+
+def save(
+    config: ToyConfig,
+    method: Method,
+    seed: int,
+    rows: list[dict[str, Any]],
+    network: Perceptron,
+    seconds: dict[str, float],
+) -> Result:
+    path = result_path(config, method, seed)
+    with replacing(path.with_suffix(".safetensors")) as temporary:
+        save_file(network.state_dict(), temporary)
+    write_json(
+        path,
+        {
+            "method": method,
+            "seed": seed,
+            "settings": config.result_settings(),
+            "updates": [row["update"] for row in rows],
+            "times": list(config.eval_times),
+            "divergence": [row["divergence"] for row in rows],
+            "seconds": seconds,
+        },
+    )
+    return load(config, method, seed)
+
+
+def load(config: ToyConfig, method: Method, seed: int) -> Result:
+    values = read_json(result_path(config, method, seed), "toy result")
+    return Result(**{name: values[name] for name in Result.__dataclass_fields__})
+
+
+def load_network(config: ToyConfig, method: Method, seed: int) -> Perceptron:
+    network = Perceptron(config.dimension, config.width, config.depth, rng.generator(seed, "network"))
+    network.load_state_dict(load_file(result_path(config, method, seed).with_suffix(".safetensors")))
+    return network.requires_grad_(False)
+
+
+def find_all(config: ToyConfig) -> dict[Method, list[Result]]:
+    """All finished results of these options, over all methods and the seeds asked for."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    found = {
+        method: [load(config, method, seed) for seed in seeds if result_path(config, method, seed).exists()]
+        for method in METHODS
+    }
+    return {method: results for method, results in found.items() if results}
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is not a number for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def table(results: dict[Method, list[Result]]) -> str:
+    """Markdown: the divergence after the last update at each time, mean +- standard error over the seeds."""
+    times = next(iter(results.values()))[0].times
+    lines = ["| method (seeds) | " + " | ".join(f"t = {t:g}" for t in times) + " |", "| --- |" + " --- |" * len(times)]
+    for method, runs in results.items():
+        cells = [mean_and_error([run.divergence[-1][column] for run in runs]) for column in range(len(times))]
+        shown = [f"{mean:.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}") for mean, error in cells]
+        lines.append(f"| {method} ({len(runs)}) | " + " | ".join(shown) + " |")
+    return "\n".join(lines)

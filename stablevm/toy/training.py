@@ -1,0 +1,163 @@
+"""Train the small network with one method's targets and measure it against the exact field."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stablevm import rng
+from stablevm.interpolant import LINEAR
+from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, squared_error
+from stablevm.toy.config import Method, ToyConfig
+from stablevm.toy.mixture import GaussianMixture, published_mixture
+from stablevm.toy.network import Perceptron
+from stablevm.training.ema import MovingAverage
+from stablevm.training.tracker import Trackers
+
+BLOCK = 2048  # references that are made from one stream, so that any part of a set can be made again
+PROTOCOL = Protocol(path=LINEAR)
+
+
+def mixture_of(config: ToyConfig, seed: int, dimension: int | None = None) -> GaussianMixture:
+    """The mixture of a seed: the same for all methods, whatever was run before."""
+    size = dimension or config.dimension
+    return published_mixture(config.components, size, rng.generator(seed, "mixture", size))
+
+
+def to_field(config: ToyConfig, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """A velocity as the field that is learnt: itself, or sigma times the score."""
+    if config.vector_field == "velocity":
+        return velocity
+    return -LINEAR.convert(velocity, x_t, t, "velocity", "noise")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Points x_t at all times of evaluation, with the exact field there: all as one batch of (times x samples) rows."""
+
+    x_t: Tensor
+    t: Tensor
+    exact: Tensor
+    times: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: ToyConfig, mixture: GaussianMixture, seed: int) -> "Examination":
+        points, exact = [], []
+        for time_ in config.eval_times:
+            stream = rng.generator(seed, "evaluation", f"{time_:.6f}")
+            x0 = mixture.sample(config.eval_samples, stream)
+            noise = torch.randn(x0.shape, generator=stream)
+            t = torch.tensor(time_)
+            x_t = LINEAR.interpolate(x0, noise, t)
+            points.append(x_t)
+            velocity = mixture.field(LINEAR, x_t, time_)
+            exact.append(to_field(config, velocity, x_t.double(), t.double()).float())
+        t = torch.tensor(config.eval_times).repeat_interleave(config.eval_samples)
+        return cls(torch.cat(points), t, torch.cat(exact), config.eval_times)
+
+    @torch.no_grad()
+    def divergence(self, network: nn.Module) -> list[float]:
+        """The Fisher divergence E |predicted - exact|^2 at each time."""
+        errors = (network(self.x_t, self.t) - self.exact).square().sum(1)
+        return errors.reshape(len(self.times), -1).double().mean(1).tolist()
+
+
+class Draws:
+    """The training batches of one method: an endless iterator that depends on the seed alone."""
+
+    def __init__(self, method: Method, config: ToyConfig, mixture: GaussianMixture, seed: int) -> None:
+        self.method, self.config, self.mixture, self.seed = method, config, mixture, seed
+        self.stream = rng.generator(seed, "training", method.removesuffix("_efficient"))
+        self.update = 0
+
+    def __iter__(self) -> Iterator[Draw]:
+        while True:
+            yield self._next()
+            self.update += 1
+
+    def _next(self) -> Draw:
+        config = self.config
+        if self.method == "cfm":
+            x0 = self.mixture.sample(config.batch_size, self.stream)
+            return FlowMatching(PROTOCOL).draw(x0, _no_labels(x0), self.stream)
+        field = StableTargetField(PROTOCOL)
+        if self.method == "stf":
+            chosen = torch.arange(config.batch_size)  # each of the first samples perturbs itself
+        else:
+            chosen = torch.randint(config.references, (config.batch_size,), generator=self.stream)
+        if self.method == "stable_vm_efficient":
+            return field.draw_over_blocks(self._pick(chosen), self._blocks(chosen), self.stream)
+        references = torch.cat([self._block(number) for number in range(self._num_blocks)])
+        return field.draw(references, _no_labels(references), self.stream, anchors=chosen)
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-self.config.references // BLOCK)
+
+    def _block(self, number: int) -> Tensor:
+        """References number * BLOCK and on, of this update."""
+        count = min(BLOCK, self.config.references - number * BLOCK)
+        return self.mixture.sample(count, rng.generator(self.seed, "references", self.update, number))
+
+    def _pick(self, chosen: Tensor) -> Tensor:
+        """The chosen references, one block at a time."""
+        anchors = torch.empty(len(chosen), self.mixture.dimension)
+        for number in (chosen // BLOCK).unique().tolist():
+            rows = chosen // BLOCK == number
+            anchors[rows] = self._block(number)[chosen[rows] % BLOCK]
+        return anchors
+
+    def _blocks(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(self._num_blocks):
+            block = self._block(number)
+            yield block, chosen[:, None] != torch.arange(len(block)) + number * BLOCK
+
+
+def _no_labels(samples: Tensor) -> Tensor:
+    return torch.zeros(len(samples), dtype=torch.int64)
+
+
+def train_method(
+    method: Method, config: ToyConfig, seed: int, trackers: Trackers
+) -> tuple[list[dict[str, Any]], Perceptron, dict[str, float]]:
+    """Rows {"update", "divergence" (one value per time)}, the averaged network, and the seconds of each part."""
+    mixture = mixture_of(config, seed)
+    examination = Examination.of(config, mixture, seed)
+    network = Perceptron(config.dimension, config.width, config.depth, rng.generator(seed, "network"))
+    average = MovingAverage(network, config.ema_decay)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+    clock = {"draw": 0.0, "network": 0.0, "evaluation": 0.0}
+    rows: list[dict[str, Any]] = []
+
+    def examine(update: int, loss: float | None) -> None:
+        start = time.perf_counter()
+        divergence = examination.divergence(average.model)
+        rows.append({"update": update, "divergence": divergence})
+        named = {f"divergence/t={t:g}": value for t, value in zip(config.eval_times, divergence, strict=True)}
+        trackers.log(update, named if loss is None else {"loss": loss, **named})
+        clock["evaluation"] += time.perf_counter() - start
+
+    examine(0, None)
+    draws = iter(Draws(method, config, mixture, seed))
+    for update in tqdm(range(1, config.updates + 1), desc=f"{method}, seed {seed}", unit="update", dynamic_ncols=True):
+        start = time.perf_counter()
+        draw = next(draws)
+        target = to_field(config, draw.target, draw.x_t, draw.t)
+        drawn = time.perf_counter()
+        loss = squared_error(network(draw.x_t, draw.t), target).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        average.update(network, update - 1)
+        clock["draw"] += drawn - start
+        clock["network"] += time.perf_counter() - drawn
+        if update % config.eval_every == 0 or update == config.updates:
+            examine(update, loss.item())
+    assert isinstance(average.model, Perceptron)
+    return rows, average.model, clock
