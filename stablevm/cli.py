@@ -15,6 +15,7 @@ from stablevm.evaluation.config import EvaluateConfig
 from stablevm.files import read_json
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 USER_ERROR_STATUS = 2
@@ -83,6 +84,18 @@ def quickstart(arguments: Sequence[str] | None = None) -> int:
     return guarded(run)
 
 
+def toy(arguments: Sequence[str] | None = None) -> int:
+    """`gmm_exp.py` and `stablevm toy`."""
+
+    def run() -> None:
+        config = parse(ToyConfig, "gmm_exp", arguments)
+        from stablevm.toy.experiment import run as run_experiment
+
+        run_experiment(config)
+
+    return guarded(run)
+
+
 def prepare(arguments: Sequence[str] | None = None) -> int:
     """`stablevm prepare KIND`."""
     app = tyro.extras.SubcommandApp()
@@ -120,6 +133,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], str]] = {
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
     "evaluate": (evaluate, "judge a file of generated images"),
+    "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
 }
 
 

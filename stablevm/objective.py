@@ -94,23 +94,28 @@ class StableTargetField:
     def draw(
         self,
         references: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         stream: AnyGenerator,
         *,
         anchors: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Draw:
-        """references (n, *shape) with labels (n,); anchors: positions (B,) in the set that are perturbed (all if None).
+        """references (n, *shape) with labels (n,), or None for data of one class; anchors: positions (B,) in the set
+        that are perturbed (all if None).
 
         The anchors must be chosen independently of the references' values, or the target is biased.
         """
-        count = references.shape[0]
-        chosen = torch.arange(count, device=references.device) if anchors is None else anchors
+        count, device = references.shape[0], references.device
+        chosen = torch.arange(count, device=device) if anchors is None else anchors
         noisy = _perturb(self.protocol, references[chosen], stream)
-        own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
-        same_class = (labels[chosen, None] == labels) | dropped.to(labels.device)[:, None]
-        itself = chosen[:, None] == torch.arange(count, device=references.device)
-        found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=same_class & ~itself)
+        if labels is None:
+            own_labels = torch.zeros_like(chosen)
+            keep = torch.ones(len(chosen), count, dtype=torch.bool, device=device)
+        else:
+            own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
+            keep = (labels[chosen, None] == labels) | dropped.to(device)[:, None]
+        keep[torch.arange(len(chosen), device=device), chosen] = False
+        found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=keep)
         own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
         return _finish(self.protocol, noisy, own_labels, own_ids, (found.offset, found.ess))
 

@@ -9,6 +9,7 @@ StableVM, Yang et al., 2026, takes over). The anchor's own logit is 0, so it nee
 always takes part, exactly once, and `references` hold the others.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,8 +22,12 @@ from stablevm.precision import full_precision
 # Bytes of float32 differences that are held at once: small enough for a CPU's cache, large enough to fill a GPU.
 CHUNK_BYTES_CPU = 8 * 2**20
 CHUNK_BYTES_ACCELERATOR = 256 * 2**20
-# Logits, and values of references, that are held at once for rows that share references.
-BLOCK_ELEMENTS = 4 * 2**20
+# Logits, and values of references, that are worked on at once.
+BLOCK_LOGITS = 2**17
+BLOCK_VALUES = 2**21
+# Logits this far below the largest get the weight 0: e^-43 is 2e-19, and the square of anything smaller is below
+# float32's normal numbers, which makes a CPU slow.
+LEAST_EXPONENT = -43.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Posterior:
     ess: Tensor
 
 
+@torch.no_grad()
 def posterior(
     path: Interpolant,
     anchors: Tensor,
@@ -62,7 +68,8 @@ def posterior(
     x0, eps, lam = _flat_rows(path, anchors, noise, t)
     with full_precision(anchors.device):
         if flat.ndim == 2:
-            offset, ess = _attend(x0[None], eps[None], lam[None], flat[None], None if keep is None else keep[None])
+            mask, room = None if keep is None else keep[None], _Workspace(anchors.device)
+            offset, ess = _attend(x0[None], eps[None], lam[None], flat[None], mask, room)
             offset, ess = offset[0], ess[0]
         elif groups is None:
             offset, ess = _per_row(x0, eps, lam, flat, None, keep)
@@ -73,6 +80,7 @@ def posterior(
     return _posterior(anchors, lam, offset, ess)
 
 
+@torch.no_grad()
 def posterior_over_blocks(
     path: Interpolant, anchors: Tensor, noise: Tensor, t: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]]
 ) -> Posterior:
@@ -82,7 +90,7 @@ def posterior_over_blocks(
     """
     x0, eps, lam = _flat_rows(path, anchors, noise, t)
     with full_precision(anchors.device):
-        weighing = _Weighing(x0[None], eps[None], lam[None])
+        weighing = _Weighing(x0[None], eps[None], lam[None], _Workspace(anchors.device))
         for references, keep in blocks:
             weighing.add(references.reshape(1, len(references), -1), None if keep is None else keep[None])
         offset, ess = weighing.result()
@@ -107,11 +115,11 @@ def _per_group(
     x0: Tensor, eps: Tensor, lam: Tensor, bank: Tensor, groups: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Rows of the same group share one pass over its references; nothing is gathered."""
-    offset, ess = torch.empty_like(x0), torch.empty_like(lam, dtype=torch.float32)
+    offset, ess, room = torch.empty_like(x0), torch.empty_like(lam, dtype=torch.float32), _Workspace(x0.device)
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero().squeeze(1)
         mask = None if keep is None else keep[rows][None]
-        part = _attend(x0[rows][None], eps[rows][None], lam[rows][None], bank[group][None], mask)
+        part = _attend(x0[rows][None], eps[rows][None], lam[rows][None], bank[group][None], mask, room)
         offset[rows], ess[rows] = part[0][0], part[1][0]
     return offset, ess
 
@@ -122,20 +130,38 @@ def _per_row(
     """Each row has its references to itself (gathered, where it has a group); a bounded number of rows at a time."""
     limit = CHUNK_BYTES_CPU if x0.device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
     chunk = max(1, limit // max(1, 4 * sets.shape[1] * sets.shape[2]))
-    parts = []
+    parts, room = [], _Workspace(x0.device)
     for start in range(0, x0.shape[0], chunk):
         rows = slice(start, start + chunk)
         refs = sets[rows if groups is None else groups[rows]]
         mask = None if keep is None else keep[rows, None]
-        parts.append(_attend(x0[rows, None], eps[rows, None], lam[rows, None], refs, mask))
+        parts.append(_attend(x0[rows, None], eps[rows, None], lam[rows, None], refs, mask, room))
     return torch.cat([part[0] for part in parts])[:, 0], torch.cat([part[1] for part in parts])[:, 0]
 
 
-def _attend(x0: Tensor, eps: Tensor, lam: Tensor, refs: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    x0: Tensor, eps: Tensor, lam: Tensor, refs: Tensor, keep: Tensor | None, room: "_Workspace"
+) -> tuple[Tensor, Tensor]:
     """G groups of R rows that share n references: x0, eps (G, R, d), lam (G, R), refs (G, n, d), keep (G, R, n)."""
-    weighing = _Weighing(x0, eps, lam)
+    weighing = _Weighing(x0, eps, lam, room)
     weighing.add(refs, keep)
     return weighing.result()
+
+
+class _Workspace:
+    """Memory for intermediate values that is used again: a CPU would otherwise map new pages for each block."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor with any content; it is the same memory for the same name."""
+        size = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size or flat.dtype != dtype:
+            flat = self._flat[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return flat[:size].view(shape)
 
 
 class _Weighing:
@@ -146,8 +172,9 @@ class _Weighing:
     expansion does no harm. Terms that are the same for all references of a row are left out of the logits.
     """
 
-    def __init__(self, x0: Tensor, eps: Tensor, lam: Tensor) -> None:
+    def __init__(self, x0: Tensor, eps: Tensor, lam: Tensor, room: "_Workspace") -> None:
         """x0, eps (G, R, d) and lam (G, R); the anchor alone takes part so far, with the weight 1."""
+        self.room = room
         self.dtype = torch.float32 if x0.shape[1] == 1 else torch.float64
         self.centre = x0[:, :1]
         self.own = (x0 - self.centre).to(self.dtype)
@@ -161,24 +188,30 @@ class _Weighing:
 
     def add(self, refs: Tensor, keep: Tensor | None) -> None:
         """Let references (G, n, d) take part in all rows, or in those where keep (G, R, n) says so."""
-        rows, width = self.own.shape[1:]
-        block = max(1, BLOCK_ELEMENTS // max(rows, width))
-        for start in range(0, refs.shape[1], block):
-            part = slice(start, start + block)
+        groups, rows, width = self.own.shape
+        count = refs.shape[1]
+        block = max(1, min(count, BLOCK_LOGITS // (groups * rows), BLOCK_VALUES // (groups * width)))
+        for start in range(0, count, block):
+            part = slice(start, min(start + block, count))
             self._add_block(refs[:, part], None if keep is None else keep[:, :, part])
 
     def _add_block(self, refs: Tensor, keep: Tensor | None) -> None:
-        delta = (refs - self.centre).to(self.dtype)
+        groups, rows, width = self.own.shape
+        count = refs.shape[1]
+        wide = self.room.take("wide", (groups, rows, count), self.dtype)
+        narrow = self.room.take("narrow", (groups, rows, count), torch.float32)
+        differences = self.room.take("differences", (groups, count, width), self.dtype)
+        delta = torch.sub(refs, self.centre, out=differences)
         squares = torch.linalg.vector_norm(delta, dim=-1).square()[:, None]
-        logits = (self.query @ delta.mT).addcmul_(self.half_square, squares, value=-1)
+        logits = torch.bmm(self.query, delta.mT, out=wide).addcmul_(self.half_square, squares, value=-1)
         if keep is not None:
             logits.masked_fill_(~keep, -torch.inf)
         peak = torch.maximum(self.peak, logits.amax(-1, keepdim=True))
-        weights = logits.sub_(peak).float().exp_()
+        weights = torch.threshold_(narrow.copy_(logits.sub_(peak)), LEAST_EXPONENT, -torch.inf).exp_()
         shrink = (self.peak - peak).exp()
         mass = weights.sum(-1, keepdim=True).to(self.dtype)
         squared = torch.linalg.vector_norm(weights, dim=-1, keepdim=True).to(self.dtype).square()
-        moment = self.own * mass - weights.to(self.dtype) @ delta
+        moment = self.own * mass - wide.copy_(weights) @ delta
         self.peak = peak
         self.mass = self.mass * shrink + mass
         self.squared_mass = self.squared_mass * shrink.square() + squared

@@ -83,7 +83,7 @@ class Draws:
         config = self.config
         if self.method == "cfm":
             x0 = self.mixture.sample(config.batch_size, self.stream)
-            return FlowMatching(PROTOCOL).draw(x0, _no_labels(x0), self.stream)
+            return FlowMatching(PROTOCOL).draw(x0, torch.zeros(len(x0), dtype=torch.int64), self.stream)
         field = StableTargetField(PROTOCOL)
         if self.method == "stf":
             chosen = torch.arange(config.batch_size)  # each of the first samples perturbs itself
@@ -92,7 +92,7 @@ class Draws:
         if self.method == "stable_vm_efficient":
             return field.draw_over_blocks(self._pick(chosen), self._blocks(chosen), self.stream)
         references = torch.cat([self._block(number) for number in range(self._num_blocks)])
-        return field.draw(references, _no_labels(references), self.stream, anchors=chosen)
+        return field.draw(references, None, self.stream, anchors=chosen)
 
     @property
     def _num_blocks(self) -> int:
@@ -114,11 +114,10 @@ class Draws:
     def _blocks(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(self._num_blocks):
             block = self._block(number)
-            yield block, chosen[:, None] != torch.arange(len(block)) + number * BLOCK
-
-
-def _no_labels(samples: Tensor) -> Tensor:
-    return torch.zeros(len(samples), dtype=torch.int64)
+            keep = torch.ones(len(chosen), len(block), dtype=torch.bool)
+            here = (chosen // BLOCK == number).nonzero().squeeze(1)
+            keep[here, chosen[here] % BLOCK] = False
+            yield block, keep
 
 
 def train_method(

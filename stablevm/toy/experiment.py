@@ -1,0 +1,83 @@
+"""`gmm_exp.py`: train what is asked for and not there yet, then draw and tabulate what there is."""
+
+import dataclasses
+import sys
+
+from stablevm.errors import UserError
+from stablevm.files import write_json, write_text
+from stablevm.toy import results
+from stablevm.toy.config import ToyConfig
+from stablevm.toy.figures import divergence_figure, variance_figure
+from stablevm.toy.training import train_method
+from stablevm.toy.variance import all_curves
+from stablevm.toy.visualization import visualize
+from stablevm.training.tracker import Trackers
+
+
+def run(config: ToyConfig) -> None:
+    """Everything that the options ask for. UserError for bad options; no result overwrites another."""
+    config.validate()
+    for line in config.warnings():
+        print(f"warning: {line}", file=sys.stderr)
+    if not config.only_plot:
+        for seed in range(config.seed, config.seed + config.seeds):
+            for method in config.methods:
+                _train(config, method, seed)
+    _compare(config)
+    if not config.no_plot_variance:
+        _draw_variance(config)
+    if config.enable_visualization:
+        _visualize(config)
+
+
+def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
+    path = results.result_path(config, method, seed)
+    if path.exists():
+        print(f"{path}: is there already")
+        return
+    names = [name for name, wanted in (("wandb", config.use_wandb), ("tensorboard", config.use_tensorboard)) if wanted]
+    trackers = Trackers(config.output_dir / "logs" / path.stem, names, config.result_settings())
+    try:
+        rows, network, seconds = train_method(method, config, seed, trackers)
+    finally:
+        trackers.close()
+    results.save(config, method, seed, rows, network, seconds)
+    shares = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())
+    print(f"{path}: {shares}")
+
+
+def _compare(config: ToyConfig) -> None:
+    """The comparison figure and table of all finished results of these options."""
+    found = results.find_all(config)
+    if not found:
+        if config.only_plot:
+            print(f"{config.output_dir}: no finished result of these options to plot")
+            return
+        raise AssertionError("nothing was trained")
+    text = results.table(found)
+    write_text(config.output_dir / f"divergence-{config.vector_field}.md", text + "\n")
+    divergence_figure(found, config.vector_field, config.output_dir / f"divergence-{config.vector_field}.png")
+    print(f"\nFisher divergence after {config.updates:,} updates ({config.vector_field})\n\n{text}\n")
+    print(f"figure: {config.output_dir / f'divergence-{config.vector_field}.png'}")
+
+
+def _draw_variance(config: ToyConfig) -> None:
+    curves = all_curves(config)
+    values = {
+        title: {**dataclasses.asdict(curve), "split_point": curve.split_point()} for title, curve in curves.items()
+    }
+    write_json(config.output_dir / "data" / "variance.json", values)
+    variance_figure(curves, config.output_dir / "variance.png")
+    for title, curve in curves.items():
+        print(f"split point of {title}: {curve.split_point():.2f}")
+    print(f"figure: {config.output_dir / 'variance.png'}")
+
+
+def _visualize(config: ToyConfig) -> None:
+    for method in config.methods:
+        path = results.result_path(config, method, config.seed)
+        if not path.exists():
+            raise UserError(f"--enable-visualization: there is no result {path}; run without --only-plot first")
+        network = results.load_network(config, method, config.seed)
+        for gif in visualize(config, network, f"{method}-{config.vector_field}", config.seed):
+            print(f"moving picture: {gif}")
