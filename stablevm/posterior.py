@@ -63,8 +63,7 @@ def posterior(
     so that references that nearly coincide keep their distances. Where sigma = 0 (t = 0) the noisy sample is its
     anchor, and the references drop out.
     """
-    per_set = references.shape[: references.ndim - anchors.ndim + 1]
-    flat = references.reshape(*per_set, -1)
+    flat = references.flatten(references.ndim - anchors.ndim + 1)
     x0, eps, lam = _flat_rows(path, anchors, noise, t)
     with full_precision(anchors.device):
         if flat.ndim == 2:

@@ -1,5 +1,6 @@
 """How noisy the targets are: the variance of CFM's and StableVM's about the exact velocity, over time."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from stablevm.interpolant import Interpolant, align
 from stablevm.posterior import posterior, posterior_over_blocks
 
 BAND = (0.15, 0.85)  # quantiles over samples, as published
-# Below the split point CFM's variance stays under this share of its largest value: one trajectory is nearly straight.
-SPLIT_SHARE = 0.05
+# Up to the split point fewer references than this take part, on average: x_t still tells which sample it came from.
+SPLIT_ESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,9 @@ class VarianceCurve:
         )
 
     def split_point(self) -> float:
-        """The largest time up to which CFM's variance stays below SPLIT_SHARE of its maximum; 0 if there is none."""
-        limit, split = SPLIT_SHARE * max(self.cfm), 0.0
-        for time, value in zip(self.t, self.cfm, strict=True):
-            if value > limit:
-                break
-            split = time
-        return split
+        """xi: the largest time up to which the mean effective sample size stays below SPLIT_ESS; 0 if there is none."""
+        below = itertools.takewhile(lambda point: point[1] < SPLIT_ESS, zip(self.t, self.ess, strict=True))
+        return max((time for time, _ in below), default=0.0)
 
 
 def variance_curve(

@@ -2,6 +2,9 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
 
 from stablevm.errors import UserError
 from stablevm.files import write_json, write_text
@@ -9,9 +12,10 @@ from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
 from stablevm.toy.figures import divergence_figure, variance_figure
 from stablevm.toy.training import train_method
-from stablevm.toy.variance import all_curves
+from stablevm.toy.variance import curve_jobs
 from stablevm.toy.visualization import visualize
 from stablevm.training.tracker import Trackers
+from stablevm.variance import VarianceCurve
 
 
 def run(config: ToyConfig) -> None:
@@ -19,13 +23,14 @@ def run(config: ToyConfig) -> None:
     config.validate()
     for line in config.warnings():
         print(f"warning: {line}", file=sys.stderr)
+    jobs = {} if config.no_plot_variance else curve_jobs(config)  # data that is missing is told before training
     if not config.only_plot:
         for seed in range(config.seed, config.seed + config.seeds):
             for method in config.methods:
                 _train(config, method, seed)
     _compare(config)
-    if not config.no_plot_variance:
-        _draw_variance(config)
+    if jobs:
+        _draw_variance(config, jobs)
     if config.enable_visualization:
         _visualize(config)
 
@@ -61,8 +66,8 @@ def _compare(config: ToyConfig) -> None:
     print(f"figure: {config.output_dir / f'divergence-{config.vector_field}.png'}")
 
 
-def _draw_variance(config: ToyConfig) -> None:
-    curves = all_curves(config)
+def _draw_variance(config: ToyConfig, jobs: dict[str, Callable[[], VarianceCurve]]) -> None:
+    curves = {title: job() for title, job in tqdm(jobs.items(), desc="variance curves", unit="curve")}
     values = {
         title: {**dataclasses.asdict(curve), "split_point": curve.split_point()} for title, curve in curves.items()
     }

@@ -19,6 +19,7 @@ LABELS: dict[Method, str] = {
 }
 FIELD_NAMES = {"velocity": "velocity", "score": "score times sigma"}
 COLUMNS = 3
+LOG_SPAN = 5.0  # from this ratio of the largest to the smallest value on
 
 
 def divergence_figure(results: dict[Method, list[Result]], vector_field: str, path: Path) -> None:
@@ -29,7 +30,8 @@ def divergence_figure(results: dict[Method, list[Result]], vector_field: str, pa
         for column, (time, panel) in enumerate(zip(times, axes, strict=False)):
             for method, runs in results.items():
                 _divergence_line(panel, method, runs, column)
-            panel.set(title=f"t = {time:g}", yscale="log")
+            panel.set_title(f"t = {time:g}")
+            _choose_scale(panel)
             if column % COLUMNS == 0:
                 panel.set_ylabel("Fisher divergence")
             if column >= len(times) - COLUMNS:
@@ -43,6 +45,14 @@ def divergence_figure(results: dict[Method, list[Result]], vector_field: str, pa
             x=0.02, ha="left", fontsize=11,
         )  # fmt: skip
         save_figure(figure, path)
+
+
+def _choose_scale(panel: Any) -> None:
+    """Logarithmic where the values span much of a decade; a scale of less has no round numbers on it."""
+    low, high = panel.dataLim.intervaly
+    if high > LOG_SPAN * low:
+        panel.set_yscale("log")
+        plain_log_labels(panel)
 
 
 def _divergence_line(panel: Any, method: Method, runs: list[Result], column: int) -> None:
@@ -74,7 +84,7 @@ def _variance_panel(panel: Any, title: str, curve: VarianceCurve) -> None:
         panel.fill_between(curve.t, low, high, color=colour, alpha=0.15, linewidth=0)
         panel.plot(curve.t, mean, color=colour, marker="o", markersize=3, label=label)
     split = curve.split_point()
-    panel.axvline(split, color=SOFT_INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"split point {split:.2f}")
+    panel.axvline(split, color=SOFT_INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"split point ξ = {split:.2f}")
     panel.set(title=title, ylabel="variance per dimension", xlim=(0, 1), ylim=(0, None))
     panel.legend(loc="upper left", fontsize=8.5)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.autoencoder import pixels_to_unit
@@ -27,8 +26,8 @@ CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the planes red, green a
 CIFAR_FILES = [f"data_batch_{number}.bin" for number in range(1, 6)]
 
 
-def all_curves(config: ToyConfig) -> dict[str, VarianceCurve]:
-    """The curves that the options ask for, by their titles; progress is shown."""
+def curve_jobs(config: ToyConfig) -> dict[str, Callable[[], VarianceCurve]]:
+    """How to compute the curves that the options ask for, by their titles; UserError for data that is not there."""
     jobs: dict[str, Callable[[], VarianceCurve]] = {
         f"Mixture, d = {d}": lambda d=d: mixture_curve(config, mixture_of(config, config.seed, d))  # type: ignore[misc]
         for d in config.variance_dimensions
@@ -40,7 +39,7 @@ def all_curves(config: ToyConfig) -> dict[str, VarianceCurve]:
     if config.imagenet_data_path is not None:
         dataset = open_dataset(config.imagenet_data_path)
         jobs[str(config.imagenet_data_path)] = lambda: _prepared_curve(config, dataset)
-    return {title: job() for title, job in tqdm(jobs.items(), desc="variance curves", unit="curve")}
+    return jobs
 
 
 def mixture_curve(config: ToyConfig, mixture: GaussianMixture) -> VarianceCurve:

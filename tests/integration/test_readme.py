@@ -26,7 +26,7 @@ def blocks(language):
 
 def paste(command, folder):
     """Run a block in a folder that looks like the checkout, with the running Python's commands first on the path."""
-    for script in ("train.py", "generate.py", "evaluate.py"):
+    for script in ("train.py", "generate.py", "evaluate.py", "gmm_exp.py"):
         if not (folder / script).exists():
             (folder / script).symlink_to(ROOT / script)
     tools = Path(sys.executable).parent
@@ -60,6 +60,14 @@ def test_commands_by_hand(tmp_path):
         commands = commands.replace(long, short)
     table = paste(commands, tmp_path)
     assert "accuracy" in table and (tmp_path / "samples" / "digits.npz").is_file()
+
+
+@pytest.mark.slow
+def test_toy_commands(tmp_path):
+    smaller = "--updates=4 --eval-every=2 --eval-samples=20 --variance-samples=10"
+    commands = "".join(f"{line} {smaller}\n" for line in blocks("bash")[3].splitlines())
+    assert "stable_vm (1)" in paste(commands, tmp_path)
+    assert (tmp_path / "plots" / "divergence-velocity.png").is_file()
 
 
 def test_three_lines_in_your_own_loop(stream):

@@ -88,6 +88,8 @@ def test_masked_references_do_not_exist(stream):
     some = posterior(LINEAR, x0, noise, t, references, keep=keep)
     few = posterior(LINEAR, x0, noise, t, references[:7])
     torch.testing.assert_close(some.offset, few.offset)
+    empty = posterior(LINEAR, x0, noise, t, references[:0])
+    assert torch.equal(empty.offset, torch.zeros_like(x0)) and torch.equal(empty.ess, torch.ones(2))
     nothing = posterior(LINEAR, x0, noise, t, references, keep=torch.zeros(2, SET, dtype=torch.bool))
     assert torch.equal(nothing.offset, torch.zeros_like(x0)) and torch.equal(nothing.ess, torch.ones(2))
 
