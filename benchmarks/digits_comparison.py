@@ -18,7 +18,7 @@ from stablevm.evaluation.evaluate import evaluate
 from stablevm.files import read_json
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
-from stablevm.quickstart.run import make_extractor
+from stablevm.quickstart.run import extractor
 from stablevm.sampling.generation import generate
 from stablevm.training.checkpoint import checkpoint_folder
 from stablevm.training.trainer import train
@@ -68,7 +68,7 @@ def judged(options: Options, method: str, seed: int) -> dict[str, Any]:
 def main(options: Options) -> None:
     base = QuickstartConfig(output_dir=options.folder)
     prepare_digits(recipe.data_folder(base))
-    make_extractor(recipe.data_folder(base), recipe.extractor_folder(base), base.seed)
+    extractor(recipe.extractor_config(base))
     results = {method: [judged(options, method, seed) for seed in range(options.seeds)] for method in options.methods}
     print(f"\n{options.steps} steps, {options.weighting} times, guidance 1, 500 samples, {options.seeds} seeds\n")
     print("| method | Fréchet distance to the test split (seeds) | accuracy | coverage |\n| --- | --- | --- | --- |")

@@ -1,9 +1,10 @@
 """The commands: parse, call, nothing else. Users' mistakes end with one line on stderr and status 2."""
 
 import errno
+import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from stablevm import __version__
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.files import read_json
-from stablevm.quickstart.config import QuickstartConfig
+from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
@@ -24,76 +25,38 @@ INTERRUPTED_STATUS = 130  # 128 + SIGINT
 SYSTEM_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-@dataclass(frozen=True)
-class TrainExtractor:
-    """Train the network that judges generated digits, on the training split."""
-
-    data_dir: Path
-    """Prepared digits."""
-    output_dir: Path
-    """Folder for extractor.safetensors and extractor.json."""
-    seed: int = 0
-    """Seed of weights, batches and augmentation."""
+Config = TypeVar("Config")
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """`train.py` and `stablevm train`."""
-
-    def run() -> None:
-        config = parse(TrainConfig, "train", arguments, default=_resumed(_given(arguments)))
-        from stablevm.training.trainer import train as run_training
-
-        run_training(config)
-
-    return guarded(run)
+    """`train.py` and `stablevm train`. Returns the exit status, as all commands do."""
+    given = _given(arguments)
+    return _run(TrainConfig, "train", given, "stablevm.training.trainer:train", default=lambda: _resumed(given))
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:
     """`generate.py` and `stablevm generate`."""
-
-    def run() -> None:
-        config = parse(GenerateConfig, "generate", arguments)
-        from stablevm.sampling.generation import generate as run_generation
-
-        run_generation(config)
-
-    return guarded(run)
+    return _run(GenerateConfig, "generate", _given(arguments), "stablevm.sampling.generation:generate")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`evaluate.py` and `stablevm evaluate`."""
-
-    def run() -> None:
-        config = parse(EvaluateConfig, "evaluate", arguments)
-        from stablevm.evaluation.evaluate import evaluate as run_evaluation
-
-        run_evaluation(config)
-
-    return guarded(run)
+    return _run(EvaluateConfig, "evaluate", _given(arguments), "stablevm.evaluation.evaluate:evaluate")
 
 
 def quickstart(arguments: Sequence[str] | None = None) -> int:
     """`stablevm quickstart`."""
-
-    def run() -> None:
-        config = parse(QuickstartConfig, "stablevm quickstart", arguments)
-        from stablevm.quickstart.run import quickstart as run_quickstart
-
-        run_quickstart(config)
-
-    return guarded(run)
+    return _run(QuickstartConfig, "stablevm quickstart", _given(arguments), "stablevm.quickstart.run:quickstart")
 
 
 def toy(arguments: Sequence[str] | None = None) -> int:
     """`gmm_exp.py` and `stablevm toy`."""
+    return _run(ToyConfig, "gmm_exp", _given(arguments), "stablevm.toy.experiment:run")
 
-    def run() -> None:
-        config = parse(ToyConfig, "gmm_exp", arguments)
-        from stablevm.toy.experiment import run as run_experiment
 
-        run_experiment(config)
-
-    return guarded(run)
+def extractor(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm extractor`."""
+    return _run(ExtractorConfig, "stablevm extractor", _given(arguments), "stablevm.quickstart.run:extractor")
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:
@@ -107,23 +70,9 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         Args:
             folder: Folder for the splits train and test.
         """
-        from stablevm.data.digits import prepare_digits
+        print(_load("stablevm.data.digits:prepare_digits")(folder))
 
-        print(prepare_digits(folder))
-
-    return guarded(lambda: app.cli(prog="stablevm prepare", args=_given(arguments)))
-
-
-def extractor(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm extractor`."""
-
-    def run() -> None:
-        config = parse(TrainExtractor, "stablevm extractor", arguments)
-        from stablevm.quickstart.run import make_extractor
-
-        make_extractor(config.data_dir, config.output_dir, config.seed)
-
-    return guarded(run)
+    return _guarded(lambda: app.cli(prog="stablevm prepare", args=_given(arguments)))
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], str]] = {
@@ -155,18 +104,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return USER_ERROR_STATUS
 
 
-Config = TypeVar("Config")
+def _run(
+    kind: type[Config],
+    program: str,
+    arguments: list[str],
+    target: str,
+    default: Callable[[], Config | None] = lambda: None,
+) -> int:
+    """Parse the arguments into a `kind` and call `target` ("module:function") with it.
+
+    The module is imported last, so that help and mistakes are answered without waiting for torch.
+    """
+
+    def run() -> None:
+        given, plain_flags = default(), (tyro.conf.DisallowNone,)
+        if given is None:
+            config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags)
+        else:
+            config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags, default=given)
+        _load(target)(config)
+
+    return _guarded(run)
 
 
-def parse(kind: type[Config], program: str, arguments: Sequence[str] | None, default: Config | None = None) -> Config:
-    """The configuration that the arguments give; wrong ones end the program with status 2 and what was expected."""
-    given, plain_flags = _given(arguments), (tyro.conf.DisallowNone,)
-    if default is None:
-        return tyro.cli(kind, prog=program, args=given, config=plain_flags)
-    return tyro.cli(kind, prog=program, args=given, config=plain_flags, default=default)
+def _load(target: str) -> Callable[..., object]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def guarded(run: Callable[[], object]) -> int:
+def _guarded(run: Callable[[], object]) -> int:
     """Run a command; returns its exit status."""
     try:
         run()

@@ -8,6 +8,18 @@ from stablevm.options import require
 
 
 @dataclass(frozen=True)
+class ExtractorConfig:
+    """Train the network that judges generated digits, on the training split."""
+
+    data_dir: Path
+    """Prepared digits."""
+    output_dir: Path
+    """Folder for extractor.safetensors and extractor.json."""
+    seed: int = 0
+    """Seed of weights, batches and augmentation."""
+
+
+@dataclass(frozen=True)
 class QuickstartConfig:
     """Prepare digits, train, sample, judge and report, in minutes on a CPU. To go on after an interruption, run the
     same command again."""

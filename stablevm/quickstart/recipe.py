@@ -6,7 +6,7 @@ from typing import Any
 
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.options import as_typed
-from stablevm.quickstart.config import QuickstartConfig
+from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.training.config import TrainConfig
 
@@ -42,6 +42,10 @@ def data_folder(config: QuickstartConfig) -> Path:
 
 def extractor_folder(config: QuickstartConfig) -> Path:
     return config.output_dir / "extractor"
+
+
+def extractor_config(config: QuickstartConfig) -> ExtractorConfig:
+    return ExtractorConfig(data_folder(config), extractor_folder(config), config.seed)
 
 
 def train_config(config: QuickstartConfig) -> TrainConfig:

@@ -22,7 +22,7 @@ from stablevm.evaluation.report import Figure, write_report
 from stablevm.files import read_json, write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.quickstart import recipe
-from stablevm.quickstart.config import QuickstartConfig
+from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.quickstart.recipe import Guidance
 from stablevm.sampling.generation import generate
 from stablevm.training import checkpoint
@@ -46,7 +46,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         _announce(1, "prepare the digits")
         print(prepare_digits(recipe.data_folder(config)))
         _announce(2, "train the extractor that judges them")
-        extractor = make_extractor(recipe.data_folder(config), recipe.extractor_folder(config), config.seed)
+        judge = extractor(recipe.extractor_config(config))
         _announce(3, f"train SiT-XS/2 ({config.loss_type})")
         run = recipe.train_config(config)
         step = train(run)
@@ -57,35 +57,33 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         results = {guide: evaluate(recipe.evaluate_config(config, path)) for guide, path in samples.items()}
         _announce(6, "draw the report")
         figures = _figures(config, samples[HEADLINE])
-    summary = _summary(config, results, extractor, clock.seconds)
+    summary = _summary(config, results, judge, clock.seconds)
     write_json(config.output_dir / "summary.json", summary)
     _write_report(config, summary, results, figures, weights, samples)
     _print_summary(config, summary)
     return summary
 
 
-def make_extractor(data_dir: Path, output_dir: Path, seed: int) -> DigitsExtractor:
-    """The extractor in `output_dir`, trained first if it is not there."""
-    if (output_dir / "extractor.json").exists():
-        extractor = load_extractor(output_dir)
-        if extractor.seed != seed:
-            raise UserError(
-                f"{output_dir} holds an extractor of seed {extractor.seed}, not {seed}; give another folder"
-            )
-        print(f"{output_dir}: the extractor is there")
+def extractor(config: ExtractorConfig) -> DigitsExtractor:
+    """The extractor in the output folder, trained first if it is not there. UserError if it is of another seed."""
+    folder = config.output_dir
+    if (folder / "extractor.json").exists():
+        found = load_extractor(folder)
+        if found.seed != config.seed:
+            raise UserError(f"{folder} holds an extractor of seed {found.seed}, not {config.seed}; give another folder")
+        print(f"{folder}: the extractor is there")
     else:
+        splits = open_dataset(config.data_dir), open_dataset(config.data_dir, "test")
         with tqdm(desc="extractor", unit="step") as bar:
 
             def show(step: int, steps: int) -> None:
                 bar.total = steps
                 bar.update(step - bar.n)
 
-            extractor = train_extractor(
-                open_dataset(data_dir), open_dataset(data_dir, "test"), seed=seed, progress=show
-            )
-        save_extractor(output_dir, extractor)
-    print(f"extractor: {extractor.test_accuracy:.1%} of the test digits recognised")
-    return extractor
+            found = train_extractor(*splits, seed=config.seed, progress=show)
+        save_extractor(folder, found)
+    print(f"extractor: {found.test_accuracy:.1%} of the test digits recognised")
+    return found
 
 
 class Clock:
@@ -165,7 +163,7 @@ def _by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _summary(
-    config: QuickstartConfig, results: dict[Guidance, dict[str, Any]], extractor: DigitsExtractor, seconds: float
+    config: QuickstartConfig, results: dict[Guidance, dict[str, Any]], judge: DigitsExtractor, seconds: float
 ) -> dict[str, Any]:
     run, headline = recipe.train_config(config), results[HEADLINE]
     return {
@@ -189,8 +187,8 @@ def _summary(
             "samples": recipe.NUM_SAMPLES,
             "sampler": f"Euler ODE, {recipe.EULER_STEPS} steps, EMA weights",
             "guidance": HEADLINE.name,
-            "extractor": extractor.name,
-            "extractor_test_accuracy": extractor.test_accuracy,
+            "extractor": judge.name,
+            "extractor_test_accuracy": judge.test_accuracy,
             "alignment_encoder": "the extractor's convolutional patch features (supervised)",
         },
     }
@@ -232,10 +230,9 @@ def _table(results: dict[Guidance, dict[str, Any]]) -> list[list[str | float | i
 
 
 def _commands(config: QuickstartConfig, weights: Path, samples: dict[Guidance, Path]) -> list[str]:
-    data, extractor = recipe.data_folder(config), recipe.extractor_folder(config)
     return [
-        f"stablevm prepare digits {data}",
-        f"stablevm extractor --data-dir {data} --output-dir {extractor} --seed {config.seed}",
+        f"stablevm prepare digits {recipe.data_folder(config)}",
+        recipe.command_line("stablevm extractor", recipe.extractor_config(config)),
         recipe.command_line("accelerate launch train.py", recipe.train_config(config)),
         *(
             recipe.command_line("python generate.py", recipe.generate_config(config, weights, guide))

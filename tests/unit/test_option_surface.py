@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from stablevm.evaluation.config import EvaluateConfig
-from stablevm.quickstart.config import QuickstartConfig
+from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.toy.config import ToyConfig
 from stablevm.training.config import TrainConfig
 
 FROZEN = Path(__file__).parents[1] / "golden" / "options.json"
@@ -18,7 +19,9 @@ COMMANDS = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
+    "toy": ToyConfig,
 }
 
 
