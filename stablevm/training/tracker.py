@@ -61,8 +61,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+    PartialState()  # the trackers ask it which process they are on
     plain = {key: value if isinstance(value, int | float | bool) else str(value) for key, value in config.items()}
     if name == "tensorboard":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a TensorFlow that happens to be installed stays quiet
