@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.errors import UserError
@@ -35,8 +36,13 @@ def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
 
 
 def _choices(config: Any) -> list[Expectation]:
-    return [
-        (option, getattr(config, option) in get_args(hint), f"one of {', '.join(map(str, get_args(hint)))}")
-        for option, hint in get_type_hints(type(config)).items()
-        if get_origin(hint) is Literal
-    ]
+    """One expectation for each field of type Literal[...] or Literal[...] | None."""
+    expectations = []
+    for option, hint in get_type_hints(type(config)).items():
+        parts = [hint] if get_origin(hint) is Literal else get_args(hint)
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        if choices:
+            value = getattr(config, option)
+            met = value in choices or (value is None and NoneType in parts)
+            expectations.append((option, met, f"one of {', '.join(map(str, choices))}"))
+    return expectations

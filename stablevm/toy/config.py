@@ -59,7 +59,7 @@ class ToyConfig:
     batch_size: int = 256
     """Samples per update."""
     references: int = 2048
-    """References per update, drawn anew each time and shared by the batch."""
+    """References per update, drawn anew each time and shared by the batch; stf needs BATCH_SIZE or more."""
     updates: int = 20_000
     """Updates of Adam."""
     learning_rate: float = 1e-4
@@ -94,13 +94,16 @@ class ToyConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        counts = ("seeds", "components", "dimension", "batch_size", "updates", "width", "depth", "eval_every")
+        counts = (
+            "seeds", "components", "dimension", "batch_size", "references", "updates", "width", "depth", "eval_every",
+        )  # fmt: skip
+        enough_for_stf = "stf" not in self.methods or self.references >= self.batch_size
         require(
             self,
             [
                 ("exp", bool(self.methods), f"some of {', '.join(METHODS)}, or all"),
                 *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
-                ("references", self.references >= self.batch_size, f"at least --batch-size {self.batch_size}"),
+                ("references", enough_for_stf, f"at least --batch-size {self.batch_size} for stf"),
                 ("eval_samples", self.eval_samples >= 2, "at least 2"),
                 ("variance_samples", self.variance_samples >= 2, "at least 2"),
                 ("seed", self.seed >= 0, "0 or more"),

@@ -17,6 +17,8 @@ from stablevm.toy.visualization import visualize
 from stablevm.training.tracker import Trackers
 from stablevm.variance import VarianceCurve
 
+FROM_THE_START = -1  # of an interrupted run no row is kept, not even that of update 0
+
 
 def run(config: ToyConfig) -> None:
     """Everything that the options ask for. UserError for bad options; no result overwrites another."""
@@ -41,7 +43,8 @@ def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
         print(f"{path}: is there already")
         return
     names = [name for name, wanted in (("wandb", config.use_wandb), ("tensorboard", config.use_tensorboard)) if wanted]
-    trackers = Trackers(config.output_dir / "logs" / path.stem, names, config.result_settings())
+    folder = config.output_dir / "logs" / path.stem
+    trackers = Trackers(folder, names, config.result_settings(), first_step=FROM_THE_START)
     try:
         rows, network, seconds = train_method(method, config, seed, trackers)
     finally:

@@ -19,6 +19,7 @@ LABELS: dict[Method, str] = {
 }
 FIELD_NAMES = {"velocity": "velocity", "score": "score times sigma"}
 COLUMNS = 3
+LEGEND_ROOM = 1.6  # height of a panel in terms of its highest curve
 LOG_SPAN = 5.0  # from this ratio of the largest to the smallest value on
 
 
@@ -85,7 +86,8 @@ def _variance_panel(panel: Any, title: str, curve: VarianceCurve) -> None:
         panel.plot(curve.t, mean, color=colour, marker="o", markersize=3, label=label)
     split = curve.split_point()
     panel.axvline(split, color=SOFT_INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"split point ξ = {split:.2f}")
-    panel.set(title=title, ylabel="variance per dimension", xlim=(0, 1), ylim=(0, None))
+    highest = max(high for _, high in curve.cfm_band)
+    panel.set(title=title, ylabel="variance per dimension", xlim=(0, 1), ylim=(0, LEGEND_ROOM * highest))
     panel.legend(loc="upper left", fontsize=8.5)
 
 

@@ -20,6 +20,7 @@ from stablevm.toy.training import mixture_of
 from stablevm.variance import VarianceCurve, streamed_variance_curve
 
 TIMES = torch.linspace(0.05, 1.0, 20)
+SHARE_OF_DATA = 4  # a small data set lends at most one in so many of its samples as references: with all, V is 0
 DATA_ROWS = 100  # anchors per time on data sets, where each is weighed against all the data
 BLOCK_ROWS = 1024
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the planes red, green and blue
@@ -101,7 +102,7 @@ def _data_curve(config: ToyConfig, blocks: Callable[[], Iterator[Tensor]], count
         blocks,
         count,
         TIMES,
-        references=min(config.references, count),
+        references=max(2, min(config.references, count // SHARE_OF_DATA)),
         rows=DATA_ROWS,
         stream=rng.generator(config.seed, "variance", count),
     )

@@ -78,10 +78,13 @@ def _field_frame(config: ToyConfig, network: Perceptron, mixture: GaussianMixtur
 def _trajectories(
     config: ToyConfig, network: Perceptron, mixture: GaussianMixture, seed: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Times, and samples of the network's and of the exact ODE (PATHS, d) from the same noise, by Euler's method."""
+    """Times, and samples of the network's and of the exact ODE (PATHS, d) from the same noise, by Euler's method.
+
+    The noise stands for x_t one step below t = 1, because at t = 1 itself the score tells nothing of the data.
+    """
     noise = torch.randn(PATHS, config.dimension, generator=rng.generator(seed, "paths"))
     ours, exact = noise.double(), noise.double()
-    times = ode_times(PATH_STEPS)
+    times = ode_times(PATH_STEPS)[1:]
     for step, (t, after) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
         if step % (PATH_STEPS // SHOWN_STEPS) == 0:
             yield t, ours, exact

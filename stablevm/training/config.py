@@ -165,7 +165,8 @@ class TrainConfig:
         require(
             self,
             [
-                ("exp_name", Path(self.exp_name).name == self.exp_name and self.exp_name != "", "a folder's name"),
+                ("exp_name", self.exp_name not in ("", "..") and Path(self.exp_name).name == self.exp_name,
+                 "a folder's name"),
                 ("report_to", set(self.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}, comma-separated"),
                 *((name, getattr(self, name) >= 1, "at least 1") for name in counts + more_counts),
                 *((name, getattr(self, name) >= 0, "0 or more") for name in naturals),

@@ -14,7 +14,7 @@ from stablevm.autoencoder import load_autoencoder
 from stablevm.data.loader import training_loader
 from stablevm.data.shards import PreparedDataset
 from stablevm.errors import UserError
-from stablevm.files import read_json, write_json
+from stablevm.files import is_temporary, read_json, write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.models.sit import SiT
 from stablevm.objective import StableVM
@@ -310,7 +310,7 @@ def _find_start(config: TrainConfig) -> int:
     saved = config.folder / CONFIG_FILE
     if saved.exists():
         config.check_continues(TrainConfig.from_dict(read_json(saved, "run")))
-    elif config.folder.exists() and any(config.folder.iterdir()):
+    elif config.folder.exists() and not all(map(is_temporary, config.folder.iterdir())):
         raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
     if (config.resume or config.resume_step) and not steps:
         raise UserError(f"--resume: {config.folder} has no checkpoint; leave the option out to begin a run")

@@ -1,8 +1,8 @@
-"""Whole runs: the same numbers however they are split, interrupted or resumed; and what is refused."""
+"""Whole runs: the same numbers however they are split, interrupted or resumed; and what each option does."""
 
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +15,13 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from stablevm import cli
+from stablevm import cli, rng
+from stablevm.files import replacing
+from stablevm.models.sit import SiT
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
+from stablevm.snapshot import load_card
+from stablevm.training.step import Alignment
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -28,6 +32,7 @@ OBJECTIVES = {
     "stablevm, aligned": {"loss_type": "stablevm", "proj_tau": 0.5, **runs.ALIGNED},
     "si, aligned": {"loss_type": "si", "proj_weight_schedule": "sigmoid", **runs.ALIGNED},
 }
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 EACH_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES)
 
 
@@ -45,10 +50,19 @@ def whole(root):
     return {name: runs.run(runs.config(root, f"whole-{name}", **options)) for name, options in OBJECTIVES.items()}
 
 
-def weights(folder, step):
-    return {
-        part: load_file(folder / "checkpoints" / f"{step:07d}" / f"{part}.safetensors") for part in ("ema", "model")
-    }
+def saved(folder, step):
+    """All tensors of a checkpoint: weights, their average, the optimiser's state and the bank."""
+    files = (folder / "checkpoints" / f"{step:07d}").glob("*.safetensors")
+    return {file.stem: load_file(file) for file in files}
+
+
+def assert_same_checkpoint(folder, other, step=6):
+    one, two = saved(folder, step), saved(other, step)
+    assert one.keys() == two.keys() >= {"ema", "model", "optimizer"}
+    for part in one:
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            assert torch.equal(value, two[part][name]), (part, name)
 
 
 @EACH_OBJECTIVE
@@ -57,9 +71,18 @@ def test_three_and_three_steps_are_six(objective, root, whole):
     runs.run(replace(settings, max_train_steps=3))
     folder = runs.run(settings)
     assert runs.losses(folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-6)
-    for part, tensors in weights(whole[objective], 6).items():
-        for name, value in weights(folder, 6)[part].items():
-            assert torch.equal(value, tensors[name]), (part, name)
+    assert_same_checkpoint(folder, whole[objective])
+
+
+def test_an_earlier_step_leads_to_the_same_end(root):
+    options = {"checkpointing_steps": 2, "lr_schedule": "cosine", "lr_warmup_steps": 3, "loss_type": "stablevm"}
+    settings = runs.config(root, "forked", **options)
+    folder = runs.run(settings)
+    expected = runs.losses(folder)
+    shutil.copytree(folder / "checkpoints", root / "first" / "checkpoints")
+    runs.run(replace(settings, resume_step=2))
+    assert runs.losses(folder) == pytest.approx(expected, abs=1e-6)
+    assert_same_checkpoint(folder, root / "first")
 
 
 @EACH_OBJECTIVE
@@ -69,21 +92,51 @@ def test_accumulation_changes_nothing(objective, parts, root, whole):
     assert runs.losses(runs.run(settings)) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "objective, options",
+    [
+        ("si", {"num_workers": 2}),
+        ("si, aligned", {"num_workers": 2}),
+        ("stablevm, bank", {"prefill_batch_size": 3, "prefill_workers": 2}),
+        ("stablevm, bank", {"bank_on_gpu": False}),
+        ("si", {"checkpointing_steps": 1, "sampling_steps": 1}),
+    ],
+)
+def test_how_a_run_works_is_not_what_it_learns(objective, options, root, whole):
+    name = f"how-{objective}-{'-'.join(options)}"
+    folder = runs.run(runs.config(root, name, **{**OBJECTIVES[objective], **options}))
+    assert runs.losses(folder) == runs.losses(whole[objective])
+    assert_same_checkpoint(folder, whole[objective])
+
+
+def test_attention_without_the_fused_kernel(root, whole):
+    folder = runs.run(runs.config(root, "plain-attention", fused_attn=False))
+    assert runs.losses(folder) == pytest.approx(runs.losses(whole["si"]), abs=1e-5)
+
+
+def test_rows_are_means_over_their_steps(root, whole):
+    folder = runs.run(runs.config(root, "means", log_steps=4))
+    each = runs.losses(whole["si"])
+    assert runs.losses(folder) == pytest.approx([sum(each[:4]) / 4, sum(each[4:]) / 2], abs=1e-6)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6]
+
+
 @pytest.mark.slow
 @EACH_OBJECTIVE
 def test_two_processes_are_one(objective, root, whole):
     settings = runs.config(root, f"two-{objective}", **OBJECTIVES[objective])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, ROOT / "train.py", *runs.as_arguments(settings)], env=ENVIRONMENT, capture_output=True, text=True
-    )
+        [*TWO_PROCESSES, ROOT / "train.py", *runs.as_arguments(settings)],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
 
 
-def start(settings):
+def start(settings, launch=(sys.executable,)):
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *runs.as_arguments(settings)],
+        [*launch, ROOT / "train.py", *runs.as_arguments(settings)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -97,12 +150,29 @@ def wait_for_rows(settings, rows, process, seconds=60):
         time.sleep(0.02)
 
 
+LONG = {"max_train_steps": 400, "checkpointing_steps": 20, "loss_type": "stablevm"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root):
+    return runs.run(runs.config(root, "calm", **LONG))
+
+
+def assert_nothing_shows(folder, uninterrupted):
+    """Each step is in the metrics once, with the uninterrupted run's loss; and so is its last checkpoint."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, LONG["max_train_steps"] + 1))
+    assert [row["loss"] for row in rows] == pytest.approx(runs.losses(uninterrupted), abs=1e-6)
+
+
+def newest_step(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "term", "ctrl-c"])
-def test_killed_and_run_again(number, root):
-    options = {"max_train_steps": 400, "checkpointing_steps": 20, "loss_type": "stablevm"}
-    uninterrupted = runs.run(runs.config(root, f"calm-{number}", **options))
-    settings = runs.config(root, f"killed-{number}", **options)
+def test_killed_and_run_again(number, root, uninterrupted):
+    settings = runs.config(root, f"killed-{number}", **LONG)
     process = start(settings)
     wait_for_rows(settings, 45, process)
     process.send_signal(number)
@@ -111,22 +181,45 @@ def test_killed_and_run_again(number, root):
         assert status == -signal.SIGKILL
     else:
         assert status == 128 + number
-        steps = sorted(int(path.name) for path in (settings.folder / "checkpoints").iterdir())
-        assert len(runs.losses(settings.folder)) == steps[-1] < 400, "the last finished step is saved"
+        assert len(runs.losses(settings.folder)) == newest_step(settings.folder) < 400, "the last step is saved"
     assert start(settings).wait(120) == 0
-    rows = [json.loads(line) for line in (settings.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 401))
-    assert [row["loss"] for row in rows] == pytest.approx(runs.losses(uninterrupted), abs=1e-6)
+    assert_nothing_shows(settings.folder, uninterrupted)
+    assert_same_checkpoint(settings.folder, uninterrupted, step=400)
 
 
-def test_resume_needs_no_other_option(root, whole, capsys):
-    place = [f"--output-dir={root / 'exps'}", "--exp-name=whole-si"]
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(root, uninterrupted):
+    settings = runs.config(root, "two-stopped", **LONG)
+    process = start(settings, TWO_PROCESSES)
+    wait_for_rows(settings, 25, process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on to both
+    assert process.wait(60) != 0
+    assert len(runs.losses(settings.folder)) == newest_step(settings.folder) < 400, "the last step is saved"
+    runs.run(settings)
+    rows = runs.losses(settings.folder)
+    assert len(rows) == 400 and rows[:60] == pytest.approx(runs.losses(uninterrupted)[:60], abs=1e-5)
+
+
+def test_killed_before_its_first_file_was_whole(root, whole):
+    settings = runs.config(root, "newborn")
+    settings.folder.mkdir(parents=True)
+    with replacing(settings.folder / "config.json") as temporary:
+        temporary.write_text("{")
+    (settings.folder / "config.json").rename(temporary)  # as if killed before the name was final
+    assert runs.losses(runs.run(settings)) == runs.losses(whole["si"])
+
+
+def test_resume_needs_no_other_option(root, capsys):
+    folder = runs.run(runs.config(root, "brief"))
+    place = [f"--output-dir={root / 'exps'}", "--exp-name=brief"]
     assert cli.train([*place, "--resume", "--max_train_steps=8"]) == 0
-    assert len(runs.losses(whole["si"])) == 8
+    assert len(runs.losses(folder)) == 8
     assert cli.train([*place, "--resume", "--batch-size=4"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--batch-size 8" in error and "--batch-size 4" in error
-    assert cli.train([*place, "--resume-step=5", f"--data-dir={root / 'data'}"]) == 2
+    assert cli.train([*place, "--resume", "--resume-step=5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --resume-step 5: ") and error.endswith("there are: 6, 8")
 
 
 def test_what_a_run_leaves(root):
@@ -154,6 +247,22 @@ def test_without_any_alignment_weight_training_goes_on(root):
     assert all(row["alignment_loss"] == 0 and row["loss"] == row["velocity_loss"] for row in rows)
 
 
+def test_encoders_see_no_image_without_weight(root, monkeypatch):
+    seen = []
+
+    def features(self, encoder, images):
+        seen.append(len(images))
+        return see(self, encoder, images)
+
+    see = Alignment.features
+    monkeypatch.setattr(Alignment, "features", features)
+    runs.run(runs.config(root, "half-weight", proj_tau=0.5, **runs.ALIGNED))
+    assert 0 < sum(seen) < 6 * 8
+    seen.clear()
+    runs.run(runs.config(root, "never-weight", proj_tau=1e-9, **runs.ALIGNED))
+    assert sum(seen) == 0
+
+
 EFFECTS = [
     {"weighting": "lognormal"}, {"weighting": "logit_normal"}, {"path_type": "cosine"}, {"prediction": "x"},
     {"cfg_prob": 0.9}, {"qk_norm": True}, {"seed": 1}, {"adam_beta1": 0.5}, {"adam_beta2": 0.5},
@@ -166,7 +275,7 @@ ALIGNMENT_EFFECTS = [
     {"proj_coeff": 2.0}, {"proj_tau": 0.3}, {"proj_weight_schedule": "sigmoid"}, {"proj_weight_schedule": "hard_high"},
     {"proj_weight_schedule": "cosine"}, {"proj_weight_schedule": "snr"}, {"proj_weight_schedule": "constant"},
     {"encoder_depth": 2}, {"use_irepa": True}, {"use_irepa": True, "irepa_gamma": 0.1},
-    {"proj_weight_schedule": "sigmoid", "proj_k": 2.0},
+    {"proj_weight_schedule": "sigmoid", "proj_k": 2.0}, {"enc_type": "digits,digits"},
 ]  # fmt: skip
 ALL_EFFECTS = [
     *(({}, change) for change in EFFECTS),
@@ -181,6 +290,8 @@ def plain_losses(root):
     known = {}
 
     def get(options):
+        encoders = options.get("enc_type", "digits").count(",") + 1
+        options = {**options, "encoder_weights": ",".join([str(root / "encoder.safetensors")] * encoders)}
         key = json.dumps(options, sort_keys=True)
         if key not in known:
             known[key] = runs.losses(runs.run(runs.config(root, f"plain-{len(known)}", max_train_steps=4, **options)))
@@ -199,76 +310,26 @@ def test_every_effect_is_its_own(plain_losses):
     assert len(set(found)) == len(found)
 
 
+def test_zero_does_not_clip(plain_losses):
+    assert plain_losses({"max_grad_norm": 0.0}) == plain_losses({"max_grad_norm": 1e9})
+
+
+def test_moving_average_starts_at_the_first_weights(root):
+    """After one step the warm-up's decay is 1/10."""
+    folder = runs.run(runs.config(root, "first-step", max_train_steps=1, ema_decay=0.9999))
+    card = load_card(folder / "checkpoints" / "0000001")
+    first, parts = SiT(card.model, rng.generator(0, "weights")).state_dict(), saved(folder, 1)
+    for name, value in parts["ema"].items():
+        assert torch.allclose(value, 0.1 * first[name] + 0.9 * parts["model"][name], atol=1e-6), name
+
+
 def test_moving_average_follows_its_decay(root, whole):
     slow = runs.run(runs.config(root, "slow", ema_decay=0.1))
-    assert runs.losses(slow) == runs.losses(whole["si"])[:6]
+    assert runs.losses(slow) == runs.losses(whole["si"])
     name = "final_layer.linear.weight"
-    gap = {folder: (weights(folder, 6)["ema"][name] - weights(folder, 6)["model"][name]).norm() for folder in
-           (slow, whole["si"])}  # fmt: skip
-    assert gap[slow] < gap[whole["si"]]
 
+    def gap(folder):
+        parts = saved(folder, 6)
+        return (parts["ema"][name] - parts["model"][name]).norm()
 
-def refusal(arguments, capsys, folder):
-    """The one line of a refused command, which changes nothing."""
-    capsys.readouterr()
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert cli.train(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    return lines[0]
-
-
-MISTAKES = {
-    "unknown model": ({"model": "SiT-Z/2"}, "--model SiT-Z/2: expected one of SiT-XL/2"),
-    "no data": ({"data_dir": Path("nowhere")}, "--data-dir nowhere: no such folder"),
-    "too few classes": ({"num_classes": 2}, "--num-classes 2: .* has 3 classes"),
-    "class without a sample": ({"num_classes": 5, "loss_type": "stablevm"}, r"no sample of 2 of 5 classes \(3, 4\)"),
-    "resolution": ({"resolution": 256}, "--resolution 256: .* holds images of 8"),
-    "batch": ({"gradient_accumulation_steps": 3}, "--batch-size 8: not a multiple of 1 processes x 3"),
-    "depth": ({**runs.ALIGNED, "encoder_depth": 9}, "--encoder-depth 9: SiT-XXS/2 has 2 blocks"),
-    "encoder": ({**runs.ALIGNED, "enc_type": "eyes"}, "eyes"),
-    "nothing to resume": ({"resume": True}, "--resume: .* has no checkpoint"),
-    "precision": ({"mixed_precision": "fp16"}, "--mixed-precision fp16: there is no GPU here"),
-    "chance": ({"cfg_prob": 1.5}, r"--cfg-prob 1.5: expected a chance in \[0, 1\]"),
-    "tracker": ({"report_to": "pigeon"}, "--report-to pigeon: expected of tensorboard, wandb, none"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line(mistake, root, capsys):
-    options, expected = MISTAKES[mistake]
-    runs.AcceleratorState._reset_state(True)
-    line = refusal(runs.as_arguments(runs.config(root, "mistake", **options)), capsys, root)
-    assert re.search(expected, line), line
-
-
-def test_other_runs_and_files_are_left_alone(root, whole, capsys):
-    other = runs.as_arguments(runs.config(root, "whole-si, aligned", **OBJECTIVES["si, aligned"], seed=3))
-    line = refusal(other, capsys, root)
-    assert "--seed 0" in line and "--seed 3" in line
-    folder = root / "exps" / "holiday"
-    folder.mkdir()
-    (folder / "photo.txt").write_text("sunny")
-    assert "holds files but no run" in refusal(runs.as_arguments(runs.config(root, "holiday")), capsys, root)
-
-
-def test_damaged_data(root, tmp_path, capsys):
-    runs.write_data(tmp_path / "data")
-    shard = tmp_path / "data" / "latents-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    line = refusal(runs.as_arguments(runs.config(root, "damaged", data_dir=tmp_path / "data")), capsys, tmp_path)
-    assert "latents-00000.safetensors" in line
-
-
-def test_damaged_checkpoint(root, capsys):
-    folder = runs.run(runs.config(root, "broken", max_train_steps=2))
-    file = folder / "checkpoints" / "0000002" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert "model.safetensors is damaged" in refusal(runs.as_arguments(runs.config(root, "broken")), capsys, folder)
-
-
-def test_unknown_options_are_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.train(["--exp-name=x", "--data-dir=y", "--learning-speed=3"])
-    assert end.value.code == 2 and "--learning-speed" in capsys.readouterr().err
+    assert gap(slow) < gap(whole["si"])

@@ -163,8 +163,9 @@ def test_methods_are_parsed():
         ToyConfig(exp=("gan",)).validate()
     with pytest.raises(UserError, match=r"--eval-times .*: expected times in \(0, 1\]"):
         ToyConfig(eval_times=(0.0,)).validate()
-    with pytest.raises(UserError, match="--references 10: expected at least --batch-size 256"):
-        ToyConfig(references=10).validate()
+    with pytest.raises(UserError, match="--references 10: expected at least --batch-size 256 for stf"):
+        ToyConfig(exp=("all",), references=10).validate()
+    ToyConfig(exp=("stable_vm",), references=10).validate()
     assert json.dumps(ToyConfig().result_settings())
 
 

@@ -1,6 +1,7 @@
-"""Metrics go to the file and to the trackers; a resumed run continues the file."""
+"""Metrics of a run: the JSON-lines file through kills and resumes, and the trackers."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,39 +9,86 @@ import pytest
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 
-def rows(folder):
-    return read_metrics(folder / METRICS_FILE)
-
-
-def test_resuming_takes_later_rows_off(tmp_path):
-    trackers = Trackers(tmp_path, [], {})
-    for step in (1, 2, 3):
-        trackers.log(step, {"loss": float(step)})
+def write(folder, steps, names=(), first_step=0):
+    trackers = Trackers(folder, names, {"seed": 0, "folder": folder}, first_step)
+    for step in steps:
+        trackers.log(step, {"loss": step / 10})
     trackers.close()
-    with (tmp_path / METRICS_FILE).open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    resumed = Trackers(tmp_path, [], {}, first_step=2)
-    resumed.log(3, {"loss": 30.0})
-    resumed.close()
-    assert rows(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+    return folder / METRICS_FILE
 
 
-def test_values_that_json_lacks_become_null(tmp_path):
-    trackers = Trackers(tmp_path, [], {})
-    trackers.log(1, {"loss": float("nan"), "norm": float("inf")})
+def steps_in(path):
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_rows_are_on_the_disk_at_once(tmp_path):
+    trackers = Trackers(tmp_path / "run", (), {})
+    trackers.log(1, {"loss": 0.5, "lr": 1e-4})
+    assert read_metrics(tmp_path / "run" / METRICS_FILE) == [{"step": 1, "loss": 0.5, "lr": 1e-4}]
     trackers.close()
-    assert rows(tmp_path) == [{"step": 1, "loss": None, "norm": None}]
-    assert json.loads((tmp_path / METRICS_FILE).read_text().splitlines()[0])["loss"] is None
 
 
-@pytest.mark.parametrize("name, files", [("tensorboard", "events.out.tfevents.*"), ("wandb", "*.wandb")])
-def test_trackers_get_numbers_and_pictures(name, files, tmp_path, monkeypatch):
+def test_going_on_appends(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    assert steps_in(write(tmp_path, [4, 5], first_step=3)) == [1, 2, 3, 4, 5]
+
+
+def test_rows_after_the_checkpoint_are_taken_off(tmp_path):
+    write(tmp_path, range(1, 8))
+    assert steps_in(write(tmp_path, [5, 6], first_step=4)) == [1, 2, 3, 4, 5, 6]
+    assert steps_in(write(tmp_path, [1])) == [1]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 15])
+def test_a_half_written_last_line_is_ignored(tmp_path, cut):
+    path = write(tmp_path, [1, 2, 3])
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert steps_in(path) == [1, 2]
+    assert steps_in(write(tmp_path, [3, 4], first_step=2)) == [1, 2, 3, 4]
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    path = write(tmp_path, [])
+    assert path.read_bytes() == b"" and read_metrics(path) == []
+
+
+def test_what_json_cannot_hold_becomes_null(tmp_path):
+    trackers = Trackers(tmp_path, (), {})
+    trackers.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0})
+    trackers.close()
+    text = (tmp_path / METRICS_FILE).read_text()
+    assert text == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.0}\n'
+    assert json.loads(text) == read_metrics(tmp_path / METRICS_FILE)[0]
+
+
+def test_tensorboard_gets_numbers_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = Trackers(tmp_path, ["tensorboard"], {"seed": 3, "name": None, "folder": tmp_path})
+    trackers.log(10, {"loss": 0.25})
+    trackers.log(20, {"loss": 0.125})
+    picture = np.zeros((4, 6, 3), dtype=np.uint8)
+    picture[1, 2] = (255, 128, 0)
+    trackers.image(20, "samples", picture)
+    trackers.close()
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(row.step, row.value) for row in written.Scalars("loss")] == [(10, 0.25), (20, 0.125)]
+    (image,) = written.Images("samples")
+    assert (image.step, image.height, image.width) == (20, 4, 6)
+    assert steps_in(tmp_path / METRICS_FILE) == [10, 20]
+
+
+def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    if name == "wandb":
-        pytest.importorskip("wandb")
-    trackers = Trackers(tmp_path, [name], {"batch_size": 3, "path": tmp_path, "name": None})
+    trackers = Trackers(tmp_path, ["wandb"], {"batch_size": 3, "path": tmp_path, "name": None})
     trackers.log(1, {"loss": 0.5})
     trackers.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     trackers.close()
-    assert list(tmp_path.rglob(files))
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_without_trackers_there_is_only_the_file(tmp_path):
+    write(tmp_path, [1])
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
