@@ -5,8 +5,8 @@ import os
 # The tests are too small to gain from threads, and OpenMP's wait for each other where another program is running.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
