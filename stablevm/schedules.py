@@ -53,10 +53,13 @@ class AlignmentSchedule:
         return torch.ones_like(t)
 
     def _snr_share(self, t: Tensor) -> Tensor:
-        """`SNR(t) / (SNR(t) + SNR(tau))`, multiplied through by the sigmas so that t = 0 needs no care."""
+        """`SNR(t) / (SNR(t) + SNR(tau))`, multiplied through by the sigmas so that t = 0 needs no care.
+
+        At t = tau it is 1/2 by definition; said apart, because for tau = 1 it is 0 / 0 there.
+        """
         now, split = self.path.coefficients(t), self.path.coefficients(torch.full_like(t, self.tau))
         signal = (now.alpha * split.sigma).square()
-        return signal / (signal + (now.sigma * split.alpha).square())
+        return torch.where(t == self.tau, 0.5, signal / (signal + (now.sigma * split.alpha).square()))
 
 
 def draw_times(name: TimeName, path: Interpolant, rows: int, stream: AnyGenerator) -> Tensor:

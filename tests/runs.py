@@ -55,6 +55,7 @@ def config(root, name="run", **options):
         "sampling_steps": 0,
         "num_workers": 0,
         "learning_rate": 1e-3,
+        "mixed_precision": "no",
         "ema_decay": 0.9,
         "bank_capacity_per_class": 8,
         "encoder_weights": str(root / "encoder.safetensors"),

@@ -134,6 +134,15 @@ def test_two_processes_are_one(objective, root, whole):
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_the_published_launcher_joins_two_processes(root, whole):
+    settings = runs.config(root, "launched", **OBJECTIVES["stablevm, aligned"])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", ROOT / "train.py"]
+    done = subprocess.run([*launch, *runs.as_arguments(settings)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole["stablevm, aligned"]), abs=1e-5)
+
+
 def start(settings, launch=(sys.executable,)):
     return subprocess.Popen(
         [*launch, ROOT / "train.py", *runs.as_arguments(settings)],

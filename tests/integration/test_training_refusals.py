@@ -1,12 +1,17 @@
 """Bad input to a training run: one line that names it, status 2, and nothing changed on the disk."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import runs
+import torch
 
 from stablevm import cli
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,24 @@ def test_other_runs_and_files_are_left_alone(root, capsys):
     folder.mkdir()
     (folder / "photo.txt").write_text("sunny")
     assert "holds files but no run" in refusal(runs.as_arguments(runs.config(root, "holiday")), capsys, root)
+
+
+def test_a_class_that_the_data_lacks(root, tmp_path, capsys):
+    labels = torch.tensor([0, 2]).repeat(8)
+    runs.write_data(tmp_path / "data", labels)
+    settings = runs.config(root, "lacking", data_dir=tmp_path / "data", loss_type="stablevm")
+    assert "no sample of 1 of 3 classes (1)" in refusal(runs.as_arguments(settings), capsys, root)
+    settings = runs.config(root, "lacking", data_dir=tmp_path / "data", max_train_steps=1)
+    assert len(runs.losses(runs.run(settings))) == 1, "flow matching needs no bank"
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "stablevm", "train"]], ids=" ".join)
+def test_the_real_command_ends_with_one_line(command, root):
+    arguments = runs.as_arguments(runs.config(root, "real", data_dir=Path("nowhere")))
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --data-dir nowhere: no such folder")
+    assert not (root / "exps" / "real").exists()
 
 
 def test_damaged_data(root, tmp_path, capsys):

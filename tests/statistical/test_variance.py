@@ -8,7 +8,7 @@ from mixtures import make_mixture
 
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
-from stablevm.variance import variance_curve
+from stablevm.variance import VarianceCurve, streamed_variance_curve, variance_curve
 
 DIMENSION, ROWS = 4, 4000
 MIXTURE = make_mixture(4, DIMENSION, seed=3)
@@ -65,6 +65,34 @@ def test_curve_against_brute_force():
     assert whole.stablevm == pytest.approx([0, 0], abs=1e-9) and whole.references == 10
     assert single.stablevm == pytest.approx(single.cfm, rel=1e-5) and single.ess == pytest.approx([1, 1])
     assert whole.cfm == pytest.approx(brute_force(latents, labels, times), rel=0.25)
+
+
+@pytest.mark.parametrize("block", [7, 30])
+def test_streamed_curve_against_brute_force(block):
+    """As above, of one class read in blocks; the block's size changes nothing but rounding."""
+    stream = torch.Generator().manual_seed(4)
+    latents, times = torch.randn(30, 2, 2, generator=stream), torch.tensor([0.3, 0.8])
+
+    def curve(references, block=block):
+        same = torch.Generator().manual_seed(5)
+        return streamed_variance_curve(
+            LINEAR, lambda: iter(latents.split(block)), 30, times, references=references, rows=500, stream=same
+        )
+
+    whole, single = curve(31), curve(1)
+    assert whole.stablevm == pytest.approx([0, 0], abs=1e-9)
+    assert single.stablevm == pytest.approx(single.cfm, rel=1e-5) and single.ess == pytest.approx([1, 1])
+    assert whole.cfm == pytest.approx(brute_force(latents, torch.zeros(30), times), rel=0.25)
+    assert curve(9).stablevm == pytest.approx(curve(9, block=11).stablevm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ess, split", [([1, 1.9, 2, 5], 0.4), ([1, 1, 1, 1], 0.8), ([3, 1, 1, 1], 0), ([1, 2, 1, 3], 0.2)]
+)
+def test_split_point_ends_the_first_stretch_of_single_references(ess, split):
+    times = [0.2, 0.4, 0.6, 0.8]
+    flat, band = [0.0] * 4, [(0.0, 0.0)] * 4
+    assert VarianceCurve(times, flat, flat, band, band, ess, 8).split_point() == split
 
 
 def brute_force(latents, labels, times):

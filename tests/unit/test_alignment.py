@@ -12,6 +12,13 @@ def test_loss_is_minus_the_mean_cosine():
     assert alignment_loss(projected, features).tolist() == pytest.approx([-(1 + 0.5**0.5) / 2])
 
 
+def test_loss_is_float32_whatever_the_tokens_are(stream):
+    projected, features = torch.randn(2, 4, 16, 32, generator=stream).bfloat16()
+    found = alignment_loss(projected, features)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, alignment_loss(projected.double(), features.double()), rtol=1e-5, atol=1e-6)
+
+
 def test_weighted_mean():
     losses, weights = torch.tensor([-1.0, -0.5, 0.25]), torch.tensor([1.0, 0.0, 3.0])
     assert weighted_alignment(losses, weights).item() == pytest.approx((-1 + 0.75) / 4)
@@ -23,6 +30,14 @@ def test_without_weight_the_term_is_zero_and_attached():
     term = weighted_alignment(alignment_loss(projected, torch.ones(2, 3, 4)), torch.zeros(2))
     term.backward()
     assert term.item() == 0 and torch.equal(projected.grad, torch.zeros_like(projected))
+
+
+def test_spatial_normalisation_is_float32(stream):
+    features = (10 + torch.randn(2, 16, 8, generator=stream)).bfloat16()
+    normalised = normalize_over_space(features, 1.0)
+    assert normalised.dtype == torch.float32
+    torch.testing.assert_close(normalised.mean(1), torch.zeros(2, 8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normalised.std(1), torch.ones(2, 8), rtol=1e-4, atol=0)
 
 
 def test_spatial_normalisation():

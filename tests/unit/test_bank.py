@@ -37,10 +37,12 @@ class QueueModel:
 
     def __init__(self):
         self.queues = [deque() for _ in range(CLASSES)]
+        self.seen = [0] * CLASSES
 
     def insert(self, values, labels, ids):
         known = [any(entry[0] == i for entry in self.queues[c]) for c, i in zip(labels, ids, strict=True)]
         for value, label, i, is_known in zip(values, labels, ids, known, strict=True):
+            self.seen[label] += 1
             if is_known:
                 for entry in self.queues[label]:
                     if entry[0] == i:
@@ -64,9 +66,15 @@ def test_equals_plain_queues(with_ids, stream):
         labels = torch.randint(CLASSES, (size,), generator=stream)
         ids = torch.randperm(40, generator=stream)[:size] if with_ids else torch.arange(size) + 1000 * (call + 1)
         values = torch.rand(size, 1, generator=stream)
-        bank.insert(values, labels, ids if with_ids else None)
+        slots = bank.insert(values, labels, ids if with_ids else None)
         model.insert(values[:, 0].tolist(), labels.tolist(), ids.tolist())
         assert contents(bank) == model.contents()
+        assert bank.counts.tolist() == [len(queue) for queue in model.queues] and bank.seen.tolist() == model.seen
+        stays = [value in model.contents()[label] for value, label in zip(values[:, 0].tolist(), labels, strict=True)]
+        assert (slots != bank.discarded_slot).tolist() == stays
+        assert torch.equal(bank.gather(slots)[stays], values[stays])
+        if with_ids:
+            assert torch.equal(bank.ids_at(slots)[stays], ids[stays])
     assert bank.entries.data_ptr() == storage, "insertion must not allocate new storage"
 
 
@@ -101,8 +109,23 @@ def test_state_is_exact(stream):
         each.insert(*more)
     for name, value in bank.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_state_is_a_copy():
+    bank = filled([0, 1, 2])
+    state = bank.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    bank.insert(torch.full((2, 1), 9.0), torch.tensor([0, 1]), torch.tensor([0, 7]))
+    for name, value in before.items():
+        assert torch.equal(state[name], value), name
+
+
+def test_state_of_another_bank_is_refused():
+    state = filled([0, 1, 2]).state_dict()
     with pytest.raises(UserError, match=r"saved bank is \(3, 4, 1\).*this run's is \(3, 5, 1\)"):
-        ClassBank(CLASSES, 5, (1,)).load_state_dict(bank.state_dict())
+        ClassBank(CLASSES, 5, (1,)).load_state_dict(state)
+    with pytest.raises(UserError, match=r"torch.float32, this run's is .* torch.float16"):
+        ClassBank(CLASSES, CAPACITY, (1,), dtype=torch.float16).load_state_dict(state)
 
 
 def test_draw_is_uniform_over_classes_then_entries(stream):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import stablevm.objective as module
 from stablevm.bank import NO_ID, ClassBank
 from stablevm.errors import UserError
 from stablevm.interpolant import COSINE, LINEAR
 from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
 from stablevm.rng import RowGenerators
+from stablevm.schedules import draw_times
 
 SHAPE, CLASSES, ROWS = (2, 3, 3), 3, 12
 CONDITIONAL = {"label_dropout": 0.3, "null_class": CLASSES}
@@ -64,6 +66,46 @@ def test_dropped_labels_are_weighed_against_all_classes(batch):
     torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
 
 
+class WatchedBank(ClassBank):
+    """Remembers the class weights of its last pool."""
+
+    def draw_pool(self, size, class_weights, stream):
+        self.class_weights = class_weights.double() / class_weights.sum()
+        return super().draw_pool(size, class_weights, stream)
+
+
+@pytest.mark.parametrize("anchors, shares", [("bank", [0.5, 0.0, 0.5]), ("batch", [0.75, 0.0, 0.25])])
+def test_the_pool_has_the_anchors_shares_of_classes(anchors, shares, batch):
+    """Bank anchors are uniform over the classes that have entries, batch anchors as frequent as in the data."""
+    labels = torch.tensor([0] * 9 + [2] * 3)
+    bank = WatchedBank(CLASSES, 2, SHAPE)
+    protocol = Protocol(label_dropout=1.0, null_class=CLASSES)
+    StableVM(bank, protocol, anchors=anchors).draw(batch[0], labels, same_stream())
+    assert bank.class_weights.tolist() == shares
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_a_copy_of_the_anchor_is_no_reference(dropout, batch):
+    """Anchors that the bank holds by id, though their slots say that they did not stay."""
+    latents, labels, ids = batch[0], torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS)
+    bank = ClassBank(1, ROWS, SHAPE)
+    bank.insert(latents, labels, ids)
+    elsewhere = torch.full_like(ids, bank.discarded_slot)
+    objective = StableVM(bank, Protocol(label_dropout=dropout, null_class=1), anchors="batch")
+    draw = objective.draw(latents, labels, same_stream(), ids=ids, slots=elsewhere)
+    torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
+
+
+def test_stable_target_field_without_labels_weighs_the_whole_set(batch):
+    latents, labels = batch
+    dropped = Protocol(label_dropout=1.0, null_class=CLASSES)
+    draws = [StableTargetField(dropped).draw(latents, labels, same_stream()),
+             StableTargetField().draw(latents, None, same_stream())]  # fmt: skip
+    for draw in draws:
+        torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
+    assert (draws[0].labels == CLASSES).all() and (draws[1].labels == 0).all()
+
+
 def test_stable_target_field_weighs_the_set_by_class(batch):
     latents, labels = batch
     draw = StableTargetField().draw(latents, labels, same_stream(), anchors=torch.tensor([0, 3, 6]))
@@ -103,6 +145,30 @@ def test_anchors_are_told_by_their_ids(batch):
     fresh = StableVM(bank, anchors="batch").draw(latents, labels, same_stream(), ids=ids)
     assert torch.equal(fresh.ids, ids) and torch.equal(fresh.x0, latents)
     assert (FlowMatching().draw(latents, labels, same_stream()).ids == NO_ID).all()
+    assert torch.equal(FlowMatching().draw(latents, labels, same_stream(), ids=ids).ids, ids)
+    chosen = StableTargetField().draw(latents, labels, same_stream(), anchors=torch.tensor([2, 7]), ids=ids)
+    assert chosen.ids.tolist() == [102, 107]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "lognormal", "logit_normal"])
+@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_times_are_those_of_the_weighting(weighting, path, batch):
+    draw = FlowMatching(Protocol(path=path, weighting=weighting)).draw(*batch, same_stream())
+    assert torch.equal(draw.t, draw_times(weighting, path, ROWS, same_stream()))
+    assert torch.equal(draw.x_t, path.interpolate(draw.x0, draw.noise, draw.t))
+
+
+def test_three_lines_in_somebody_elses_loop(stream):
+    """The example at the top of the module, run as it stands."""
+    example = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ")]
+    assert len(example) == 3
+    latents, labels = torch.randn(5, 4, 32, 32, generator=stream), torch.arange(5)
+    scale = torch.ones((), requires_grad=True)
+    names = {**vars(module), "latents": latents, "labels": labels, "stream": stream,
+             "model": lambda x_t, t, labels: scale * x_t}  # fmt: skip
+    exec("\n".join(example), names)
+    names["loss"].backward()
+    assert names["loss"].shape == () and scale.grad.isfinite()
 
 
 @pytest.mark.parametrize("anchors", ["bank", "batch"])

@@ -36,6 +36,18 @@ def test_weights(name, path):
     assert weights.tolist() == pytest.approx([by_hand(name, t, path) for t in TIMES.tolist()], abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("path", INTERPOLANTS.values(), ids=INTERPOLANTS.keys())
+@pytest.mark.parametrize("name", ["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"])
+def test_weights_are_shares_at_the_ends_for_any_split(name, path, dtype):
+    """No NaN at t = 0, t = tau and t = 1, for the least and the greatest tau too, where SNR is infinite or 0."""
+    for tau in (1e-9, TAU, 1.0):
+        weights = AlignmentSchedule(name, path, tau)(torch.tensor([0.0, tau, 1.0], dtype=dtype))
+        assert ((weights >= 0) & (weights <= 1)).all(), (tau, weights)
+        if name in ("snr", "sigmoid"):
+            assert weights[1] == 0.5, tau
+
+
 def test_bad_schedules_are_refused():
     with pytest.raises(UserError, match="--proj-weight-schedule linear: expected one of hard"):
         AlignmentSchedule("linear", LINEAR)
