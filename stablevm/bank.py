@@ -104,18 +104,15 @@ class ClassBank:
         local = (uniforms[:, 1] * self.counts[labels]).long()
         return labels, labels * self.capacity + local
 
-    def draw_pool(self, size: int, class_weights: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw_pool(self, size: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
         """Flat slots (n,) of min(size, slots) entries over all classes, and a mask (n,) of those that are filled.
 
-        Drawn without replacement, each class with a share proportional to class_weights (C,) whatever its number of
-        entries (Efraimidis and Spirakis, 2006: the largest of ln(u)/weight).
+        Without replacement, every entry alike: how much a class counts is for the weights to say.
         """
-        weights = class_weights.to(self.device, torch.float32) / self.counts.clamp(min=1)
         filled = torch.arange(self.capacity, device=self.device) < self.counts[:, None]
-        uniforms = torch.rand(filled.shape, generator=stream, device=stream.device).to(self.device)
-        keys = torch.where(filled, uniforms.log() / weights[:, None], -torch.inf).flatten()
-        best = keys.topk(min(size, keys.numel()))
-        return best.indices, best.values > -torch.inf
+        keys = torch.rand(filled.shape, generator=stream, device=stream.device).to(self.device)
+        best = torch.where(filled, keys, -1.0).flatten().topk(min(size, filled.numel()))
+        return best.indices, best.values >= 0
 
     def is_reference(self, labels: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
         """(B, capacity) bool: filled entries of each row's class that are not the row's anchor nor a copy of it."""

@@ -138,8 +138,9 @@ class StableVM:
 
     anchors: which sample makes x_t. "bank", as published: a class uniform over classes, then one of its entries;
     "batch": the fresh sample itself. Rows whose label was dropped have references from all classes, `pool_size` of them
-    drawn anew each time, with the classes' shares those of the anchors (uniform, or as seen in the data), because the
-    anchor must be exchangeable with its references (docs/theory.md).
+    drawn anew each time. Their weights hold the prior probability that an entry is the anchor: its class's share among
+    the anchors over its class's entries; without it the target is biased where classes differ (docs/theory.md).
+    class_shares: (classes,), of the fresh samples' classes; where not given, those seen so far.
     """
 
     def __init__(
@@ -149,12 +150,14 @@ class StableVM:
         *,
         anchors: Anchors = "bank",
         pool_size: int = POOL_SIZE,
+        class_shares: Tensor | None = None,
     ) -> None:
         if anchors not in ("bank", "batch"):
             raise UserError(f"--bank-anchors {anchors}: expected bank or batch")
         if pool_size < 1:
             raise UserError(f"a pool of {pool_size} references: expected at least 1")
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
+        self.class_shares = None if class_shares is None else class_shares.to(bank.device, torch.float32)
         self.protocol = protocol or Protocol()
 
     def draw(
@@ -203,7 +206,7 @@ class StableVM:
             if not len(rows):
                 continue
             rows = rows.squeeze(1).to(noisy.x0.device)
-            references = self._pool(slots[rows], ids[rows], pool_stream) if is_pool else None
+            references = self._pool(labels[rows], slots[rows], ids[rows], pool_stream) if is_pool else None
             x0, noise, t = noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
             if references is None:
                 keep = self.bank.is_reference(labels[rows], slots[rows], ids[rows])
@@ -213,13 +216,20 @@ class StableVM:
             offset[rows], ess[rows] = found.offset, found.ess
         return offset, ess
 
-    def _pool(self, slots: Tensor, ids: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        """References (n, *shape) over all classes, and which of them each row may use (R, n)."""
-        seen = self.bank.seen
-        shares = seen if self.anchors == "batch" else (seen > 0)
-        picked, filled = self.bank.draw_pool(self.pool_size, shares, stream)
+    def _pool(self, labels: Tensor, slots: Tensor, ids: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        """References (n, *shape) over all classes, and their log prior odds against each row's anchor (R, n)."""
+        picked, filled = self.bank.draw_pool(self.pool_size, stream)
+        log_prior = (self._shares() / self.bank.counts).log()
+        odds = log_prior[picked // self.bank.capacity] - log_prior[labels, None]
         copies = (self.bank.ids_at(picked) == ids[:, None]) & (ids != NO_ID)[:, None]
-        return self.bank.gather(picked), filled & ~copies & (picked != slots[:, None])
+        takes_part = filled & ~copies & (picked != slots[:, None])
+        return self.bank.gather(picked), odds.masked_fill(~takes_part, -torch.inf)
+
+    def _shares(self) -> Tensor:
+        """Of each class among the anchors, up to a factor."""
+        if self.anchors == "bank":
+            return (self.bank.counts > 0).float()
+        return self.bank.seen.float() if self.class_shares is None else self.class_shares
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

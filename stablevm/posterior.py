@@ -57,7 +57,8 @@ def posterior(
         (n, *shape)                  one set for all rows;
         (B, n, *shape)               one set per row;
         (G, n, *shape) with groups   a bank of G sets; row i uses set groups[i] (int64).
-    keep: (B, n) bool; False masks a reference for a row: an empty slot, or a copy of the row's anchor.
+    keep: (B, n) bool, False where a reference takes no part in a row (an empty slot, a copy of the anchor); or float,
+        the logarithm of each reference's prior probability over the anchor's, -inf where it takes no part.
 
     The arithmetic is float32 or wider with full-precision products even under autocast and TF32. Differences are
     taken before products wherever a row has its references to itself, and products of shared references are float64,
@@ -204,8 +205,10 @@ class _Weighing:
         delta = torch.sub(refs, self.centre, out=differences)
         squares = torch.linalg.vector_norm(delta, dim=-1).square()[:, None]
         logits = torch.bmm(self.query, delta.mT, out=wide).addcmul_(self.half_square, squares, value=-1)
-        if keep is not None:
+        if keep is not None and keep.dtype == torch.bool:
             logits.masked_fill_(~keep, -torch.inf)
+        elif keep is not None:
+            logits.add_(keep)
         peak = torch.maximum(self.peak, logits.amax(-1, keepdim=True))
         # Made zero after the exponential, because that of an infinite number takes a CPU 20 times as long.
         weights = narrow.copy_(logits.sub_(peak)).clamp_(min=LEAST_EXPONENT - 1).exp_()

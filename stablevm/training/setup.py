@@ -83,7 +83,8 @@ def make_objective(
         dataset.latent.shape,
         device=device if config.bank_on_gpu else "cpu",
     )
-    return StableVM(bank, protocol, anchors=config.bank_anchors)
+    shares = torch.bincount(dataset.labels(), minlength=model.num_classes)
+    return StableVM(bank, protocol, anchors=config.bank_anchors, class_shares=shares)
 
 
 def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:

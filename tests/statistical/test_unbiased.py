@@ -22,12 +22,12 @@ NULL = CLASSES
 CONDITIONAL = [make_mixture(3, DIMENSION, seed, torch.float64) for seed in range(CLASSES)]
 
 
-def exact_velocity(path, draw):
-    """The velocity given the label; without label, that of both classes mixed half and half."""
+def exact_velocity(path, draw, shares=(0.5, 0.5)):
+    """The velocity given the label; without label, that of both classes with these shares."""
     x_t, t = draw.x_t, draw.t[0].item()
     labelled = torch.stack([mixture.field(path, x_t, t) for mixture in CONDITIONAL])
     both = type(CONDITIONAL[0])(
-        torch.cat([m.weights for m in CONDITIONAL]) / CLASSES,
+        torch.cat([share * m.weights for share, m in zip(shares, CONDITIONAL, strict=True)]),
         torch.cat([m.means for m in CONDITIONAL]),
         torch.cat([m.variances for m in CONDITIONAL]),
     )
@@ -82,7 +82,7 @@ METHODS = {
 }
 
 
-def largest_z(draw, path, time, monkeypatch, dropout=0.2):
+def largest_z(draw, path, time, monkeypatch, dropout=0.2, shares=(0.5, 0.5)):
     """The largest |z| over the test functions; the batches are the independent observations."""
     monkeypatch.setattr(objective, "draw_times", lambda name, path, rows, stream: torch.full((rows,), time))
     protocol = Protocol(path=path, label_dropout=dropout, null_class=NULL)
@@ -93,7 +93,7 @@ def largest_z(draw, path, time, monkeypatch, dropout=0.2):
     means = []
     for _ in range(BATCHES):
         drawn = draw(protocol, stream)
-        error = drawn.target.double() - exact_velocity(path, drawn)
+        error = drawn.target.double() - exact_velocity(path, drawn, shares)
         value = torch.cos(drawn.x_t.double() @ frequencies.T + phases)
         means.append(((error @ directions.T) * value).mean(0))
     means = torch.stack(means)
@@ -113,3 +113,25 @@ def test_targets_are_unbiased_on_the_cosine_path(method, monkeypatch):
 
 def test_stale_references_are_found_out(monkeypatch):
     assert largest_z(draw_stale_references, LINEAR, 0.9, monkeypatch) > 8
+
+
+def draw_unequal_bank(protocol, stream):
+    """Bank anchors, which are uniform over classes, from a bank that holds 8 of one class and 2 of the other."""
+    labels = torch.tensor([0] * REFERENCES + [1] * 2)
+    bank = ClassBank(CLASSES, REFERENCES, (DIMENSION,))
+    return StableVM(bank, protocol, anchors="bank").draw(samples(labels, stream), labels, stream)
+
+
+def draw_unequal_data(protocol, stream):
+    """Batch anchors of data with nine of one class for one of the other, and a bank that holds 8 of each."""
+    labels = (torch.rand(2, generator=stream) >= 0.9).long()
+    objective = StableVM(full_bank(stream), protocol, anchors="batch", class_shares=torch.tensor([0.9, 0.1]))
+    return objective.draw(samples(labels, stream), labels, stream)
+
+
+@pytest.mark.parametrize("time", [0.5, 0.9])
+@pytest.mark.parametrize("draw, shares", [(draw_unequal_bank, (0.5, 0.5)), (draw_unequal_data, (0.9, 0.1))])
+def test_targets_without_label_are_unbiased_for_unequal_classes(draw, shares, time, monkeypatch):
+    """All labels dropped, 600 batches: z < 4, where weights that ignore the classes' shares gave 7 to 23."""
+    monkeypatch.setitem(globals(), "BATCHES", 600)
+    assert largest_z(draw, LINEAR, time, monkeypatch, dropout=1.0, shares=shares) < 4

@@ -24,12 +24,13 @@ def same_stream():
     return torch.Generator().manual_seed(11)
 
 
-def exact_velocity(path, draw, samples):
-    """The velocity of the empirical distribution of `samples`, in float64."""
+def exact_velocity(path, draw, samples, weights=None):
+    """The velocity of the empirical distribution of `samples` with these weights (equal ones if None), in float64."""
     at = path.coefficients(draw.t.double()[:, None])
     x_t, points = draw.x_t.double().flatten(1), samples.double().flatten(1)
     distance = (x_t[:, None] - at.alpha[..., None] * points).square().sum(-1)
-    mean = (-distance / (2 * at.sigma.square())).softmax(-1) @ points
+    prior = torch.ones(len(points)) if weights is None else weights
+    mean = (-distance / (2 * at.sigma.square()) + prior.double().log()).softmax(-1) @ points
     return (at.d_alpha * mean + at.d_sigma * (x_t - at.alpha * mean) / at.sigma).reshape(draw.x_t.shape)
 
 
@@ -66,22 +67,18 @@ def test_dropped_labels_are_weighed_against_all_classes(batch):
     torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
 
 
-class WatchedBank(ClassBank):
-    """Remembers the class weights of its last pool."""
-
-    def draw_pool(self, size, class_weights, stream):
-        self.class_weights = class_weights.double() / class_weights.sum()
-        return super().draw_pool(size, class_weights, stream)
-
-
-@pytest.mark.parametrize("anchors, shares", [("bank", [0.5, 0.0, 0.5]), ("batch", [0.75, 0.0, 0.25])])
-def test_the_pool_has_the_anchors_shares_of_classes(anchors, shares, batch):
+@pytest.mark.parametrize("anchors, shares", [("bank", [0.5, 0.5]), ("batch", [0.75, 0.25])])
+def test_without_label_classes_count_as_often_as_they_are_anchors(anchors, shares, batch):
     """Bank anchors are uniform over the classes that have entries, batch anchors as frequent as in the data."""
-    labels = torch.tensor([0] * 9 + [2] * 3)
-    bank = WatchedBank(CLASSES, 2, SHAPE)
+    latents, labels = batch[0], torch.tensor([0] * 9 + [2] * 3)
+    bank = ClassBank(CLASSES, 4, SHAPE)
     protocol = Protocol(label_dropout=1.0, null_class=CLASSES)
-    StableVM(bank, protocol, anchors=anchors).draw(batch[0], labels, same_stream())
-    assert bank.class_weights.tolist() == shares
+    draw = StableVM(bank, protocol, anchors=anchors).draw(latents, labels, same_stream(), ids=torch.arange(ROWS))
+    stays = draw.ids >= 5  # of nine samples of class 0, the last four
+    draw = type(draw)(**{name: value[stays] for name, value in vars(draw).items()})
+    weights = torch.tensor([shares[0] / 4] * 4 + [shares[1] / 3] * 3)
+    exact = exact_velocity(LINEAR, draw, latents[5:], weights)
+    torch.testing.assert_close(draw.target.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
