@@ -14,6 +14,15 @@ from stablevm import __version__
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.files import read_json
+from stablevm.preparation.config import (
+    ConvertConfig,
+    ConvertShardsConfig,
+    EncodeConfig,
+    EncodeShardsConfig,
+    InfoConfig,
+    PackConfig,
+    VerifyConfig,
+)
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.toy.config import ToyConfig
@@ -22,7 +31,8 @@ from stablevm.training.config import CONFIG_FILE, TrainConfig
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
 # Faults of the machine that a user can mend, not bugs: no space, no permission, a read-only or full file system.
-SYSTEM_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+SYSTEM_LIMITS = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 Config = TypeVar("Config")
@@ -60,10 +70,21 @@ def extractor(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm prepare KIND`."""
-    app = tyro.extras.SubcommandApp()
+    """`stablevm prepare STEP`."""
+    return _choose("stablevm prepare", "STEP", PREPARE_STEPS, _given(arguments))
 
-    @app.command(name="digits")
+
+def data(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm data ACTION`."""
+    return _choose("stablevm data", "ACTION", DATA_ACTIONS, _given(arguments))
+
+
+def dataset_tools(arguments: Sequence[str] | None = None) -> int:
+    """`preprocessing/dataset_tools.py STEP`."""
+    return _choose("dataset_tools", "STEP", FOLDER_STEPS, _given(arguments))
+
+
+def _digits(arguments: Sequence[str] | None = None) -> int:
     def digits(folder: tyro.conf.Positional[Path]) -> None:
         """Write scikit-learn's handwritten digits (1,797 scans of 8 x 8) as a prepared data set.
 
@@ -72,12 +93,61 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         """
         print(_load("stablevm.data.digits:prepare_digits")(folder))
 
-    return _guarded(lambda: app.cli(prog="stablevm prepare", args=_given(arguments)))
+    return _guarded(lambda: tyro.cli(digits, prog="stablevm prepare digits", args=_given(arguments)))
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], str]] = {
+def _command(kind: type[Config], program: str, target: str) -> "Command":
+    """A command whose function returns its exit status."""
+
+    def command(arguments: Sequence[str] | None = None) -> int:
+        return _run(kind, program, _given(arguments), target, returns_status=True)
+
+    return command
+
+
+Command = Callable[[Sequence[str] | None], int]
+Table = dict[str, tuple[Command, str]]
+
+_FOLDERS, _SHARDS = "stablevm.preparation.folders", "stablevm.preparation.shards"
+FOLDER_STEPS: Table = {
+    "convert": (
+        _command(ConvertConfig, "dataset_tools convert", f"{_FOLDERS}:convert"),
+        "crop images to one size, one PNG file each",
+    ),
+    "encode": (
+        _command(EncodeConfig, "dataset_tools encode", f"{_FOLDERS}:encode"),
+        "encode such images into latents, one .npy file each",
+    ),
+}
+PREPARE_STEPS: Table = {
+    "convert": (
+        _command(ConvertShardsConfig, "stablevm prepare convert", f"{_SHARDS}:convert"),
+        "crop images to one size, into shards",
+    ),
+    "encode": (
+        _command(EncodeShardsConfig, "stablevm prepare encode", f"{_SHARDS}:encode"),
+        "encode the images in shards, which completes the data set",
+    ),
+    "pack": (
+        _command(PackConfig, "stablevm prepare pack", "stablevm.preparation.pack:pack"),
+        "pack a folder in the layout of REPA into shards",
+    ),
+    "digits": (_digits, "write scikit-learn's handwritten digits"),
+}
+DATA_ACTIONS: Table = {
+    "verify": (
+        _command(VerifyConfig, "stablevm data verify", "stablevm.preparation.verify:verify"),
+        "reread a prepared data set and name what is damaged",
+    ),
+    "info": (
+        _command(InfoConfig, "stablevm data info", "stablevm.preparation.info:info"),
+        "print what a prepared data set holds, and draw examples",
+    ),
+}
+COMMANDS: Table = {
     "quickstart": (quickstart, "the whole staircase on handwritten digits, into one folder with a report"),
     "prepare": (prepare, "write a prepared data set"),
+    "data": (data, "verify or show a prepared data set"),
     "train": (train, "train a network"),
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
@@ -88,19 +158,26 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`stablevm COMMAND ...`."""
-    name, *rest = _given(arguments) or ["--help"]
-    if name in COMMANDS:
-        return COMMANDS[name][0](rest)
-    width = max(map(len, COMMANDS))
-    lines = [f"  {command.ljust(width)}  {purpose}" for command, (_, purpose) in COMMANDS.items()]
-    text = "\n".join(["usage: stablevm COMMAND ... (COMMAND --help tells its options)", "", "commands:", *lines])
+    given = _given(arguments)
+    if given == ["--version"]:
+        print(f"stablevm {__version__}")
+        return 0
+    return _choose("stablevm", "COMMAND", COMMANDS, given)
+
+
+def _choose(program: str, what: str, table: Table, arguments: list[str]) -> int:
+    """Hand the arguments after the first to the command that it names."""
+    name, *rest = arguments or ["--help"]
+    if name in table:
+        return table[name][0](rest)
+    width = max(map(len, table))
+    lines = [f"  {command.ljust(width)}  {purpose}" for command, (_, purpose) in table.items()]
+    usage = f"usage: {program} {what} ... ({what} --help tells its options)"
+    text = "\n".join([usage, "", f"{what.lower()}s:", *lines])
     if name in ("-h", "--help"):
         print(text)
         return 0
-    if name == "--version":
-        print(f"stablevm {__version__}")
-        return 0
-    print(f"error: unknown command {name!r}\n\n{text}", file=sys.stderr)
+    print(f"error: unknown {what.lower()} {name!r}\n\n{text}", file=sys.stderr)
     return USER_ERROR_STATUS
 
 
@@ -110,19 +187,21 @@ def _run(
     arguments: list[str],
     target: str,
     default: Callable[[], Config | None] = lambda: None,
+    returns_status: bool = False,
 ) -> int:
     """Parse the arguments into a `kind` and call `target` ("module:function") with it.
 
     The module is imported last, so that help and mistakes are answered without waiting for torch.
     """
 
-    def run() -> None:
+    def run() -> object:
         given, plain_flags = default(), (tyro.conf.DisallowNone,)
         if given is None:
             config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags)
         else:
             config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags, default=given)
-        _load(target)(config)
+        result = _load(target)(config)
+        return result if returns_status else None
 
     return _guarded(run)
 
@@ -133,9 +212,9 @@ def _load(target: str) -> Callable[..., object]:
 
 
 def _guarded(run: Callable[[], object]) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command; returns its exit status, the one that `run` returns if it is a number."""
     try:
-        run()
+        status = run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
@@ -145,9 +224,10 @@ def _guarded(run: Callable[[], object]) -> int:
     except OSError as error:
         if error.errno not in SYSTEM_LIMITS:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        remedy = "; make space and run the same command again" if error.errno in NO_SPACE else ""
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}{remedy}", file=sys.stderr)
         return USER_ERROR_STATUS
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:

@@ -15,19 +15,25 @@ _TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` when the block ends without an exception.
 
-    The temporary name keeps the suffix of `path`, because writers such as PIL and numpy choose a format by it.
+    The temporary name keeps the suffix of `path`, because writers such as PIL and numpy choose a format by it. It lies
+    in `scratch` if given, a folder on the same disk. Without `durable` the caller waits for the disk (`sync`) himself,
+    which is quicker for many small files at once.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    for folder in {path.parent, scratch or path.parent}:
+        folder.mkdir(parents=True, exist_ok=True)
+    name = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
+    temporary = (scratch or path.parent) / name
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

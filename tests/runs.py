@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
 from stablevm.data.manifest import Manifest
-from stablevm.data.shards import ShardWriter
+from stablevm.data.writer import ShardWriter
 from stablevm.models.digits_net import DigitsNet
 from stablevm.training.config import TrainConfig
 from stablevm.training.trainer import train

@@ -11,7 +11,7 @@ from torch import Tensor
 from stablevm import files
 from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardKind
-from stablevm.data.shards import ShardWriter, shard_name
+from stablevm.data.writer import ShardWriter, shard_name
 from stablevm.errors import UserError
 
 SPLITS = ("train", "test")

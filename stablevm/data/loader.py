@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stablevm import rng
-from stablevm.data.shards import PreparedDataset
+from stablevm.data.dataset import PreparedDataset
 from stablevm.errors import UserError
 
 

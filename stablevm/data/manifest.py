@@ -28,13 +28,18 @@ class ShardFile:
     def of(cls, path: Path) -> "ShardFile":
         return cls(path.name, path.stat().st_size, files.sha256(path))
 
+    def is_intact(self, folder: Path) -> bool:
+        """Whether the file in `folder` is there and has the recorded content, reread."""
+        path = folder / self.name
+        return path.is_file() and ShardFile.of(path) == self
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive rows of the data set; `images` is None where the set holds none."""
+    """Consecutive rows of the data set; `images` is None where the set holds none, `latents` before they are made."""
 
     rows: int
-    latents: ShardFile
+    latents: ShardFile | None
     images: ShardFile | None
 
     def file(self, kind: ShardKind) -> ShardFile | None:
@@ -60,6 +65,8 @@ class Manifest:
     latent: LatentSpec
     has_flips: bool  # moments of the mirrored images too: a latent can't be mirrored
     has_images: bool
+    precision: str = "fp32"  # in which the autoencoder worked
+    compressed: bool = False  # images are PNG files instead of pixels
     class_counts: tuple[int, ...] = ()
     shards: tuple[Shard, ...] = ()
 
@@ -70,6 +77,8 @@ class Manifest:
     def tensors(self, kind: ShardKind) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The tensors in each file of a kind: the shape of one row, and the type of its values."""
         index = {"index": ((), np.dtype(np.int64))}
+        if kind == "images" and self.compressed:
+            return index | {"sizes": ((), np.dtype(np.int64)), "png": ((), np.dtype(np.uint8))}
         if kind == "images":
             return index | {"images": ((3, self.resolution, self.resolution), np.dtype(np.uint8))}
         channels, height, width = self.latent.shape
@@ -126,12 +135,11 @@ class Manifest:
 
     def damaged_files(self, folder: Path) -> list[Path]:
         """Reread every shard file: those that are absent or differ from their checksum."""
-        recorded = [file for shard in self.shards for file in (shard.latents, shard.images) if file]
-        return [
-            folder / file.name
-            for file in recorded
-            if not (folder / file.name).is_file() or ShardFile.of(folder / file.name) != file
-        ]
+        return [folder / file.name for file in self.files() if not file.is_intact(folder)]
+
+    def files(self) -> list[ShardFile]:
+        """Of all shards."""
+        return [file for shard in self.shards for file in (shard.latents, shard.images) if file]
 
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "count": self.count, **asdict(self)}
@@ -146,6 +154,8 @@ class Manifest:
             latent=LatentSpec.from_dict(values["latent"]),
             has_flips=values["has_flips"],
             has_images=values["has_images"],
+            precision=values.get("precision", cls.precision),
+            compressed=values.get("compressed", cls.compressed),
             class_counts=tuple(values["class_counts"]),
             shards=tuple(map(Shard.from_dict, values["shards"])),
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stablevm import rng
 from stablevm.autoencoder import pixels_to_unit
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE
-from stablevm.data.shards import PreparedDataset
 from stablevm.errors import UserError
 from stablevm.files import read_json, sha256, write_json, write_with
 from stablevm.models.digits_net import CLASSES, IMAGE_SIZE, DigitsNet

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.evaluation.digits_extractor import load_extractor

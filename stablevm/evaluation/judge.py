@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stablevm.data.shards import PreparedDataset
+from stablevm.data.dataset import PreparedDataset
 from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import (
     DigitsExtractor,

@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from stablevm import __version__, rng
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
-from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor, train_extractor
 from stablevm.evaluation.evaluate import evaluate

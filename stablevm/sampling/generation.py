@@ -4,7 +4,6 @@ Processes share nothing but the folder of parts: each draws the parts that fall 
 them. An image depends on the protocol and its own index alone, so it does not matter who draws it or when.
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from stablevm.errors import UserError
 from stablevm.files import write_with
 from stablevm.images import save_png, tile
 from stablevm.precision import tf32
+from stablevm.processes import Process
 from stablevm.rng import RowGenerators
 from stablevm.sampling.archive import read_protocol, write_archive
 from stablevm.sampling.config import GenerateConfig
@@ -43,34 +43,6 @@ _POLL_SECONDS = 1.0
 _GRID_COLUMNS = 8
 _GRID_MAX_CLASSES = 16  # with more classes than this, a row for each would be too tall a picture
 _GRID_IMAGE_PIXELS = 64  # smaller images are enlarged to about this many pixels a side
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those that torchrun started: no collective is needed, so no process group either."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @classmethod
-    def from_environment(cls) -> "Process":
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; a single process without them."""
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        if not torch.cuda.is_available():
-            return cls(rank, world_size, torch.device("cpu"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine (LOCAL_RANK): there are {torch.cuda.device_count()} GPUs; "
-                "give torchrun at most that many as --nproc_per_node"
-            )
-        return cls(rank, world_size, torch.device("cuda", local_rank))
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from stablevm import rng
 from stablevm.autoencoder import pixels_to_unit
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
-from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior

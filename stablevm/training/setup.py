@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.bank import ClassBank
-from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.opening import open_dataset
 from stablevm.encoders import Encoder, load_encoder
 from stablevm.errors import UserError
 from stablevm.interpolant import get_interpolant

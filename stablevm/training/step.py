@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stablevm import rng
 from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
-from stablevm.data.shards import PreparedDataset
 from stablevm.encoders import Encoder
 from stablevm.objective import Draw, FlowMatching, StableVM, squared_error
 from stablevm.schedules import AlignmentSchedule

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.autoencoder import load_autoencoder
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import training_loader
-from stablevm.data.shards import PreparedDataset
 from stablevm.errors import UserError
 from stablevm.files import is_temporary, read_json, write_json
 from stablevm.interpolant import get_interpolant

@@ -6,7 +6,7 @@ import torch
 
 from stablevm.autoencoder import LatentSpec
 from stablevm.data.manifest import Manifest
-from stablevm.data.shards import ShardWriter
+from stablevm.data.writer import ShardWriter
 
 COUNT = 20_000  # three shards: 8,192, 8,192 and 3,616 rows
 DESCRIPTION = Manifest(

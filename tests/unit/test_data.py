@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from stablevm.data.loader import training_loader
 from stablevm.data.manifest import Manifest
-from stablevm.data.shards import ShardWriter, open_dataset
+from stablevm.data.opening import open_dataset
+from stablevm.data.writer import ShardWriter
 from stablevm.errors import UserError
 
 

@@ -12,7 +12,7 @@ from data_sets import COUNT, one_line
 
 from stablevm.data import loader as loader_module
 from stablevm.data.loader import StepSampler, training_loader
-from stablevm.data.shards import open_dataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 
 

@@ -9,7 +9,7 @@ from data_sets import kill_at_rename, one_line, source, write
 
 from stablevm.autoencoder import load_autoencoder, pixels_to_unit
 from stablevm.data.digits import prepare_digits
-from stablevm.data.shards import open_dataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
-from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.evaluation.digits_extractor import (

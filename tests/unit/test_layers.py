@@ -14,10 +14,10 @@ FLOORS = dict(
     enumerate(
         [
             ("errors",),
-            ("files", "options", "interpolant", "rng", "precision"),
+            ("files", "options", "interpolant", "rng", "precision", "processes"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             ("objective", "encoders", "snapshot", "variance", "data", "evaluation.statistics", "sampling.solvers"),
-            ("sampling", "evaluation"),
+            ("sampling", "evaluation", "preparation"),
             ("training",),
             ("toy", "quickstart"),
             ("cli",),
@@ -70,7 +70,8 @@ def test_imports_lead_downstairs(module):
 def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
-        "stablevm.evaluation.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+        "stablevm.evaluation.config, stablevm.preparation.config; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

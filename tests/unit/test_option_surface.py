@@ -9,6 +9,15 @@ import sys
 from pathlib import Path
 
 from stablevm.evaluation.config import EvaluateConfig
+from stablevm.preparation.config import (
+    ConvertConfig,
+    ConvertShardsConfig,
+    EncodeConfig,
+    EncodeShardsConfig,
+    InfoConfig,
+    PackConfig,
+    VerifyConfig,
+)
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.toy.config import ToyConfig
@@ -22,6 +31,13 @@ COMMANDS = {
     "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
     "toy": ToyConfig,
+    "convert": ConvertConfig,
+    "encode": EncodeConfig,
+    "prepare convert": ConvertShardsConfig,
+    "prepare encode": EncodeShardsConfig,
+    "prepare pack": PackConfig,
+    "data verify": VerifyConfig,
+    "data info": InfoConfig,
 }
 
 

@@ -7,7 +7,7 @@ import runs
 import torch
 
 from stablevm.bank import NO_ID, ClassBank
-from stablevm.data.shards import open_dataset
+from stablevm.data.opening import open_dataset
 from stablevm.training.setup import prefill
 
 CAPACITY = 5

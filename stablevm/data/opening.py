@@ -1,0 +1,25 @@
+"""The one way in to a prepared data set, whatever its layout."""
+
+from pathlib import Path
+
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.manifest import MANIFEST_FILE
+from stablevm.data.repa import RepaDataset, is_repa_folder
+from stablevm.data.shards import ShardDataset
+
+
+def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
+    """Open the data set in `path`, or in `path`/`split` when `path` itself is none.
+
+    Raises UserError for what is no data set, and for shards that are missing or have changed in size.
+    """
+    folder = dataset_folder(path, split)
+    return RepaDataset(folder) if is_repa_folder(folder) else ShardDataset(folder)
+
+
+def dataset_folder(path: str | Path, split: str) -> Path:
+    """`path` itself if it holds a data set, else its folder called `split` where there is one."""
+    path = Path(path)
+    if (path / MANIFEST_FILE).is_file() or is_repa_folder(path) or not (path / split).is_dir():
+        return path
+    return path / split

@@ -1,0 +1,207 @@
+"""The layout of REPA and its successors, read as it is: `DATA/images/**.png` with `DATA/vae-sd/**.npy`.
+
+`vae-sd/dataset.json` lists latents and classes. Images and latents are paired by name: `00000/img00000012.png` with
+`00000/img-mean-std-00000012.npy`, and other names with their equals. Either folder may be a ZIP archive instead.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stablevm.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
+from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
+from stablevm.data.listing import LISTING_FILE, read_listing
+from stablevm.data.storage import Storage, is_fault_of_file, open_storage
+from stablevm.errors import UserError
+
+LATENTS, IMAGES = "vae-sd", "images"
+# What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.
+ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SHORT_NAMES["mse"], 0.18215, 8
+_IMAGE_STEM, _LATENT_STEM = "img", "img-mean-std-"
+
+
+def latent_name(image: str) -> str:
+    """The name of an image's latent."""
+    path = PurePosixPath(image)
+    return str(path.with_name(re.sub(rf"^{_IMAGE_STEM}(?=\d+$)", _LATENT_STEM, path.stem) + ".npy"))
+
+
+def is_repa_folder(folder: Path) -> bool:
+    return _part(folder, LATENTS) is not None
+
+
+class RepaDataset(PreparedDataset):
+    """A folder of that layout. Names and classes are read once; files are opened as their rows are asked for.
+
+    Raises UserError for a listing that can't be read, and for latents whose autoencoder is another than `vae`.
+    """
+
+    has_flips = False
+
+    def __init__(self, folder: str | Path, vae: str | None = None) -> None:
+        self.folder, self._vae = Path(folder), vae
+        latents, images = _part(self.folder, LATENTS), _part(self.folder, IMAGES)
+        if latents is None:
+            raise UserError(f"--data-dir {folder}: no {LATENTS} in it; give a folder with {LATENTS} and {IMAGES}")
+        self._latents = open_storage(latents)
+        self._images = None if images is None else open_storage(images)
+        listing = read_listing(self._latents)
+        if listing.labels is None:
+            raise UserError(f"{latents}/{LISTING_FILE}: it lists no labels; remake it with encode")
+        self.names = listing.names
+        self._labels = torch.tensor([label for _, label in listing.labels])
+        self.class_names = listing.known_class_names
+        self.crop = str(listing.facts.get("crop", "unknown"))
+        self.has_images = images is not None
+        self.precision = str(listing.facts.get("precision", "unknown"))
+        self.moments_shape = _load(self._latents, self.names[0]).shape
+        self.latent = self._latent_spec(listing.facts.get("latent"))
+        self.resolution = self._side(listing.facts.get("resolution"))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __reduce__(self) -> tuple[type["RepaDataset"], tuple[Path, str | None]]:
+        return RepaDataset, (self.folder, self._vae)
+
+    def labels(self) -> Tensor:
+        return self._labels
+
+    def index(self) -> Tensor:
+        """The numbers at the end of the names, as convert gives them; the rows' own where names have none."""
+        numbers = [int(match[0]) for name in self.names if (match := re.search(r"\d+(?=\.npy$)", name))]
+        return torch.tensor(numbers) if len(set(numbers)) == len(self) else torch.arange(len(self))
+
+    def moments(self, rows: Rows) -> Tensor:
+        names = [self.names[row] for row in checked_rows(rows, len(self))]
+        values = np.empty((len(names), *self.moments_shape), np.float16)
+        for row, name in enumerate(names):
+            found = _load(self._latents, name)
+            if found.shape != self.moments_shape:
+                raise UserError(f"{self._latents.root}/{name}: shape {found.shape} instead of {self.moments_shape}")
+            values[row] = found
+        return torch.from_numpy(values)
+
+    def moments_flip(self, rows: Rows) -> Tensor:
+        raise UserError(f"--data-dir {self.folder}: holds no latents of mirrored images; train without flips")
+
+    def images(self, rows: Rows) -> Tensor:
+        side = self.resolution
+        chosen = checked_rows(rows, len(self))
+        values = np.empty((len(chosen), 3, side, side), np.uint8)
+        for row, source in enumerate(chosen):
+            values[row] = self._image(self.image_names[source])
+        return torch.from_numpy(values)
+
+    def check_images(self) -> None:
+        """UserError if there are no images, or none for some latent. Files are looked for when they are read."""
+        if self._images is None:
+            raise UserError(
+                f"--data-dir {self.folder}: has no {IMAGES}, which are needed here; put them beside {LATENTS}"
+            )
+        assert self.image_names
+
+    def unpaired(self) -> Iterator[str]:
+        """What lies in the folders without a place in the set: one line for each kind."""
+        listed = set(self.names)
+        extra = [name for name in self._latents.names() if name.endswith(".npy") and name not in listed]
+        if extra:
+            yield f"{self._latents.root}: {len(extra):,} latents are not in {LISTING_FILE}, the first is {extra[0]}"
+        if self._images is not None:
+            paired = set(self.image_names)
+            alone = [name for name in self._images.names() if name.endswith(".png") and name not in paired]
+            if alone:
+                yield f"{self._images.root}: {len(alone):,} images have no latent, the first is {alone[0]}"
+
+    @cached_property
+    def image_names(self) -> list[str]:
+        """The name of each latent's image; UserError for a latent without one."""
+        assert self._images is not None
+        suffixes = {}
+        if self._images.exists(LISTING_FILE):
+            listed = read_listing(self._images).names
+            suffixes = {latent_name(name): name for name in listed}
+            missing = [name for name in self.names if name not in suffixes]
+            if missing:
+                raise UserError(
+                    f"--data-dir {self.folder}: {len(missing):,} latents have no image in "
+                    f"{self._images.root.name}/{LISTING_FILE}, the first {missing[0]}; convert or encode again"
+                )
+        return [suffixes.get(name) or _image_name(name) for name in self.names]
+
+    def _image(self, name: str) -> np.ndarray:
+        """(3, H, W)."""
+        assert self._images is not None
+        side = self.resolution
+        try:
+            with self._images.open(name) as file, Image.open(file) as picture:
+                if picture.size != (side, side) or picture.mode not in ("RGB", "L"):
+                    raise UserError(
+                        f"{self._images.root}/{name}: {picture.mode} of {picture.width} x {picture.height} pixels, "
+                        f"expected RGB or grey of {side} x {side}; convert the images again"
+                    )
+                return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        except (OSError, SyntaxError) as error:
+            if isinstance(error, OSError) and not is_fault_of_file(error):
+                raise
+            raise UserError(f"{self._images.root}/{name}: can't be read ({error}); convert it again") from None
+
+    def _latent_spec(self, recorded: dict | None) -> LatentSpec:
+        channels, height, width = self.moments_shape
+        if channels % 2 or height != width:
+            raise UserError(
+                f"{self._latents.root}/{self.names[0]}: shape {self.moments_shape}, expected (2C, side, side): "
+                "mean and standard deviation"
+            )
+        if recorded is not None:
+            spec = LatentSpec.from_dict(recorded)
+        elif self._vae is not None:
+            spec = latent_spec_of(self._vae, height * ASSUMED_FACTOR)
+        else:
+            spec = LatentSpec((channels // 2, height, width), ASSUMED_SCALE, 0.0, ASSUMED_AUTOENCODER)
+        if spec.shape != (channels // 2, height, width):
+            raise UserError(
+                f"--data-dir {self.folder}: latents of shape {spec.shape} are announced ({spec.autoencoder}), "
+                f"{self.names[0]} has {(channels // 2, height, width)}"
+            )
+        return spec
+
+    def _side(self, recorded: list[int] | None) -> int:
+        if recorded is not None:
+            return recorded[0]
+        if self._images is None:
+            return self.moments_shape[1] * ASSUMED_FACTOR
+        with self._images.open(self.image_names[0]) as file, Image.open(file) as picture:
+            return picture.width
+
+
+def _part(folder: Path, name: str) -> Path | None:
+    candidates = (folder / name, folder / f"{name}.zip")
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _image_name(latent: str) -> str:
+    path = PurePosixPath(latent)
+    return str(path.with_name(path.stem.replace(_LATENT_STEM, _IMAGE_STEM) + ".png"))
+
+
+def _load(storage: Storage, name: str) -> np.ndarray:
+    """Moments (2C, h, w) of one file, whose array may have a leading 1."""
+    try:
+        with storage.open(name) as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and not is_fault_of_file(error):
+            raise
+        raise UserError(f"{storage.root}/{name}: can't be read ({error}); encode it again") from None
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
+    if values.ndim != 3 or values.dtype.kind != "f":
+        raise UserError(f"{storage.root}/{name}: {values.dtype} {values.shape}, expected floats of (2C, h, w)")
+    return values

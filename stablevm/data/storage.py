@@ -1,0 +1,112 @@
+"""Many small files under one root, which is a folder or a ZIP archive; names are relative, with forward slashes."""
+
+import errno
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from stablevm.errors import UserError
+
+# Faults of one file; others, such as too many open files, are the machine's and must not pass for a damaged file.
+_FILE_FAULTS = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EINVAL),
+    None,  # of decoders
+}
+
+
+def is_fault_of_file(error: OSError) -> bool:
+    """Whether an error while a file is read is due to that file alone."""
+    return error.errno in _FILE_FAULTS
+
+
+def open_storage(root: str | Path) -> "FolderStorage | ZipStorage":
+    """Raises UserError if there is neither a folder nor a readable ZIP archive at `root`."""
+    root = Path(root)
+    if root.is_dir():
+        return FolderStorage(root)
+    if root.is_file() and root.suffix.lower() == ".zip":
+        return ZipStorage(root)
+    found = "it is a file" if root.exists() else "there is nothing"
+    raise UserError(f"{root}: expected a folder or a .zip archive, but {found}; check the path")
+
+
+class FolderStorage:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self.root / name).open("rb")
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def names(self) -> Iterator[str]:
+        """Every file, links to files too. Each real folder is entered once, so that loops of links end."""
+        return self._below("", set())
+
+    def _below(self, prefix: str, entered: set[tuple[int, int]]) -> Iterator[str]:
+        folder = self.root / prefix
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in entered:
+            return
+        entered.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if _is_folder(entry):
+                yield from self._below(f"{prefix}{entry.name}/", entered)
+            else:
+                yield f"{prefix}{entry.name}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link that leads in a circle, or where nobody may look, is no folder: opening it will tell the cause."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+class ZipStorage:
+    """An archive, opened anew in each process: the position in an open file is shared with forked processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._archive()  # a damaged archive is an error now
+
+    def open(self, name: str) -> IO[bytes]:
+        try:
+            return self._archive().open(name)
+        except KeyError:
+            raise FileNotFoundError(2, "no such file in the archive", f"{self.root}/{name}") from None
+
+    def exists(self, name: str) -> bool:
+        return name in self._archive().NameToInfo
+
+    def names(self) -> Iterator[str]:
+        for info in sorted(self._archive().infolist(), key=lambda info: info.filename):
+            if not info.is_dir():
+                yield info.filename
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.root)
+            except zipfile.BadZipFile as error:
+                raise UserError(f"{self.root}: not a readable ZIP archive ({error}); fetch or make it again") from None
+        return self._opened[1]
+
+    def __reduce__(self) -> tuple[type["ZipStorage"], tuple[Path]]:
+        return ZipStorage, (self.root,)
+
+
+Storage = FolderStorage | ZipStorage
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name from a file that others wrote stays below its root."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

@@ -1,0 +1,148 @@
+"""Writing shards: rows collected into files that are complete or absent, and files joined into larger ones."""
+
+import json
+import struct
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stablevm import files
+from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard, ShardFile, ShardKind
+from stablevm.errors import UserError
+
+MIN_ROWS, MAX_ROWS = 8_192, 16_384  # per shard: few enough files for a million samples, small enough to rewrite
+
+
+def shard_name(kind: ShardKind, number: int) -> str:
+    return f"{kind}-{number:05d}.safetensors"
+
+
+class ShardWriter:
+    """Collects rows and writes a shard whenever `rows_per_shard` are there; `finish` writes the rest and the manifest.
+
+    Until `finish` returns the folder holds no manifest, so an interrupted writer leaves nothing that could pass for
+    a data set; the next writer replaces its shards. Raises UserError for a folder that holds a data set already, or
+    for `rows_per_shard` out of range.
+    """
+
+    def __init__(self, folder: str | Path, description: Manifest, rows_per_shard: int = MIN_ROWS) -> None:
+        if not MIN_ROWS <= rows_per_shard <= MAX_ROWS:
+            raise UserError(f"rows per shard {rows_per_shard}: expected {MIN_ROWS} to {MAX_ROWS}")
+        self.folder = Path(folder)
+        if (self.folder / MANIFEST_FILE).exists():
+            raise UserError(f"{self.folder}: holds a prepared data set already; give another folder or remove it")
+        self.description = description
+        self.rows_per_shard = rows_per_shard
+        kinds: tuple[ShardKind, ...] = ("latents", "images") if description.has_images else ("latents",)
+        self._names = {kind: tuple(description.tensors(kind)) for kind in kinds}
+        self._buffers = {
+            name: torch.from_numpy(np.empty((rows_per_shard, *shape), dtype))
+            for kind in kinds
+            for name, (shape, dtype) in description.tensors(kind).items()
+        }
+        self._filled = 0
+        self._shards: list[Shard] = []
+        self._class_counts = np.zeros(len(description.class_names), np.int64)
+
+    def add(
+        self,
+        *,
+        moments: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        images: Tensor | None = None,
+        moments_flip: Tensor | None = None,
+    ) -> None:
+        """Append n rows, of the shapes in the module's docstring; floating-point moments are stored as float16.
+
+        Raises ValueError for tensors that the description does not announce and labels without a class name.
+        """
+        optional = {"images": images, "moments_flip": moments_flip}
+        rows = {"moments": moments, "labels": labels, "index": index}
+        rows |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+        if rows.keys() != self._buffers.keys():
+            raise ValueError(f"rows of {sorted(rows)} given to a data set of {sorted(self._buffers)}")
+        for name, tensor in rows.items():
+            expected = (len(index), *self._buffers[name].shape[1:])
+            if tensor.shape != expected:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} given, {expected} expected")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._class_counts):
+            raise ValueError(f"labels {labels.unique().tolist()} given, {len(self._class_counts)} class names")
+        begin = 0
+        while begin < len(index):
+            end = min(len(index), begin + self.rows_per_shard - self._filled)
+            for name, tensor in rows.items():
+                self._buffers[name][self._filled : self._filled + end - begin] = tensor[begin:end]
+            self._filled += end - begin
+            begin = end
+            if self._filled == self.rows_per_shard:
+                self._write_shard()
+
+    def finish(self) -> Manifest:
+        """Write the last shard and the manifest, and clear what earlier, interrupted writers left half-written.
+
+        Raises UserError if no row was added, or if moments are not finite (as `add` does when a shard is full).
+        """
+        if self._filled:
+            self._write_shard()
+        if not self._shards:
+            raise UserError(f"{self.folder}: no samples to write; check the source of the data")
+        for path in filter(files.is_temporary, self.folder.iterdir()):
+            path.unlink()
+        counts = tuple(self._class_counts.tolist())
+        manifest = replace(self.description, class_counts=counts, shards=tuple(self._shards))
+        manifest.write(self.folder)
+        return manifest
+
+    def _write_shard(self) -> None:
+        tensors = {name: buffer[: self._filled] for name, buffer in self._buffers.items()}
+        for name in ("moments", "moments_flip"):
+            if name in tensors and not (finite := tensors[name].isfinite().flatten(1).all(1)).all():
+                sample = int(tensors["index"][~finite][0])
+                raise UserError(f"{self.folder}: {name} of sample {sample} are not finite; leave that sample out")
+        written: dict[ShardKind, ShardFile] = {}
+        for kind, names in self._names.items():
+            path = self.folder / shard_name(kind, len(self._shards))
+            files.write_with(path, partial(save_file, {name: tensors[name] for name in names}))
+            written[kind] = ShardFile.of(path)
+        self._shards.append(Shard(self._filled, written["latents"], written.get("images")))
+        self._class_counts += np.bincount(tensors["labels"].numpy(), minlength=len(self._class_counts))
+        self._filled = 0
+
+
+def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> None:
+    """Write the rows of the tensors `names` of several safetensors files, in order, as one such file.
+
+    One part is in memory at a time. The file's format: the length of the header, the header in JSON, padded to a
+    multiple of 8 bytes, then the tensors' bytes; those of the largest values first, so that each is aligned.
+    """
+    with ExitStack() as stack, files.replacing(target) as temporary:
+        opened = [stack.enter_context(safe_open(part, framework="np")) for part in parts]
+        header, position = {}, 0
+        ordered = sorted(names, key=lambda name: (-opened[0].get_tensor(name).itemsize, name))
+        for name in ordered:
+            slices = [part.get_slice(name) for part in opened]
+            rows = sum(each.get_shape()[0] for each in slices)
+            shape = [rows, *slices[0].get_shape()[1:]]
+            size = int(np.prod(shape, dtype=np.int64)) * opened[0].get_tensor(name).itemsize
+            header[name] = {
+                "dtype": slices[0].get_dtype(),
+                "shape": shape,
+                "data_offsets": [position, position + size],
+            }
+            position += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in ordered:
+                for part in opened:
+                    file.write(np.ascontiguousarray(part.get_tensor(name)).data)

@@ -1,0 +1,1 @@
+"""From folders of images to data that training reads: convert, encode, pack, verify."""

@@ -1,0 +1,184 @@
+"""The options of the commands that prepare data. Free of torch, so that `--help` stays quick."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from stablevm.errors import UserError
+from stablevm.options import require
+
+Transform = Literal["center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Crop the images of a source to one size. To go on after an interruption, run the same command again.
+
+    Exit status: 0, all images are converted; 3, some were skipped and are listed with their causes in report.json.
+    """
+
+    source: Path
+    """Folder of class folders; or folder or .zip archive with dataset.json; or folder or archive of images."""
+    dest: Path
+    """Folder for the result."""
+    resolution: str | None = None
+    """Width x height of the result, such as 256x256. With --transform none it may be left out."""
+    transform: Transform = "center-crop-dhariwal"
+    """center-crop-dhariwal: halve by a box filter, then bicubic, then crop, as ADM; center-crop: crop, then Lanczos;
+    center-crop-wide: crop to the shape of --resolution, black bars above and below; none: no change of size."""
+    num_workers: int = 8
+    """Processes that convert images; 0: this one."""
+    batch_size: int = 8
+    """Images handed to a worker at a time."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels; None where the images' own size is kept."""
+        if self.resolution is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
+        if match is None:
+            raise UserError(f"--resolution {self.resolution}: expected WIDTHxHEIGHT, such as 256x256")
+        return int(match[1]), int(match[2] or match[1])
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range or in conflict with another."""
+        size = self.size
+        square = size is not None and size[0] == size[1]
+        require(
+            self,
+            [
+                ("num_workers", self.num_workers >= 0, "0 or more"),
+                ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("resolution", size is None or min(size) >= 1, "a positive width and height"),
+                ("resolution", size is not None or self.transform == "none",
+                 f"a size such as 256x256 with --transform {self.transform}"),
+                ("resolution", square or self.transform != "center-crop-dhariwal",
+                 "as wide as high with --transform center-crop-dhariwal"),
+                ("resolution", self.transform != "center-crop-wide" or size is None or size[0] >= size[1],
+                 "at least as wide as high with --transform center-crop-wide"),
+            ],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvertShardsConfig(ConvertConfig):
+    """Crop the images of a source to one size and write them into shards: the first of two steps; then encode.
+
+    To go on after an interruption, run the same command again. Exit status: 0, all images are converted; 3, some were
+    skipped and are listed with their causes in report.json.
+    """
+
+    compress: bool = False
+    """Store the images losslessly compressed (PNG): about 60 % of the space, and slower to read."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Encode images into latents, one .npy file each. To go on after an interruption, run the same command again.
+
+    Exit status: 0, all images are encoded; 3, some were skipped and are listed with their causes in report.json.
+    """
+
+    source: Path
+    """Converted images: the --dest of convert."""
+    dest: Path
+    """Folder for the latents."""
+    vae: str = "mse"
+    """Autoencoder: mse or ema (Stability AI's), any diffusers AutoencoderKL by name or folder, or identity."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder."""
+    batch_size: int = 16
+    """Images encoded at a time by each process."""
+    num_workers: int = 8
+    """Processes that read images, for each encoding process."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
+                       ("batch_size", self.batch_size >= 1, "at least 1")])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncodeShardsConfig:
+    """Encode converted shards, which completes the data set. To go on after an interruption, run the same again."""
+
+    data_dir: Path
+    """Folder of converted shards: the --dest of convert."""
+    vae: str = "mse"
+    """Autoencoder: mse or ema (Stability AI's), any diffusers AutoencoderKL by name or folder, or identity."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder."""
+    flip: bool = False
+    """Encode each mirrored image too: a latent can't be mirrored."""
+    keep_images: bool = True
+    """Keep the images, which representation alignment and references need; otherwise they are removed at the end."""
+    batch_size: int = 16
+    """Images encoded at a time by each process."""
+    num_workers: int = 4
+    """Processes that read images, for each encoding process."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
+                       ("batch_size", self.batch_size >= 1, "at least 1")])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Pack a folder in the layout of REPA (images/ and vae-sd/) into shards, pairing images and latents by name.
+
+    To go on after an interruption, run the same command again. Exit status as for convert.
+    """
+
+    source: Path
+    """Folder with vae-sd (or vae-sd.zip), which holds dataset.json, and images (or images.zip)."""
+    dest: Path
+    """Folder for the shards."""
+    vae: str | None = None
+    """Autoencoder that made the latents, where they do not say so themselves; then mse is assumed."""
+    images: bool = True
+    """Pack the images too; representation alignment and references need them."""
+    compress: bool = False
+    """Store the images losslessly compressed (PNG): about 60 % of the space, and slower to read."""
+    num_workers: int = 8
+    """Processes that read files; 0: this one."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("num_workers", self.num_workers >= 0, "0 or more")])
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Reread a prepared data set: checksums, counts, pairs, ranges. Exit status 1 if anything is wrong."""
+
+    data_dir: tyro.conf.Positional[Path]
+    """Folder of the data set: shards, or the layout of REPA."""
+    num_workers: int = 4
+    """Processes that read; 0: this one."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("num_workers", self.num_workers >= 0, "0 or more")])
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Print what a prepared data set holds, and draw some of its images with their classes' names."""
+
+    data_dir: tyro.conf.Positional[Path]
+    """Folder of the data set: shards, or the layout of REPA."""
+    picture: Path | None = None
+    """The picture, a PNG file. Default: NAME-examples.png in this folder."""
+    classes: int = 8
+    """Classes shown, spread over all."""
+    per_class: int = 8
+    """Images shown of each."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("classes", self.classes >= 1, "at least 1"), ("per_class", self.per_class >= 1, "at least 1")])

@@ -1,0 +1,42 @@
+"""Images to moments of latents, on the process's own device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablevm.autoencoder import Autoencoder, LatentSpec, load_autoencoder
+from stablevm.errors import UserError
+from stablevm.precision import tf32
+from stablevm.processes import Process
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BatchEncoder:
+    """Encodes the images of one batch; what comes out depends on the batch's size by rounding only."""
+
+    autoencoder: Autoencoder
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Images (B, 3, H, W) uint8 to moments (B, 2C, h, w) float32 on the CPU: mean, then standard deviation.
+
+        Raises UserError, naming the image, where they are not finite, also once they are rounded to float16.
+        """
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with tf32(False), autocast, torch.no_grad():
+            moments = self.autoencoder.encode(images.to(self.device).contiguous()).float().cpu().contiguous()
+        finite = moments.half().isfinite().flatten(1).all(1)
+        if not finite.all():
+            name = names[int((~finite).nonzero()[0])]
+            raise UserError(f"the latent of {name} is not finite; give --precision fp32, or leave that image out")
+        return moments
+
+
+def make_encoder(latent: LatentSpec, precision: str, process: Process) -> BatchEncoder:
+    """Raises UserError where the autoencoder can't be loaded."""
+    return BatchEncoder(load_autoencoder(latent, device=process.device), process.device, DTYPES[precision])

@@ -1,0 +1,175 @@
+"""Convert and encode in the layout of REPA: one file per image, paired by their names.
+
+`images/00000/img00000012.png` is image 12 of the source, whether images before it could be read or not; its latent is
+`vae-sd/00000/img-mean-std-00000012.npy`, float32 (2C, h, w). Each folder has a dataset.json with names and classes.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stablevm.autoencoder import full_name, latent_spec_of
+from stablevm.data.listing import LISTING_FILE, format_listing
+from stablevm.data.png import encode_png
+from stablevm.data.repa import latent_name
+from stablevm.errors import UserError
+from stablevm.files import read_json, replacing, sync, write_json, write_text
+from stablevm.preparation.config import ConvertConfig, EncodeConfig
+from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
+from stablevm.preparation.encoding import BatchEncoder, make_encoder
+from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
+from stablevm.preparation.sources import Source, open_source
+from stablevm.preparation.work import WORK_FOLDER, Job, begin, clear, shared
+from stablevm.processes import Process
+
+IMAGES_PER_FOLDER = 1000
+
+
+def convert(config: ConvertConfig) -> int:
+    """Crop the images of a source into PNG files; returns the exit status."""
+    config.validate()
+    process = Process.from_environment()
+    source = open_source(config.source)
+    cropper = make_cropper(config, source)
+    plan = {"step": "convert", **cropper.plan}
+    report = begin(config.dest, plan)
+    with shared(config.dest, REPORT_FILE, process):
+        if report is None:
+            report = _convert(config, cropper, plan, process)
+    return conclude(report, config.dest, "converted", process)
+
+
+def _convert(config: ConvertConfig, cropper: Cropper, plan: dict[str, Any], process: Process) -> Report | None:
+    source = cropper.source
+    job = _job("convert", config.dest, len(source), process)
+    writer = _PngWriter(cropper, config.dest)
+    for part, outcomes in job.run(writer, config.batch_size, config.num_workers, _has_record(job)):
+        write_json(job.path(part), [problem for problems in outcomes for problem in problems])
+    if not process.is_first:
+        return None
+    names = [png_name(index) for index in range(len(source))]
+    facts = {"resolution": list(cropper.result_size), "crop": config.transform}
+    return _finish(job, config.dest, plan, source, names, facts)
+
+
+def encode(config: EncodeConfig) -> int:
+    """Encode converted images into latents, one .npy file each; returns the exit status."""
+    config.validate()
+    process = Process.from_environment()
+    source = open_source(config.source)
+    _latent_names(source)  # a clash of names is an error before anything is done
+    size = first_size(source)
+    if size[0] != size[1]:
+        raise UserError(f"{config.source}: its images are {size[0]} x {size[1]}; encode takes squares: convert them")
+    latent = latent_spec_of(config.vae, size[0])
+    cropper = Cropper(source, "none", size)
+    plan = {"step": "encode", **cropper.plan, "vae": full_name(config.vae), "precision": config.precision,
+            "batch size": config.batch_size}  # fmt: skip
+    report = begin(config.dest, plan)
+    with shared(config.dest, REPORT_FILE, process):
+        if report is None:
+            encoder = make_encoder(latent, config.precision, process)
+            report = _encode(config, cropper, encoder, plan, process)
+    return conclude(report, config.dest, "encoded", process)
+
+
+def _encode(
+    config: EncodeConfig, cropper: Cropper, encoder: BatchEncoder, plan: dict[str, Any], process: Process
+) -> Report | None:
+    source, names = cropper.source, _latent_names(cropper.source)
+    job = _job("encode", config.dest, len(source), process, config.batch_size)
+    for part, outcomes in job.run(cropper, config.batch_size, config.num_workers, _has_record(job)):
+        problems = [problem for each in outcomes for problem in _write_latents(each, encoder, names, config.dest)]
+        write_json(job.path(part), problems)
+    if not process.is_first:
+        return None
+    facts = {
+        "resolution": list(cropper.size),
+        "crop": source.facts.get("crop", "unknown"),
+        "latent": encoder.autoencoder.latent.to_dict(),
+        "precision": config.precision,
+    }
+    return _finish(job, config.dest, plan, source, names, facts)
+
+
+def png_name(index: int) -> str:
+    return f"{index // IMAGES_PER_FOLDER:05d}/img{index:08d}.png"
+
+
+@dataclass(frozen=True)
+class _PngWriter:
+    """Runs in the workers: crops, writes, and returns the problems when all is on the disk."""
+
+    cropper: Cropper
+    dest: Path
+
+    def __call__(self, indices: range) -> list[dict[str, Any]]:
+        cropped = self.cropper(indices)
+        images = zip(cropped.indices, cropped.images, strict=True)
+        _write_all(self.dest, {png_name(index): encode_png(image) for index, image in images})
+        return cropped.problems
+
+
+def _write_latents(cropped: Cropped, encoder: BatchEncoder, names: list[str], dest: Path) -> list[dict[str, Any]]:
+    if cropped.indices:
+        images = torch.from_numpy(np.stack(cropped.images)).permute(0, 3, 1, 2)
+        moments = encoder(images, [names[index] for index in cropped.indices]).numpy()
+        files = {}
+        for index, values in zip(cropped.indices, moments, strict=True):
+            buffer = io.BytesIO()
+            np.save(buffer, values)
+            files[names[index]] = buffer.getvalue()
+        _write_all(dest, files)
+    return cropped.problems
+
+
+def _write_all(dest: Path, files: dict[str, bytes]) -> None:
+    """Write files, each complete or absent, and wait once for all of them to be on the disk."""
+    scratch = dest / WORK_FOLDER / "unfinished"
+    for name, content in files.items():
+        with replacing(dest / name, scratch=scratch, durable=False) as temporary:
+            temporary.write_bytes(content)
+    for path in [*(dest / name for name in files), *{(dest / name).parent for name in files}]:
+        sync(path)
+
+
+def _job(title: str, dest: Path, count: int, process: Process, batch: int = 1) -> Job:
+    folder = dest / WORK_FOLDER / "parts"
+    length = Job.part_length
+    return Job(title, folder, [range(count)], process, part_length=-(-length // batch) * batch)
+
+
+def _has_record(job: Job) -> Any:
+    return lambda names, part: job.path(part).name in names
+
+
+def _latent_names(source: Source) -> list[str]:
+    names = [latent_name(name) for name in source.names]
+    first: dict[str, str] = {}
+    for latent, image in zip(names, source.names, strict=True):
+        if latent in first:
+            raise UserError(
+                f"{source.storage.root}: {first[latent]} and {image} would have the same latent, {latent}; "
+                "rename one, or convert the images first"
+            )
+        first[latent] = image
+    return names
+
+
+def _finish(
+    job: Job, dest: Path, plan: dict[str, Any], source: Source, names: list[str], facts: dict[str, Any]
+) -> Report:
+    """dataset.json, then the report, which says that the result is complete."""
+    records = [job.path(part) for part in job.parts()]
+    job.wait(records)
+    report = make_report(plan, source, problems_of(read_json(record, str(dest)) for record in records))
+    skipped = {problem.index for problem in report.problems if problem.action == "skipped"}
+    kept = ((names[index], int(source.labels[index])) for index in range(len(source)) if index not in skipped)
+    write_text(dest / LISTING_FILE, format_listing(kept, {"class_names": list(source.class_names), **facts}))
+    report.write(dest)
+    clear(dest)
+    return report

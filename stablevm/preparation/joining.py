@@ -1,0 +1,104 @@
+"""Parts of a job that become shards: each part one small file, and those of a group joined when all are there."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from stablevm.data.manifest import ShardFile, ShardKind
+from stablevm.data.writer import join_files, shard_name
+from stablevm.files import read_json, write_json, write_with
+from stablevm.preparation.work import Job
+
+# Images of the source per shard: up to a third of them may be bad before a shard has fewer than 8,192 rows.
+SHARD_LENGTH = 12_288
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard; one without rows has no files."""
+
+    rows: int
+    labels: list[int]
+    files: dict[ShardKind, ShardFile]
+    problems: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "ShardRecord":
+        values = read_json(path, str(path.parent))
+        return cls(**{**values, "files": {kind: ShardFile(**file) for kind, file in values["files"].items()}})
+
+    @classmethod
+    def read_all(cls, folder: Path) -> list["ShardRecord"]:
+        """Those in a job's folder, in their order."""
+        return [cls.read(path) for path in sorted(folder.glob("shard-*.json"))]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A job of which each group of parts becomes the files of one shard."""
+
+    job: Job
+    dest: Path
+    kinds: Mapping[ShardKind, tuple[str, ...]]  # the files of a shard, and the tensors in each
+
+    def is_done(self, names: set[str], part: range) -> bool:
+        """A part is done when it is there, or the shard that it went into."""
+        return self.job.path(part).name in names or self._record(self._number(part)).name in names
+
+    def write(self, part: range, tensors: Mapping[str, Tensor], problems: list[dict[str, Any]]) -> None:
+        """Save a part of any number of rows: all tensors of the shard's files, `labels` and `index`."""
+        content = save(dict(tensors), {"problems": json.dumps(problems)})
+        write_with(self.job.path(part), lambda path: path.write_bytes(content))
+        self.join(wait=False)
+
+    def join(self, *, wait: bool) -> None:
+        """Join the shards that fall to this process: the first ones whose parts are all there, or with `wait` all."""
+        process = self.job.process
+        for number in range(process.rank, len(self.job.groups), process.world_size):
+            if self._record(number).exists():
+                continue
+            paths = [self.job.path(part) for part in self.job.parts(self.job.groups[number])]
+            if wait:
+                self.job.wait(paths)
+            elif not all(path.exists() for path in paths):
+                return
+            self._join(number, paths)
+
+    def records(self) -> list[ShardRecord]:
+        """Of all shards, when every process has made its own."""
+        paths = list(map(self._record, range(len(self.job.groups))))
+        self.job.wait(paths)
+        return list(map(ShardRecord.read, paths))
+
+    def _join(self, number: int, parts: list[Path]) -> None:
+        labels: list[int] = []
+        problems = []
+        for path in parts:
+            with safe_open(path, framework="pt") as part:
+                labels += part.get_tensor("labels").tolist()
+                problems += json.loads(part.metadata()["problems"])
+        written: dict[ShardKind, ShardFile] = {}
+        for kind, names in self.kinds.items() if labels else ():
+            target = self.dest / shard_name(kind, number)
+            join_files(parts, names, target)
+            written[kind] = ShardFile.of(target)
+        write_json(self._record(number), asdict(ShardRecord(len(labels), labels, written, problems)))
+        for path in parts:
+            path.unlink()
+
+    def _record(self, number: int) -> Path:
+        return self.job.folder / f"shard-{number:05d}.json"
+
+    def _number(self, part: range) -> int:
+        return next(number for number, group in enumerate(self.job.groups) if part.start in group)
+
+
+def shard_groups(count: int) -> list[range]:
+    """Images 0 to `count - 1` of a source, cut into those of each shard."""
+    return [range(start, min(start + SHARD_LENGTH, count)) for start in range(0, count, SHARD_LENGTH)]

@@ -1,0 +1,134 @@
+"""From the layout of REPA to shards: files by the million become a few that are read fast."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablevm.data.manifest import Manifest, Shard, ShardKind
+from stablevm.data.repa import RepaDataset
+from stablevm.errors import UserError
+from stablevm.preparation.config import PackConfig
+from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
+from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude, problems_of
+from stablevm.preparation.shards import image_tensors, pack_images
+from stablevm.preparation.sources import fingerprint, printable
+from stablevm.preparation.work import WORK_FOLDER, Job, begin, clear, shared
+from stablevm.processes import Process
+
+_BATCH = 16  # files handed to a worker at a time
+
+
+def pack(config: PackConfig) -> int:
+    """Pack latents, and images unless told otherwise, into shards; returns the exit status."""
+    config.validate()
+    process = Process.from_environment()
+    dataset = RepaDataset(config.source, config.vae)
+    if config.images:
+        dataset.check_images()
+    plan = {
+        "step": "pack",
+        "source": fingerprint(dataset.names, dataset.labels().tolist(), dataset.class_names),
+        "images": config.images,
+        "compress": config.compress,
+        "latent": dataset.latent.to_dict(),
+    }
+    report = begin(config.dest, plan)
+    with shared(config.dest, REPORT_FILE, process):
+        if report is None:
+            report = _pack(config, dataset, plan, process)
+    return conclude(report, config.dest, "packed", process)
+
+
+def _pack(config: PackConfig, dataset: RepaDataset, plan: dict[str, Any], process: Process) -> Report | None:
+    manifest = Manifest(
+        class_names=dataset.class_names,
+        resolution=dataset.resolution,
+        crop=dataset.crop,
+        latent=dataset.latent,
+        has_flips=False,
+        has_images=config.images,
+        precision=dataset.precision,
+        compressed=config.images and config.compress,
+    )
+    kinds: dict[ShardKind, tuple[str, ...]] = {"latents": tuple(manifest.tensors("latents"))}
+    if config.images:
+        kinds["images"] = image_tensors(config.compress)
+    job = Job("pack", config.dest / WORK_FOLDER / "rows", shard_groups(len(dataset)), process)
+    shards = ShardJob(job, config.dest, kinds)
+    reader = _Reader(dataset, config.images)
+    labels, numbers = dataset.labels(), dataset.index()
+    for part, outcomes in job.run(reader, _BATCH, config.num_workers, shards.is_done):
+        rows = _merged(outcomes)
+        kept = torch.tensor(rows.rows, dtype=torch.int64)
+        moments = torch.cat(rows.moments) if rows.moments else torch.empty(0, *dataset.moments_shape).half()
+        tensors = {"index": numbers[kept], "labels": labels[kept], "moments": moments}
+        if config.images:
+            tensors |= pack_images(rows.images, dataset.resolution, config.compress)
+        shards.write(part, tensors, rows.problems)
+    shards.join(wait=True)
+    return _finish(config, dataset, manifest, plan, shards.records()) if process.is_first else None
+
+
+def _finish(
+    config: PackConfig, dataset: RepaDataset, manifest: Manifest, plan: dict[str, Any], records: list[ShardRecord]
+) -> Report:
+    """The manifest makes the folder a data set; the report says that the work is complete."""
+    problems = problems_of(record.problems for record in records)
+    filled = [record for record in records if record.rows]
+    if not filled:
+        raise UserError(f"{config.source}: none of its {len(dataset):,} latents can be read: {problems[0].cause}")
+    kept = np.concatenate([record.labels for record in filled])
+    counts = np.bincount(kept, minlength=dataset.num_classes)
+    found = tuple(Shard(record.rows, record.files["latents"], record.files.get("images")) for record in filled)
+    complete = Manifest(**{**vars(manifest), "class_counts": tuple(counts.tolist()), "shards": found})
+    complete.write(config.dest)
+    report = Report(plan, complete.count, 0, tuple(problems))
+    report.write(config.dest)
+    clear(config.dest)
+    return report
+
+
+@dataclass
+class _Rows:
+    """The good rows of one request, and what there is to say of the others."""
+
+    rows: list[int] = field(default_factory=list)
+    moments: list[Tensor] = field(default_factory=list)  # (1, 2C, h, w) each
+    images: list[np.ndarray] = field(default_factory=list)  # (H, W, 3) each
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Runs in the workers. A row is taken whole or not at all."""
+
+    dataset: RepaDataset
+    with_images: bool
+
+    def __call__(self, indices: range) -> _Rows:
+        rows = _Rows()
+        for row in indices:
+            try:
+                moments = self.dataset.moments([row])
+                if not moments.isfinite().all():
+                    raise UserError(f"{self.dataset.names[row]}: holds values that are not finite")
+                images = [self.dataset.images([row])[0].permute(1, 2, 0).numpy()] if self.with_images else []
+            except UserError as error:
+                name = printable(self.dataset.names[row])
+                rows.problems.append(asdict(Problem(row, name, "skipped", str(error))))
+                continue
+            rows.rows.append(row)
+            rows.moments.append(moments)
+            rows.images += images
+        return rows
+
+
+def _merged(outcomes: Any) -> _Rows:
+    whole = _Rows()
+    for each in outcomes:
+        for name in vars(whole):
+            getattr(whole, name).extend(getattr(each, name))
+    return whole

@@ -1,0 +1,174 @@
+"""One image file, from bytes to pixels of the size asked for. Pillow and NumPy only: this runs in the workers.
+
+What a picture shows is settled here: upright by its EXIF orientation, transparent parts on white, 16-bit grey scaled to
+8 bits, whatever colours turned to RGB. What can't be settled is a `BadPictureError` with its cause.
+"""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from stablevm.data.storage import is_fault_of_file
+
+Size = tuple[int, int]  # width, height
+
+# More pixels than this are taken for a decompression bomb; it is the count from which Pillow itself warns.
+MAX_PIXELS = 2**30 // 12
+# All that Pillow's decoders raise on damaged files.
+_DECODER_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError),
+    *(struct.error, zlib.error),
+)
+_ORIENTATION = 0x0112  # EXIF tag
+_WHITE = (255, 255, 255, 255)
+
+
+class BadPictureError(Exception):
+    """A file that gives no image; its text is the cause, for the report."""
+
+
+def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[str]]:
+    """The picture in RGB, and a note on each thing that had to be settled. Raises BadPictureError."""
+    try:
+        file = open_file()
+    except OSError as error:
+        if not is_fault_of_file(error):
+            raise
+        raise BadPictureError((error.strerror or str(error)).lower()) from None
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata; the pixels count
+        try:
+            picture = Image.open(file)
+            _check_pixels(picture.size)
+            picture.load()
+            return _settled(picture)
+        except _DECODER_ERRORS as error:
+            if isinstance(error, OSError) and not is_fault_of_file(error):
+                raise
+            raise BadPictureError(_cause(error, file)) from None
+        except Image.DecompressionBombError as error:
+            raise BadPictureError(f"decompression bomb: {error}") from None
+
+
+def dhariwal(picture: Image.Image, size: Size) -> Image.Image:
+    """ADM's crop (Dhariwal and Nichol, 2021): halve by a box filter while the short side is at least twice the target,
+    bring the short side to the target by a bicubic filter, cut the middle out. The target is square.
+    """
+    target = size[0]
+    while min(picture.size) >= 2 * target:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = target / min(picture.size)
+    scaled = round(picture.width * scale), round(picture.height * scale)
+    _check_pixels(scaled, f"too narrow: {picture.width} x {picture.height} pixels would be scaled to")
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    return _middle(picture, size)
+
+
+def center_crop(picture: Image.Image, size: Size) -> Image.Image:
+    """Cut out the largest middle part of the target's shape, then scale it by a Lanczos filter."""
+    width, height = size
+    shape = min(picture.width, max(1, picture.height * width // height)), picture.height
+    shape = shape[0], min(picture.height, max(1, shape[0] * height // width))
+    return _middle(picture, shape).resize(size, Image.Resampling.LANCZOS)
+
+
+def center_crop_wide(picture: Image.Image, size: Size) -> Image.Image:
+    """Keep the full width, cut its height to the target's shape, scale by a Lanczos filter, and lay the result on a
+    black square as wide as the target. BadPictureError where the picture is smaller than the target.
+    """
+    width, height = size
+    rows = round(width * picture.height / picture.width)  # of the whole picture at the target's width
+    if picture.width < width or rows < height:
+        raise BadPictureError(
+            f"{picture.width} x {picture.height} pixels: too small or too wide for {width} x {height}"
+        )
+    cut = _middle(picture, (picture.width, round(picture.width * height / width)))
+    canvas = Image.new("RGB", (width, width))
+    canvas.paste(cut.resize(size, Image.Resampling.LANCZOS), (0, (width - height) // 2))
+    return canvas
+
+
+def unchanged(picture: Image.Image, size: Size) -> Image.Image:
+    """The picture itself; BadPictureError where it has another size."""
+    if picture.size != size:
+        raise BadPictureError(f"{picture.width} x {picture.height} pixels instead of {size[0]} x {size[1]}")
+    return picture
+
+
+TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
+    "center-crop-dhariwal": dhariwal,
+    "center-crop": center_crop,
+    "center-crop-wide": center_crop_wide,
+    "none": unchanged,
+}
+
+
+def result_size(transform: str, size: Size) -> Size:
+    """Width and height of what a transform makes."""
+    return (size[0], size[0]) if transform == "center-crop-wide" else size
+
+
+def pixels(picture: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3)."""
+    return np.asarray(picture, np.uint8)
+
+
+def _settled(picture: Image.Image) -> tuple[Image.Image, list[str]]:
+    notes = []
+    orientation = _orientation(picture)
+    if orientation in range(2, 9):
+        notes.append(f"EXIF orientation {orientation}, turned upright")
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        notes.append("more than 8 bits per pixel, scaled to 8")
+        return _from_deep_grey(picture), notes
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        if picture.getchannel("A").getextrema() != (255, 255):
+            notes.append("transparent, laid on white")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
+    elif picture.mode not in ("RGB", "L", "P", "1"):
+        notes.append(f"{picture.mode}, turned to RGB")
+    return picture.convert("RGB"), notes
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return picture.getexif().get(_ORIENTATION, 1)
+    except _DECODER_ERRORS:  # damaged metadata tells nothing
+        return 1
+
+
+def _from_deep_grey(picture: Image.Image) -> Image.Image:
+    """Pillow would clip at 255 where it should divide by 257."""
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65_535:
+        raise BadPictureError(f"pixels of mode {picture.mode} without a known range")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+
+
+def _middle(picture: Image.Image, size: Size) -> Image.Image:
+    left, top = (picture.width - size[0]) // 2, (picture.height - size[1]) // 2
+    return picture.crop((left, top, left + size[0], top + size[1]))
+
+
+def _check_pixels(size: Size, what: str = "decompression bomb:") -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadPictureError(f"{what} {size[0]} x {size[1]}, more than {MAX_PIXELS:,} pixels")
+
+
+def _cause(error: BaseException, file: IO[bytes]) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        try:
+            file.seek(0)
+            return "not an image" if file.read(1) else "empty file"
+        except (OSError, ValueError):
+            return "not an image"
+    text = " ".join(str(error).split())
+    return f"damaged: {text}" if text else f"damaged ({type(error).__name__})"

@@ -1,0 +1,127 @@
+"""Reread a prepared data set and name everything that is wrong with it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardFile
+from stablevm.data.opening import open_dataset
+from stablevm.data.repa import RepaDataset
+from stablevm.data.workers import ordered_results
+from stablevm.errors import UserError
+from stablevm.preparation.config import VerifyConfig
+
+DAMAGED_STATUS = 1
+_BATCH = 256  # rows checked at a time
+_SHOWN = 100  # faults named; of a set that is damaged all over the rest is only counted
+
+
+def verify(config: VerifyConfig) -> int:
+    """Print a line for each fault and one at the end; returns the exit status."""
+    config.validate()
+    status = 0
+    for folder in split_folders(config.data_dir):
+        count = 0
+        for count, fault in enumerate(_faults(folder, config.num_workers), start=1):
+            if count <= _SHOWN:
+                tqdm.write(fault)
+        if count > _SHOWN:
+            print(f"... and {count - _SHOWN:,} more")
+        print(f"{folder}: {f'{count:,} fault(s)' if count else 'intact'}")
+        status = status or (DAMAGED_STATUS if count else 0)
+    return status
+
+
+def split_folders(folder: Path) -> list[Path]:
+    """The folder itself, or its splits where those are the data sets."""
+    splits = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_FILE}") if _is_manifest(path))
+    return splits if splits and not (folder / MANIFEST_FILE).exists() else [folder]
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        Manifest.read(path.parent)
+    except UserError:
+        return False
+    return True
+
+
+def _faults(folder: Path, workers: int) -> Iterator[str]:
+    try:
+        if (folder / MANIFEST_FILE).exists():
+            damaged = list(_damaged_files(folder, workers))
+            yield from damaged
+            if damaged:
+                return  # what a damaged file holds tells nothing
+        dataset = open_dataset(folder)
+        if dataset.has_images:
+            dataset.check_images()
+        yield from _whole(dataset)
+    except UserError as error:
+        yield str(error)
+        return
+    check = partial(_check_rows, dataset)
+    batches = [range(start, min(start + _BATCH, len(dataset))) for start in range(0, len(dataset), _BATCH)]
+    with tqdm(total=len(dataset), desc="rows", unit="image", dynamic_ncols=True) as bar:
+        for rows, faults in zip(batches, ordered_results(check, batches, workers), strict=True):
+            yield from faults
+            bar.update(len(rows))
+
+
+def _damaged_files(folder: Path, workers: int) -> Iterator[str]:
+    files = Manifest.read(folder).files()
+    intact = ordered_results(partial(ShardFile.is_intact, folder=folder), files, workers)
+    with tqdm(total=sum(file.size for file in files), desc="files", unit="B", unit_scale=True) as bar:
+        for file, is_intact in zip(files, intact, strict=True):
+            bar.update(file.size)
+            if not is_intact:
+                yield f"{folder / file.name}: missing, or not as it was written (its checksum differs)"
+
+
+def _whole(dataset: PreparedDataset) -> Iterator[str]:
+    """Faults of the set as a whole."""
+    labels = dataset.labels()  # checks them against the counts
+    if len(labels) != len(dataset):
+        yield f"{dataset.folder}: {len(labels):,} labels for {len(dataset):,} rows"
+    repeated = [number for number, count in Counter(dataset.index().tolist()).items() if count > 1]
+    if repeated:
+        yield f"{dataset.folder}: {len(repeated):,} images are in it twice or more, the first is number {repeated[0]}"
+    empty = np.flatnonzero(np.bincount(labels.numpy(), minlength=dataset.num_classes) == 0)
+    if len(empty):
+        yield f"{dataset.folder}: {len(empty)} classes have no image, the first is {dataset.class_names[empty[0]]}"
+    if isinstance(dataset, RepaDataset):
+        yield from dataset.unpaired()
+
+
+def _check_rows(dataset: PreparedDataset, rows: range) -> list[str]:
+    """Faults of single rows. One that can't be read is looked for among its neighbours."""
+    faults: list[str] = []
+    readers: list[Callable[[range], object]] = [partial(_check_moments, dataset, faults)]
+    if dataset.has_images:
+        readers.append(dataset.images)
+    for read in readers:
+        try:
+            read(rows)
+        except (UserError, OSError):
+            for row in rows:
+                try:
+                    read(range(row, row + 1))
+                except (UserError, OSError) as error:
+                    faults.append(str(error))
+    return list(dict.fromkeys(faults))
+
+
+def _check_moments(dataset: PreparedDataset, faults: list[str], rows: range) -> None:
+    named = {"moments": dataset.moments(rows)}
+    if dataset.has_flips:
+        named["moments_flip"] = dataset.moments_flip(rows)
+    for name, moments in named.items():
+        deviation = moments.float().chunk(2, dim=1)[1]
+        for what, bad in (("not finite", ~moments.isfinite()), ("a negative standard deviation", deviation < 0)):
+            for row in bad.flatten(1).any(1).nonzero().flatten().tolist():
+                faults.append(f"{dataset.folder}: {name} of row {rows[row]}: {what}")

@@ -1,0 +1,283 @@
+"""From hostile folders to data sets: both routes, killed, out of space, in several processes, and verified."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kills import command, finish_despite_kills, steps
+from PIL import Image
+from sources import HANDLED, SKIPPED, write_hostile, write_source
+from tiny_vae import save_tiny_vae
+
+from stablevm import cli
+from stablevm.data.opening import open_dataset
+from stablevm.preparation import joining, work
+from stablevm.preparation.pictures import TRANSFORMS, pixels, read_picture
+
+ROOT = Path(__file__).parents[2]
+TOOLS = [sys.executable, str(ROOT / "preprocessing" / "dataset_tools.py")]
+STABLEVM = [sys.executable, "-m", "stablevm"]
+GOOD, SIDE = 60, 32
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("source"), images=GOOD, classes=4, shortest=40, longest=90)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
+
+
+def convert(source, dest, *more):
+    return ["convert", "--source", str(source), "--dest", str(dest), "--resolution", f"{SIDE}x{SIDE}", *more]
+
+
+def encode(source, dest, vae, *more):
+    return ["encode", "--source", str(source), "--dest", str(dest), "--vae", str(vae), "--num-workers", "0", *more]
+
+
+def encode_shards(folder, vae, *more):
+    return ["encode", "--data-dir", str(folder), "--vae", str(vae), "--num-workers", "0", *more]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run_quietly(arguments, **environment):
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_both_routes_give_the_same_data(source, vae, tmp_path, capsys):
+    data, shards, packed = tmp_path / "DATA", tmp_path / "shards", tmp_path / "packed"
+    assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "2")) == 0
+    assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 0
+    assert cli.prepare(["pack", "--source", str(data), "--dest", str(packed), "--num-workers", "0"]) == 0
+    assert cli.prepare(convert(source, shards, "--num-workers", "0")) == 0
+    assert cli.prepare(encode_shards(shards, vae)) == 0
+    assert f"{shards}: {GOOD} images in the data set, 0 skipped" in capsys.readouterr().out
+    names = {"dataset.json", "report.json", "images-00000.safetensors", "latents-00000.safetensors"}
+    assert contents(shards).keys() == contents(packed).keys() == names
+    for name in names - {"report.json"}:
+        assert contents(shards)[name] == contents(packed)[name]
+
+    files = sorted(source.rglob("*.JPEG"))
+    for folder in (data, shards):
+        dataset = open_dataset(folder)
+        for row in (0, 17, GOOD - 1):
+            wanted = TRANSFORMS["center-crop-dhariwal"](Image.open(files[row]).convert("RGB"), (SIDE, SIDE))
+            assert np.array_equal(dataset.images([row])[0].permute(1, 2, 0), np.asarray(wanted))
+            assert dataset.class_names[dataset.labels()[row]] == files[row].parent.name
+        assert cli.data(["verify", str(folder), "--num-workers", "0"]) == 0
+    assert dataset.latent.autoencoder == str(vae) and dataset.latent.scale == 0.18215
+
+
+def test_moments_are_the_autoencoders_and_mirrored_ones_those_of_the_mirrored_image(source, vae, tmp_path):
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path / "shards"
+    assert cli.prepare(convert(source, folder, "--num-workers", "0", "--compress")) == 0
+    assert cli.prepare(encode_shards(folder, vae, "--flip", "--batch-size", "7")) == 0
+    dataset = open_dataset(folder)
+    model = AutoencoderKL.from_pretrained(vae)
+    rows = [0, 31, 59]
+    images = dataset.images(rows).float() / 127.5 - 1
+    for found, seen in ((dataset.moments(rows), images), (dataset.moments_flip(rows), images.flip(-1))):
+        with torch.no_grad():
+            posterior = model.encode(seen).latent_dist
+        wanted = torch.cat([posterior.mean, posterior.std], dim=1)
+        assert torch.allclose(found.float(), wanted, atol=2e-3, rtol=2e-3)
+    assert cli.data(["verify", str(folder), "--num-workers", "0"]) == 0
+    assert cli.main(["data", "info", str(folder), "--picture", str(tmp_path / "p.png")]) == 0
+    assert Image.open(tmp_path / "p.png").width == 2000
+
+
+def test_hostile_files_are_a_non_event(tmp_path, capsys):
+    folder = write_source(tmp_path / "source", images=20, classes=20, shortest=40, longest=90)
+    fates = write_hostile(folder)
+    report = {}
+    for tool, dest in ((cli.dataset_tools, tmp_path / "images"), (cli.prepare, tmp_path / "shards")):
+        for _ in range(2):  # the second time it only says so again
+            assert tool(convert(folder, dest, "--resolution=256x256", "--num-workers", "2")) == 3
+            line = capsys.readouterr().out.splitlines()[-1]
+            assert (
+                line == f"{dest}: 40 images converted, 20 skipped, 10 of unusual form handled; report.json lists them"
+            )
+        report = json.loads((dest / "report.json").read_text())
+        found = {(problem["name"], problem["action"]) for problem in report["problems"]}
+        assert found == {(name, fate) for name, fate in fates.items() if fate in (SKIPPED, HANDLED)}
+        assert all(problem["cause"] for problem in report["problems"])
+    listed = json.loads((tmp_path / "images" / "dataset.json").read_text())
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix and not path.is_dir())
+    for name, label in listed["labels"]:
+        original = names[int(Path(name).stem.removeprefix("img"))]
+        assert listed["class_names"][label] == original.split("/")[0] and fates.get(original) != SKIPPED
+        picture, _ = read_picture(lambda original=original: (folder / original).open("rb"))
+        wanted = pixels(TRANSFORMS["center-crop-dhariwal"](picture, (256, 256)))
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / name)), wanted)
+    assert len(listed["labels"]) == 40
+
+
+def test_workers_processes_and_batches_change_nothing(source, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(joining, "SHARD_LENGTH", 24)  # three shards, shared by two processes
+    results = []
+    for world, workers, batch in ((1, "0", "8"), (2, "2", "3")):
+        folder = tmp_path / f"{world}"
+        for rank in reversed(range(world)):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            monkeypatch.setattr(work.Job, "wait", wait_only_first if rank == 0 else lambda *_: None)
+            more = ["--num-workers", workers, "--batch-size", batch]
+            assert cli.dataset_tools(convert(source, folder / "images", *more)) == 0
+        results.append(contents(folder))
+    assert results[0] == results[1]
+
+
+def wait_only_first(job, paths):
+    assert all(path.exists() for path in paths)
+
+
+def test_two_processes_share_the_work(source, vae, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    cli.prepare(convert(source, alone, "--num-workers", "0"))
+    cli.prepare(encode_shards(alone, vae))
+    for arguments in (convert(source, both, "--num-workers", "1"), encode_shards(both, vae)):
+        done = run_quietly([*launch, "-m", "stablevm", "prepare", *arguments], OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+    assert contents(alone) == contents(both)
+
+
+def test_kills_at_random_moments_change_nothing(vae, tmp_path):
+    """Two kills of each step; as a script kills.py does as many as one likes, with more images."""
+    source = write_source(tmp_path / "source", images=150, classes=3, shortest=40, longest=60)
+    clean = steps(tmp_path / "clean", source, vae, SIDE)
+    killed = steps(tmp_path / "killed", source, vae, SIDE)
+    stream = random.Random(0)
+    for (program, once, expected), (_, again, result) in zip(clean, killed, strict=True):
+        assert getattr(cli, program)(once) == 0
+        finish_despite_kills(command(program, again), kills=2, longest=5.0, stream=stream)
+        assert contents(result) == contents(expected)
+
+
+def test_ctrl_c_says_how_to_go_on(source, tmp_path):
+    folder = write_source(tmp_path / "many", images=300, classes=2, shortest=300, longest=400)
+    process = subprocess.Popen(
+        [*TOOLS, *convert(folder, tmp_path / "images", "--num-workers", "1")], stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "images").glob("*/*.png")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read().splitlines()[-1] == "interrupted; run the same command again to go on"
+
+
+def test_a_full_disk_is_one_line_and_no_loss(source, tmp_path, monkeypatch, capsys):
+    write = Path.write_bytes
+
+    def fails_at(last):
+        written = []
+
+        def write_bytes(self, content):
+            written.append(self)
+            if len(written) < last:
+                return write(self, content)
+            write(self, content[:100])
+            raise OSError(28, "No space left on device", str(self))
+
+        return write_bytes
+
+    for tool, dest, last in ((cli.dataset_tools, tmp_path / "images", 40), (cli.prepare, tmp_path / "shards", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", fails_at(last))
+            assert tool(convert(source, dest, "--num-workers", "0")) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("error: No space left on device") and "run the same command again" in message
+        assert not (dest / "report.json").exists()
+        assert tool(convert(source, dest, "--num-workers", "0")) == 0
+        clean = tmp_path / f"clean-{dest.name}"
+        assert tool(convert(source, clean, "--num-workers", "0")) == 0
+        assert contents(dest) == contents(clean)
+
+
+def refusal(capsys, command, arguments):
+    assert command(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.txt").write_text("mine")
+    assert "not empty (thesis.txt)" in refusal(capsys, cli.dataset_tools, convert(source, used))
+    assert contents(used) == {"thesis.txt": b"mine"}
+    assert "there is nothing" in refusal(capsys, cli.dataset_tools, convert(tmp_path / "none", tmp_path / "x"))
+    for wrong, message in [
+        ("big", "expected WIDTHxHEIGHT"),
+        ("0x0", "a positive width and height"),
+        ("256x128", "as wide as high"),
+    ]:
+        found = refusal(capsys, cli.dataset_tools, convert(source, tmp_path / "x", f"--resolution={wrong}"))
+        assert message in found
+    assert not (tmp_path / "x").exists()
+
+    done, odd = convert_to(source, tmp_path / "done", SIDE), convert_to(source, tmp_path / "odd", 30)
+    capsys.readouterr()
+    before = contents(done)
+    line = refusal(capsys, cli.dataset_tools, convert(source, done, "--resolution=48x48"))
+    assert "was begun with resolution 32x32, this command says 48x48" in line
+    (source / "n00000000" / "new.png").write_bytes(next(source.rglob("*.JPEG")).read_bytes())
+    try:
+        assert "another list of images" in refusal(capsys, cli.dataset_tools, convert(source, done))
+    finally:
+        (source / "n00000000" / "new.png").unlink()
+    assert contents(done) == before
+    assert "needs a multiple of 8" in refusal(capsys, cli.dataset_tools, encode(odd, tmp_path / "y", vae))
+    assert "can't be loaded" in refusal(capsys, cli.dataset_tools, encode(done, tmp_path / "y", tmp_path / "no vae"))
+    assert "run convert first" in refusal(capsys, cli.prepare, encode_shards(tmp_path / "none", vae))
+
+
+def convert_to(source, dest, side):
+    assert cli.dataset_tools(convert(source, dest, f"--resolution={side}x{side}", "--num-workers", "0")) == 0
+    return dest
+
+
+def test_verify_names_what_is_damaged(source, vae, tmp_path, capsys):
+    data, shards = tmp_path / "DATA", tmp_path / "shards"
+    cli.dataset_tools(convert(source, data / "images", "--num-workers", "0"))
+    cli.dataset_tools(encode(data / "images", data / "vae-sd", vae))
+    cli.prepare(convert(source, shards, "--num-workers", "0"))
+    cli.prepare(encode_shards(shards, vae))
+
+    image = next((data / "images").rglob("*7.png"))
+    image.write_bytes(image.read_bytes()[:-200])
+    latent = next((data / "vae-sd").rglob("*9.npy"))
+    moments = np.load(latent)
+    moments[:, 0, 0] = -1
+    np.save(latent, moments)
+    (data / "vae-sd" / "00000" / "stray.npy").write_bytes(b"")
+    capsys.readouterr()
+    assert cli.data(["verify", str(data), "--num-workers", "0"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[-1] == f"{data}: 3 fault(s)"
+    assert all(any(part in line for line in lines) for part in (image.name, "negative standard deviation", "stray.npy"))
+
+    file = shards / "latents-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert cli.data(["verify", str(shards), "--num-workers", "0"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert file.name in lines[0] and "checksum" in lines[0] and lines[-1] == f"{shards}: 1 fault(s)"

@@ -1,0 +1,153 @@
+"""Crops against a re-derivation of their filters in integers, and what becomes of every unusual file."""
+
+import io
+from functools import partial
+
+import numpy as np
+import pytest
+from PIL import Image
+from sources import HANDLED, HOSTILE, KEPT, SKIPPED, scene
+
+from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, pixels, read_picture, result_size
+
+SIZES = [(500, 375), (375, 500), (256, 256), (1031, 513), (120, 97), (64, 300), (2048, 1365)]
+
+
+def kernel(name, x):
+    """Box, and Keys' cubic with a = -1/2."""
+    if name == "box":
+        return ((x > -0.5) & (x <= 0.5)).astype(float)
+    x = np.abs(x)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def filtered(image, length, name):
+    """Resample the first axis of uint8 (N, ...) to `length`, in fixed point with 22 bits after the point."""
+    support, scale = {"box": 0.5, "cubic": 2.0}[name], len(image) / length
+    widened = max(scale, 1)
+    rows = []
+    for centre in (np.arange(length) + 0.5) * scale:
+        first = max(int(centre - support * widened + 0.5), 0)
+        last = min(int(centre + support * widened + 0.5), len(image))
+        weights = kernel(name, (np.arange(first, last) - centre + 0.5) / widened)
+        weights = np.trunc(weights / weights.sum() * 2**22 + np.where(weights < 0, -0.5, 0.5)).astype(np.int64)
+        total = np.tensordot(weights, image[first:last].astype(np.int64), axes=1) + 2**21
+        rows.append((total >> 22).clip(0, 255))
+    return np.stack(rows).astype(np.uint8)
+
+
+def resized(image, width, height, name):
+    """Along the rows first, rounded to uint8, then along the columns."""
+    if width != image.shape[1]:
+        image = filtered(image.swapaxes(0, 1), width, name).swapaxes(0, 1)
+    return filtered(image, height, name) if height != image.shape[0] else image
+
+
+def derived_dhariwal(image, target):
+    while min(image.shape[:2]) >= 2 * target:
+        image = resized(image, image.shape[1] // 2, image.shape[0] // 2, "box")
+    scale = target / min(image.shape[:2])
+    image = resized(image, round(image.shape[1] * scale), round(image.shape[0] * scale), "cubic")
+    top, left = (image.shape[0] - target) // 2, (image.shape[1] - target) // 2
+    return image[top : top + target, left : left + target]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dhariwal_is_adms_crop_to_the_last_bit(size):
+    picture = scene(np.random.default_rng(3), size)
+    for target in (64, 256) if min(size) < 1000 else (256,):
+        ours = pixels(TRANSFORMS["center-crop-dhariwal"](picture, (target, target)))
+        assert np.array_equal(ours, derived_dhariwal(np.asarray(picture), target))
+
+
+def test_center_crop_takes_the_middle_in_the_targets_shape():
+    picture = scene(np.random.default_rng(0), (301, 200))
+    square = pixels(TRANSFORMS["center-crop"](picture, (200, 200)))
+    assert np.array_equal(square, np.asarray(picture)[:, 50:250])
+    wide = pixels(TRANSFORMS["center-crop"](picture, (300, 100)))
+    assert wide.shape == (100, 300, 3)
+    # 301 x 100 of the middle, scaled by less than one pixel: nearly the same picture.
+    assert np.abs(wide[:, :300].astype(int) - np.asarray(picture)[50:150, :300]).mean() < 12
+
+
+def test_wide_crop_lies_between_black_bars():
+    picture = scene(np.random.default_rng(0), (400, 300))
+    result = pixels(TRANSFORMS["center-crop-wide"](picture, (200, 100)))
+    assert result.shape == (200, 200, 3) and result_size("center-crop-wide", (200, 100)) == (200, 200)
+    assert not result[:50].any() and not result[150:].any() and result[50:150].any()
+    with pytest.raises(BadPictureError, match="too small"):
+        TRANSFORMS["center-crop-wide"](picture, (401, 100))
+
+
+def test_no_transform_wants_the_size():
+    picture = scene(np.random.default_rng(0), (40, 30))
+    assert TRANSFORMS["none"](picture, (40, 30)) is picture
+    with pytest.raises(BadPictureError, match="40 x 30 pixels instead of 30 x 30"):
+        TRANSFORMS["none"](picture, (30, 30))
+
+
+def read(path):
+    return read_picture(partial(path.open, "rb"))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_unusual_files_are_kept_handled_or_refused_with_a_cause(name, tmp_path):
+    write, fate = HOSTILE[name]
+    path = tmp_path / name.format(0)
+    path.parent.mkdir(exist_ok=True)
+    write(path, scene(np.random.default_rng(0), (300, 260)))
+    if fate == SKIPPED:
+        with pytest.raises(BadPictureError) as error:
+            TRANSFORMS["center-crop-dhariwal"](read(path)[0], (256, 256))
+        assert len(str(error.value)) > 5 and "\n" not in str(error.value)
+        return
+    picture, notes = read(path)
+    assert picture.mode == "RGB"
+    assert bool(notes) == (fate == HANDLED), notes
+    assert fate in (KEPT, HANDLED)
+
+
+def saved(tmp_path, picture, name, **options):
+    path = tmp_path / name
+    picture.save(path, **options)
+    return path
+
+
+def test_sixteen_bits_become_eight_by_scaling(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    picture, _ = read(saved(tmp_path, Image.fromarray(grey), "deep.png"))
+    assert np.array_equal(np.asarray(picture)[..., 0], grey // 257)
+
+
+def test_turned_upright_and_laid_on_white(tmp_path):
+    upright = scene(np.random.default_rng(0), (30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: to be turned by 270 degrees
+    path = saved(tmp_path, upright.transpose(Image.Transpose.ROTATE_90), "lying.png", exif=exif)
+    assert np.array_equal(np.asarray(read(path)[0]), np.asarray(upright))
+
+    clear = Image.new("RGBA", (4, 4), (200, 10, 10, 0))
+    clear.putpixel((0, 0), (200, 10, 10, 255))
+    shown = np.asarray(read(saved(tmp_path, clear, "clear.png"))[0])
+    assert shown[0, 0].tolist() == [200, 10, 10] and (shown[1:] == 255).all()
+
+
+def test_opaque_pictures_with_an_alpha_channel_need_no_note(tmp_path):
+    picture, notes = read(saved(tmp_path, scene(np.random.default_rng(0), (20, 20)).convert("RGBA"), "opaque.png"))
+    assert notes == [] and picture.mode == "RGB"
+
+
+def test_faults_of_the_machine_are_no_bad_pictures():
+    def out_of_handles():
+        raise OSError(24, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many open files"):
+        read_picture(out_of_handles)
+
+    class FailingDisk(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        read_picture(FailingDisk)
