@@ -34,6 +34,9 @@ def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = 
         temporary.replace(path)
         if durable:
             sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -43,6 +46,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
     finally:
         os.close(descriptor)
 

@@ -2,15 +2,14 @@
 
 import json
 import struct
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from stablevm import files
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard, ShardFile, ShardKind
 from stablevm.errors import UserError
 
+_FORMAT_NAMES = {"float16": "F16", "int64": "I64", "uint8": "U8"}
+_COPY_BYTES = 2**20
 MIN_ROWS, MAX_ROWS = 8_192, 16_384  # per shard: few enough files for a million samples, small enough to rewrite
 
 
@@ -118,31 +119,75 @@ class ShardWriter:
         self._filled = 0
 
 
-def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> None:
-    """Write the rows of the tensors `names` of several safetensors files, in order, as one such file.
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of a file, in pieces along its first axis that are made when they are written."""
 
-    One part is in memory at a time. The file's format: the length of the header, the header in JSON, padded to a
-    multiple of 8 bytes, then the tensors' bytes; those of the largest values first, so that each is aligned.
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[np.ndarray]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Rows":
+        return cls(values.dtype, values.shape, [values])
+
+
+def write_file(target: Path, tensors: Mapping[str, Rows], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file piece by piece: only one of them is in memory.
+
+    The format: the length of the header, the header in JSON, padded to a multiple of 8 bytes, then the tensors' bytes;
+    those of the largest values first, so that each is aligned.
     """
-    with ExitStack() as stack, files.replacing(target) as temporary:
-        opened = [stack.enter_context(safe_open(part, framework="np")) for part in parts]
-        header, position = {}, 0
-        ordered = sorted(names, key=lambda name: (-opened[0].get_tensor(name).itemsize, name))
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name in ordered:
+        rows = tensors[name]
+        end = position + rows.dtype.itemsize * int(np.prod(rows.shape, dtype=np.int64))
+        header[name] = {"dtype": _FORMAT_NAMES[rows.dtype.name], "shape": rows.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with files.replacing(target) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
         for name in ordered:
-            slices = [part.get_slice(name) for part in opened]
-            rows = sum(each.get_shape()[0] for each in slices)
-            shape = [rows, *slices[0].get_shape()[1:]]
-            size = int(np.prod(shape, dtype=np.int64)) * opened[0].get_tensor(name).itemsize
-            header[name] = {
-                "dtype": slices[0].get_dtype(),
-                "shape": shape,
-                "data_offsets": [position, position + size],
-            }
-            position += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in ordered:
-                for part in opened:
-                    file.write(np.ascontiguousarray(part.get_tensor(name)).data)
+            for piece in tensors[name].pieces:
+                file.write(np.ascontiguousarray(piece).data)
+
+
+def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> None:
+    """Write the rows of the tensors `names` of several safetensors files, in order, as one such file."""
+    headers = list(map(_read_header, parts))
+
+    def joined(name: str) -> Rows:
+        entries = [header[name] for header, _ in headers]
+        dtype = np.dtype(next(numpy for numpy, ours in _FORMAT_NAMES.items() if ours == entries[0]["dtype"]))
+        spans = [
+            (path, start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+            for path, (_, start), entry in zip(parts, headers, entries, strict=True)
+        ]
+        count = sum(entry["shape"][0] for entry in entries)
+        pieces = (piece for span in spans for piece in _pieces_of_file(*span))
+        return Rows(dtype, (count, *entries[0]["shape"][1:]), pieces)
+
+    write_file(target, {name: joined(name) for name in names})
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors' bytes begin."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), 8 + length
+
+
+def _pieces_of_file(path: Path, start: int, end: int) -> Iterator[np.ndarray]:
+    """Bytes `start` to `end`, read into one buffer: copying through the page cache beats faulting mapped pages in."""
+    buffer = np.empty(min(_COPY_BYTES, end - start), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while start < end:
+            count = file.readinto(buffer[: end - start].data)
+            if not count:
+                raise OSError(f"{path}: ends before byte {end}")
+            yield buffer[:count]
+            start += count

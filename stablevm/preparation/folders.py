@@ -23,7 +23,7 @@ from stablevm.preparation.crops import Cropped, Cropper, first_size, make_croppe
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
 from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
 from stablevm.preparation.sources import Source, open_source
-from stablevm.preparation.work import WORK_FOLDER, Job, begin, clear, shared
+from stablevm.preparation.work import PART_LENGTH, WORK_FOLDER, Job, begin, clear, encoding_part_length, shared
 from stablevm.processes import Process
 
 IMAGES_PER_FOLDER = 1000
@@ -81,7 +81,7 @@ def _encode(
     config: EncodeConfig, cropper: Cropper, encoder: BatchEncoder, plan: dict[str, Any], process: Process
 ) -> Report | None:
     source, names = cropper.source, _latent_names(cropper.source)
-    job = _job("encode", config.dest, len(source), process, config.batch_size)
+    job = _job("encode", config.dest, len(source), process, encoding_part_length(config.batch_size))
     for part, outcomes in job.run(cropper, config.batch_size, config.num_workers, _has_record(job)):
         problems = [problem for each in outcomes for problem in _write_latents(each, encoder, names, config.dest)]
         write_json(job.path(part), problems)
@@ -137,10 +137,8 @@ def _write_all(dest: Path, files: dict[str, bytes]) -> None:
         sync(path)
 
 
-def _job(title: str, dest: Path, count: int, process: Process, batch: int = 1) -> Job:
-    folder = dest / WORK_FOLDER / "parts"
-    length = Job.part_length
-    return Job(title, folder, [range(count)], process, part_length=-(-length // batch) * batch)
+def _job(title: str, dest: Path, count: int, process: Process, part_length: int = PART_LENGTH) -> Job:
+    return Job(title, dest / WORK_FOLDER / "parts", [range(count)], process, part_length)
 
 
 def _has_record(job: Job) -> Any:

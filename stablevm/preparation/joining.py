@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from stablevm.data.manifest import ShardFile, ShardKind
-from stablevm.data.writer import join_files, shard_name
-from stablevm.files import read_json, write_json, write_with
+from stablevm.data.writer import Rows, join_files, shard_name, write_file
+from stablevm.files import read_json, write_json
 from stablevm.preparation.work import Job
 
 # Images of the source per shard: up to a third of them may be bad before a shard has fewer than 8,192 rows.
@@ -53,8 +52,8 @@ class ShardJob:
 
     def write(self, part: range, tensors: Mapping[str, Tensor], problems: list[dict[str, Any]]) -> None:
         """Save a part of any number of rows: all tensors of the shard's files, `labels` and `index`."""
-        content = save(dict(tensors), {"problems": json.dumps(problems)})
-        write_with(self.job.path(part), lambda path: path.write_bytes(content))
+        rows = {name: Rows.of(tensor.numpy()) for name, tensor in tensors.items()}
+        write_file(self.job.path(part), rows, {"problems": json.dumps(problems)})
         self.join(wait=False)
 
     def join(self, *, wait: bool) -> None:

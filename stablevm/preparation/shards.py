@@ -25,7 +25,7 @@ from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
 from stablevm.preparation.sources import open_source
-from stablevm.preparation.work import WORK_FOLDER, Job, begin, begin_step, clear, shared
+from stablevm.preparation.work import WORK_FOLDER, Job, begin, begin_step, clear, encoding_part_length, shared
 from stablevm.processes import Process
 
 _IMAGES, _LATENTS = "images", "latents"  # work of the two steps
@@ -113,7 +113,7 @@ class _Encoding:
         config = self.config
         ends = np.cumsum([record.rows for record in self.images]).tolist()
         groups = [range(end - record.rows, end) for record, end in zip(self.images, ends, strict=True)]
-        length = -(-Job.part_length // config.batch_size) * config.batch_size
+        length = encoding_part_length(config.batch_size)
         job = Job("encode", self.folder / WORK_FOLDER / _LATENTS, groups, self.process, length)
         shards = ShardJob(job, self.folder, {"latents": tuple(self.manifest.tensors("latents"))})
         labels = torch.tensor([label for record in self.images for label in record.labels])
@@ -174,8 +174,10 @@ def image_tensors(compress: bool) -> tuple[str, ...]:
 def pack_images(images: list[np.ndarray], side: int, compress: bool) -> dict[str, Tensor]:
     """uint8 images (H, W, 3) as the tensors of a shard."""
     if not compress:
-        pixels = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
-        return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}
+        planes = np.empty((len(images), 3, side, side), np.uint8)
+        for row, image in enumerate(images):
+            planes[row] = image.transpose(2, 0, 1)
+        return {"images": torch.from_numpy(planes)}
     contents = [encode_png(image) for image in images]
     return {
         "png": torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8)

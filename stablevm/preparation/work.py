@@ -25,7 +25,8 @@ from stablevm.processes import Process
 WORK_FOLDER = ".prepare"  # in the result's folder, until the result is complete
 PLAN_FILE = "plan.json"
 # An interruption loses at most this much of each process's work, and each part costs two waits for the disk.
-PART_LENGTH = 64
+PART_LENGTH = 256
+_ENCODING_PART_LENGTH = 64  # at least: on a CPU the autoencoder takes a second or more for each image
 _POLL_SECONDS = 0.2
 
 Result = TypeVar("Result")
@@ -155,6 +156,11 @@ def _check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> 
         if name in ("source", "class names"):
             what = "another list of images: restore it"
         raise UserError(f"{folder}: was begun with {what}, give another folder, or remove this one to begin anew")
+
+
+def encoding_part_length(batch: int) -> int:
+    """Whole batches, so that each image's batch is the same whatever was done before."""
+    return -(-_ENCODING_PART_LENGTH // batch) * batch
 
 
 def _pieces(whole: range, length: int) -> list[range]:

@@ -183,26 +183,25 @@ def test_ctrl_c_says_how_to_go_on(source, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_no_loss(source, tmp_path, monkeypatch, capsys):
-    write = Path.write_bytes
+    sync = os.fsync
 
     def fails_at(last):
-        written = []
+        calls = []
 
-        def write_bytes(self, content):
-            written.append(self)
-            if len(written) < last:
-                return write(self, content)
-            write(self, content[:100])
-            raise OSError(28, "No space left on device", str(self))
+        def fsync(descriptor):
+            calls.append(descriptor)
+            if len(calls) == last:
+                raise OSError(28, "No space left on device")
+            sync(descriptor)
 
-        return write_bytes
+        return fsync
 
-    for tool, dest, last in ((cli.dataset_tools, tmp_path / "images", 40), (cli.prepare, tmp_path / "shards", 1)):
+    for tool, dest, last in ((cli.dataset_tools, tmp_path / "images", 40), (cli.prepare, tmp_path / "shards", 3)):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "write_bytes", fails_at(last))
+            patch.setattr(os, "fsync", fails_at(last))
             assert tool(convert(source, dest, "--num-workers", "0")) == 2
         message = capsys.readouterr().err.splitlines()[-1]
-        assert message.startswith("error: No space left on device") and "run the same command again" in message
+        assert message.startswith(f"error: No space left on device: {dest}") and "run the same command again" in message
         assert not (dest / "report.json").exists()
         assert tool(convert(source, dest, "--num-workers", "0")) == 0
         clean = tmp_path / f"clean-{dest.name}"
