@@ -14,6 +14,7 @@ from stablevm import __version__
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.files import read_json
+from stablevm.importing.config import ImportConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.toy.config import ToyConfig
@@ -42,6 +43,11 @@ def generate(arguments: Sequence[str] | None = None) -> int:
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`evaluate.py` and `stablevm evaluate`."""
     return _run(EvaluateConfig, "evaluate", _given(arguments), "stablevm.evaluation.evaluate:evaluate")
+
+
+def import_checkpoint(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm import`."""
+    return _run(ImportConfig, "stablevm import", _given(arguments), "stablevm.importing.command:import_checkpoint")
 
 
 def quickstart(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +85,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], str]] = {
     "quickstart": (quickstart, "the whole staircase on handwritten digits, into one folder with a report"),
     "prepare": (prepare, "write a prepared data set"),
     "train": (train, "train a network"),
+    "import": (import_checkpoint, "turn a published checkpoint of SiT, REPA or StableVelocity into ours"),
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
     "evaluate": (evaluate, "judge a file of generated images"),

@@ -17,7 +17,7 @@ FLOORS = dict(
             ("files", "options", "interpolant", "rng", "precision"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             ("objective", "encoders", "snapshot", "variance", "data", "evaluation.statistics", "sampling.solvers"),
-            ("sampling", "evaluation"),
+            ("sampling", "evaluation", "importing"),
             ("training",),
             ("toy", "quickstart"),
             ("cli",),
@@ -70,7 +70,8 @@ def test_imports_lead_downstairs(module):
 def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
-        "stablevm.evaluation.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+        "stablevm.evaluation.config, stablevm.importing.config; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

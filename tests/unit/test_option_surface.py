@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from stablevm.evaluation.config import EvaluateConfig
+from stablevm.importing.config import ImportConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.toy.config import ToyConfig
@@ -19,6 +20,7 @@ COMMANDS = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "import": ImportConfig,
     "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
     "toy": ToyConfig,
