@@ -17,6 +17,7 @@ from stablevm.files import read_json
 from stablevm.importing.config import ImportConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.study.config import VarianceConfig
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
@@ -55,6 +56,11 @@ def quickstart(arguments: Sequence[str] | None = None) -> int:
     return _run(QuickstartConfig, "stablevm quickstart", _given(arguments), "stablevm.quickstart.run:quickstart")
 
 
+def variance(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm variance`."""
+    return _run(VarianceConfig, "stablevm variance", _given(arguments), "stablevm.study.command:measure_variance")
+
+
 def toy(arguments: Sequence[str] | None = None) -> int:
     """`gmm_exp.py` and `stablevm toy`."""
     return _run(ToyConfig, "gmm_exp", _given(arguments), "stablevm.toy.experiment:run")
@@ -89,6 +95,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], str]] = {
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
     "evaluate": (evaluate, "judge a file of generated images"),
+    "variance": (variance, "how noisy the training targets are on your data, and which tau and xi follow"),
     "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
 }
 

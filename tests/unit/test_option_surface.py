@@ -12,6 +12,7 @@ from stablevm.evaluation.config import EvaluateConfig
 from stablevm.importing.config import ImportConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.study.config import VarianceConfig
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import TrainConfig
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
     "toy": ToyConfig,
+    "variance": VarianceConfig,
 }
 
 
