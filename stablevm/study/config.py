@@ -27,7 +27,7 @@ class VarianceConfig:
     have."""
     classes: str | None = None
     """Classes to look at: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
-    rows: int = 200
+    rows: int = 100
     """Samples of each class at each time, 2 or more."""
     times: int = 20
     """Number of times, evenly spaced up to 1; 2 or more."""

@@ -70,6 +70,10 @@ class TrainConfig:
     """Go on with OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
     resume_step: int = 0
     """Go on from the checkpoint of this step instead of the newest."""
+    init_from: Path | None = None
+    """Begin with the weights of this checkpoint folder instead of random ones: fine-tuning, of an import too."""
+    init_weights: Literal["ema", "model"] = "ema"
+    """Which of its weights: ema, the moving average; model, those of its last step."""
     learning_rate: float = 1e-4
     """Rate of AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -187,7 +191,7 @@ class TrainConfig:
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
-        idle: dict[str, str] = {}
+        idle: dict[str, str] = {} if self.init_from else {"init_weights": "no --init-from"}
         if self.loss_type == "si":
             bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors"), "--loss-type si")
@@ -212,6 +216,8 @@ class TrainConfig:
         if unknown:
             raise UserError(f"{CONFIG_FILE}: unknown options {', '.join(sorted(unknown))}, of another version")
         folders = {name: Path(values[name]) for name in ("data_dir", "output_dir")}
+        if values.get("init_from") is not None:
+            folders["init_from"] = Path(values["init_from"])
         return cls(**{**values, **folders})
 
     def check_continues(self, earlier: "TrainConfig") -> None:

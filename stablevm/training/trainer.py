@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from stablevm.training import checkpoint
 from stablevm.training.checkpoint import TrainingState
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
+from stablevm.training.initial import initial_weights
 from stablevm.training.interruption import Interruption
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
@@ -51,6 +53,8 @@ def train(config: TrainConfig) -> int:
     trainer = Trainer(config, dataset, accelerator)
     if start:
         trainer.restore(checkpoint.load(config.folder, start))
+    elif config.init_from is not None:
+        trainer.start_from(config.init_from)
     with Interruption() as interruption, tf32(config.allow_tf32):
         return trainer.run(interruption)
 
@@ -134,6 +138,15 @@ class Trainer:
             self._say(f"interrupted; saved step {self.step}. Run the same command again to go on.")
             raise SystemExit(128 + interruption.signal)
         return self.step
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of the checkpoint in `folder`; UserError where they do not fit."""
+        model = self.accelerator.unwrap_model(self.model)
+        weights, lines = initial_weights(folder, self.config.init_weights, self.card, self.ema.model.state_dict())
+        model.load_state_dict(weights)
+        self.ema.model.load_state_dict(weights)
+        for line in lines:
+            self._say(line)
 
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
