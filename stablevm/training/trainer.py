@@ -104,7 +104,7 @@ class Trainer:
         if self.step >= self.total_steps:
             self._say(f"{self.config.folder}: already at step {self.step} of {self.total_steps}")
             return self.step
-        if isinstance(self.objective, StableVM) and not self.step:
+        if isinstance(self.objective, StableVM) and (not self.step or self.config.bank_is_fixed):
             prefill(self.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
         trackers = self._open_folder()
         journal = Journal(self, trackers)
@@ -156,7 +156,7 @@ class Trainer:
         model.load_state_dict(state.model)
         self.ema.model.load_state_dict(state.ema)
         self._load_optimizer(state.optimizer)
-        if isinstance(self.objective, StableVM):
+        if isinstance(self.objective, StableVM) and not self.config.bank_is_fixed:
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -193,9 +193,14 @@ class Trainer:
             model=self.accelerator.unwrap_model(self.model).state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self._optimizer_tensors(),
-            bank=self.objective.bank.state_dict() if isinstance(self.objective, StableVM) else {},
+            bank=self._bank_state(),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         )
+
+    def _bank_state(self) -> dict[str, Tensor]:
+        """Empty without a bank, and for one that follows from the data and the seed alone."""
+        changes = isinstance(self.objective, StableVM) and not self.config.bank_is_fixed
+        return self.objective.bank.state_dict() if changes else {}  # type: ignore[union-attr]
 
     def _trained_names(self) -> list[str]:
         model = self.accelerator.unwrap_model(self.model)
