@@ -36,6 +36,10 @@ class LatentSpec:
         mean, deviation = moments.float().chunk(2, dim=1)
         return self.normalize(mean + deviation * noise)
 
+    def means(self, moments: Tensor) -> Tensor:
+        """The latents' means (B, C, h, w), without their noise."""
+        return self.normalize(moments.float().chunk(2, dim=1)[0])
+
     def normalize(self, raw: Tensor) -> Tensor:
         """The autoencoder's own latents to the space in which the network works."""
         return (raw - self.shift) * self.scale

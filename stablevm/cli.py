@@ -14,6 +14,7 @@ from stablevm import __version__
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.files import read_json
+from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
@@ -25,6 +26,7 @@ from stablevm.preparation.config import (
 )
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.study.config import VarianceConfig
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
@@ -54,9 +56,19 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     return _run(EvaluateConfig, "evaluate", _given(arguments), "stablevm.evaluation.evaluate:evaluate")
 
 
+def import_checkpoint(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm import`."""
+    return _run(ImportConfig, "stablevm import", _given(arguments), "stablevm.importing.command:import_checkpoint")
+
+
 def quickstart(arguments: Sequence[str] | None = None) -> int:
     """`stablevm quickstart`."""
     return _run(QuickstartConfig, "stablevm quickstart", _given(arguments), "stablevm.quickstart.run:quickstart")
+
+
+def variance(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm variance`."""
+    return _run(VarianceConfig, "stablevm variance", _given(arguments), "stablevm.study.command:measure_variance")
 
 
 def toy(arguments: Sequence[str] | None = None) -> int:
@@ -149,9 +161,11 @@ COMMANDS: Table = {
     "prepare": (prepare, "write a prepared data set"),
     "data": (data, "verify or show a prepared data set"),
     "train": (train, "train a network"),
+    "import": (import_checkpoint, "turn a published checkpoint of SiT, REPA or StableVelocity into ours"),
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
     "evaluate": (evaluate, "judge a file of generated images"),
+    "variance": (variance, "how noisy the training targets are on your data, and which tau and xi follow"),
     "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
 }
 

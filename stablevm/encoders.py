@@ -48,10 +48,12 @@ class TimmEncoderSpec:
     timm_name: str
     final_norm: bool = True  # REPA reads MAE and CLIP before their last normalisation
     downloadable: bool = True
+    num_heads: int | None = None  # where it differs from timm's entry
 
 
-# REPA's names (Yu et al., 2024). timm has no MoCo v3: its weights go into the MAE entries, which have its architecture
-# and pixel statistics. Of timm's two CLIP entries, "quickgelu" has the activation that CLIP was trained with.
+# REPA's names (Yu et al., 2024). timm has no MoCo v3: its weights go into entries that have its architecture and
+# pixel statistics, MAE's, and DINO's for the small one, which MoCo v3 gives 12 heads instead of 6. Of timm's two CLIP
+# entries, "quickgelu" has the activation that CLIP was trained with.
 SHORT_NAMES = {
     "dinov2-vit-s": TimmEncoderSpec("vit_small_patch14_dinov2.lvd142m"),
     "dinov2-vit-b": TimmEncoderSpec("vit_base_patch14_dinov2.lvd142m"),
@@ -62,6 +64,7 @@ SHORT_NAMES = {
     "dinov2reg-vit-l": TimmEncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m"),
     "dinov2reg-vit-g": TimmEncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m"),
     "dinov1-vit-b": TimmEncoderSpec("vit_base_patch16_224.dino"),
+    "mocov3-vit-s": TimmEncoderSpec("vit_small_patch16_224.dino", downloadable=False, num_heads=12),
     "mocov3-vit-b": TimmEncoderSpec("vit_base_patch16_224.mae", downloadable=False),
     "mocov3-vit-l": TimmEncoderSpec("vit_large_patch16_224.mae", downloadable=False),
     "mae-vit-l": TimmEncoderSpec("vit_large_patch16_224.mae", final_norm=False),
@@ -170,7 +173,7 @@ def _load_digits(grid_size: int, weights: Path | None, dtype: torch.dtype) -> En
 def _load_timm(name: str, grid_size: int, weights: Path | None, dtype: torch.dtype) -> Encoder:
     spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
     _check_source(name, spec, weights)
-    network = _create(name, spec.timm_name, grid_size, pretrained=weights is None)
+    network = _create(name, spec, grid_size, pretrained=weights is None)
     if weights is not None:
         _load_strictly(network, _for_timm(_read_weights(weights), network), spec.timm_name, weights)
     if not spec.final_norm:
@@ -193,17 +196,18 @@ def _check_source(name: str, spec: TimmEncoderSpec, weights: Path | None) -> Non
         raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
 
 
-def _create(name: str, timm_name: str, grid_size: int, pretrained: bool) -> Any:
+def _create(name: str, spec: TimmEncoderSpec, grid_size: int, pretrained: bool) -> Any:
     """timm's network for an image of grid_size patches per side; timm resamples the position embedding."""
     import timm
 
+    options: dict[str, Any] = {} if spec.num_heads is None else {"num_heads": spec.num_heads}
     try:
         # timm draws first values from the global random state, also where weights replace them at once
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            network: Any = timm.create_model(timm_name, pretrained=pretrained, num_classes=0)
+            network: Any = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
     except OSError as error:
         raise UserError(
-            f"--enc-type {name}: no download of {timm_name} ({_quote(error)}); give a file with --encoder-weights"
+            f"--enc-type {name}: no download of {spec.timm_name} ({_quote(error)}); give a file with --encoder-weights"
         ) from None
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
         raise UserError(f"--enc-type {name}: not a plain vision transformer; choose one, such as dinov2-vit-b")

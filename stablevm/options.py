@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.errors import UserError
@@ -36,13 +35,18 @@ def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
 
 
 def _choices(config: Any) -> list[Expectation]:
-    """One expectation for each field of type Literal[...] or Literal[...] | None."""
+    """One expectation for each field that takes words: of type Literal[...], alone or beside None or int."""
     expectations = []
     for option, hint in get_type_hints(type(config)).items():
         parts = [hint] if get_origin(hint) is Literal else get_args(hint)
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         if choices:
+            others = tuple(part for part in parts if isinstance(part, type))
             value = getattr(config, option)
-            met = value in choices or (value is None and NoneType in parts)
-            expectations.append((option, met, f"one of {', '.join(map(str, choices))}"))
+            expectations.append((option, value in choices or isinstance(value, others), _listed(choices, others)))
     return expectations
+
+
+def _listed(choices: list[Any], others: tuple[type, ...]) -> str:
+    names = f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
+    return f"a number or {names}" if int in others else names

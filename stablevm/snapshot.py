@@ -74,11 +74,11 @@ def load_card(folder: str | Path) -> ModelCard:
     """Read the card; UserError when `folder` is not a checkpoint or was written by another format version."""
     folder = Path(folder)
     if not (folder / CARD_FILE).is_file():
-        raise UserError(f"--ckpt {folder}: not a checkpoint folder (it holds no {CARD_FILE})")
+        raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
     values = read_json(folder / CARD_FILE, "checkpoint")
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"--ckpt {folder}: format version {version}, this program reads {FORMAT_VERSION}")
+        raise UserError(f"{folder}: format version {version}, this program reads {FORMAT_VERSION}")
     return ModelCard.from_dict(values)
 
 
@@ -88,9 +88,9 @@ def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"--ckpt {folder}: {path.name} is missing") from None
+        raise UserError(f"{folder}: {path.name} is missing") from None
     except SafetensorError as error:
-        raise UserError(f"--ckpt {folder}: {path.name} is damaged ({error}); use an earlier checkpoint") from None
+        raise UserError(f"{folder}: {path.name} is damaged ({error}); use an earlier checkpoint") from None
 
 
 def load_model(

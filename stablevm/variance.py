@@ -1,7 +1,7 @@
 """How noisy the targets are: the variance of CFM's and StableVM's about the exact velocity, over time."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from stablevm.posterior import posterior, posterior_over_blocks
 BAND = (0.15, 0.85)  # quantiles over samples, as published
 # Up to the split point fewer references than this take part, on average: x_t still tells which sample it came from.
 SPLIT_ESS = 2.0
+OPEN_SHARE = 0.5  # of the data's variance that x_t leaves open at tau: there w(tau) = 1/2 for sigmoid and snr
+PASS_ROWS = 100  # anchors that read a class's data together, each with all times
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class VarianceCurve:
         """xi: the largest time up to which the mean effective sample size stays below SPLIT_ESS; 0 if there is none."""
         below = itertools.takewhile(lambda point: point[1] < SPLIT_ESS, zip(self.t, self.ess, strict=True))
         return max((time for time, _ in below), default=0.0)
+
+    def recommended_tau(self, path: Interpolant) -> float:
+        """The time at which x_t leaves half of the data's variance open; the curve must reach t = 1.
+
+        `V_CFM = gain^2 E[tr Cov(x0 | x_t)] / d`, so the curve over gain^2, relative to t = 1, is the share left open.
+        It rises from 0 at t = 0; between the curve's times it is taken as linear.
+        """
+        assert self.t[-1] == 1
+        gain = path.offset_gain(torch.tensor(self.t, dtype=torch.float64), torch.tensor(self.t)).tolist()
+        left = [variance / g**2 for variance, g in zip(self.cfm, gain, strict=True)]
+        points = [(0.0, 0.0), *((t, value / left[-1]) for t, value in zip(self.t, left, strict=True))]
+        for (t0, share0), (t1, share1) in itertools.pairwise(points):
+            if share1 >= OPEN_SHARE:
+                return t0 + (t1 - t0) * (OPEN_SHARE - share0) / (share1 - share0)
+        raise AssertionError("the share at t = 1 is 1")
 
 
 def variance_curve(
@@ -100,6 +117,44 @@ def streamed_variance_curve(
     Memory is that of a block, of `references` samples and of `rows` samples at each time; the data is read twice.
     The same anchors and the same references serve all times.
     """
+    errors = _streamed_errors(path, blocks, count, times, references, rows, stream)
+    return VarianceCurve.of(times, references, zip(*errors, strict=True))
+
+
+def class_variance_curve(
+    path: Interpolant,
+    classes: Sequence[tuple[int, Callable[[], Iterator[Tensor]]]],
+    times: Tensor,
+    *,
+    references: int,
+    rows: int,
+    stream: torch.Generator,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> VarianceCurve:
+    """The same with labels, for classes of any size: pairs of a class's count and of what reads its samples in blocks.
+
+    Every class gets `rows` anchors, PASS_ROWS at a time with references of their own; `progress` hears of each pass.
+    """
+    parts = []
+    for count, blocks in classes:
+        for start in range(0, rows, PASS_ROWS):
+            together = min(PASS_ROWS, rows - start)
+            parts.append(_streamed_errors(path, blocks, count, times, references, together, stream))
+            progress(together)
+    joined = [[torch.cat(at_time) for at_time in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)]
+    return VarianceCurve.of(times, references, zip(*joined, strict=True))
+
+
+def _streamed_errors(
+    path: Interpolant,
+    blocks: Callable[[], Iterator[Tensor]],
+    count: int,
+    times: Tensor,
+    references: int,
+    rows: int,
+    stream: torch.Generator,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Errors of CFM and of StableVM, and effective sample sizes: each a list over times of (rows,)."""
     anchors = torch.randint(count, (rows,), generator=stream)
     subset = torch.randperm(count, generator=stream)[: references - 1]
     x0, few = (_pick(blocks(), rows_) for rows_ in (anchors, subset))
@@ -117,7 +172,8 @@ def streamed_variance_curve(
     exact = posterior_over_blocks(path, every_x0, every_noise, t, with_masks())
     some = posterior(path, every_x0, every_noise, t, few, keep=own != subset)
     errors = _errors(path, t, exact.offset, some.offset, some.ess)
-    return VarianceCurve.of(times, references, zip(*(part.split(rows) for part in errors), strict=True))
+    cfm, stablevm, ess = (list(part.split(rows)) for part in errors)
+    return cfm, stablevm, ess
 
 
 def _errors(path: Interpolant, t: Tensor, exact: Tensor, few: Tensor, ess: Tensor) -> tuple[Tensor, Tensor, Tensor]:

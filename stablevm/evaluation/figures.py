@@ -1,4 +1,4 @@
-"""Pictures for the report: training curves, the variance of the targets, samples beside real images."""
+"""Pictures for the report: training curves, samples beside real images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,8 @@ from stablevm.errors import UserError
 from stablevm.images import tile
 from stablevm.plotting import (
     BLUE,
-    GREEN,
     INK,
     PAGE_WIDTH,
-    SOFT_INK,
     VERMILION,
     new_figure,
     panels,
@@ -45,33 +43,6 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> N
         if aligned:
             _curve(axes[1], aligned, "alignment_loss", VERMILION)
             axes[1].set(title="Alignment loss", ylabel="minus cosine similarity")
-        save_figure(figure, path)
-
-
-def variance_figure(curve: Mapping[str, Any], path: str | Path) -> None:
-    """Variance of the CFM and StableVM targets about the exact velocity, and the effective sample size, against t.
-
-    `curve` holds equally long lists `t`, `cfm`, `stablevm` (variance per dimension) and `ess`, the number of
-    `references`, and a `title`.
-    """
-    t = curve["t"]
-    with style():
-        figure, (variance, ess) = panels(2)
-        variance.fill_between(t, curve["stablevm"], curve["cfm"], color=BLUE, alpha=0.08, linewidth=0)
-        variance.plot(t, curve["cfm"], color=VERMILION, marker="s", markersize=4, label="CFM")
-        label = f"StableVM, {curve['references']:,} references"
-        variance.plot(t, curve["stablevm"], color=BLUE, marker="o", markersize=4, label=label)
-        variance.set(title=curve["title"], ylabel="variance per dimension", xlim=(0, 1))
-        variance.set_ylim(0, 1.35 * max(max(curve["cfm"]), max(curve["stablevm"])))  # room for the legend
-        variance.legend(loc="upper left")
-        ess.axhline(curve["references"], color=SOFT_INK, linestyle=(0, (4, 3)), linewidth=1.2, label="all references")
-        ess.plot(t, curve["ess"], color=GREEN, marker="o", markersize=4, label="effective")
-        ess.set(title="Effective sample size", ylabel="number of references", xlim=(0, 1), yscale="log")
-        ess.legend(loc="center left")
-        ess.set_ylim(0.9, 1.3 * curve["references"])
-        plain_log_labels(ess)
-        for panel in (variance, ess):
-            panel.set_xlabel("time t  (0 data, 1 noise)")
         save_figure(figure, path)
 
 

@@ -140,10 +140,8 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """In float32 under autocast too: half precision can't tell neighbouring times apart."""
-        count = TIME_WAVES // 2
         with torch.autocast(t.device.type, enabled=False):
-            exponents = torch.arange(count, dtype=torch.float32, device=t.device) / count
-            angles = (self.time_scale * t.float())[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+            angles = (self.time_scale * t.float())[:, None] * time_frequencies(t.device)
             waves = torch.cat([angles.cos(), angles.sin()], dim=1)
             return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
@@ -157,6 +155,12 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
+
+
+def time_frequencies(device: torch.device) -> Tensor:
+    """Of the cosines and sines that describe a time: (128,) float32, falling from 1."""
+    count = TIME_WAVES // 2
+    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor, train_extractor
 from stablevm.evaluation.evaluate import evaluate
-from stablevm.evaluation.figures import samples_beside_real, training_curves, variance_figure
+from stablevm.evaluation.figures import samples_beside_real, training_curves
 from stablevm.evaluation.judge import result_rows
 from stablevm.evaluation.report import Figure, write_report
 from stablevm.files import read_json, write_json
@@ -29,7 +29,8 @@ from stablevm.sampling.generation import generate
 from stablevm.training import checkpoint
 from stablevm.training.tracker import METRICS_FILE, read_metrics
 from stablevm.training.trainer import train
-from stablevm.variance import variance_curve
+from stablevm.variance import VarianceCurve, variance_curve
+from stablevm.variance_figure import variance_figure
 
 CONFIG_FILE = "quickstart.json"
 CURVE_TIMES = torch.linspace(0.05, 0.95, 19)
@@ -130,8 +131,8 @@ def _figures(config: QuickstartConfig, samples: Path) -> list[Figure]:
     samples_beside_real(generated, real, folder / "samples.png", train_set.class_names)
     training_curves(read_metrics(run.folder / METRICS_FILE), folder / "training.png")
     curve = _variance(config, train_set)
-    write_json(config.output_dir / "variance.json", curve)
-    variance_figure(curve, folder / "variance.png")
+    write_json(config.output_dir / "variance.json", dataclasses.asdict(curve))
+    variance_figure({"Handwritten digits": curve}, folder / "variance.png")
     return [
         Figure("Samples beside real digits", folder / "samples.png",
                f"Left: digits of the test split. Right: samples, {HEADLINE.name}, unselected."),
@@ -143,19 +144,16 @@ def _figures(config: QuickstartConfig, samples: Path) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _variance(config: QuickstartConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    moments = dataset.moments(range(len(dataset)))
-    latents = dataset.latent.from_moments(moments, torch.zeros(len(dataset), *dataset.latent.shape))
-    curve = variance_curve(
+def _variance(config: QuickstartConfig, dataset: PreparedDataset) -> VarianceCurve:
+    return variance_curve(
         get_interpolant(recipe.train_config(config).path_type),
-        latents,
+        dataset.latent.means(dataset.moments(range(len(dataset)))),
         dataset.labels(),
         CURVE_TIMES,
         references=CURVE_REFERENCES,
         rows=CURVE_ROWS,
         stream=rng.generator(config.seed, "variance"),
     )
-    return {**dataclasses.asdict(curve), "title": "Handwritten digits"}
 
 
 def _by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -10,12 +10,13 @@ from stablevm.errors import UserError
 from stablevm.files import write_json, write_text
 from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
-from stablevm.toy.figures import divergence_figure, variance_figure
+from stablevm.toy.figures import divergence_figure
 from stablevm.toy.training import train_method
 from stablevm.toy.variance import curve_jobs
 from stablevm.toy.visualization import visualize
 from stablevm.training.tracker import Trackers
 from stablevm.variance import VarianceCurve
+from stablevm.variance_figure import variance_figure
 
 FROM_THE_START = -1  # of an interrupted run no row is kept, not even that of update 0
 

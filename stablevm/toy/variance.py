@@ -91,8 +91,7 @@ def _prepared_curve(config: ToyConfig, dataset: PreparedDataset) -> VarianceCurv
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, len(dataset), BLOCK_ROWS):
-            moments = dataset.moments(range(start, min(start + BLOCK_ROWS, len(dataset)))).float()
-            yield dataset.latent.normalize(moments.chunk(2, dim=1)[0])
+            yield dataset.latent.means(dataset.moments(range(start, min(start + BLOCK_ROWS, len(dataset)))))
 
     return _data_curve(config, blocks, len(dataset))
 

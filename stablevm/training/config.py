@@ -70,6 +70,10 @@ class TrainConfig:
     """Go on with OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
     resume_step: int = 0
     """Go on from the checkpoint of this step instead of the newest."""
+    init_from: Path | None = None
+    """Begin with the weights of this checkpoint folder instead of random ones: fine-tuning, of an import too."""
+    init_weights: Literal["ema", "model"] = "ema"
+    """Which of its weights: ema, the moving average; model, those of its last step."""
     learning_rate: float = 1e-4
     """Rate of AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -101,8 +105,8 @@ class TrainConfig:
     """Chance that a label is dropped, in [0, 1]."""
     loss_type: Literal["si", "stablevm"] = "si"
     """si: flow matching, targets of one sample. stablevm: targets averaged over the bank's references."""
-    bank_capacity_per_class: int = 256
-    """Samples that the bank keeps of each class."""
+    bank_capacity_per_class: int | Literal["all"] = 256
+    """Samples that the bank keeps of each class. all: every latent of the data, one draw of each, from the start on."""
     prefill_bank_fully: bool = False
     """Fill the bank up before the first step; otherwise it starts with one sample per class."""
     prefill_batch_size: int = 1024
@@ -137,6 +141,11 @@ class TrainConfig:
         return self.output_dir / self.exp_name
 
     @property
+    def bank_is_fixed(self) -> bool:
+        """Whether the bank holds all of the data, so that no step changes it and no checkpoint needs it."""
+        return self.bank_capacity_per_class == "all"
+
+    @property
     def encoder_names(self) -> list[str]:
         return [name.strip() for name in self.enc_type.split(",")] if self.use_proj_loss else []
 
@@ -159,7 +168,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         counts = ("batch_size", "gradient_accumulation_steps", "epochs", "max_train_steps", "checkpointing_steps")
-        more_counts = ("bank_capacity_per_class", "prefill_batch_size", "log_steps")
+        more_counts = ("prefill_batch_size", "log_steps")
         naturals = ("checkpoints_kept", "sampling_steps", "resume_step", "lr_warmup_steps", "seed", "num_workers")
         shares = ("adam_beta1", "adam_beta2", "ema_decay")
         require(
@@ -171,6 +180,9 @@ class TrainConfig:
                 *((name, getattr(self, name) >= 1, "at least 1") for name in counts + more_counts),
                 *((name, getattr(self, name) >= 0, "0 or more") for name in naturals),
                 *((name, 0 <= getattr(self, name) < 1, "a number in [0, 1)") for name in shares),
+                ("bank_capacity_per_class",
+                 not isinstance(self.bank_capacity_per_class, int) or self.bank_capacity_per_class >= 1,
+                 "at least 1, or all"),
                 ("learning_rate", self.learning_rate > 0, "a positive number"),
                 ("adam_epsilon", self.adam_epsilon > 0, "a positive number"),
                 ("adam_weight_decay", self.adam_weight_decay >= 0, "0 or more"),
@@ -187,7 +199,7 @@ class TrainConfig:
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
-        idle: dict[str, str] = {}
+        idle: dict[str, str] = {} if self.init_from else {"init_weights": "no --init-from"}
         if self.loss_type == "si":
             bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors"), "--loss-type si")
@@ -212,6 +224,8 @@ class TrainConfig:
         if unknown:
             raise UserError(f"{CONFIG_FILE}: unknown options {', '.join(sorted(unknown))}, of another version")
         folders = {name: Path(values[name]) for name in ("data_dir", "output_dir")}
+        if values.get("init_from") is not None:
+            folders["init_from"] = Path(values["init_from"])
         return cls(**{**values, **folders})
 
     def check_continues(self, earlier: "TrainConfig") -> None:

@@ -1,8 +1,11 @@
 """From the options to the things that training works with; every mismatch between them is an error here."""
 
+import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +20,8 @@ from stablevm.interpolant import get_interpolant
 from stablevm.models.config import SiTConfig, sit_config
 from stablevm.objective import FlowMatching, Protocol, StableVM
 from stablevm.training.config import TrainConfig
+
+GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take: activations need the rest
 
 
 def open_data(config: TrainConfig) -> PreparedDataset:
@@ -78,18 +83,38 @@ def make_objective(
     )
     if config.loss_type == "si":
         return FlowMatching(protocol)
-    bank = ClassBank(
-        model.num_classes,
-        config.bank_capacity_per_class,
-        dataset.latent.shape,
-        device=device if config.bank_on_gpu else "cpu",
-    )
     shares = torch.bincount(dataset.labels(), minlength=model.num_classes)
+    bank = make_bank(config, shares, dataset.latent.shape, device)
     return StableVM(bank, protocol, anchors=config.bank_anchors, class_shares=shares)
 
 
+def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], device: torch.device) -> ClassBank:
+    """An empty bank for data of `counts` (classes,) latents of `shape`, in the GPU's memory where that is wanted.
+
+    One that is to hold all the data goes to the host's where it does not fit beside the network. UserError with the
+    numbers where it does not fit there either.
+    """
+    home = device if config.bank_on_gpu else torch.device("cpu")
+    if config.bank_capacity_per_class != "all":
+        return ClassBank(len(counts), config.bank_capacity_per_class, shape, device=home)
+    slot = torch.float32.itemsize * math.prod(shape)
+    needed = len(counts) * int(counts.max()) * slot
+    if home.type == "cuda" and needed > GPU_SHARE * torch.cuda.mem_get_info(home)[0]:
+        home = torch.device("cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as torchrun and accelerate count
+    available = psutil.virtual_memory().available
+    if home.type == "cpu" and needed * here > available:
+        fits = available // (len(counts) * slot * here)
+        raise UserError(
+            f"--bank-capacity-per-class all: {len(counts):,} classes of up to {int(counts.max()):,} latents take "
+            f"{_gigabytes(needed)} in each of {here} processes, this machine has {_gigabytes(available)} free; "
+            + (f"give {fits} or less" if fits else "give --loss-type si")
+        )
+    return ClassBank(len(counts), int(counts.max()), shape, device=home)
+
+
 def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:
-    """Fill the bank with samples of each class chosen by the seed, reading latents only.
+    """Fill the bank with samples of each class chosen by the seed, or with all, reading latents only.
 
     Every process chooses and reads the same ones, so that all hold the same bank without talking to each other.
     Raises UserError naming the classes of which the data holds no sample.
@@ -103,15 +128,31 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
             f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
             f"({shown}), so their bank would stay empty; prepare the data with them or lower --num-classes"
         )
-    rows = _choose_rows(labels, counts, bank.capacity if config.prefill_bank_fully else 1, config.seed)
+    fully = config.prefill_bank_fully or config.bank_is_fixed
+    rows = _choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
+    if show and config.bank_is_fixed:
+        print(_cost(bank, len(rows), config))
     workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
     with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not show) as progress:
         for part, latents in _read_latents(dataset, rows, config, workers):
             bank.insert(latents, labels[part], part)
             progress.update(len(part))
     short = int((counts < bank.capacity).sum())
-    if show and config.prefill_bank_fully and short:
+    if show and config.prefill_bank_fully and short and not config.bank_is_fixed:
         print(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
+
+
+def _cost(bank: ClassBank, rows: int, config: TrainConfig) -> str:
+    size = _gigabytes(bank.num_classes * bank.capacity * math.prod(bank.shape) * torch.float32.itemsize)
+    place = "the GPU's memory" if bank.device.type == "cuda" else "the host's memory"
+    if config.bank_on_gpu and bank.device.type == "cpu" and torch.cuda.is_available():
+        place += f", as it would take more than {GPU_SHARE:.0%} of what is free on the GPU"
+    slots = f"{bank.num_classes:,} classes x {bank.capacity:,} slots"
+    return f"bank: all {rows:,} latents, {slots}, {size} in each process, in {place}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:

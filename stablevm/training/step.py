@@ -62,7 +62,10 @@ class BatchDrawer:
         if isinstance(self.objective, FlowMatching):
             return self.objective.draw(latents, labels, streams, ids=ids)
         home = self.objective.bank.device
-        slots = self.objective.bank.insert(*(self._from_all(part).to(home) for part in (latents, labels, ids)))
+        if self.config.bank_is_fixed:
+            slots = torch.full((self.config.batch_size,), self.objective.bank.discarded_slot, device=home)
+        else:
+            slots = self.objective.bank.insert(*(self._from_all(part).to(home) for part in (latents, labels, ids)))
         draw = self.objective.draw(
             latents.to(home),
             labels.to(home),

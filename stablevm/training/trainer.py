@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from stablevm.training import checkpoint
 from stablevm.training.checkpoint import TrainingState
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
+from stablevm.training.initial import initial_weights
 from stablevm.training.interruption import Interruption
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
@@ -51,6 +53,8 @@ def train(config: TrainConfig) -> int:
     trainer = Trainer(config, dataset, accelerator)
     if start:
         trainer.restore(checkpoint.load(config.folder, start))
+    elif config.init_from is not None:
+        trainer.start_from(config.init_from)
     with Interruption() as interruption, tf32(config.allow_tf32):
         return trainer.run(interruption)
 
@@ -100,7 +104,7 @@ class Trainer:
         if self.step >= self.total_steps:
             self._say(f"{self.config.folder}: already at step {self.step} of {self.total_steps}")
             return self.step
-        if isinstance(self.objective, StableVM) and not self.step:
+        if isinstance(self.objective, StableVM) and (not self.step or self.config.bank_is_fixed):
             prefill(self.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
         trackers = self._open_folder()
         journal = Journal(self, trackers)
@@ -135,6 +139,15 @@ class Trainer:
             raise SystemExit(128 + interruption.signal)
         return self.step
 
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of the checkpoint in `folder`; UserError where they do not fit."""
+        model = self.accelerator.unwrap_model(self.model)
+        weights, lines = initial_weights(folder, self.config.init_weights, self.card, self.ema.model.state_dict())
+        model.load_state_dict(weights)
+        self.ema.model.load_state_dict(weights)
+        for line in lines:
+            self._say(line)
+
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
         if dataclasses.replace(state.card, step=0) != self.card:
@@ -143,7 +156,7 @@ class Trainer:
         model.load_state_dict(state.model)
         self.ema.model.load_state_dict(state.ema)
         self._load_optimizer(state.optimizer)
-        if isinstance(self.objective, StableVM):
+        if isinstance(self.objective, StableVM) and not self.config.bank_is_fixed:
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -180,9 +193,14 @@ class Trainer:
             model=self.accelerator.unwrap_model(self.model).state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self._optimizer_tensors(),
-            bank=self.objective.bank.state_dict() if isinstance(self.objective, StableVM) else {},
+            bank=self._bank_state(),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         )
+
+    def _bank_state(self) -> dict[str, Tensor]:
+        """Empty without a bank, and for one that follows from the data and the seed alone."""
+        changes = isinstance(self.objective, StableVM) and not self.config.bank_is_fixed
+        return self.objective.bank.state_dict() if changes else {}  # type: ignore[union-attr]
 
     def _trained_names(self) -> list[str]:
         model = self.accelerator.unwrap_model(self.model)

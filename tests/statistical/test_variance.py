@@ -1,14 +1,15 @@
 """The variance of targets: never more with references, falling like 1/(n - 1), and the curve's bookkeeping."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from mixtures import make_mixture
 
-from stablevm.interpolant import LINEAR
+from stablevm.interpolant import COSINE, LINEAR
 from stablevm.posterior import posterior
-from stablevm.variance import VarianceCurve, streamed_variance_curve, variance_curve
+from stablevm.variance import VarianceCurve, class_variance_curve, streamed_variance_curve, variance_curve
 
 DIMENSION, ROWS = 4, 4000
 MIXTURE = make_mixture(4, DIMENSION, seed=3)
@@ -84,6 +85,40 @@ def test_streamed_curve_against_brute_force(block):
     assert single.stablevm == pytest.approx(single.cfm, rel=1e-5) and single.ess == pytest.approx([1, 1])
     assert whole.cfm == pytest.approx(brute_force(latents, torch.zeros(30), times), rel=0.25)
     assert curve(9).stablevm == pytest.approx(curve(9, block=11).stablevm, rel=1e-4)
+
+
+def test_curve_over_classes_against_brute_force():
+    """As above, each class read in blocks of its own: only that class's samples are references."""
+    stream = torch.Generator().manual_seed(4)
+    latents, labels = torch.randn(30, 2, 2, generator=stream), torch.arange(30) % 3
+    times, heard = torch.tensor([0.3, 0.8]), []
+    classes = [(10, lambda c=c: iter(latents[labels == c].split(4))) for c in range(3)]
+
+    def curve(references, rows=170):
+        same = torch.Generator().manual_seed(5)
+        return class_variance_curve(
+            LINEAR, classes, times, references=references, rows=rows, stream=same, progress=heard.append
+        )
+
+    whole, single, more = curve(11), curve(1), curve(99)
+    assert whole.stablevm == more.stablevm == pytest.approx([0, 0], abs=1e-9)
+    assert single.stablevm == pytest.approx(single.cfm, rel=1e-5) and single.ess == pytest.approx([1, 1])
+    assert whole.cfm == pytest.approx(brute_force(latents, labels, times), rel=0.25)
+    assert sum(heard) == 3 * 3 * 170 and max(heard) == 100
+
+
+@pytest.mark.parametrize(
+    "path, ratio", [(LINEAR, lambda t: t / (1 - t)), (COSINE, lambda t: math.tan(math.pi * t / 2))]
+)
+@pytest.mark.parametrize("deviation", [0.25, 1.0, 3.0])
+def test_tau_of_gaussian_data(path, ratio, deviation):
+    """Of data N(0, s^2), x_t leaves s^2 sigma^2 / (alpha^2 s^2 + sigma^2) open: half of s^2 where sigma / alpha = s."""
+    t = torch.linspace(0, 1, 201, dtype=torch.float64)[1:]
+    c = path.coefficients(t)
+    left = deviation**2 * c.sigma**2 / (c.alpha**2 * deviation**2 + c.sigma**2)
+    cfm, flat, band = (path.offset_gain(t, t) ** 2 * left).tolist(), [1.0] * 200, [(0.0, 0.0)] * 200
+    tau = VarianceCurve(t.tolist(), cfm, flat, band, band, flat, 8).recommended_tau(path)
+    assert ratio(tau) == pytest.approx(deviation, rel=2e-3)
 
 
 @pytest.mark.parametrize(

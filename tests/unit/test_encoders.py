@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from stablevm import encoders
@@ -133,6 +134,25 @@ def test_moco_checkpoint(encoder, state, images, tmp_path):
     assert torch.equal(load(tmp_path / "moco.pth.tar")(images), encoder(images))
 
 
+def test_small_moco_has_twelve_heads(images, tmp_path):
+    """The number of heads shows in no weight: against timm's own network of MoCo v3's shape."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng(devices=[]):
+        shape = {"img_size": 64, "embed_dim": 384, "depth": 12, "num_classes": 0}
+        moco, other = (VisionTransformer(num_heads=heads, **shape).eval() for heads in (12, 6))
+    state = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in moco.state_dict().items()}
+    torch.save({"state_dict": {f"module.base_encoder.{k}": v for k, v in state.items()}}, tmp_path / "moco.pth.tar")
+    encoder = load(tmp_path / "moco.pth.tar", "mocov3-vit-s")
+    pixels = F.interpolate(images / 255, size=(64, 64), mode="bicubic", antialias=True)
+    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    inputs = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    for network, agrees in ((moco, True), (other, False)):
+        network.load_state_dict(state)
+        with torch.no_grad():
+            expected = network.forward_features(inputs)[:, 1:]
+        assert torch.allclose(encoder(images), expected, rtol=1e-3, atol=1e-3) == agrees
+
+
 def test_misspelt_moco_layers():
     name = "module.base_encoder.blocks.{}"
     assert encoders._moco_name(name.format("13.norm13.weight")) == "blocks.13.norm1.weight"
@@ -196,7 +216,7 @@ def test_offline_download_asks_for_a_file(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mocov3-vit-b", "vit_base_patch16_xp_224"])
+@pytest.mark.parametrize("name", ["mocov3-vit-s", "mocov3-vit-b", "vit_base_patch16_xp_224"])
 def test_weights_that_nobody_serves(name):
     with pytest.raises(UserError, match=f"--enc-type {name}: its weights can't be downloaded"):
         load(None, name)
@@ -207,6 +227,7 @@ PUBLISHED = {
     **{f"dinov2-vit-{s}": (width, 14, 1) for s, width in zip("sblg", (384, 768, 1024, 1536), strict=True)},
     **{f"dinov2reg-vit-{s}": (width, 14, 5) for s, width in zip("sblg", (384, 768, 1024, 1536), strict=True)},
     "dinov1-vit-b": (768, 16, 1),
+    "mocov3-vit-s": (384, 16, 1),
     "mocov3-vit-b": (768, 16, 1),
     "mocov3-vit-l": (1024, 16, 1),
     "mae-vit-l": (1024, 16, 1),

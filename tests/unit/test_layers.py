@@ -17,8 +17,8 @@ FLOORS = dict(
             ("files", "options", "interpolant", "rng", "precision", "processes"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             ("objective", "encoders", "snapshot", "variance", "data", "evaluation.statistics", "sampling.solvers"),
-            ("sampling", "evaluation", "preparation"),
-            ("training",),
+            ("sampling", "evaluation", "preparation", "importing", "variance_figure"),
+            ("training", "study"),
             ("toy", "quickstart"),
             ("cli",),
             ("__main__", "__init__"),
@@ -70,7 +70,8 @@ def test_imports_lead_downstairs(module):
 def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
-        "stablevm.evaluation.config, stablevm.preparation.config; "
+        "stablevm.evaluation.config, stablevm.preparation.config, "
+        "stablevm.importing.config, stablevm.study.config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from stablevm.evaluation.config import EvaluateConfig
+from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
@@ -20,6 +21,7 @@ from stablevm.preparation.config import (
 )
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.study.config import VarianceConfig
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import TrainConfig
 
@@ -28,6 +30,7 @@ COMMANDS = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "import": ImportConfig,
     "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
     "toy": ToyConfig,
@@ -38,6 +41,7 @@ COMMANDS = {
     "prepare pack": PackConfig,
     "data verify": VerifyConfig,
     "data info": InfoConfig,
+    "variance": VarianceConfig,
 }
 
 

@@ -1,5 +1,6 @@
 """Filling the bank before the first step: how many samples, which ones, and that it doesn't matter who reads them."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -49,3 +50,18 @@ def test_threads_and_parts_change_nothing(workers, batch, root):
     expected = filled(root, prefill_bank_fully=True)
     found = filled(root, prefill_bank_fully=True, prefill_workers=workers, prefill_batch_size=batch)
     assert all(map(torch.equal, found, expected))
+
+
+def test_images_are_not_read(root, tmp_path):
+    expected = filled(root, prefill_bank_fully=True)
+    shutil.copytree(root / "data", tmp_path / "data")
+    for file in (tmp_path / "data").glob("images-*"):
+        file.unlink()
+    assert all(map(torch.equal, filled(root, prefill_bank_fully=True, data_dir=tmp_path / "data"), expected))
+
+
+def test_classes_that_have_fewer_are_told(root, capsys):
+    config = runs.config(root, loss_type="stablevm", prefill_bank_fully=True)
+    dataset = open_dataset(config.data_dir)
+    prefill(ClassBank(3, CAPACITY, dataset.latent.shape), dataset, config, show=True)
+    assert capsys.readouterr().out == "bank: 1 of 3 classes have fewer than 5 samples; all are in it\n"

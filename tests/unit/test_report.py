@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stablevm.errors import UserError
-from stablevm.evaluation.figures import samples_beside_real, training_curves, variance_figure
+from stablevm.evaluation.figures import samples_beside_real, training_curves
 from stablevm.evaluation.report import Figure, write_report
 
 VOID = {"meta", "img", "br", "link"}
@@ -123,12 +123,6 @@ def test_training_curves_with_and_without_alignment(tmp_path: Path) -> None:
     assert size(tmp_path / "both.png") == size(tmp_path / "one.png") == (2000, 780)
     with pytest.raises(UserError, match="no row holds velocity_loss"):
         training_curves([{"step": 10, "accuracy": 1.0}], tmp_path / "none.png")
-
-
-def test_variance_figure(tmp_path: Path) -> None:
-    curve = {"t": [0.1, 0.5, 0.9], "cfm": [0.0, 0.2, 0.2], "stablevm": [0.0, 0.1, 0.01], "ess": [1.0, 5.0, 90.0]}
-    variance_figure({**curve, "references": 100, "title": "Digits"}, tmp_path / "variance.png")
-    assert size(tmp_path / "variance.png") == (2000, 780)
 
 
 def test_samples_stand_beside_real_images(tmp_path: Path) -> None:

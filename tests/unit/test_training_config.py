@@ -39,6 +39,7 @@ EDGES = [  # option, the least and greatest values allowed, and one beyond each
             "lr_schedule", "path_type", "prediction", "weighting", "loss_type", "bank_anchors", "proj_weight_schedule",
         )
     ),
+    ("bank_capacity_per_class", ("all", 7), ("every", "")),
     ("mixed_precision", (None, "no", "fp16", "bf16"), ("fp8",)),
 ]  # fmt: skip
 

@@ -1,0 +1,153 @@
+"""`stablevm import`: from a published file to a checkpoint folder."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from stablevm import snapshot
+from stablevm.autoencoder import SHORT_NAMES, LatentSpec, full_name, latent_spec_of
+from stablevm.errors import UserError
+from stablevm.files import is_temporary
+from stablevm.importing import conversion
+from stablevm.importing.config import ImportConfig
+from stablevm.importing.reader import PublishedCheckpoint, read_published
+from stablevm.models.config import SiTConfig
+from stablevm.options import as_typed
+from stablevm.snapshot import ModelCard, Weights
+
+# Of Stable Diffusion's autoencoder (Rombach et al., 2022), as all three projects write into their code.
+SD_LATENT_SCALE, SD_FACTOR = 0.18215, 8
+# What the projects' own options call our values; SiT has a path (VP) and predictions (noise, score) that we have not.
+RECORDED: dict[str, dict[str, str]] = {
+    "path_type": {"Linear": "linear", "GVP": "cosine", "linear": "linear", "cosine": "cosine"},
+    "prediction": {"velocity": "v", "v": "v", "x": "x"},
+}
+
+
+def import_checkpoint(config: ImportConfig) -> Path:
+    """Write the folder `config.output`; returns it.
+
+    Raises UserError, before anything is written, for a file that is no such checkpoint, for tensors that are unknown
+    or missing, for facts that neither file nor options tell, and for a folder that is in use.
+    """
+    config.validate()
+    _check_free(config.output)
+    published = read_published(config.checkpoint)
+    turned = _source(config, published) == "sit"
+    sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
+    model = _model(config, published, next(iter(sets.values())))
+    card = ModelCard(
+        model=model,
+        latent=_latent(config, model),
+        path_type=_fact(config, published, "path_type"),
+        prediction=_prediction(config, published),
+        class_names=tuple(map(str, range(model.num_classes))),
+        step=published.steps or 0,
+    )
+    converted = {name: _convert(state, model, turned) for name, state in sets.items()}
+    snapshot.save(config.output, card, converted)
+    projectors = f", projectors of {', '.join(map(str, model.projector_dims))}" if model.projector_dims else ""
+    print(
+        f"{config.output}: {model.name}, {model.num_classes:,} classes, latents of "
+        f"{' x '.join(map(str, card.latent.shape))}, path {card.path_type}, prediction {card.prediction}{projectors}; "
+        f"weights: {' and '.join(converted)}"
+    )
+    return config.output
+
+
+def _check_free(folder: Path) -> None:
+    """What an interrupted import leaves, weights without a card, may be written over."""
+    ours = {f"{name}.safetensors" for name in get_args(Weights)}
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: a file; give a new folder")
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in ours and not is_temporary(path):
+            raise UserError(f"--output {folder}: holds {path.name}; give a new folder")
+
+
+def _source(config: ImportConfig, published: PublishedCheckpoint) -> str:
+    """Whose checkpoint it is: as the option says, unless the file contradicts, or else as the file shows."""
+    state, options = published.any_weights, published.options
+    sit = conversion.predicts_twice(state) or "image_size" in options
+    repa = any(key.startswith(("projectors.", "decoder_blocks.")) for key in state) or "encoder_depth" in options
+    repa = repa or published.steps is not None
+    if config.source is None and sit == repa:
+        raise UserError(
+            f"{config.checkpoint} does not show whose it is, and their times run in opposite directions; "
+            "give --source sit, repa or stablevelocity"
+        )
+    if config.source is not None and (repa if config.source == "sit" else sit):
+        other = "repa or stablevelocity" if config.source == "sit" else "sit"
+        raise UserError(f"--source {config.source}: {config.checkpoint} is of {other}; leave the option out")
+    return config.source or ("sit" if sit else "repa")
+
+
+def _model(config: ImportConfig, published: PublishedCheckpoint, state: dict[str, Tensor]) -> SiTConfig:
+    depth = conversion.legacy_depth(published.any_weights)
+    if depth is None:
+        depth = published.options.get("encoder_depth")
+    if None not in (depth, config.encoder_depth) and depth != config.encoder_depth:
+        raise UserError(f"--encoder-depth {config.encoder_depth}: {config.checkpoint} records {depth}; leave it out")
+    has_projectors = conversion.has_projectors(state)
+    if config.encoder_depth is not None and not has_projectors:
+        raise UserError(f"--encoder-depth {config.encoder_depth}: the checkpoint has no projectors; leave it out")
+    depth = depth or config.encoder_depth
+    if depth is None and has_projectors:
+        raise UserError(f"{config.checkpoint} has projectors and does not record their block; give --encoder-depth")
+    model = conversion.infer_config(state, depth if has_projectors else None)
+    if config.num_classes not in (None, model.num_classes):
+        raise UserError(
+            f"--num-classes {config.num_classes}: the checkpoint's label table has {model.num_classes + 1} rows, which "
+            f"is {model.num_classes} classes and the null class"
+        )
+    return model
+
+
+def _latent(config: ImportConfig, model: SiTConfig) -> LatentSpec:
+    side, channels = model.input_size, model.in_channels
+    name = full_name(config.vae)
+    resolution = config.resolution or side * SD_FACTOR
+    if name in SHORT_NAMES.values():  # these need no look at their configuration, so no network
+        shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
+        latent = LatentSpec(shape, SD_LATENT_SCALE, 0.0, name)
+    else:
+        latent = latent_spec_of(config.vae, resolution)
+    if latent.shape != (channels, side, side):
+        raise UserError(
+            f"--vae {config.vae}: it makes latents of {latent.shape} from images of {resolution} pixels, the network "
+            f"takes {(channels, side, side)}; give the --vae and --resolution of its training"
+        )
+    return latent
+
+
+def _fact(config: ImportConfig, published: PublishedCheckpoint, option: str) -> str:
+    """An option of the training: as the file records it, or as given."""
+    given, recorded = getattr(config, option), published.options.get(option)
+    if recorded is None:
+        if given is None:
+            raise UserError(f"{config.checkpoint} does not record its path and prediction; give {_typed(option)}")
+        return given
+    ours = RECORDED[option].get(str(recorded))
+    if ours is None:
+        raise UserError(
+            f"{config.checkpoint} was trained with {as_typed(option, recorded)}; only {_typed(option)} can be imported"
+        )
+    if given not in (None, ours):
+        raise UserError(f"{as_typed(option, given)}: {config.checkpoint} records {recorded}; leave the option out")
+    return ours
+
+
+def _prediction(config: ImportConfig, published: PublishedCheckpoint) -> Literal["v", "x"]:
+    return "v" if _fact(config, published, "prediction") == "v" else "x"
+
+
+def _typed(option: str) -> str:
+    return as_typed(option, " or ".join(sorted(set(RECORDED[option].values()))))
+
+
+def _convert(state: dict[str, Tensor], model: SiTConfig, turned: bool) -> dict[str, Tensor]:
+    if conversion.predicts_twice(state):
+        state = conversion.first_half(state, model)
+    conversion.check_fits(state, model)
+    return conversion.turn_time(state) if turned else state

@@ -1,0 +1,159 @@
+"""Published weights to ours: the names, and SiT's direction of time."""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablevm.errors import UserError
+from stablevm.models.config import SIZES, SiTConfig, sit_config
+from stablevm.models.sit import SiT, time_frequencies
+
+NAMES_SHOWN = 6  # in the message about tensors that don't fit
+_PROJECTOR = re.compile(r"projectors\.(\d+)\.")
+
+
+def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under our names, float32 where they are stored in less.
+
+    Early REPA checkpoints call the blocks after the aligned one `decoder_blocks`, StableVelocity calls the layer of its
+    convolutional projectors `conv`, and projectors for an encoder of width 0 stand for none.
+    """
+    first_decoder = _count_blocks(state)
+    empty = {found[0] for key, value in state.items() if not value.numel() and (found := _PROJECTOR.match(key))}
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith(tuple(empty)):
+            continue
+        name = key.replace(".conv.", ".projection_layer.") if key.startswith("projectors.") else key
+        if key.startswith("decoder_blocks."):
+            _, number, rest = key.split(".", 2)
+            name = f"blocks.{first_decoder + int(number)}.{rest}"
+        renamed[name] = value.float()
+    return renamed
+
+
+def legacy_depth(state: dict[str, Tensor]) -> int | None:
+    """The aligned block of an early REPA checkpoint: the last before its `decoder_blocks`. None for all others."""
+    if not any(key.startswith("decoder_blocks.") for key in state):
+        return None
+    return _count_blocks(state)
+
+
+def infer_config(state: dict[str, Tensor], encoder_depth: int | None) -> SiTConfig:
+    """The network that has these weights (under our names); UserError where they are not a SiT of a known size."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+
+    def shape(key: str, dimensions: int) -> tuple[int, ...]:
+        if len(shapes.get(key, ())) != dimensions:
+            raise UserError(f"no tensor {key} of {dimensions} dimensions in the checkpoint: it is not a SiT's")
+        return shapes[key]
+
+    hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    depth = _count_blocks(state)
+    size = next((name for name, known in SIZES.items() if (known.depth, known.hidden_size) == (depth, hidden)), None)
+    if size is None:
+        known_sizes = ", ".join(f"{name} {value.depth} x {value.hidden_size}" for name, value in SIZES.items())
+        raise UserError(f"the checkpoint has {depth} blocks of width {hidden}; the sizes known are {known_sizes}")
+    projectors: dict[str, Any] = {}
+    last_layers = _projector_outputs(state)
+    if last_layers:
+        convolutional = state[last_layers[0]].ndim == 4
+        hidden_width = 2048 if convolutional else shape("projectors.0.0.weight", 2)[0]
+        projectors = {
+            "projector_dims": tuple(shapes[key][0] for key in last_layers),
+            "projector_kind": "conv" if convolutional else "mlp",
+            "projector_hidden": hidden_width,
+        }
+    if encoder_depth is not None:
+        projectors["encoder_depth"] = encoder_depth
+    return sit_config(
+        f"{size}/{patch}",
+        input_size=math.isqrt(shape("pos_embed", 3)[1]) * patch,
+        in_channels=channels,
+        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        time_scale=1.0,  # all published networks embed t itself
+        **projectors,
+    )
+
+
+def has_projectors(state: dict[str, Tensor]) -> bool:
+    return bool(_projector_outputs(state))
+
+
+def predicts_twice(state: dict[str, Tensor]) -> bool:
+    """Whether the network puts out twice the channels it is given (SiT's `learn_sigma`): the first half counts."""
+    names = ("x_embedder.proj.weight", "final_layer.linear.bias")
+    patches, outputs = (state[name].shape if name in state else torch.Size() for name in names)
+    return len(patches) == 4 and len(outputs) == 1 and outputs[0] == 2 * math.prod(patches[1:])
+
+
+def first_half(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
+    """The weights without the outputs that nobody reads, where `predicts_twice`. Each patch has its channels last."""
+    kept = {}
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        per_pixel = state[name].unflatten(0, (config.patch_size**2, 2 * config.in_channels))
+        kept[name] = per_pixel[:, : config.in_channels].flatten(0, 1)
+    return state | kept
+
+
+def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose network gives `-v(x, 1 - t)` where the given ones' gives `v(x, t)`: SiT's time runs from noise to
+    data, ours from data to noise.
+
+    The sign is that of the last layer. The time enters as cos(f t) and sin(f t), and by the addition theorems
+    cos(f (1 - t)) and sin(f (1 - t)) are combinations of those, so that a rotation of the first layer's columns turns
+    it round: exact, but for the rounding of the weights.
+    """
+    turned = {name: -state[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    weight = state["t_embedder.mlp.0.weight"].double()
+    cosines, sines = weight.chunk(2, dim=1)
+    f = time_frequencies(weight.device).double()
+    rotated = [cosines * f.cos() + sines * f.sin(), cosines * f.sin() - sines * f.cos()]
+    turned["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1).to(torch.float32)
+    return state | turned
+
+
+def check_fits(state: dict[str, Tensor], config: SiTConfig) -> None:
+    """UserError listing tensors that the network of `config` lacks, needs, or has in another shape."""
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in SiT(config).state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    faults = {
+        "unknown": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - found.keys()),
+        "of another shape": [
+            f"{key} {found[key]} instead of {expected[key]}"
+            for key in sorted(found.keys() & expected.keys())
+            if found[key] != expected[key]
+        ],
+    }
+    if any(faults.values()):
+        raise UserError(
+            f"the checkpoint is not a {config.name}'s: "
+            + "; ".join(f"{kind}: {_first(names)}" for kind, names in faults.items() if names)
+        )
+
+
+def _count_blocks(state: dict[str, Tensor]) -> int:
+    return 1 + max((_number(key) for key in state if key.startswith("blocks.")), default=-1)
+
+
+def _projector_outputs(state: dict[str, Tensor]) -> list[str]:
+    """The weights of the projectors' last layers, in order."""
+    last = [key for key in state if re.fullmatch(r"projectors\.\d+\.(4|projection_layer)\.weight", key)]
+    return sorted(last, key=_number)
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
+
+
+def _number(key: str) -> int:
+    """N of "blocks.N.rest"."""
+    return int(key.split(".")[1])

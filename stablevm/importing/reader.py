@@ -1,0 +1,83 @@
+"""Reading a foreign `.pt` file: tensors and plain values only, nothing in it is executed."""
+
+import argparse
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from stablevm.errors import UserError
+from stablevm.snapshot import Weights
+
+# Put before parameters' names by torch's wrappers for several processes and for compilation.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """What a published file holds, apart from its optimiser."""
+
+    weights: dict[Weights, dict[str, Tensor]]  # under the names in the file, without wrappers' prefixes
+    options: dict[str, Any]  # of the command that trained it; empty where not recorded
+    steps: int | None  # None where not recorded
+
+    @property
+    def any_weights(self) -> dict[str, Tensor]:
+        """One of the sets of weights: all are of the same network."""
+        return next(iter(self.weights.values()))
+
+
+def read_published(path: Path) -> PublishedCheckpoint:
+    """Read the file, mapped rather than loaded. UserError when it is no checkpoint, is damaged, or holds objects other
+    than tensors, plain values and argparse's options.
+    """
+    content = _load(path)
+    sets: dict[Weights, Any] = {name: content[name] for name in get_args(Weights) if name in content}
+    if not sets:
+        sets = {"ema": content}
+    for values in sets.values():
+        if not isinstance(values, dict) or not values or not all(isinstance(v, Tensor) for v in values.values()):
+            keys = ", ".join(map(str, list(content)[:8]))
+            raise UserError(f"{path}: expected named weights, or a dictionary with ema or model; found {keys}")
+    options = content.get("args", {})
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    steps = content.get("steps")
+    return PublishedCheckpoint(
+        weights={name: {_plain(key): value for key, value in values.items()} for name, values in sets.items()},
+        options=options if isinstance(options, dict) else {},
+        steps=steps if isinstance(steps, int) else None,
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a published checkpoint (.pt)")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a torch checkpoint (torch 1.6 or later), or cut short; fetch it again")
+    try:
+        with safe_globals([argparse.Namespace]):
+            foreign = get_unsafe_globals_in_checkpoint(path)
+            if foreign:
+                raise UserError(
+                    f"{path}: refused, it asks to load {', '.join(sorted(foreign))}, which could run code; save its "
+                    "weights alone (torch.save of the state_dict) where you trust it"
+                )
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected named weights, found {type(content).__name__}")
+    return content
+
+
+def _plain(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name

@@ -1,0 +1,1 @@
+"""What a user's own data says about the options of training."""

@@ -1,0 +1,58 @@
+"""The options of `stablevm variance`. Free of torch, so that `--help` stays quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stablevm.errors import UserError
+from stablevm.options import require
+
+
+@dataclass(frozen=True)
+class VarianceConfig:
+    """How noisy the training targets are on a data set, and what that says about --proj-tau and the split point xi.
+
+    Variance of CFM's and StableVM's targets about the exact velocity of each class's samples, over time, and how many
+    of the references take part. Writes variance.png and variance.json.
+    """
+
+    data_dir: Path
+    """Prepared data set: a folder with dataset.json, or one whose folder train holds it."""
+    output_dir: Path = Path("variance")
+    """Folder for variance.png and variance.json."""
+    path_type: Literal["linear", "cosine"] = "linear"
+    """Path between data and noise."""
+    references: int = 256
+    """References of each sample, itself among them: the bank's capacity per class. Smaller classes lend all they
+    have."""
+    classes: str | None = None
+    """Classes to look at: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
+    rows: int = 100
+    """Samples of each class at each time, 2 or more."""
+    times: int = 20
+    """Number of times, evenly spaced up to 1; 2 or more."""
+    seed: int = 0
+    """Seed of classes, samples, references and noise; 0 or more."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(
+            self,
+            [
+                ("references", self.references >= 2, "at least 2; with 1, StableVM is CFM"),
+                ("rows", self.rows >= 2, "at least 2"),
+                ("times", self.times >= 2, "at least 2"),
+                ("seed", self.seed >= 0, "0 or more"),
+            ],
+        )
+        self.class_indices()
+
+    def class_indices(self) -> tuple[int, ...] | None:
+        """The numbers in `classes`; None for "all" and for the default. UserError if they are not distinct numbers."""
+        if self.classes in (None, "all"):
+            return None
+        assert self.classes is not None
+        parts = [part.strip() for part in self.classes.split(",")]
+        if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+            raise UserError(f"--classes {self.classes}: expected all, or distinct class indices from 0, such as 3,5")
+        return tuple(int(part) for part in parts)

@@ -1,0 +1,221 @@
+"""Published checkpoints: the imported network computes what the published one does; foreign files do no harm."""
+
+import argparse
+import os
+import re
+from collections import OrderedDict
+
+import published as pub
+import pytest
+import torch
+from data_sets import one_line
+
+from stablevm import cli
+from stablevm.errors import UserError
+from stablevm.importing.command import import_checkpoint
+from stablevm.importing.config import ImportConfig
+from stablevm.rng import RowGenerators, randn
+from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.snapshot import load_card, load_model
+
+TOLD = {"path_type": "linear", "prediction": "v"}
+SIT_ARGS = {"image_size": 64, "path_type": "Linear", "prediction": "velocity", "loss_weight": None}
+REPA_ARGS = {"path_type": "cosine", "prediction": "v", "encoder_depth": 1, "exp_name": "x", "resolution": 64}
+
+
+def sit(**options):
+    return pub.built(pub.PublishedSiT, **options)
+
+
+def legacy(state):
+    """Early REPA checkpoints call the blocks after the aligned one decoder blocks and count them anew."""
+    return {key.replace("blocks.1.", "decoder_blocks.0."): value for key, value in state.items()}
+
+
+def training_file(network, args, **more):
+    """As the projects' training scripts write it; the model's weights are others than the average's."""
+    other = OrderedDict((key, 0.9 * value) for key, value in network.state_dict().items())
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
+    return {"model": other, "ema": network.state_dict(), "opt": optimizer, "args": argparse.Namespace(**args), **more}
+
+
+def imported(content, folder, **options):
+    torch.save(content, folder / "published.pt")
+    import_checkpoint(ImportConfig(folder / "published.pt", folder / "ours", **options))
+    card = load_card(folder / "ours")
+    return card, load_model(folder / "ours", card)
+
+
+def inputs():
+    stream = torch.Generator().manual_seed(3)
+    x = torch.randn(6, pub.CHANNELS, pub.SIDE, pub.SIDE, generator=stream)
+    t = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(4, generator=stream)])
+    return x, t, torch.tensor([0, 1, 2, 3, 4, pub.CLASSES])
+
+
+def difference(network, model, *, reverse):
+    """The largest, over the size of the output."""
+    x, t, y = inputs()
+    expected = -network(x, 1 - t, y) if reverse else network(x, t, y)
+    return ((model(x, t, y) - expected).abs().max() / expected.std()).item()
+
+
+FORMS = {
+    "sit, bare": (sit(learn_sigma=True), lambda net: net.state_dict(), TOLD, True),
+    "sit, training": (sit(), lambda net: training_file(net, SIT_ARGS), {}, True),
+    "sit, told": (sit(qk_norm=True), lambda net: {"ema": net.state_dict()}, {**TOLD, "source": "sit"}, True),
+    "repa": (sit(projectors=(12, 7)), lambda net: training_file(net, REPA_ARGS, steps=400), {}, False),
+    "repa, bare": (sit(projectors=(12,)), lambda net: net.state_dict(), {**TOLD, "encoder_depth": 2}, False),
+    "repa, legacy": (sit(projectors=(12,)), lambda net: legacy(net.state_dict()), TOLD, False),
+    "repa, no encoder": (sit(projectors=(0,)), lambda net: training_file(net, REPA_ARGS, steps=1), {}, False),
+    "stablevelocity": (sit(projectors=(9,), kind="conv"), lambda net: training_file(net, REPA_ARGS, steps=7), {},
+                       False),
+    "stablevelocity, plain": (sit(), lambda net: {"ema": net.state_dict(), "steps": 7}, TOLD, False),
+    "wrapped": (sit(), lambda net: {"ema": {f"module._orig_mod.{k}": v for k, v in net.state_dict().items()}},
+                {**TOLD, "source": "stablevelocity"}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_imported_networks_compute_the_same(form, tmp_path):
+    """To 1e-5 of the output's size. Without the turn of time and sign, SiT's would differ by the size itself."""
+    network, save, options, reverse = FORMS[form]
+    card, model = imported(save(network), tmp_path, **options)
+    assert difference(network, model, reverse=reverse) < 1e-5
+    assert difference(network, model, reverse=not reverse) > 0.1
+    assert (card.model.name, card.model.num_classes, card.model.input_size) == ("SiT-XXS/2", pub.CLASSES, pub.SIDE)
+    assert card.model.qk_norm == ("told" in form)
+
+
+@pytest.mark.parametrize("form", ["repa", "repa, bare", "repa, legacy", "stablevelocity"])
+def test_projectors_come_along(form, tmp_path):
+    network, save, options, _ = FORMS[form]
+    card, model = imported(save(network), tmp_path, **options)
+    x, t, y = inputs()
+    _, found = model(x, t, y, features=True)
+    network(x, t, y)
+    tokens = network.seen[card.model.encoder_depth - 1]
+    for projector, features in zip(network.projectors, found, strict=True):
+        if form == "stablevelocity":
+            expected = projector.conv(tokens.mT.unflatten(2, (4, 4))).flatten(2).mT
+        else:
+            expected = projector(tokens)
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_file_records_goes_into_the_card(tmp_path):
+    card, _ = imported(FORMS["repa"][1](FORMS["repa"][0]), tmp_path)
+    assert (card.path_type, card.prediction, card.step, card.model.encoder_depth) == ("cosine", "v", 400, 1)
+    assert card.model.projector_dims == (12, 7) and card.class_names == ("0", "1", "2", "3", "4")
+    latent = card.latent
+    assert (latent.shape, latent.scale, latent.autoencoder) == ((4, 8, 8), 0.18215, "stabilityai/sd-vae-ft-mse")
+
+
+def test_both_sets_of_weights_come_along(tmp_path):
+    network = sit()
+    card, _ = imported(training_file(network, SIT_ARGS), tmp_path)
+    model = load_model(tmp_path / "ours", card, weights="model")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.9)
+    assert difference(network, model, reverse=True) < 1e-5
+
+
+@pytest.mark.parametrize("source", ["sit", "repa"])
+def test_euler_in_their_time_is_euler_in_ours(source, tmp_path):
+    """SiT integrates dx/dt = v from noise at 0 to data at 1, REPA from noise at 1 to data at 0; we do as REPA does."""
+    network, labels, steps = sit(), torch.tensor([1, 4]), 10
+    card, model = imported({"ema": network.state_dict()}, tmp_path, source=source, **TOLD)
+    noise = randn((2, 4, 8, 8), RowGenerators.for_keys("x", positions=range(2)))
+    x, h = noise.clone(), 1 / steps
+    for step in range(steps):
+        t = torch.full((2,), step * h if source == "sit" else 1 - step * h)
+        x = x + (h if source == "sit" else -h) * network(x, t, labels)
+    streams = RowGenerators.for_keys("x", positions=range(2))
+    found, _ = draw_latents(model, card, labels, streams, SamplerSettings(mode="ode", num_steps=steps), "cpu")
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+# --- refusals ---
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_code_in_a_file_is_named_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": sit().state_dict(), "args": Dangerous()}, tmp_path / "bad.pt")
+    with pytest.raises(
+        UserError, match=r"bad.pt: refused, it asks to load (posix|nt).system, which could run"
+    ) as error:
+        import_checkpoint(ImportConfig(tmp_path / "bad.pt", tmp_path / "ours", **TOLD))
+    one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]
+
+
+def without(state, *names):
+    return {key: value for key, value in state.items() if key not in names}
+
+
+STATE = sit().state_dict()
+REPA = {"source": "repa", **TOLD}
+MISTAKES = {
+    "whose": (STATE, TOLD, "does not show whose it is.* give --source sit, repa"),
+    "not sit": (sit(projectors=(3,)).state_dict(), {**TOLD, "source": "sit"}, "--source sit: .* is of repa"),
+    "not repa": (sit(learn_sigma=True).state_dict(), REPA, "--source repa: .* is of sit"),
+    "path": (STATE, {"source": "repa"}, "does not record its path.*; give --path-type cosine or linear"),
+    "prediction": (STATE, {"source": "repa", "path_type": "linear"}, "give --prediction v or x"),
+    "other path": (training_file(sit(), SIT_ARGS), {"path_type": "cosine"}, "--path-type cosine: .* records Linear"),
+    "unknown path": (training_file(sit(), {**SIT_ARGS, "path_type": "VP"}), {}, "trained with --path-type VP; only"),
+    "noise": (training_file(sit(), {**SIT_ARGS, "prediction": "noise"}), {}, "trained with --prediction noise"),
+    "depth": (sit(projectors=(3,)).state_dict(), TOLD, "has projectors .*; give --encoder-depth"),
+    "other depth": (training_file(sit(projectors=(3,)), REPA_ARGS), {"encoder_depth": 2}, "-depth 2.*records 1"),
+    "idle depth": (STATE, {**REPA, "encoder_depth": 2}, "--encoder-depth 2: the checkpoint has no projectors"),
+    "classes": (STATE, {**REPA, "num_classes": 6}, "--num-classes 6: .* 6 rows, which is 5 classes and the null"),
+    "resolution": (STATE, {**REPA, "resolution": 128}, r"images of 128 pixels, the network takes \(4, 8, 8\)"),
+    "missing": (without(STATE, "blocks.1.attn.proj.bias"), REPA, "missing: blocks.1.attn.proj.bias$"),
+    "unknown": ({**STATE, "w": STATE["pos_embed"]}, REPA, "unknown: w$"),
+    "shape": ({**STATE, "blocks.0.attn.proj.bias": torch.zeros(3)}, REPA, r"proj.bias \(3,\) instead of"),
+    "size": ({k: v for k, v in STATE.items() if "blocks.1" not in k}, REPA, "has 1 blocks of width 64; the sizes"),
+    "no sit": ({"layer.weight": torch.zeros(3)}, REPA, "no tensor x_embedder.proj.weight of 4 dimensions"),
+    "no weights": ({"epoch": 3, "ema": [1]}, REPA, "expected named weights.*found epoch, ema"),
+    "a list": ([STATE], REPA, "expected named weights, found list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(mistake, tmp_path):
+    content, options, expected = MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        imported(content, tmp_path, **options)
+    assert re.search(expected, one_line(error)), str(error.value)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"])
+def test_files_that_are_no_checkpoint(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pt: not a torch checkpoint"):
+        import_checkpoint(ImportConfig(tmp_path / "x.pt", tmp_path / "ours"))
+
+
+def test_a_file_cut_short(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"x.pt: not a torch checkpoint"):
+        import_checkpoint(ImportConfig(tmp_path / "x.pt", tmp_path / "ours", **REPA))
+
+
+def test_the_command_leaves_a_used_folder_alone(tmp_path, capsys):
+    torch.save(STATE, tmp_path / "x.pt")
+    command = [str(tmp_path / "x.pt"), "--output", str(tmp_path / "ours"), "--source", "repa"]
+    command += ["--path-type=linear", "--prediction=v"]
+    assert cli.main(["import", *command]) == 0
+    assert "ours: SiT-XXS/2, 5 classes, latents of 4 x 8 x 8, path linear, prediction v; weights: ema" in (
+        capsys.readouterr().out
+    )
+    assert cli.main(["import", *command]) == 2
+    assert "ours: holds model.json; give a new folder" in capsys.readouterr().err
