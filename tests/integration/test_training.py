@@ -24,7 +24,7 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.snapshot import load_card
 from stablevm.training.anchors import AnchorPlan, objective_streams
-from stablevm.training.step import Alignment
+from stablevm.training.step import Alignment, StepRunner
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -323,6 +323,28 @@ def test_metrics_by_time_are_parts_of_the_whole(root):
 def test_phases_with_alignment(root, whole):
     rows = [json.loads(line) for line in (whole["si, aligned"] / "metrics.jsonl").read_text().splitlines()]
     assert all(row["seconds/encoder"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_asked_while_training(allowed, root, monkeypatch):
+    seen = set()
+
+    def watched(self, *arguments):
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return step(self, *arguments)
+
+    step = StepRunner.run
+    monkeypatch.setattr(StepRunner, "run", watched)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    runs.run(runs.config(root, f"tf32-{allowed}", allow_tf32=allowed, max_train_steps=2, loss_type="stablevm"))
+    assert seen == {(allowed, allowed)}
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+def test_epochs_end_a_run(root, whole):
+    """40 samples in batches of 8."""
+    folder = runs.run(runs.config(root, "one-epoch", epochs=1))
+    assert runs.losses(folder) == runs.losses(whole["si"])[:5]
 
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
