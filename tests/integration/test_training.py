@@ -68,6 +68,12 @@ def assert_same_checkpoint(folder, other, step=6):
             assert torch.equal(value, two[part][name]), (part, name)
 
 
+def by_time(folder):
+    """The metrics of each row that are told apart by time."""
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if "/t=" in name} for row in rows]
+
+
 @EACH_OBJECTIVE
 def test_three_and_three_steps_are_six(objective, root, whole):
     settings = runs.config(root, f"resumed-{objective}", **OBJECTIVES[objective])
@@ -136,6 +142,8 @@ def test_two_processes_are_one(objective, root, whole):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
+    for row, expected in zip(by_time(settings.folder), by_time(whole[objective]), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3), "means over the samples of both processes"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -90,6 +91,9 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     trackers.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     trackers.close()
     (record,) = tmp_path.rglob("*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process may write the last of the file after `finish`
+    while BIN.encode() not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert b"loss" in record.read_bytes() and BIN.encode() in record.read_bytes()
     assert len(list(tmp_path.rglob("samples*.png"))) == 1
 
