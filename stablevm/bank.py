@@ -122,6 +122,18 @@ class ClassBank:
         copy = (self.ids[labels] == ids[:, None]) & (ids != NO_ID)[:, None]
         return filled & ~itself & ~copy
 
+    def replica(self) -> "ClassBank":
+        """A bank on the CPU that keeps the same books and holds no values: given the same samples' labels and ids (and
+        values of shape (0,)), it reports the same slots and draws the same entries.
+        """
+        books = ClassBank(self.num_classes, self.capacity, (0,))
+        for mine, theirs in zip(self._books(), books._books(), strict=True):
+            theirs.copy_(mine)
+        return books
+
+    def _books(self) -> tuple[Tensor, ...]:
+        return self.ids, self._heads, self.counts, self.seen
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that the bank holds, exactly; tensors only, so that safetensors can store it."""
         return {

@@ -33,7 +33,8 @@ class Draw:
     """One batch to regress on. All tensors are on the latents' device; images have shape (B, *shape).
 
     labels holds the null class where the label was dropped. ids are the dataset rows of the anchors (NO_ID where
-    unknown): the images that alignment needs. ess is the effective sample size of each target, 1 for CFM.
+    unknown): the images that alignment needs. ess is the effective sample size of each target, 1 for CFM. host_t is t
+    once more, on the host, where it was drawn: to read it there makes nobody wait for the device.
     """
 
     x_t: Tensor
@@ -44,6 +45,7 @@ class Draw:
     noise: Tensor
     ids: Tensor
     ess: Tensor
+    host_t: Tensor
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class StableVM:
         if slots is None:
             slots = self.bank.insert(latents, labels, ids)
         if self.anchors == "bank":
-            labels, slots = self.bank.draw(rand((latents.shape[0], 2), stream))
+            labels, slots = draw_anchors(self.bank, latents.shape[0], stream)
             latents, ids = self.bank.gather(slots).to(latents), self.bank.ids_at(slots)
         noisy = _perturb(self.protocol, latents, stream)
         shown, dropped = _drop_labels(self.protocol, labels, stream)
@@ -232,6 +234,13 @@ class StableVM:
         return self.bank.seen.float() if self.class_shares is None else self.class_shares
 
 
+def draw_anchors(bank: ClassBank, rows: int, stream: AnyGenerator) -> tuple[Tensor, Tensor]:
+    """Labels and flat slots (rows,) of the samples to perturb: the first numbers that `StableVM.draw` takes from its
+    stream, so that they can be known ahead of it.
+    """
+    return bank.draw(rand((rows, 2), stream))
+
+
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per sample: (B,), float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
@@ -243,13 +252,15 @@ class _Noisy:
     noise: Tensor
     t: Tensor
     x_t: Tensor
+    host_t: Tensor
 
 
 def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Noisy:
     device = latents.device
-    t = draw_times(protocol.weighting, protocol.path, latents.shape[0], stream).to(device)
+    host_t = draw_times(protocol.weighting, protocol.path, latents.shape[0], stream)
+    t = host_t.to(device, non_blocking=True)
     noise = randn(latents.shape, stream, device)
-    return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t))
+    return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t), host_t)
 
 
 def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tuple[Tensor, Tensor]:
@@ -257,7 +268,7 @@ def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tu
     if protocol.null_class is None:
         return labels, torch.zeros(len(labels), dtype=torch.bool)
     dropped = rand((len(labels),), stream) < protocol.label_dropout
-    return torch.where(dropped.to(labels.device), protocol.null_class, labels), dropped
+    return torch.where(dropped.to(labels.device, non_blocking=True), protocol.null_class, labels), dropped
 
 
 def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
@@ -275,4 +286,4 @@ def _finish(
         target = protocol.path.velocity(noisy.x0, noisy.noise, noisy.t)
         if correction is not None:
             target = target + protocol.path.offset_gain(noisy.t, noisy.x0) * correction[0]
-    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess)
+    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t)

@@ -6,9 +6,10 @@ to start at another step, and one process or four see the same global batches.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class TrainingBatch:
     labels: Tensor  # (B,) int64
     rows: Tensor  # (B,) int64: rows of the data set, which name the samples
     images: Tensor | None  # (B, 3, H, W) uint8, where asked for
+    image_rows: Tensor | None = None  # (B,) int64: the rows that the images are of
 
     def pin_memory(self) -> "TrainingBatch":
         """The batch in page-locked memory, from which copies to a GPU run beside other work."""
@@ -36,6 +38,7 @@ class TrainingBatch:
             labels=self.labels.pin_memory(),
             rows=self.rows.pin_memory(),
             images=None if self.images is None else self.images.pin_memory(),
+            image_rows=None if self.image_rows is None else self.image_rows.pin_memory(),
         )
 
 
@@ -106,14 +109,19 @@ def training_loader(
     world: int = 1,
     workers: int = 0,
     with_images: bool = False,
+    image_rows: Iterable[list[int]] | None = None,
     flip: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader:
     """A loader of `num_steps` batches (`TrainingBatch`) of this process, from `start_step` on.
 
-    With `flip` each sample is mirrored with probability 1/2, its image too. Raises UserError for a batch that the
-    processes can't share, for images that the data set does not hold, and for flips that it was prepared without.
+    With `image_rows`, which gives one list for each step, the images are those of other rows than the samples'; it is
+    asked in this process, shortly before the workers are. With `flip` each sample is mirrored with probability 1/2, its
+    image too. Raises UserError for a batch that the processes can't share, for images that the data set does not hold,
+    and for flips that it was prepared without.
     """
+    if flip and image_rows is not None:
+        raise ValueError("a flip belongs to a sample; the images of other rows can't share it")
     if with_images:
         dataset.check_images()
     if flip and not dataset.has_flips:
@@ -123,8 +131,8 @@ def training_loader(
         )
     sampler = StepSampler(len(dataset), global_batch, rank, world, seed, start_step, num_steps)
     return _Loader(
-        _StepReader(dataset, sampler, with_images, flip),
-        batch_sampler=_StepRequests(sampler),
+        _StepReader(dataset, sampler, flip),
+        batch_sampler=_StepRequests(sampler, (image_rows or sampler) if with_images else None),  # type: ignore[arg-type]
         collate_fn=_as_read,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -144,41 +152,47 @@ class _Loader(DataLoader):
             yield batch
 
 
-class _StepRequests:
-    """What the workers are asked for: the number of a step, followed by its rows."""
+class _Request(NamedTuple):
+    """What a worker is asked for: the samples of a step, and images where they are wanted."""
 
-    def __init__(self, sampler: StepSampler) -> None:
-        self.sampler = sampler
+    step: int
+    rows: list[int]
+    image_rows: list[int] | None
+
+
+class _StepRequests:
+    def __init__(self, sampler: StepSampler, image_rows: Iterable[list[int]] | None) -> None:
+        self.sampler, self.image_rows = sampler, image_rows
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step, rows in enumerate(self.sampler, start=self.sampler.start_step):
-            yield [step, *rows]
+    def __iter__(self) -> Iterator[_Request]:
+        steps = range(self.sampler.start_step, self.sampler.start_step + len(self))
+        image_rows = repeat(None) if self.image_rows is None else self.image_rows
+        yield from map(_Request, steps, self.sampler, image_rows)
 
 
 class _StepReader(Dataset):
     """Reads a whole batch at once: torch's loader passes each request to `__getitems__` as it is."""
 
-    def __init__(self, dataset: PreparedDataset, sampler: StepSampler, with_images: bool, flip: bool) -> None:
-        self.dataset, self.sampler = dataset, sampler
-        self.with_images, self.flip = with_images, flip
+    def __init__(self, dataset: PreparedDataset, sampler: StepSampler, flip: bool) -> None:
+        self.dataset, self.sampler, self.flip = dataset, sampler, flip
         self.labels = dataset.labels()
 
-    def __getitems__(self, request: list[int]) -> TrainingBatch | UserError:
-        step, *rows = request
+    def __getitems__(self, request: _Request) -> TrainingBatch | UserError:
         try:
-            return self._read(step, rows)
+            return self._read(*request)
         except UserError as error:
             return error
 
-    def _read(self, step: int, rows: list[int]) -> TrainingBatch:
+    def _read(self, step: int, rows: list[int], image_rows: list[int] | None) -> TrainingBatch:
         batch = TrainingBatch(
             moments=self.dataset.moments(rows),
             labels=self.labels[rows],
             rows=torch.tensor(rows),
-            images=self.dataset.images(rows) if self.with_images else None,
+            images=None if image_rows is None else self.dataset.images(image_rows),
+            image_rows=None if image_rows is None else torch.tensor(image_rows),
         )
         return self._flipped(batch, step) if self.flip else batch
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablevm import rng
-from stablevm.data.shards import PreparedDataset, open_dataset
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.files import write_json
 from stablevm.interpolant import get_interpolant

@@ -16,6 +16,7 @@ FREE_ON_RESUME = frozenset(
     {
         "resume", "resume_step", "report_to", "num_workers", "max_train_steps", "epochs", "checkpointing_steps",
         "checkpoints_kept", "sampling_steps", "log_steps", "prefill_batch_size", "prefill_workers", "bank_on_gpu",
+        "compile",
     }
 )  # fmt: skip
 
@@ -40,6 +41,8 @@ class TrainConfig:
     """Compute attention with the fused kernel."""
     qk_norm: bool = False
     """Normalise queries and keys."""
+    compile: bool = False
+    """Compile the network's blocks: the first step takes a minute, the others less time and memory."""
     resolution: int | None = None
     """Side of the images in pixels, checked against the data set. Default: the data set's."""
     num_classes: int | None = None

@@ -1,7 +1,8 @@
 """One optimiser step: from a batch of the loader to updated weights and a few numbers that stay on the device."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -12,8 +13,11 @@ from stablevm.alignment import alignment_loss, normalize_over_space, weighted_al
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
 from stablevm.encoders import Encoder
+from stablevm.errors import UserError
 from stablevm.objective import Draw, FlowMatching, StableVM, squared_error
 from stablevm.schedules import AlignmentSchedule
+from stablevm.training.anchors import objective_streams
+from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 
 
@@ -26,10 +30,57 @@ class Alignment:
     coefficient: float
     irepa_gamma: float | None  # None without iREPA
 
+    def __post_init__(self) -> None:
+        if self.irepa_gamma is not None and any(encoder.grid_size == 1 for encoder in self.encoders):
+            raise UserError(
+                "--use-irepa: the network has one token per image, and iREPA normalises features over tokens; "
+                "choose a --model of smaller patches or leave it out"
+            )
+
     def features(self, encoder: Encoder, images: Tensor) -> Tensor:
         """Tokens (B, T, D) that the projector of this encoder aims at."""
         tokens = encoder(images)
         return tokens if self.irepa_gamma is None else normalize_over_space(tokens, self.irepa_gamma)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one process saw in one step: detached tensors that stay on the device until someone reads them."""
+
+    means: dict[str, Tensor]  # scalars, means over the process's samples
+    t: Tensor  # (B,) times of the samples
+    velocity_loss: Tensor  # (B,)
+    effective_sample_size: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What the tokens of one micro-batch are aligned with."""
+
+    rows: Tensor  # of the n samples whose weight is not 0; encoders see no other
+    weights: Tensor  # (n,)
+    total: Tensor  # sum of the weights over all micro-batches and processes
+    features: list[Tensor]  # (n, T, D) for each encoder
+
+    @classmethod
+    def at(cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment) -> "_Aim":
+        """images (b, 3, H, W) on the device; weights (b,) on the host, so that nobody waits to learn which are 0."""
+        active = weights.nonzero().squeeze(1)
+        rows = active.to(images.device, non_blocking=True)
+        seen = images[rows]
+        return cls(
+            rows=rows,
+            weights=weights[active].to(images.device, non_blocking=True),
+            total=total,
+            features=[alignment.features(encoder, seen) for encoder in alignment.encoders] if len(active) else [],
+        )
+
+    def loss(self, projected: list[Tensor]) -> Tensor:
+        """The alignment term of the projected tokens (b, T, D) of each encoder, averaged over encoders."""
+        actives = [tokens[self.rows] for tokens in projected]
+        features = self.features or [active.detach() for active in actives]  # no row: a 0 attached to the graph
+        losses = [alignment_loss(*pair) for pair in zip(actives, features, strict=True)]
+        return torch.stack([weighted_alignment(loss, self.weights, self.total) for loss in losses]).mean()
 
 
 class BatchDrawer:
@@ -54,7 +105,7 @@ class BatchDrawer:
         """Samples to regress on in `step`, on the accelerator's device."""
         device, seed = self.accelerator.device, self.config.seed
         posterior_streams = rng.RowGenerators.for_keys(seed, "latent", step, positions=self.positions)
-        streams = rng.RowGenerators.for_keys(seed, "objective", step, positions=self.positions)
+        streams = objective_streams(seed, step, self.positions)
         moments = batch.moments.to(device, non_blocking=True)
         labels, ids = batch.labels.to(device, non_blocking=True), batch.rows.to(device, non_blocking=True)
         noise = rng.randn((len(labels), *self.dataset.latent.shape), posterior_streams, device)
@@ -78,8 +129,11 @@ class BatchDrawer:
 
     def images(self, batch: TrainingBatch, draw: Draw) -> Tensor:
         """The images (B, 3, H, W) uint8 of the draw's anchors, on the device."""
-        images = self.dataset.images(draw.ids.tolist()) if batch.images is None else batch.images
-        return images.to(self.accelerator.device, non_blocking=True)
+        assert batch.images is not None and batch.image_rows is not None
+        device = self.accelerator.device
+        as_planned = (draw.ids == batch.image_rows.to(device, non_blocking=True)).all()
+        torch._assert_async(as_planned, "the bank drew other anchors than those whose images were read")
+        return batch.images.to(device, non_blocking=True)
 
     def _from_all(self, part: Tensor) -> Tensor:
         gathered = self.accelerator.gather(part)
@@ -101,65 +155,58 @@ class StepRunner:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.config, self.alignment = config, alignment
 
-    def run(self, draw: Draw, images: Tensor | None) -> dict[str, Tensor]:
-        """Update the model; returns this process's scalar metrics, detached, on the device."""
-        parts = self.config.gradient_accumulation_steps
-        weights, total = self._alignment_weights(draw.t)
+    def run(self, draw: Draw, images: Tensor | None, clock: PhaseClock) -> StepMetrics:
+        """Update the model. images: of the draw's anchors, where something is aligned; clock: told of the phases."""
         sums: dict[str, Tensor] = {}
-        for number, rows in enumerate(torch.arange(len(draw.t)).chunk(parts), start=1):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
-            with self._maybe_no_sync(synchronise=number == parts):
-                losses = self._losses(draw, images, weights, total, span)
+        errors: list[Tensor] = []
+        for number, (span, aim) in enumerate(self._parts(draw, images), start=1):
+            if aim is not None:
+                clock.end("encoder")
+            with self._maybe_no_sync(synchronise=number == self.config.gradient_accumulation_steps):
+                losses, error = self._losses(draw, aim, span)
                 self.accelerator.backward(losses["loss"])
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
+            errors.append(error.detach())
+            clock.end("network")
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**sums, "grad_norm": norm.detach(), "effective_sample_size": draw.ess.mean()}
+        return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
 
-    def _losses(
-        self, draw: Draw, images: Tensor | None, weights: Tensor | None, total: Tensor | None, span: slice
-    ) -> dict[str, Tensor]:
-        """This micro-batch's part of each loss: over micro-batches they add up, over processes they average."""
+    def _parts(self, draw: Draw, images: Tensor | None) -> Iterator[tuple[slice, _Aim | None]]:
+        """The micro-batches, each with what its tokens are aligned with, encoded when its turn comes."""
+        alignment = self.alignment
+        if alignment is not None:  # weights are functions of t, whose zeros are looked for on the host
+            weights = alignment.schedule(draw.host_t)
+            total = self.accelerator.reduce(weights.sum().to(draw.t.device, non_blocking=True), reduction="sum")
+        for rows in torch.arange(len(draw.t)).chunk(self.config.gradient_accumulation_steps):
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            if alignment is None:
+                yield span, None
+            else:
+                assert images is not None and isinstance(total, Tensor)
+                yield span, _Aim.at(images[span], weights[span], total, alignment)
+
+    def _losses(self, draw: Draw, aim: _Aim | None, span: slice) -> tuple[dict[str, Tensor], Tensor]:
+        """This micro-batch's part of each loss, and the velocity's error of each sample (b,).
+
+        Over micro-batches the parts add up, over processes they average.
+        """
         inputs = draw.x_t[span], draw.t[span], draw.labels[span]
-        share = len(inputs[1]) / len(draw.t)
         with self.accelerator.autocast():
-            if self.alignment is None:
+            if aim is None:
                 prediction = self.model(*inputs)
             else:
                 prediction, projected = self.model(*inputs, features=True)
-        velocity = squared_error(prediction, draw.target[span]).mean() * share
-        if self.alignment is None:
-            return {"loss": velocity, "velocity_loss": velocity}
-        assert images is not None and weights is not None and total is not None
-        aligned = self._aligned(projected, images[span], weights[span], total)
-        return {
-            "loss": velocity + self.alignment.coefficient * aligned,
-            "velocity_loss": velocity,
-            "alignment_loss": aligned,
-        }
-
-    def _aligned(self, projected: list[Tensor], images: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-        """The alignment term, averaged over encoders, which see only images whose weight is not 0."""
+        error = squared_error(prediction, draw.target[span])
+        velocity = error.mean() * (len(error) / len(draw.t))
+        if aim is None:
+            return {"loss": velocity, "velocity_loss": velocity}, error
         assert self.alignment is not None
-        rows = weights.nonzero().squeeze(1).to(images.device)
-        weights = weights.to(images.device)
-        terms = []
-        for encoder, tokens in zip(self.alignment.encoders, projected, strict=True):
-            active = tokens[rows]
-            features = self.alignment.features(encoder, images[rows]) if len(rows) else active.detach()
-            terms.append(weighted_alignment(alignment_loss(active, features), weights[rows], total))
-        return torch.stack(terms).mean() * self.accelerator.num_processes
-
-    def _alignment_weights(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The weights (B,), on the host where their zeros are looked for, and their sum over all processes."""
-        if self.alignment is None:
-            return None, None
-        weights = self.alignment.schedule(t)
-        total = self.accelerator.reduce(weights.sum(), reduction="sum")
-        assert isinstance(total, Tensor)
-        return weights.cpu(), total
+        aligned = aim.loss(projected) * self.accelerator.num_processes
+        loss = velocity + self.alignment.coefficient * aligned
+        return {"loss": loss, "velocity_loss": velocity, "alignment_loss": aligned}, error
 
     def _maybe_no_sync(self, synchronise: bool) -> AbstractContextManager[None]:
         """Gradients of all but the last micro-batch stay on their process."""
@@ -174,4 +221,5 @@ class StepRunner:
 
 
 def on_device(draw: Draw, device: torch.device) -> Draw:
-    return Draw(**{field.name: getattr(draw, field.name).to(device, non_blocking=True) for field in fields(draw)})
+    names = [field.name for field in fields(draw) if field.name != "host_t"]
+    return replace(draw, **{name: getattr(draw, name).to(device, non_blocking=True) for name in names})

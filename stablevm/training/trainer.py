@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from stablevm import rng
 from stablevm.autoencoder import load_autoencoder
 from stablevm.data.dataset import PreparedDataset
-from stablevm.data.loader import training_loader
+from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.errors import UserError
 from stablevm.files import is_temporary, read_json, write_json
 from stablevm.interpolant import get_interpolant
@@ -23,15 +22,26 @@ from stablevm.precision import tf32
 from stablevm.schedules import AlignmentSchedule
 from stablevm.snapshot import ModelCard
 from stablevm.training import checkpoint
+from stablevm.training.anchors import AnchorPlan
 from stablevm.training.checkpoint import TrainingState
+from stablevm.training.clock import PhaseClock
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
 from stablevm.training.initial import initial_weights
 from stablevm.training.interruption import Interruption
+from stablevm.training.journal import Journal
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
-from stablevm.training.setup import class_names, load_encoders, make_objective, model_config, open_data, prefill
-from stablevm.training.step import Alignment, BatchDrawer, StepRunner
+from stablevm.training.setup import (
+    check_compiler,
+    class_names,
+    load_encoders,
+    make_objective,
+    model_config,
+    open_data,
+    prefill,
+)
+from stablevm.training.step import Alignment, BatchDrawer, StepMetrics, StepRunner
 from stablevm.training.tracker import Trackers
 
 ENCODER_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -85,6 +95,9 @@ class Trainer:
             )
         model = SiT(self.card.model, rng.generator(config.seed, "weights")).to(device)
         self.ema = MovingAverage(model, config.ema_decay)
+        if config.compile:
+            check_compiler(device)
+            model.compile_blocks()
         self.objective = make_objective(config, self.card.model, dataset, device)
         self.previews = self._previews()
         optimizer = torch.optim.AdamW(
@@ -107,7 +120,7 @@ class Trainer:
         if isinstance(self.objective, StableVM) and (not self.step or self.config.bank_is_fixed):
             prefill(self.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
         trackers = self._open_folder()
-        journal = Journal(self, trackers)
+        journal = Journal(self.config, self.accelerator, trackers, step=self.step, total_steps=self.total_steps)
         loader = training_loader(
             self.dataset,
             global_batch=self.config.batch_size,
@@ -117,20 +130,17 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
-            with_images=self._loader_reads_images(),
+            with_images=self.alignment is not None,
+            image_rows=self._anchor_plan(),
             pin_memory=self.accelerator.device.type == "cuda",
         )
         try:
             for batch in loader:
-                self._set_rate(rate_at(self.config, self.step, self.total_steps))
-                draw = self.drawer.draw(batch, self.step)
-                images = self.drawer.images(batch, draw) if self.alignment else None
-                metrics = self.runner.run(draw, images)
-                self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
-                self.step += 1
-                journal.add(metrics)
+                journal.clock.end("data_wait")
+                journal.add(self._train_step(batch, journal.clock))
                 if self._finish_step(journal, interruption):
                     break
+                journal.clock.end("other")
         finally:
             journal.close()
         self.accelerator.wait_for_everyone()
@@ -148,6 +158,17 @@ class Trainer:
         for line in lines:
             self._say(line)
 
+    def _train_step(self, batch: TrainingBatch, clock: PhaseClock) -> StepMetrics:
+        self._set_rate(rate_at(self.config, self.step, self.total_steps))
+        draw = self.drawer.draw(batch, self.step)
+        images = self.drawer.images(batch, draw) if self.alignment else None
+        clock.end("draw")
+        metrics = self.runner.run(draw, images, clock)
+        self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+        clock.end("update")
+        self.step += 1
+        return metrics
+
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
         if dataclasses.replace(state.card, step=0) != self.card:
@@ -162,14 +183,15 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.step = state.card.step
 
-    def _finish_step(self, journal: "Journal", interruption: Interruption) -> bool:
+    def _finish_step(self, journal: Journal, interruption: Interruption) -> bool:
         """Metrics, checkpoint and grid where this step asks for them; True when the run is to end."""
         config, last = self.config, self.step == self.total_steps
+        rate = self.optimizer.param_groups[0]["lr"]
         if last or self.step % config.log_steps == 0:
-            journal.flush()
+            journal.flush(self.step, rate)
         stop = interruption.agreed(self.accelerator) if self._may_stop() else False
         if last or stop or self.step % config.checkpointing_steps == 0:
-            journal.flush()
+            journal.flush(self.step, rate)
             if self.accelerator.is_main_process:
                 checkpoint.save(config.folder, self._state(), config.checkpoints_kept)
         if config.sampling_steps and (last or self.step % config.sampling_steps == 0):
@@ -180,7 +202,7 @@ class Trainer:
         """Processes must stop at the same step, and asking each other costs a synchronisation."""
         return self.accelerator.num_processes == 1 or self.step % self.config.log_steps == 0
 
-    def _draw_previews(self, journal: "Journal") -> None:
+    def _draw_previews(self, journal: Journal) -> None:
         if self.previews is not None:
             card = dataclasses.replace(self.card, step=self.step)
             grid = self.previews.draw(self.ema.model, card, self.accelerator.device)
@@ -243,10 +265,18 @@ class Trainer:
         autoencoder = load_autoencoder(self.dataset.latent, device=self.accelerator.device)
         return Previews(self.config.folder / "samples", autoencoder, self.config.seed)
 
-    def _loader_reads_images(self) -> bool:
-        """The fresh samples' images are wanted where they are the anchors; a bank's anchors are other samples."""
-        from_bank = isinstance(self.objective, StableVM) and self.config.bank_anchors == "bank"
-        return self.alignment is not None and not from_bank
+    def _anchor_plan(self) -> AnchorPlan | None:
+        """Whose images the loader reads, where the anchors that they belong to are not the fresh samples."""
+        if self.alignment is None or not isinstance(self.objective, StableVM) or self.objective.anchors == "batch":
+            return None
+        return AnchorPlan(
+            self.objective.bank,
+            self.dataset,
+            self.config,
+            self.drawer.positions,
+            start_step=self.step,
+            num_steps=self.total_steps - self.step,
+        )
 
     def _open_folder(self) -> Trackers | None:
         """Create the run's folder; the trackers, on the main process."""
@@ -259,52 +289,6 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(line)
-
-
-class Journal:
-    """Metrics of the steps since the last row, kept on the device until a row is due, and the progress bar."""
-
-    def __init__(self, trainer: Trainer, trackers: Trackers | None) -> None:
-        self.trackers = trackers
-        self._trainer = trainer
-        self._pending: list[dict[str, Tensor]] = []
-        self._since = time.perf_counter()
-        self._bar = tqdm(
-            total=trainer.total_steps,
-            initial=trainer.step,
-            desc=trainer.config.exp_name,
-            unit="step",
-            disable=not trainer.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        self._pending.append(metrics)
-        self._bar.update()
-
-    def flush(self) -> None:
-        """Write the mean over the pending steps and over all processes as one row."""
-        if not self._pending:
-            return
-        names = list(self._pending[0])
-        means = torch.stack([torch.stack([row[name].float() for name in names]) for row in self._pending]).mean(0)
-        means = self._trainer.accelerator.reduce(means, reduction="mean")
-        assert isinstance(means, Tensor)
-        values = dict(zip(names, means.tolist(), strict=True))
-        seconds = time.perf_counter() - self._since
-        config = self._trainer.config
-        values["lr"] = self._trainer.optimizer.param_groups[0]["lr"]
-        values["images_per_second"] = len(self._pending) * config.batch_size / seconds
-        if self.trackers is not None:
-            self.trackers.log(self._trainer.step, values)
-        self._bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
-        self._pending.clear()
-        self._since = time.perf_counter()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self.trackers is not None:
-            self.trackers.close()
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -1,6 +1,7 @@
 """Whole runs: the same numbers however they are split, interrupted or resumed; and what each option does."""
 
 import json
+import operator
 import os
 import shutil
 import signal
@@ -16,12 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from stablevm import cli, rng
+from stablevm.data.dataset import PreparedDataset
 from stablevm.files import replacing
 from stablevm.models.sit import SiT
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.snapshot import load_card
-from stablevm.training.step import Alignment
+from stablevm.training.anchors import AnchorPlan, objective_streams
+from stablevm.training.step import Alignment, StepRunner
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,6 +68,12 @@ def assert_same_checkpoint(folder, other, step=6):
             assert torch.equal(value, two[part][name]), (part, name)
 
 
+def by_time(folder):
+    """The metrics of each row that are told apart by time."""
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if "/t=" in name} for row in rows]
+
+
 @EACH_OBJECTIVE
 def test_three_and_three_steps_are_six(objective, root, whole):
     settings = runs.config(root, f"resumed-{objective}", **OBJECTIVES[objective])
@@ -97,6 +106,7 @@ def test_accumulation_changes_nothing(objective, parts, root, whole):
     [
         ("si", {"num_workers": 2}),
         ("si, aligned", {"num_workers": 2}),
+        ("stablevm, aligned", {"num_workers": 2}),
         ("stablevm, bank", {"prefill_batch_size": 3, "prefill_workers": 2}),
         ("stablevm, bank", {"bank_on_gpu": False}),
         ("si", {"checkpointing_steps": 1, "sampling_steps": 1}),
@@ -132,6 +142,8 @@ def test_two_processes_are_one(objective, root, whole):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
+    for row, expected in zip(by_time(settings.folder), by_time(whole[objective]), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3), "means over the samples of both processes"
 
 
 @pytest.mark.slow
@@ -241,9 +253,10 @@ def test_what_a_run_leaves(root):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000004", "0000006"]
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"step", "loss", "velocity_loss", "grad_norm", "effective_sample_size", "lr", "images_per_second"} == set(
-        row
-    )
+    plain = {"step", "loss", "velocity_loss", "grad_norm", "effective_sample_size", "lr", "images_per_second"}
+    phases = {f"seconds/{phase}" for phase in ("data_wait", "draw", "network", "update", "other")}
+    assert {name for name in row if "/t=" not in name} == plain | phases | {"memory/host_peak_gib"}
+    assert row["images_per_second"] == pytest.approx(8 / sum(row[name] for name in phases), rel=1e-6)
     samples = GenerateConfig(
         ckpt=folder / "checkpoints" / "0000006", num_fid_samples=6, num_steps=2, sample_dir=root / "samples", name="x"
     )
@@ -270,6 +283,97 @@ def test_encoders_see_no_image_without_weight(root, monkeypatch):
     seen.clear()
     runs.run(runs.config(root, "never-weight", proj_tau=1e-9, **runs.ALIGNED))
     assert sum(seen) == 0
+
+
+def test_workers_read_the_images_of_the_banks_anchors(root, whole, monkeypatch):
+    """Also after a resume, and the process that trains reads none."""
+
+    def read_by_a_worker(self, rows):
+        assert torch.utils.data.get_worker_info() is not None
+        return read(self, rows)
+
+    read = PreparedDataset.images
+    monkeypatch.setattr(PreparedDataset, "images", read_by_a_worker)
+    settings = runs.config(root, "ahead", num_workers=1, **OBJECTIVES["stablevm, aligned"])
+    runs.run(replace(settings, max_train_steps=2))
+    assert runs.losses(runs.run(settings)) == runs.losses(whole["stablevm, aligned"])
+
+
+def test_images_of_other_anchors_are_noticed(root, monkeypatch):
+    monkeypatch.setattr(AnchorPlan, "__iter__", lambda self: iter([[0] * 8] * 6))
+    with pytest.raises(RuntimeError, match="other anchors"):
+        runs.run(runs.config(root, "wrong-plan", **OBJECTIVES["stablevm, aligned"]))
+
+
+@pytest.mark.parametrize("objective", ["si", "stablevm, bank", "stablevm, batch"])
+def test_without_alignment_no_image_is_read(objective, root, whole, tmp_path):
+    shutil.copytree(root / "data", tmp_path / "data")
+    for path in (tmp_path / "data").glob("images-*"):
+        path.unlink()
+    folder = runs.run(runs.config(root, f"blind-{objective}", **OBJECTIVES[objective], data_dir=tmp_path / "data"))
+    assert runs.losses(folder) == runs.losses(whole[objective])
+
+
+def test_metrics_by_time_are_parts_of_the_whole(root):
+    """Weighted by how many samples a bin has, its means add up to the whole's; an empty bin is left out."""
+    folder = runs.run(runs.config(root, "binned", log_steps=6, loss_type="stablevm", prefill_bank_fully=True))
+    (row,) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    streams = [objective_streams(0, step, range(8)) for step in range(6)]
+    times = torch.cat([(rng.rand((8, 2), stream), rng.rand((8,), stream))[1] for stream in streams])
+    counts = times.mul(10).long().bincount(minlength=10).tolist()
+    names = [f"t={number / 10:.1f}-{(number + 1) / 10:.1f}" for number in range(10)]
+    for metric in ("velocity_loss", "effective_sample_size"):
+        bins = [row.get(f"{metric}/{name}", 0.0) for name in names]
+        assert [bool(value) for value in bins] == [bool(count) for count in counts]
+        assert sum(map(operator.mul, bins, counts)) / 48 == pytest.approx(row[metric], rel=1e-6)
+
+
+def test_phases_with_alignment(root, whole):
+    rows = [json.loads(line) for line in (whole["si, aligned"] / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["seconds/encoder"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_asked_while_training(allowed, root, monkeypatch):
+    seen = set()
+
+    def watched(self, *arguments):
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return step(self, *arguments)
+
+    step = StepRunner.run
+    monkeypatch.setattr(StepRunner, "run", watched)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    runs.run(runs.config(root, f"tf32-{allowed}", allow_tf32=allowed, max_train_steps=2, loss_type="stablevm"))
+    assert seen == {(allowed, allowed)}
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+def test_epochs_end_a_run(root, whole):
+    """40 samples in batches of 8."""
+    folder = runs.run(runs.config(root, "one-epoch", epochs=1))
+    assert runs.losses(folder) == runs.losses(whole["si"])[:5]
+
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_compiled_blocks_compute_the_same(root, whole):
+    """A run may change between compiled and not: its checkpoints are the same in names and, to rounding, in values."""
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = runs.config(root, "compiled", compile=True, sampling_steps=2)
+    runs.run(replace(compiled, max_train_steps=2))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+    runs.run(replace(compiled, max_train_steps=4, compile=False))
+    folder = runs.run(compiled)
+    assert runs.losses(folder) == pytest.approx(runs.losses(whole["si"]), abs=1e-5)
+    one, two = saved(folder, 6), saved(whole["si"], 6)
+    for part in one:
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            assert torch.allclose(value, two[part][name], atol=1e-4), (part, name)
 
 
 EFFECTS = [

@@ -1,9 +1,16 @@
 """The alignment loss and iREPA's normalisation, by hand."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
+from stablevm.errors import UserError
+from stablevm.interpolant import LINEAR
+from stablevm.schedules import AlignmentSchedule
+from stablevm.training.step import Alignment
 
 
 def test_loss_is_minus_the_mean_cosine():
@@ -38,6 +45,16 @@ def test_spatial_normalisation_is_float32(stream):
     assert normalised.dtype == torch.float32
     torch.testing.assert_close(normalised.mean(1), torch.zeros(2, 8), rtol=0, atol=1e-5)
     torch.testing.assert_close(normalised.std(1), torch.ones(2, 8), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "gamma, grids, fits", [(0.6, [1], False), (0.6, [2, 1], False), (0.6, [2], True), (None, [1], True)]
+)
+def test_one_token_has_no_deviation_over_space(gamma, grids, fits):
+    """iREPA would divide by a deviation that one token does not have."""
+    encoders = [SimpleNamespace(grid_size=grid) for grid in grids]
+    with nullcontext() if fits else pytest.raises(UserError, match=r"--use-irepa: .* one token .* smaller patches"):
+        Alignment(encoders, AlignmentSchedule("hard", LINEAR), 0.5, gamma)
 
 
 def test_spatial_normalisation():

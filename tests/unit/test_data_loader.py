@@ -3,7 +3,8 @@
 import os
 import random
 import signal
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, count
 
 import numpy as np
 import pytest
@@ -54,11 +55,12 @@ def read(data, **options):
 
 
 def same(left, right):
-    return all(
-        torch.equal(getattr(a, name), getattr(b, name))
+    pairs = [
+        (getattr(a, name), getattr(b, name))
         for a, b in zip(left, right, strict=True)
         for name in ("moments", "labels", "rows", "images")
-    )
+    ]
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
 class TestLoader:
@@ -100,6 +102,22 @@ class TestLoader:
         chosen = torch.stack(choices).double()  # 4 steps x 500 positions
         assert abs(chosen.sum() - 1_000) < 4 * 2_000**0.5 / 2  # |z| < 4 at seed 3
         assert (chosen.corrcoef() - torch.eye(4)).abs().max() < 4 / 500**0.5  # steps are independent: |z| < 4
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_images_of_other_rows(self, dataset_dir, dataset_rows, workers):
+        """They are asked for step by step: a plan may go on for ever, and may be what it is only when it is due."""
+        data = open_dataset(dataset_dir)
+        wanted = ([step, 19_999, 7 * step] for step in count(1))
+        batches = read(data, with_images=True, image_rows=wanted, workers=workers)
+        assert len(batches) == 4
+        for step, batch in enumerate(batches, start=1):
+            assert batch.image_rows.tolist() == [step, 19_999, 7 * step]
+            assert torch.equal(batch.images, dataset_rows["images"][batch.image_rows])
+        assert same(read(data), [replace(batch, images=None) for batch in batches])
+
+    def test_other_rows_do_not_flip(self, dataset_dir):
+        with pytest.raises(ValueError, match="flip"):
+            read(open_dataset(dataset_dir), with_images=True, image_rows=[[0]] * 4, flip=True)
 
     def test_a_resumed_loader_goes_on_with_the_same_flips(self, dataset_dir):
         data = open_dataset(dataset_dir)
@@ -144,5 +162,7 @@ class TestLoader:
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
         batch = loader_module.TrainingBatch(*(torch.zeros(2) for _ in range(3)), images=None)
         pinned = batch.pin_memory()
-        assert pinned.images is None
+        assert pinned.images is None and pinned.image_rows is None
         assert all(getattr(pinned, name).eq(1).all() for name in ("moments", "labels", "rows"))
+        pinned = loader_module.TrainingBatch(*(torch.zeros(2) for _ in range(5))).pin_memory()
+        assert pinned.images.eq(1).all() and pinned.image_rows.eq(1).all()

@@ -2,11 +2,14 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
+
+BIN = "velocity_loss/t=0.0-0.1"  # a name as the trainer gives them
 
 
 def write(folder, steps, names=(), first_step=0):
@@ -66,13 +69,14 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
 
     trackers = Trackers(tmp_path, ["tensorboard"], {"seed": 3, "name": None, "folder": tmp_path})
     trackers.log(10, {"loss": 0.25})
-    trackers.log(20, {"loss": 0.125})
+    trackers.log(20, {"loss": 0.125, BIN: 0.75})
     picture = np.zeros((4, 6, 3), dtype=np.uint8)
     picture[1, 2] = (255, 128, 0)
     trackers.image(20, "samples", picture)
     trackers.close()
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(row.step, row.value) for row in written.Scalars("loss")] == [(10, 0.25), (20, 0.125)]
+    assert [(row.step, row.value) for row in written.Scalars(BIN)] == [(20, 0.75)]
     (image,) = written.Images("samples")
     assert (image.step, image.height, image.width) == (20, 4, 6)
     assert steps_in(tmp_path / METRICS_FILE) == [10, 20]
@@ -83,10 +87,15 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     trackers = Trackers(tmp_path, ["wandb"], {"batch_size": 3, "path": tmp_path, "name": None})
-    trackers.log(1, {"loss": 0.5})
+    trackers.log(1, {"loss": 0.5, BIN: 0.25})
     trackers.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     trackers.close()
-    assert list(tmp_path.rglob("*.wandb"))
+    (record,) = tmp_path.rglob("*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process may write the last of the file after `finish`
+    while BIN.encode() not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert b"loss" in record.read_bytes() and BIN.encode() in record.read_bytes()
+    assert len(list(tmp_path.rglob("samples*.png"))) == 1
 
 
 def test_without_trackers_there_is_only_the_file(tmp_path):
