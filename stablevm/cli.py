@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -137,17 +138,23 @@ def _guarded(run: Callable[[], object]) -> int:
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _tell("interrupted; run the same command again to go on")
         return INTERRUPTED_STATUS
     except OSError as error:
         if error.errno not in SYSTEM_LIMITS:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        _tell(f"error: {error.strerror}: {error.filename or 'while writing'}")
         return USER_ERROR_STATUS
     return 0
+
+
+def _tell(line: str) -> None:
+    """Of several processes, which launchers number by RANK, one speaks: they were given the same command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:
@@ -170,4 +177,5 @@ def _resumed(arguments: Sequence[str]) -> TrainConfig | None:
     if name is None or folder is None or not (Path(folder) / name / CONFIG_FILE).exists():
         return None
     saved = TrainConfig.from_dict(read_json(Path(folder) / name / CONFIG_FILE, "run"))
-    return replace(saved, resume=True, resume_step=0)
+    # The folder may have been moved since: it is where it is.
+    return replace(saved, resume=True, resume_step=0, exp_name=name, output_dir=Path(folder))

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MovingAverage:
@@ -16,8 +16,11 @@ class MovingAverage:
         self._average = [parameter.data for parameter in self.model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Follow `model` after `updates` earlier updates."""
+    def update(self, model: nn.Module, updates: int, taken: Tensor | None = None) -> None:
+        """Follow `model` after `updates` earlier updates; where `taken`, () bool on its device, is false, stay."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         current = [parameter.data for parameter in model.parameters()]
-        torch._foreach_lerp_(self._average, current, 1 - decay)
+        if taken is None:
+            torch._foreach_lerp_(self._average, current, 1 - decay)
+        else:  # a weight on the device, which nothing waits for
+            torch._foreach_lerp_(self._average, current, [(1 - decay) * taken] * len(current))

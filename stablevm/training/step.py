@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from stablevm import rng
@@ -15,6 +16,7 @@ from stablevm.encoders import Encoder
 from stablevm.objective import Draw, FlowMatching, StableVM, squared_error
 from stablevm.schedules import AlignmentSchedule
 from stablevm.training.config import TrainConfig
+from stablevm.training.guard import GuardedAdamW, spread
 
 
 @dataclass(frozen=True)
@@ -90,35 +92,46 @@ class StepRunner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AcceleratedOptimizer,
         accelerator: Accelerator,
         config: TrainConfig,
         alignment: Alignment | None,
     ) -> None:
+        """model, optimizer: as `accelerator` prepared them, the latter a `GuardedAdamW`."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.adamw: GuardedAdamW = optimizer.optimizer
         self.config, self.alignment = config, alignment
 
-    def run(self, draw: Draw, images: Tensor | None) -> dict[str, Tensor]:
-        """Update the model; returns this process's scalar metrics, detached, on the device."""
+    def run(self, draw: Draw, images: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Update the model, unless the gradient's norm is not finite, on any process.
+
+        Returns this process's scalar metrics and the velocity loss of each sample (B,), detached, on the device.
+        """
         parts = self.config.gradient_accumulation_steps
         weights, total = self._alignment_weights(draw.t)
         sums: dict[str, Tensor] = {}
+        errors: list[Tensor] = []
         for number, rows in enumerate(torch.arange(len(draw.t)).chunk(parts), start=1):
             span = slice(int(rows[0]), int(rows[-1]) + 1)
             with self._maybe_no_sync(synchronise=number == parts):
-                losses = self._losses(draw, images, weights, total, span)
-                self.accelerator.backward(losses["loss"])
+                losses, sample_errors = self._losses(draw, images, weights, total, span)
+                self.accelerator.backward(spread(losses["loss"]))
+            errors.append(sample_errors.detach())
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         norm = self._clip()
+        self.adamw.skip = ~norm.isfinite()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**sums, "grad_norm": norm.detach(), "effective_sample_size": draw.ess.mean()}
+        return {**sums, "grad_norm": norm.detach(), "effective_sample_size": draw.ess.mean()}, torch.cat(errors)
 
     def _losses(
         self, draw: Draw, images: Tensor | None, weights: Tensor | None, total: Tensor | None, span: slice
-    ) -> dict[str, Tensor]:
-        """This micro-batch's part of each loss: over micro-batches they add up, over processes they average."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """This micro-batch's part of each loss: over micro-batches they add up, over processes they average.
+
+        And its samples' velocity losses.
+        """
         inputs = draw.x_t[span], draw.t[span], draw.labels[span]
         share = len(inputs[1]) / len(draw.t)
         with self.accelerator.autocast():
@@ -126,16 +139,14 @@ class StepRunner:
                 prediction = self.model(*inputs)
             else:
                 prediction, projected = self.model(*inputs, features=True)
-        velocity = squared_error(prediction, draw.target[span]).mean() * share
+        errors = squared_error(prediction, draw.target[span])
+        velocity = errors.mean() * share
         if self.alignment is None:
-            return {"loss": velocity, "velocity_loss": velocity}
+            return {"loss": velocity, "velocity_loss": velocity}, errors
         assert images is not None and weights is not None and total is not None
         aligned = self._aligned(projected, images[span], weights[span], total)
-        return {
-            "loss": velocity + self.alignment.coefficient * aligned,
-            "velocity_loss": velocity,
-            "alignment_loss": aligned,
-        }
+        loss = velocity + self.alignment.coefficient * aligned
+        return {"loss": loss, "velocity_loss": velocity, "alignment_loss": aligned}, errors
 
     def _aligned(self, projected: list[Tensor], images: Tensor, weights: Tensor, total: Tensor) -> Tensor:
         """The alignment term, averaged over encoders, which see only images whose weight is not 0."""

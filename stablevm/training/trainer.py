@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -11,10 +13,10 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.autoencoder import load_autoencoder
-from stablevm.data.loader import training_loader
+from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.data.shards import PreparedDataset
 from stablevm.errors import UserError
-from stablevm.files import is_temporary, read_json, write_json
+from stablevm.files import remove_temporary, write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.models.sit import SiT
 from stablevm.objective import StableVM
@@ -22,13 +24,16 @@ from stablevm.precision import tf32
 from stablevm.schedules import AlignmentSchedule
 from stablevm.snapshot import ModelCard
 from stablevm.training import checkpoint
-from stablevm.training.checkpoint import TrainingState
+from stablevm.training.checkpoint import Record, TrainingState
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
+from stablevm.training.guard import Fault, Guard, GuardedAdamW
 from stablevm.training.interruption import Interruption
 from stablevm.training.previews import Previews
+from stablevm.training.processes import on_main
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import class_names, load_encoders, make_objective, model_config, open_data, prefill
+from stablevm.training.start import find_start
 from stablevm.training.step import Alignment, BatchDrawer, StepRunner
 from stablevm.training.tracker import Trackers
 
@@ -43,7 +48,7 @@ def train(config: TrainConfig) -> int:
     """
     config.validate()
     accelerator = _accelerator(config)
-    start = _find_start(config)
+    start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     if accelerator.is_main_process:
         for line in config.warnings():
@@ -82,18 +87,18 @@ class Trainer:
         model = SiT(self.card.model, rng.generator(config.seed, "weights")).to(device)
         self.ema = MovingAverage(model, config.ema_decay)
         self.objective = make_objective(config, self.card.model, dataset, device)
-        self.previews = self._previews()
-        optimizer = torch.optim.AdamW(
+        self.previews = on_main(accelerator, self._previews) if config.sampling_steps else None
+        optimizer = GuardedAdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
         self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.alignment)
+        self.guard = Guard(accelerator, config.max_bad_steps)
 
     def run(self, interruption: Interruption) -> int:
         """Train to the end, or to an interruption; returns the number of finished steps."""
@@ -102,7 +107,7 @@ class Trainer:
             return self.step
         if isinstance(self.objective, StableVM) and not self.step:
             prefill(self.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
-        trackers = self._open_folder()
+        trackers = on_main(self.accelerator, self._open_folder)
         journal = Journal(self, trackers)
         loader = training_loader(
             self.dataset,
@@ -117,13 +122,15 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         try:
-            for batch in loader:
+            for batch in self._batches(loader):
                 self._set_rate(rate_at(self.config, self.step, self.total_steps))
                 draw = self.drawer.draw(batch, self.step)
                 images = self.drawer.images(batch, draw) if self.alignment else None
-                metrics = self.runner.run(draw, images)
-                self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+                metrics, sample_losses = self.runner.run(draw, images)
+                taken = metrics["grad_norm"].isfinite()
+                self.ema.update(self.accelerator.unwrap_model(self.model), self.step, taken)
                 self.step += 1
+                self.guard.add(self.step, metrics["loss"], metrics["grad_norm"], draw.ids, sample_losses)
                 journal.add(metrics)
                 if self._finish_step(journal, interruption):
                     break
@@ -134,6 +141,15 @@ class Trainer:
             self._say(f"interrupted; saved step {self.step}. Run the same command again to go on.")
             raise SystemExit(128 + interruption.signal)
         return self.step
+
+    def _batches(self, loader: Iterable[TrainingBatch]) -> Iterator[TrainingBatch]:
+        """A process whose part of the data is damaged says so: the others do not know of it."""
+        try:
+            yield from loader
+        except UserError as error:
+            if not self.accelerator.is_main_process:
+                print(f"error in process {self.accelerator.process_index}: {error}", file=sys.stderr)
+            raise
 
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
@@ -157,22 +173,34 @@ class Trainer:
         stop = interruption.agreed(self.accelerator) if self._may_stop() else False
         if last or stop or self.step % config.checkpointing_steps == 0:
             journal.flush()
-            if self.accelerator.is_main_process:
-                checkpoint.save(config.folder, self._state(), config.checkpoints_kept)
+            self._save(journal)
         if config.sampling_steps and (last or self.step % config.sampling_steps == 0):
             self._draw_previews(journal)
         return stop
+
+    def _save(self, journal: "Journal") -> None:
+        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to go on from."""
+        config, means = self.config, journal.take_means()
+
+        def write() -> None:
+            checkpoint.save(config.folder, self._state(), 0 if self.guard.in_a_row else config.checkpoints_kept)
+            if config.keep_best in means:
+                checkpoint.keep_if_best(config.folder, Record(config.keep_best, means[config.keep_best], self.step))
+
+        on_main(self.accelerator, write)
 
     def _may_stop(self) -> bool:
         """Processes must stop at the same step, and asking each other costs a synchronisation."""
         return self.accelerator.num_processes == 1 or self.step % self.config.log_steps == 0
 
     def _draw_previews(self, journal: "Journal") -> None:
-        if self.previews is not None:
+        def draw() -> None:
+            assert self.previews is not None and journal.trackers is not None
             card = dataclasses.replace(self.card, step=self.step)
             grid = self.previews.draw(self.ema.model, card, self.accelerator.device)
-            if journal.trackers is not None:
-                journal.trackers.image(self.step, "samples", grid)
+            journal.trackers.image(self.step, "samples", grid)
+
+        on_main(self.accelerator, draw)
 
     def _state(self) -> TrainingState:
         return TrainingState(
@@ -218,10 +246,8 @@ class Trainer:
             irepa_gamma=config.irepa_gamma if config.use_irepa else None,
         )
 
-    def _previews(self) -> Previews | None:
+    def _previews(self) -> Previews:
         """Only the main process draws, and only it loads the autoencoder."""
-        if not self.config.sampling_steps or not self.accelerator.is_main_process:
-            return None
         autoencoder = load_autoencoder(self.dataset.latent, device=self.accelerator.device)
         return Previews(self.config.folder / "samples", autoencoder, self.config.seed)
 
@@ -230,13 +256,16 @@ class Trainer:
         from_bank = isinstance(self.objective, StableVM) and self.config.bank_anchors == "bank"
         return self.alignment is not None and not from_bank
 
-    def _open_folder(self) -> Trackers | None:
-        """Create the run's folder; the trackers, on the main process."""
-        if not self.accelerator.is_main_process:
-            return None
-        self.config.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.config.folder / CONFIG_FILE, self.config.to_dict())
-        return Trackers(self.config.folder, self.config.trackers, self.config.to_dict(), self.step)
+    def _open_folder(self) -> Trackers:
+        """Create the run's folder, or tidy it up; returns the trackers. To be called on the main process."""
+        folder = self.config.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporary(folder)
+        checkpoint.sweep(folder)
+        if aside := checkpoint.set_aside(folder, self.step):
+            self._say(f"going on from step {self.step}; newer checkpoints were moved to {aside}")
+        write_json(folder / CONFIG_FILE, self.config.to_dict())
+        return Trackers(folder, self.config.trackers, self.config.to_dict(), self.step)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -250,6 +279,8 @@ class Journal:
         self.trackers = trackers
         self._trainer = trainer
         self._pending: list[dict[str, Tensor]] = []
+        self._sums: dict[str, float] = defaultdict(float)  # over the `_taken` steps since the last checkpoint
+        self._taken = 0
         self._since = time.perf_counter()
         self._bar = tqdm(
             total=trainer.total_steps,
@@ -265,23 +296,46 @@ class Journal:
         self._bar.update()
 
     def flush(self) -> None:
-        """Write the mean over the pending steps and over all processes as one row."""
+        """Write the mean over the pending steps and over all processes as one row, and report the bad steps.
+
+        Skipped steps count in no mean. UserError after too many bad ones in a row.
+        """
         if not self._pending:
             return
         names = list(self._pending[0])
-        means = torch.stack([torch.stack([row[name].float() for name in names]) for row in self._pending]).mean(0)
+        taken, faults = self._trainer.guard.review()
+        table = torch.stack([torch.stack([row[name].float() for name in names]) for row in self._pending])
+        means = table[torch.tensor(taken, device=table.device)].mean(0)
         means = self._trainer.accelerator.reduce(means, reduction="mean")
         assert isinstance(means, Tensor)
         values = dict(zip(names, means.tolist(), strict=True))
+        if any(taken):
+            self._taken += sum(taken)
+            for name, value in values.items():
+                self._sums[name] += sum(taken) * value
         seconds = time.perf_counter() - self._since
         config = self._trainer.config
         values["lr"] = self._trainer.optimizer.param_groups[0]["lr"]
         values["images_per_second"] = len(self._pending) * config.batch_size / seconds
-        if self.trackers is not None:
-            self.trackers.log(self._trainer.step, values)
+        on_main(self._trainer.accelerator, lambda: self._write(values, faults))
         self._bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
         self._pending.clear()
         self._since = time.perf_counter()
+        self._trainer.guard.check(config.folder)
+
+    def take_means(self) -> dict[str, float]:
+        """Means of the metrics over the steps flushed since the last call; empty when all of them were skipped."""
+        means = {name: value / self._taken for name, value in self._sums.items()}
+        self._sums.clear()
+        self._taken = 0
+        return means
+
+    def _write(self, values: dict[str, float], faults: list[Fault]) -> None:
+        assert self.trackers is not None
+        for fault in faults:
+            tqdm.write(f"warning: {fault}", file=sys.stderr)
+            self.trackers.event(fault.to_row())
+        self.trackers.log(self._trainer.step, values)
 
     def close(self) -> None:
         self._bar.close()
@@ -302,16 +356,3 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"{config.gradient_accumulation_steps} accumulation steps; give one"
         )
     return accelerator
-
-
-def _find_start(config: TrainConfig) -> int:
-    """The step to go on from, 0 to begin; UserError when the folder holds another run."""
-    steps = checkpoint.saved_steps(config.folder)
-    saved = config.folder / CONFIG_FILE
-    if saved.exists():
-        config.check_continues(TrainConfig.from_dict(read_json(saved, "run")))
-    elif config.folder.exists() and not all(map(is_temporary, config.folder.iterdir())):
-        raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
-    if (config.resume or config.resume_step) and not steps:
-        raise UserError(f"--resume: {config.folder} has no checkpoint; leave the option out to begin a run")
-    return config.resume_step or (steps[-1] if steps else 0)
