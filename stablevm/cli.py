@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
+SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has ended
 # Faults of the machine that a user can mend, not bugs: no space, no permission, a read-only or full file system.
 SYSTEM_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -152,9 +154,16 @@ def _guarded(run: Callable[[], object]) -> int:
 
 
 def _tell(line: str) -> None:
-    """Of several processes, which launchers number by RANK, one speaks: they were given the same command."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+    """Print the last line of a command, once even if many processes, which launchers number by RANK, end with it.
+
+    Most errors meet all processes. The others therefore give the first one time to speak: its end makes the launcher
+    end them. Who is still there after that has an error of its own, such as a damaged part of the data.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        line = f"{line} (process {rank})"
+    print(line, file=sys.stderr)
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.autoencoder import load_autoencoder
-from stablevm.data.loader import TrainingBatch, training_loader
+from stablevm.data.loader import training_loader
 from stablevm.data.shards import PreparedDataset
 from stablevm.errors import UserError
 from stablevm.files import remove_temporary, write_json
@@ -122,7 +121,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         try:
-            for batch in self._batches(loader):
+            for batch in loader:
                 self._set_rate(rate_at(self.config, self.step, self.total_steps))
                 draw = self.drawer.draw(batch, self.step)
                 images = self.drawer.images(batch, draw) if self.alignment else None
@@ -141,15 +140,6 @@ class Trainer:
             self._say(f"interrupted; saved step {self.step}. Run the same command again to go on.")
             raise SystemExit(128 + interruption.signal)
         return self.step
-
-    def _batches(self, loader: Iterable[TrainingBatch]) -> Iterator[TrainingBatch]:
-        """A process whose part of the data is damaged says so: the others do not know of it."""
-        try:
-            yield from loader
-        except UserError as error:
-            if not self.accelerator.is_main_process:
-                print(f"error in process {self.accelerator.process_index}: {error}", file=sys.stderr)
-            raise
 
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""

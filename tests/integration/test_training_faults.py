@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -239,6 +240,42 @@ def test_of_two_processes_one_tells_the_error(mistake, root):
     assert done.returncode != 0
     assert [line[:7] for line in done.stderr.splitlines() if "error: --" in line] == ["error: "]
     assert "exitcode  : 2" in done.stderr, "as torchrun tells"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_as_slurm_stops_them(root):
+    """Started without a launcher; SIGTERM reaches each process, and the loaders' workers too."""
+    settings = runs.config(root, "requeued", max_train_steps=9_999, log_steps=5, num_workers=1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in "01":
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, ROOT / "train.py", *runs.as_arguments(settings)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **place}, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )
+        )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (settings.folder / "metrics.jsonl").exists() or len(rows(settings.folder)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
+    (saved,) = saved_steps(settings.folder)
+    assert rows(settings.folder)[-1]["step"] == saved and f"interrupted; saved step {saved}" in outputs[0]
+    assert "interrupted" not in outputs[1]
 
 
 @pytest.mark.slow
