@@ -17,6 +17,7 @@ from stablevm.objective import Draw, FlowMatching, StableVM, squared_error
 from stablevm.schedules import AlignmentSchedule
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import GuardedAdamW, spread
+from stablevm.training.state import whole
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class StepRunner:
         limit = self.config.max_grad_norm or torch.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         assert isinstance(norm, Tensor)
-        return norm
+        return whole(norm)
 
 
 def on_device(draw: Draw, device: torch.device) -> Draw:

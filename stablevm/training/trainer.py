@@ -1,13 +1,15 @@
 """The training run: from options to checkpoints, metrics and grids, and on from where an earlier command stopped."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections import defaultdict
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import Accelerator, DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from stablevm import rng
@@ -33,6 +35,7 @@ from stablevm.training.processes import on_main
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import class_names, load_encoders, make_objective, model_config, open_data, prefill
 from stablevm.training.start import find_start
+from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from stablevm.training.step import Alignment, BatchDrawer, StepRunner
 from stablevm.training.tracker import Trackers
 
@@ -95,6 +98,8 @@ class Trainer:
             eps=config.adam_epsilon,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2:
+            self.ema.model = fsdp2_prepare_model(accelerator, self.ema.model)  # in shards like the model
         self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
         self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.alignment)
         self.guard = Guard(accelerator, config.max_bad_steps)
@@ -145,10 +150,9 @@ class Trainer:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
         if dataclasses.replace(state.card, step=0) != self.card:
             raise UserError(f"{self.config.folder}: its checkpoint is of another network or data set than the options'")
-        model = self.accelerator.unwrap_model(self.model)
-        model.load_state_dict(state.model)
-        self.ema.model.load_state_dict(state.ema)
-        self._load_optimizer(state.optimizer)
+        load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
+        load_model_tensors(self.model, state.model)
+        load_model_tensors(self.ema.model, state.ema)
         if isinstance(self.objective, StableVM):
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
@@ -170,10 +174,10 @@ class Trainer:
 
     def _save(self, journal: "Journal") -> None:
         """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to go on from."""
-        config, means = self.config, journal.take_means()
+        config, state, means = self.config, self._state(), journal.take_means()
 
         def write() -> None:
-            checkpoint.save(config.folder, self._state(), 0 if self.guard.in_a_row else config.checkpoints_kept)
+            checkpoint.save(config.folder, state, 0 if self.guard.in_a_row else config.checkpoints_kept)
             if config.keep_best in means:
                 checkpoint.keep_if_best(config.folder, Record(config.keep_best, means[config.keep_best], self.step))
 
@@ -184,39 +188,39 @@ class Trainer:
         return self.accelerator.num_processes == 1 or self.step % self.config.log_steps == 0
 
     def _draw_previews(self, journal: "Journal") -> None:
+        average = self._whole_average()
+
         def draw() -> None:
             assert self.previews is not None and journal.trackers is not None
             card = dataclasses.replace(self.card, step=self.step)
-            grid = self.previews.draw(self.ema.model, card, self.accelerator.device)
+            grid = self.previews.draw(average, card, self.accelerator.device)
             journal.trackers.image(self.step, "samples", grid)
 
         on_main(self.accelerator, draw)
 
     def _state(self) -> TrainingState:
+        """The state, on the main process; all take part, as each may hold shards."""
+        main = self.accelerator.is_main_process
         return TrainingState(
             card=dataclasses.replace(self.card, step=self.step),
-            model=self.accelerator.unwrap_model(self.model).state_dict(),
-            ema=self.ema.model.state_dict(),
-            optimizer=self._optimizer_tensors(),
-            bank=self.objective.bank.state_dict() if isinstance(self.objective, StableVM) else {},
+            model=model_tensors(self.model),
+            ema=model_tensors(self.ema.model),
+            optimizer=optimizer_tensors(self.model, self.runner.adamw),
+            bank=self.objective.bank.state_dict() if main and isinstance(self.objective, StableVM) else {},
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         )
 
-    def _trained_names(self) -> list[str]:
-        model = self.accelerator.unwrap_model(self.model)
-        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        names = self._trained_names()
-        return {f"{names[i]}.{key}": value for i, values in state.items() for key, value in values.items()}
-
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, name in enumerate(self._trained_names()):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state[index] = {key: tensors[f"{name}.{key}"] for key in keys}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+    def _whole_average(self) -> nn.Module:
+        """The moving average as a network that the main process can use alone."""
+        if not self.accelerator.is_fsdp2:
+            return self.ema.model
+        with torch.device("meta"):
+            model = SiT(self.card.model)
+        tensors = model_tensors(self.ema.model)
+        if self.accelerator.is_main_process:
+            model.load_state_dict(tensors, assign=True)
+            model.to(self.accelerator.device)
+        return model.eval().requires_grad_(False)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -339,6 +343,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
     # Told that there is only a CPU, accelerate joins several processes through gloo; untold, it would leave each alone.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    _check_sharding(accelerator)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(
@@ -346,3 +351,15 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"{config.gradient_accumulation_steps} accumulation steps; give one"
         )
     return accelerator
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """UserError where accelerate's configuration asks for FSDP that would silently be left out, or be wrong."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("FSDP: accelerate shards over several GPUs only; launch without --use_fsdp")
+    if not accelerator.is_fsdp2:
+        raise UserError("FSDP of version 1 hides the weights' names; set fsdp_version: 2 (--fsdp_version 2)")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--mixed-precision fp16: its scaler does not know of FSDP's shards; give bf16 or no")
