@@ -2,7 +2,9 @@
 
 import errno
 import importlib
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
+SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has ended
 # Faults of the machine that a user can mend, not bugs: no space, no permission, a read-only or full file system.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 SYSTEM_LIMITS = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -230,18 +233,31 @@ def _guarded(run: Callable[[], object]) -> int:
     try:
         status = run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _tell("interrupted; run the same command again to go on")
         return INTERRUPTED_STATUS
     except OSError as error:
         if error.errno not in SYSTEM_LIMITS:
             raise
         remedy = "; make space and run the same command again" if error.errno in NO_SPACE else ""
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}{remedy}", file=sys.stderr)
+        _tell(f"error: {error.strerror}: {error.filename or 'while writing'}{remedy}")
         return USER_ERROR_STATUS
     return status if isinstance(status, int) else 0
+
+
+def _tell(line: str) -> None:
+    """Print the last line of a command, once even if many processes, which launchers number by RANK, end with it.
+
+    Most errors meet all processes. The others therefore give the first one time to speak: its end makes the launcher
+    end them. Who is still there after that has an error of its own, such as a damaged part of the data.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        line = f"{line} (process {rank})"
+    print(line, file=sys.stderr)
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:
@@ -264,4 +280,5 @@ def _resumed(arguments: Sequence[str]) -> TrainConfig | None:
     if name is None or folder is None or not (Path(folder) / name / CONFIG_FILE).exists():
         return None
     saved = TrainConfig.from_dict(read_json(Path(folder) / name / CONFIG_FILE, "run"))
-    return replace(saved, resume=True, resume_step=0)
+    # The folder may have been moved since: it is where it is.
+    return replace(saved, resume=True, resume_step=0, exp_name=name, output_dir=Path(folder))

@@ -58,6 +58,12 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(_TEMPORARY)
 
 
+def remove_temporary(folder: Path) -> None:
+    """Remove the leftovers of interrupted `replacing` anywhere below `folder`, which nobody may be writing to."""
+    for path in folder.rglob(f"{_TEMPORARY}*"):
+        path.unlink()
+
+
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,7 @@
 """A trained network that knows all that sampling needs: `model.json` beside its weights in safetensors."""
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +66,16 @@ def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, T
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, complete or not at all."""
+    """Write a safetensors file, complete or not at all; OSError when the disk is full."""
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(plain, temporary)
+        try:
+            save_file(plain, temporary)
+        except SafetensorError as error:  # it tells of the system's error in words only
+            for number in (errno.ENOSPC, errno.EDQUOT):
+                if f"os error {number}" in str(error):
+                    raise OSError(number, os.strerror(number), str(path)) from None
+            raise
 
 
 def load_card(folder: str | Path) -> ModelCard:

@@ -5,6 +5,7 @@ The stream of samples is the concatenation of one permutation per epoch; step s 
 to start at another step, and one process or four see the same global batches.
 """
 
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -213,5 +214,9 @@ def _as_read(batch: Any) -> Any:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the trainer finishes its step and needs the workers for that."""
+    """The trainer, told to stop, finishes its step and needs the workers for that.
+
+    Ctrl-C reaches every process of the terminal, and a launcher's SIGTERM all of the trainer's group: they leave it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)

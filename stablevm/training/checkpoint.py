@@ -1,13 +1,16 @@
-"""Checkpoints: folders that are complete or absent, in safetensors and JSON.
+"""Checkpoints: folders that are complete or absent, in safetensors and JSON, with a checksum of every file.
 
 `checkpoints/0050000/` holds what generation needs (`stablevm.snapshot`), and beside it the state of the optimiser, the
 bank and the gradient scaler. Random numbers and data positions need none: they are functions of the seed and the step.
+`SHA256SUMS` is what the program sha256sum writes and checks.
 """
 
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,16 @@ from torch import Tensor
 
 from stablevm import snapshot
 from stablevm.errors import UserError
-from stablevm.files import read_json, sync, write_json
+from stablevm.files import read_json, sha256, sync, write_json, write_text
 from stablevm.snapshot import ModelCard
 
 CHECKPOINTS = "checkpoints"
+BEST = "best"
 STATE_FILE = "training.json"
+SUMS_FILE = "SHA256SUMS"
+RECORD_FILE = "best.json"
 _UNFINISHED = ".unfinished-"
+_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,15 @@ class TrainingState:
     scaler: dict[str, Any]  # of the fp16 gradient scaler; empty otherwise
 
 
+@dataclass(frozen=True)
+class Record:
+    """Why a checkpoint is the best one: of `metric`, lower is better, it had the lowest `value`."""
+
+    metric: str
+    value: float
+    step: int
+
+
 def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"{step:07d}"
 
@@ -42,31 +58,50 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
     """Write the checkpoint of `state.card.step` below `run`; then, if `keep` > 0, remove all but the newest `keep`.
 
-    The folder appears under its name only when everything in it is on the disk.
+    The folder appears under its name only when everything in it is on the disk. OSError, with the earlier checkpoints
+    as they were, when the disk is full.
     """
     target = checkpoint_folder(run, state.card.step)
-    _sweep(run)
-    folder = target.with_name(f"{_UNFINISHED}{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    folder.mkdir(parents=True)
-    try:
+    sweep(run)
+    with _appearing(target) as folder:
         for name, tensors in (("optimizer", state.optimizer), ("bank", state.bank)):
             if tensors:
                 snapshot.save_tensors(folder / f"{name}.safetensors", tensors)
         write_json(folder / STATE_FILE, {"scaler": state.scaler})
         snapshot.save(folder, state.card, {"ema": state.ema, "model": state.model})
-        if target.exists():  # this step was written before and is now reached again
-            shutil.rmtree(target)
-        folder.replace(target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        write_text(folder / SUMS_FILE, "".join(sums))
     for step in saved_steps(run)[:-keep] if keep else []:
         shutil.rmtree(checkpoint_folder(run, step))
     return target
 
 
+def keep_if_best(run: Path, record: Record) -> bool:
+    """Let `checkpoints/best` be the checkpoint of `record.step`, if no lower value of its metric is known.
+
+    Whoever measures a checkpoint calls this: the trainer with means of its metrics, an evaluation with its score.
+    A value that is not a number never is the best. The files are hard links, which take no space, where the file system
+    has them. Returns whether it became the best.
+    """
+    target = run / CHECKPOINTS / BEST
+    known = best_record(run)
+    rival = known.value if known is not None and known.metric == record.metric else float("inf")
+    if not record.value < rival:
+        return False
+    with _appearing(target) as folder:
+        shutil.copytree(checkpoint_folder(run, record.step), folder, copy_function=_link, dirs_exist_ok=True)
+        write_json(folder / RECORD_FILE, asdict(record))
+    return True
+
+
+def best_record(run: Path) -> Record | None:
+    """What `checkpoints/best` is the best of; None when there is none."""
+    path = run / CHECKPOINTS / BEST / RECORD_FILE
+    return Record(**read_json(path, "best checkpoint")) if path.exists() else None
+
+
 def load(run: Path, step: int) -> TrainingState:
-    """UserError when there is no checkpoint of that step or one of its files is damaged."""
+    """UserError when there is no checkpoint of that step or one of its files is damaged or missing."""
     folder = checkpoint_folder(run, step)
     if step not in saved_steps(run):
         found = ", ".join(map(str, saved_steps(run))) or "none"
@@ -82,13 +117,79 @@ def load(run: Path, step: int) -> TrainingState:
     )
 
 
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, "ema.safetensors is damaged" or the like; None when nothing is.
+
+    Every byte is read and compared with the checksums, so that a flipped one is found before it is trained on.
+    """
+    sums = folder / SUMS_FILE
+    if not sums.is_file():
+        return f"{SUMS_FILE} is missing"
+    entries = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if any(len(entry) != 2 for entry in entries) or not entries or entries[-1][1] != STATE_FILE:
+        return f"{SUMS_FILE} is damaged"
+    for digest, name in entries:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{name} is damaged"
+    return None
+
+
 def saved_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints below `run`, ascending."""
     folder = run / CHECKPOINTS
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def _sweep(run: Path) -> None:
-    """Remove what an interrupted `save` left behind."""
+def set_aside(run: Path, step: int) -> Path | None:
+    """Move the checkpoints newer than `step` into a folder of their own, which is returned; None when there is none.
+
+    They belong to a course of the run that is left: beside the coming ones they would pass for the newest.
+    """
+    newer = [checkpoint_folder(run, other) for other in saved_steps(run) if other > step]
+    if not newer:
+        return None
+    aside = run / CHECKPOINTS / f"newer-than-{step:07d}"
+    aside.mkdir(exist_ok=True)
+    for folder in newer:
+        shutil.rmtree(aside / folder.name, ignore_errors=True)  # of an earlier return to the same step
+        folder.replace(aside / folder.name)
+    return aside
+
+
+def sweep(run: Path) -> None:
+    """Remove what an interrupted writer left behind; a folder that was just being replaced comes back."""
     for path in (run / CHECKPOINTS).glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path)
+    for path in (run / CHECKPOINTS).glob(f"{_REPLACED}*"):
+        target = path.with_name(path.name.removeprefix(_REPLACED))
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            path.replace(target)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `target`, in place of an older one, when the block ends without an exception."""
+    folder = target.with_name(f"{_UNFINISHED}{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    folder.mkdir(parents=True)
+    older = target.with_name(f"{_REPLACED}{target.name}")
+    try:
+        yield folder
+        if target.exists():
+            target.replace(older)
+        folder.replace(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if older.exists():
+        shutil.rmtree(older)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links; what is wrong with the disk itself the copy will say
+        shutil.copy2(source, target)

@@ -14,9 +14,9 @@ TRACKERS = ("tensorboard", "wandb", "none")
 # May differ between a run and its continuation: they change neither the batches nor the network.
 FREE_ON_RESUME = frozenset(
     {
-        "resume", "resume_step", "report_to", "num_workers", "max_train_steps", "epochs", "checkpointing_steps",
-        "checkpoints_kept", "sampling_steps", "log_steps", "prefill_batch_size", "prefill_workers", "bank_on_gpu",
-        "compile",
+        "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
+        "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
+        "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile",
     }
 )  # fmt: skip
 
@@ -65,6 +65,10 @@ class TrainConfig:
     """Write a checkpoint every this many steps, and at the end."""
     checkpoints_kept: int = 0
     """Keep only this many of the newest checkpoints; 0 keeps all."""
+    keep_best: Literal["loss", "velocity_loss", "alignment_loss"] | None = None
+    """Also keep, as checkpoints/best, the checkpoint with the lowest mean of this metric over the steps before it."""
+    max_bad_steps: int = 10
+    """End the run after so many steps in a row whose loss or gradient is not finite; fewer are skipped and reported."""
     sampling_steps: int = 10_000
     """Draw a grid of samples every this many steps, and at the end; 0: never."""
     log_steps: int = 10
@@ -171,7 +175,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         counts = ("batch_size", "gradient_accumulation_steps", "epochs", "max_train_steps", "checkpointing_steps")
-        more_counts = ("prefill_batch_size", "log_steps")
+        more_counts = ("prefill_batch_size", "log_steps", "max_bad_steps")
         naturals = ("checkpoints_kept", "sampling_steps", "resume_step", "lr_warmup_steps", "seed", "num_workers")
         shares = ("adam_beta1", "adam_beta2", "ema_decay")
         require(
@@ -193,6 +197,8 @@ class TrainConfig:
                 ("cfg_prob", 0 <= self.cfg_prob <= 1, "a chance in [0, 1]"),
                 ("proj_coeff", self.proj_coeff >= 0, "0 or more"),
                 ("proj_tau", 0 < self.proj_tau <= 1, "a time in (0, 1]"),
+                ("keep_best", self.use_proj_loss or self.keep_best != "alignment_loss",
+                 "a loss that is computed; add --use-proj-loss or give velocity_loss"),
                 ("irepa_gamma", 0 <= self.irepa_gamma <= 1, "a share in [0, 1]"),
                 ("prefill_workers", self.prefill_workers is None or self.prefill_workers >= 0, "0 or more"),
                 ("encoder_weights", len(self.encoder_files) == len(self.encoder_names) or not self.use_proj_loss,

@@ -3,7 +3,9 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from stablevm.training.state import local
 
 
 class MovingAverage:
@@ -13,11 +15,14 @@ class MovingAverage:
         """decay: in [0, 1); after n updates `min(decay, (1 + n) / (10 + n))` is used."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._average = [parameter.data for parameter in self.model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Follow `model` after `updates` earlier updates."""
+    def update(self, model: nn.Module, updates: int, taken: Tensor | None = None) -> None:
+        """Follow `model` after `updates` earlier updates; where `taken`, () bool on its device, is false, stay."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        current = [parameter.data for parameter in model.parameters()]
-        torch._foreach_lerp_(self._average, current, 1 - decay)
+        average = [local(parameter.data) for parameter in self.model.parameters()]
+        current = [local(parameter.data) for parameter in model.parameters()]
+        if taken is None:
+            torch._foreach_lerp_(average, current, 1 - decay)
+        else:  # a weight on the device, which nothing waits for
+            torch._foreach_lerp_(average, current, [(1 - decay) * taken] * len(current))

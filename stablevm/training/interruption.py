@@ -33,9 +33,10 @@ class Interruption:
         mine = torch.tensor(self.signal or 0, device=accelerator.device)
         received = accelerator.reduce(mine, reduction="sum")
         assert isinstance(received, Tensor)
-        if received.item() and self.signal is None:
+        agreed = bool(received.item())  # not the signal itself: it may have come since, and the others not know of it
+        if agreed and self.signal is None:
             self.signal = signal.SIGTERM
-        return self.signal is not None
+        return agreed
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from stablevm import rng
@@ -19,6 +20,8 @@ from stablevm.schedules import AlignmentSchedule
 from stablevm.training.anchors import objective_streams
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
+from stablevm.training.guard import GuardedAdamW, spread
+from stablevm.training.state import whole
 
 
 @dataclass(frozen=True)
@@ -147,16 +150,21 @@ class StepRunner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AcceleratedOptimizer,
         accelerator: Accelerator,
         config: TrainConfig,
         alignment: Alignment | None,
     ) -> None:
+        """model, optimizer: as `accelerator` prepared them, the latter a `GuardedAdamW`."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.adamw: GuardedAdamW = optimizer.optimizer
         self.config, self.alignment = config, alignment
 
     def run(self, draw: Draw, images: Tensor | None, clock: PhaseClock) -> StepMetrics:
-        """Update the model. images: of the draw's anchors, where something is aligned; clock: told of the phases."""
+        """Update the model, unless the gradient's norm is not finite, on any process.
+
+        images: of the draw's anchors, where something is aligned; clock: told of the phases.
+        """
         sums: dict[str, Tensor] = {}
         errors: list[Tensor] = []
         for number, (span, aim) in enumerate(self._parts(draw, images), start=1):
@@ -164,12 +172,13 @@ class StepRunner:
                 clock.end("encoder")
             with self._maybe_no_sync(synchronise=number == self.config.gradient_accumulation_steps):
                 losses, error = self._losses(draw, aim, span)
-                self.accelerator.backward(losses["loss"])
+                self.accelerator.backward(spread(losses["loss"]))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             errors.append(error.detach())
             clock.end("network")
         norm = self._clip()
+        self.adamw.skip = ~norm.isfinite()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
@@ -217,7 +226,7 @@ class StepRunner:
         limit = self.config.max_grad_norm or torch.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         assert isinstance(norm, Tensor)
-        return norm
+        return whole(norm)
 
 
 def on_device(draw: Draw, device: torch.device) -> Draw:

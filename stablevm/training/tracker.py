@@ -40,6 +40,11 @@ class Trackers:
         for tracker in self._others:
             tracker.log(dict(values), step=step)
 
+    def event(self, row: Mapping[str, Any]) -> None:
+        """A row that is no set of metrics, for the file only; it holds a `step`."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
         """A picture uint8 (H, W, 3), for the trackers that show some."""
         for tracker in self._others:

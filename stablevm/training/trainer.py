@@ -1,12 +1,14 @@
 """The training run: from options to checkpoints, metrics and grids, and on from where an earlier command stopped."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import Accelerator, DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from stablevm import rng
@@ -14,7 +16,7 @@ from stablevm.autoencoder import load_autoencoder
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.errors import UserError
-from stablevm.files import is_temporary, read_json, write_json
+from stablevm.files import remove_temporary, write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.models.sit import SiT
 from stablevm.objective import StableVM
@@ -23,14 +25,16 @@ from stablevm.schedules import AlignmentSchedule
 from stablevm.snapshot import ModelCard
 from stablevm.training import checkpoint
 from stablevm.training.anchors import AnchorPlan
-from stablevm.training.checkpoint import TrainingState
+from stablevm.training.checkpoint import Record, TrainingState
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
+from stablevm.training.guard import Guard, GuardedAdamW
 from stablevm.training.initial import initial_weights
 from stablevm.training.interruption import Interruption
 from stablevm.training.journal import Journal
 from stablevm.training.previews import Previews
+from stablevm.training.processes import on_main
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import (
     check_compiler,
@@ -41,6 +45,8 @@ from stablevm.training.setup import (
     open_data,
     prefill,
 )
+from stablevm.training.start import find_start
+from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from stablevm.training.step import Alignment, BatchDrawer, StepMetrics, StepRunner
 from stablevm.training.tracker import Trackers
 
@@ -55,7 +61,7 @@ def train(config: TrainConfig) -> int:
     """
     config.validate()
     accelerator = _accelerator(config)
-    start = _find_start(config)
+    start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     if accelerator.is_main_process:
         for line in config.warnings():
@@ -99,18 +105,20 @@ class Trainer:
             check_compiler(device)
             model.compile_blocks()
         self.objective = make_objective(config, self.card.model, dataset, device)
-        self.previews = self._previews()
-        optimizer = torch.optim.AdamW(
+        self.previews = on_main(accelerator, self._previews) if config.sampling_steps else None
+        optimizer = GuardedAdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2:
+            self.ema.model = fsdp2_prepare_model(accelerator, self.ema.model)  # in shards like the model
         self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
         self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.alignment)
+        self.guard = Guard(accelerator, config.max_bad_steps)
 
     def run(self, interruption: Interruption) -> int:
         """Train to the end, or to an interruption; returns the number of finished steps."""
@@ -119,8 +127,10 @@ class Trainer:
             return self.step
         if isinstance(self.objective, StableVM) and (not self.step or self.config.bank_is_fixed):
             prefill(self.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
-        trackers = self._open_folder()
-        journal = Journal(self.config, self.accelerator, trackers, step=self.step, total_steps=self.total_steps)
+        trackers = on_main(self.accelerator, self._open_folder)
+        journal = Journal(
+            self.config, self.accelerator, trackers, self.guard, step=self.step, total_steps=self.total_steps
+        )
         loader = training_loader(
             self.dataset,
             global_batch=self.config.batch_size,
@@ -151,10 +161,10 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """Begin with the weights of the checkpoint in `folder`; UserError where they do not fit."""
-        model = self.accelerator.unwrap_model(self.model)
-        weights, lines = initial_weights(folder, self.config.init_weights, self.card, self.ema.model.state_dict())
-        model.load_state_dict(weights)
-        self.ema.model.load_state_dict(weights)
+        own = SiT(self.card.model, rng.generator(self.config.seed, "weights")).state_dict()
+        weights, lines = initial_weights(folder, self.config.init_weights, self.card, own)
+        load_model_tensors(self.model, weights)
+        load_model_tensors(self.ema.model, weights)
         for line in lines:
             self._say(line)
 
@@ -164,19 +174,20 @@ class Trainer:
         images = self.drawer.images(batch, draw) if self.alignment else None
         clock.end("draw")
         metrics = self.runner.run(draw, images, clock)
-        self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+        norm = metrics.means["grad_norm"]
+        self.ema.update(self.accelerator.unwrap_model(self.model), self.step, norm.isfinite())
         clock.end("update")
         self.step += 1
+        self.guard.add(self.step, metrics.means["loss"], norm, draw.ids, metrics.velocity_loss)
         return metrics
 
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
         if dataclasses.replace(state.card, step=0) != self.card:
             raise UserError(f"{self.config.folder}: its checkpoint is of another network or data set than the options'")
-        model = self.accelerator.unwrap_model(self.model)
-        model.load_state_dict(state.model)
-        self.ema.model.load_state_dict(state.ema)
-        self._load_optimizer(state.optimizer)
+        load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
+        load_model_tensors(self.model, state.model)
+        load_model_tensors(self.ema.model, state.ema)
         if isinstance(self.objective, StableVM) and not self.config.bank_is_fixed:
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
@@ -192,30 +203,46 @@ class Trainer:
         stop = interruption.agreed(self.accelerator) if self._may_stop() else False
         if last or stop or self.step % config.checkpointing_steps == 0:
             journal.flush(self.step, rate)
-            if self.accelerator.is_main_process:
-                checkpoint.save(config.folder, self._state(), config.checkpoints_kept)
+            self._save(journal)
         if config.sampling_steps and (last or self.step % config.sampling_steps == 0):
             self._draw_previews(journal)
         return stop
+
+    def _save(self, journal: Journal) -> None:
+        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to go on from."""
+        config, state, means = self.config, self._state(), journal.take_means()
+
+        def write() -> None:
+            checkpoint.save(config.folder, state, 0 if self.guard.in_a_row else config.checkpoints_kept)
+            if config.keep_best in means:
+                checkpoint.keep_if_best(config.folder, Record(config.keep_best, means[config.keep_best], self.step))
+
+        on_main(self.accelerator, write)
 
     def _may_stop(self) -> bool:
         """Processes must stop at the same step, and asking each other costs a synchronisation."""
         return self.accelerator.num_processes == 1 or self.step % self.config.log_steps == 0
 
     def _draw_previews(self, journal: Journal) -> None:
-        if self.previews is not None:
+        average = self._whole_average()
+
+        def draw() -> None:
+            assert self.previews is not None and journal.trackers is not None
             card = dataclasses.replace(self.card, step=self.step)
-            grid = self.previews.draw(self.ema.model, card, self.accelerator.device)
-            if journal.trackers is not None:
-                journal.trackers.image(self.step, "samples", grid)
+            grid = self.previews.draw(average, card, self.accelerator.device)
+            journal.trackers.image(self.step, "samples", grid)
+
+        on_main(self.accelerator, draw)
 
     def _state(self) -> TrainingState:
+        """The state, on the main process; all take part, as each may hold shards."""
+        main = self.accelerator.is_main_process
         return TrainingState(
             card=dataclasses.replace(self.card, step=self.step),
-            model=self.accelerator.unwrap_model(self.model).state_dict(),
-            ema=self.ema.model.state_dict(),
-            optimizer=self._optimizer_tensors(),
-            bank=self._bank_state(),
+            model=model_tensors(self.model),
+            ema=model_tensors(self.ema.model),
+            optimizer=optimizer_tensors(self.model, self.runner.adamw),
+            bank=self._bank_state() if main else {},
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         )
 
@@ -224,21 +251,17 @@ class Trainer:
         changes = isinstance(self.objective, StableVM) and not self.config.bank_is_fixed
         return self.objective.bank.state_dict() if changes else {}  # type: ignore[union-attr]
 
-    def _trained_names(self) -> list[str]:
-        model = self.accelerator.unwrap_model(self.model)
-        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        names = self._trained_names()
-        return {f"{names[i]}.{key}": value for i, values in state.items() for key, value in values.items()}
-
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, name in enumerate(self._trained_names()):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state[index] = {key: tensors[f"{name}.{key}"] for key in keys}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+    def _whole_average(self) -> nn.Module:
+        """The moving average as a network that the main process can use alone."""
+        if not self.accelerator.is_fsdp2:
+            return self.ema.model
+        with torch.device("meta"):
+            model = SiT(self.card.model)
+        tensors = model_tensors(self.ema.model)
+        if self.accelerator.is_main_process:
+            model.load_state_dict(tensors, assign=True)
+            model.to(self.accelerator.device)
+        return model.eval().requires_grad_(False)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -258,10 +281,8 @@ class Trainer:
             irepa_gamma=config.irepa_gamma if config.use_irepa else None,
         )
 
-    def _previews(self) -> Previews | None:
+    def _previews(self) -> Previews:
         """Only the main process draws, and only it loads the autoencoder."""
-        if not self.config.sampling_steps or not self.accelerator.is_main_process:
-            return None
         autoencoder = load_autoencoder(self.dataset.latent, device=self.accelerator.device)
         return Previews(self.config.folder / "samples", autoencoder, self.config.seed)
 
@@ -278,13 +299,16 @@ class Trainer:
             num_steps=self.total_steps - self.step,
         )
 
-    def _open_folder(self) -> Trackers | None:
-        """Create the run's folder; the trackers, on the main process."""
-        if not self.accelerator.is_main_process:
-            return None
-        self.config.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.config.folder / CONFIG_FILE, self.config.to_dict())
-        return Trackers(self.config.folder, self.config.trackers, self.config.to_dict(), self.step)
+    def _open_folder(self) -> Trackers:
+        """Create the run's folder, or tidy it up; returns the trackers. To be called on the main process."""
+        folder = self.config.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporary(folder)
+        checkpoint.sweep(folder)
+        if aside := checkpoint.set_aside(folder, self.step):
+            self._say(f"going on from step {self.step}; newer checkpoints were moved to {aside}")
+        write_json(folder / CONFIG_FILE, self.config.to_dict())
+        return Trackers(folder, self.config.trackers, self.config.to_dict(), self.step)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -297,6 +321,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
     # Told that there is only a CPU, accelerate joins several processes through gloo; untold, it would leave each alone.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    _check_sharding(accelerator)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(
@@ -306,14 +331,13 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _find_start(config: TrainConfig) -> int:
-    """The step to go on from, 0 to begin; UserError when the folder holds another run."""
-    steps = checkpoint.saved_steps(config.folder)
-    saved = config.folder / CONFIG_FILE
-    if saved.exists():
-        config.check_continues(TrainConfig.from_dict(read_json(saved, "run")))
-    elif config.folder.exists() and not all(map(is_temporary, config.folder.iterdir())):
-        raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
-    if (config.resume or config.resume_step) and not steps:
-        raise UserError(f"--resume: {config.folder} has no checkpoint; leave the option out to begin a run")
-    return config.resume_step or (steps[-1] if steps else 0)
+def _check_sharding(accelerator: Accelerator) -> None:
+    """UserError where accelerate's configuration asks for FSDP that would silently be left out, or be wrong."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("FSDP: accelerate shards over several GPUs only; launch without --use_fsdp")
+    if not accelerator.is_fsdp2:
+        raise UserError("FSDP of version 1 hides the weights' names; set fsdp_version: 2 (--fsdp_version 2)")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--mixed-precision fp16: its scaler does not know of FSDP's shards; give bf16 or no")

@@ -1,18 +1,25 @@
 """Checkpoint folders: complete or absent, the newest ones kept, damage named."""
 
+import errno
+import math
+import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import random_weights, tiny_card
 from data_sets import kill_at_rename, one_line
+from safetensors import SafetensorError
 
+from stablevm import snapshot
 from stablevm.errors import UserError
 from stablevm.training import checkpoint
-from stablevm.training.checkpoint import TrainingState
+from stablevm.training.checkpoint import Record, TrainingState
 
-FILES = ["bank.safetensors", "ema.safetensors", "model.json", "model.safetensors", "optimizer.safetensors",
-         "training.json"]  # fmt: skip
+FILES = ["SHA256SUMS", "bank.safetensors", "ema.safetensors", "model.json", "model.safetensors",
+         "optimizer.safetensors", "training.json"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +120,113 @@ def test_a_missing_step_is_named_with_those_that_exist(state, tmp_path):
         checkpoint.load(tmp_path, 7)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_damaged_file_is_named(file, state, tmp_path):
-    path = checkpoint.save(tmp_path, state) / file
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError) as error:
-        checkpoint.load(tmp_path, 120)
-    assert file in one_line(error)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "bank.safetensors"])
-def test_the_missing_file_is_named(file, state, tmp_path):
-    (checkpoint.save(tmp_path, state) / file).unlink()
-    with pytest.raises(UserError) as error:
-        checkpoint.load(tmp_path, 120)
-    assert file in one_line(error)
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def fill_with_zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, fill_with_zeros, Path.unlink])
+@pytest.mark.parametrize("file", FILES)
+def test_the_damaged_file_is_named(file, harm, state, tmp_path):
+    folder = checkpoint.save(tmp_path, state)
+    assert checkpoint.damage(folder) is None
+    harm(folder / file)
+    if file == "SHA256SUMS" and harm is flip:
+        assert checkpoint.damage(folder) is not None, "a sum or a name no longer fits"
+    else:
+        assert checkpoint.damage(folder) == f"{file} is {'missing' if harm is Path.unlink else 'damaged'}"
+
+
+def test_sums_are_the_ones_that_sha256sum_checks(state, tmp_path):
+    folder = checkpoint.save(tmp_path, state)
+    done = subprocess.run(
+        ["sha256sum", "--strict", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count(": OK") == len(FILES) - 1
+
+
+def full_disk(patch, after):
+    """Let the disk be full for the file of tensors number `after`, counted from 0."""
+    written = []
+
+    def save_file(tensors, path):
+        written.append(path)
+        if len(written) > after:
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path)
+
+    save = snapshot.save_file
+    patch.setattr(snapshot, "save_file", save_file)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_full_disk_loses_nothing(after, state, tmp_path):
+    checkpoint.save(tmp_path, at(state, 100))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as error:
+        full_disk(patch, after)
+        checkpoint.save(tmp_path, at(state, 200), keep=1)
+    assert error.value.errno == errno.ENOSPC and error.value.filename.endswith(".safetensors")
+    assert names(tmp_path / "checkpoints") == ["0000100"]
+    assert checkpoint.damage(tmp_path / "checkpoints" / "0000100") is None
+
+
+def test_newer_checkpoints_are_set_aside(state, tmp_path):
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, at(state, step))
+    assert checkpoint.set_aside(tmp_path, 30) is None
+    aside = checkpoint.set_aside(tmp_path, 10)
+    assert aside.name == "newer-than-0000010" and names(aside) == ["0000020", "0000030"]
+    assert checkpoint.saved_steps(tmp_path) == [10]
+    checkpoint.save(tmp_path, at(replace(state, bank={}), 20))
+    checkpoint.set_aside(tmp_path, 10)
+    assert not (aside / "0000020" / "bank.safetensors").exists(), "the last one to be left stays"
+
+
+def test_the_best_is_kept(state, tmp_path):
+    def reach(step, value, metric="velocity_loss", keep=1):
+        checkpoint.save(tmp_path, at(state, step), keep)
+        return checkpoint.keep_if_best(tmp_path, Record(metric, value, step))
+
+    assert checkpoint.best_record(tmp_path) is None
+    assert reach(10, 0.5) and not reach(20, 0.6) and not reach(30, math.nan) and not reach(40, 0.5)
+    best = tmp_path / "checkpoints" / "best"
+    assert checkpoint.best_record(tmp_path) == Record("velocity_loss", 0.5, 10)
+    assert snapshot.load_card(best).step == 10 and checkpoint.damage(best) is None
+    assert names(tmp_path / "checkpoints") == ["0000040", "best"], "it outlives the newest ones"
+    assert reach(50, 0.4) and snapshot.load_card(best).step == 50
+    assert reach(60, 70.0, metric="fid"), "values of another metric do not compare"
+    assert checkpoint.best_record(tmp_path) == Record("fid", 70.0, 60)
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_a_kill_leaves_the_old_best_or_the_new(renamed, state, tmp_path):
+    """Renamed are the record, the old best out of its place, and the new one into it; then the old one is removed."""
+    checkpoint.save(tmp_path, at(state, 10))
+    checkpoint.keep_if_best(tmp_path, Record("loss", 0.5, 10))
+    checkpoint.save(tmp_path, at(state, 20))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at_rename(patch, renamed)
+        checkpoint.keep_if_best(tmp_path, Record("loss", 0.4, 20))
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path / "checkpoints") == ["0000010", "0000020", "best"]
+    assert checkpoint.best_record(tmp_path) == Record("loss", 0.5, 10)
+
+
+def test_the_best_without_hard_links(state, tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    checkpoint.save(tmp_path, state)
+    assert checkpoint.keep_if_best(tmp_path, Record("loss", 1.0, 120))
+    assert checkpoint.damage(tmp_path / "checkpoints" / "best") is None

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from stablevm.training.clock import PhaseClock
+from stablevm.training.guard import Guard
 from stablevm.training.journal import Journal, means_by_time, sums_by_time
 from stablevm.training.step import StepMetrics
 
@@ -61,6 +62,9 @@ class Rows:
     def log(self, number, values):
         self.rows.append((number, values))
 
+    def event(self, row):
+        self.rows.append(row)
+
     def close(self):
         self.rows.append("closed")
 
@@ -68,17 +72,27 @@ class Rows:
 @pytest.fixture
 def journal(tmp_path):
     runs.AcceleratorState._reset_state(True)
-    made = Journal(runs.config(tmp_path, batch_size=3), Accelerator(cpu=True), Rows(), step=0, total_steps=10)
+    accelerator = Accelerator(cpu=True)
+    guard = Guard(accelerator, limit=3)
+    made = Journal(runs.config(tmp_path, batch_size=3), accelerator, Rows(), guard, step=0, total_steps=10)
+    made.guard = guard
     yield made
     made.close()
 
 
+def record(journal, number, metrics):
+    """What the trainer does after a step."""
+    rows = torch.arange(len(metrics.t))
+    journal.guard.add(number, metrics.means["loss"], metrics.means["grad_norm"], rows, metrics.velocity_loss)
+    journal.add(metrics)
+
+
 def test_a_row(journal):
-    for metrics in STEPS:
+    for number, metrics in enumerate(STEPS, start=1):
         journal.clock.end("data_wait")
         time.sleep(0.01)
         journal.clock.end("network")
-        journal.add(metrics)
+        record(journal, number, metrics)
     journal.flush(2, 1e-3)
     journal.flush(2, 1e-3)
     ((number, row),) = journal.trackers.rows
@@ -93,20 +107,29 @@ def test_a_row(journal):
 def test_a_row_starts_anew(journal):
     for number, metrics in enumerate(STEPS, start=1):
         journal.clock.end("network")
-        journal.add(metrics)
+        record(journal, number, metrics)
         journal.flush(number, 0.1)
     (_, first), (_, second) = journal.trackers.rows
     assert (first["loss"], second["loss"]) == (1, 2)
     assert "velocity_loss/t=0.5-0.6" not in first and "velocity_loss/t=0.9-1.0" in second
 
 
-def test_what_is_not_finite_stays_in_its_bin(journal):
+def test_a_skipped_step_counts_in_no_mean(journal):
+    bad = step([0.05, 0.55], [math.nan, 2.0], [1.0, 1.0], loss=math.nan, grad_norm=math.nan)
     journal.clock.end("network")
-    journal.add(step([0.05, 0.55], [math.nan, 2.0], [1.0, 1.0], loss=math.nan))
+    record(journal, 1, bad)
     journal.flush(1, 0.1)
-    ((_, row),) = journal.trackers.rows
-    assert math.isnan(row["loss"]) and math.isnan(row["velocity_loss/t=0.0-0.1"])
-    assert row["velocity_loss/t=0.5-0.6"] == 2
+    fault, (_, row) = journal.trackers.rows
+    assert fault["step"] == 1 and fault["rows"] == [0, 1] and math.isnan(row["loss"])
+    assert not any("t=" in name for name in row) and journal.take_means() == {}
+
+    journal.clock.end("network")
+    for number, metrics in enumerate([STEPS[0], bad], start=2):
+        record(journal, number, metrics)
+    journal.flush(3, 0.1)
+    _, row = journal.trackers.rows[-1]
+    assert row["loss"] == 1 and row["velocity_loss/t=0.0-0.1"] == 1.5
+    assert journal.take_means() == {"loss": 1.0, "grad_norm": 4.0} and journal.take_means() == {}
 
 
 def test_phases_share_all_of_the_time(monkeypatch):

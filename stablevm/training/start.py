@@ -1,0 +1,52 @@
+"""Where a run begins: at step 0, or at a checkpoint of an earlier command that is whole."""
+
+import sys
+from pathlib import Path
+
+from stablevm.errors import UserError
+from stablevm.files import is_temporary, read_json
+from stablevm.training.checkpoint import checkpoint_folder, damage, saved_steps
+from stablevm.training.config import CONFIG_FILE, TrainConfig
+
+
+def find_start(config: TrainConfig, *, show: bool) -> int:
+    """The step to go on from, 0 to begin.
+
+    A damaged newest checkpoint is named in a warning, if `show`, and the one before it taken. UserError when the folder
+    holds another run, when the checkpoint that was asked for is damaged, or when none is whole.
+    """
+    steps = saved_steps(config.folder)
+    saved = config.folder / CONFIG_FILE
+    if saved.exists():
+        config.check_continues(TrainConfig.from_dict(read_json(saved, "run")))
+    elif config.folder.exists() and not all(map(is_temporary, config.folder.iterdir())):
+        raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
+    if config.resume_step:
+        return _asked_for(config, steps)
+    if not steps and config.resume:
+        raise UserError(f"--resume: {config.folder} has no checkpoint; leave the option out to begin a run")
+    return _newest_whole(config.folder, steps, show) if steps else 0
+
+
+def _asked_for(config: TrainConfig, steps: list[int]) -> int:
+    step, found = config.resume_step, ", ".join(map(str, steps)) or "none"
+    if step not in steps:
+        raise UserError(f"--resume-step {step}: {config.folder} has no such checkpoint; there are: {found}")
+    if fault := damage(checkpoint_folder(config.folder, step)):
+        raise UserError(f"--resume-step {step}: {checkpoint_folder(config.folder, step)}: {fault}; there are: {found}")
+    return step
+
+
+def _newest_whole(run: Path, steps: list[int], show: bool) -> int:
+    faults = []
+    for step in reversed(steps):
+        folder = checkpoint_folder(run, step)
+        fault = damage(folder)
+        if fault is None:
+            return step
+        faults.append(f"{folder.name}: {fault}")
+        if show:
+            print(f"warning: checkpoint {folder}: {fault}; trying the one before", file=sys.stderr)
+    raise UserError(
+        f"{run}: no checkpoint is whole ({'; '.join(faults)}); restore one from a copy, or give another --exp-name"
+    )

@@ -1,0 +1,61 @@
+"""FSDP: the same losses, and checkpoints that any number of processes goes on from."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+from stablevm import cli
+
+SHARDED = Path(__file__).parents[1] / "sharded.py"
+OPTIONS = {"loss_type": "stablevm", "prefill_bank_fully": True, "sampling_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    runs.write_data(folder / "data")
+    return folder
+
+
+def launch(settings):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SHARDED,
+         *runs.as_arguments(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
+def tensors(folder, step):
+    return {file.stem: load_file(file) for file in (folder / "checkpoints" / f"{step:07d}").glob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_shards_change_nothing(root):
+    whole = runs.run(runs.config(root, "whole", checkpointing_steps=3, **OPTIONS))
+    settings = runs.config(root, "sharded", checkpointing_steps=3, **OPTIONS)
+    launch(replace(settings, max_train_steps=3))
+    launch(settings)
+    assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole), abs=1e-5)
+    mine, theirs = tensors(settings.folder, 6), tensors(whole, 6)
+    assert mine.keys() == theirs.keys()
+    for part in ("model", "ema", "optimizer"):
+        assert mine[part].keys() == theirs[part].keys()
+        assert all(torch.allclose(mine[part][name], theirs[part][name], atol=1e-4) for name in mine[part]), part
+    assert (settings.folder / "samples" / "step-0000006.png").exists()
+    runs.run(replace(settings, max_train_steps=8))
+    assert len(runs.losses(settings.folder)) == 8, "and one process goes on alone"
+
+
+def test_sharding_that_accelerate_would_leave_out(root, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    runs.AcceleratorState._reset_state(True)
+    assert cli.train(runs.as_arguments(runs.config(root, "refused"))) == 2
+    assert capsys.readouterr().err.startswith("error: FSDP: accelerate shards over several GPUs only")
