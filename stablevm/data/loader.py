@@ -5,20 +5,18 @@ The stream of samples is the concatenation of one permutation per epoch; step s 
 to start at another step, and one process or four see the same global batches.
 """
 
-import os
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from stablevm import rng
 from stablevm.data.dataset import PreparedDataset
+from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 
 
@@ -113,7 +111,7 @@ def training_loader(
     image_rows: Iterable[list[int]] | None = None,
     flip: bool = False,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Calls[TrainingBatch]:
     """A loader of `num_steps` batches (`TrainingBatch`) of this process, from `start_step` on.
 
     With `image_rows`, which gives one list for each step, the images are those of other rows than the samples'; it is
@@ -131,26 +129,13 @@ def training_loader(
             "train without flips or prepare it with them"
         )
     sampler = StepSampler(len(dataset), global_batch, rank, world, seed, start_step, num_steps)
-    return _Loader(
+    return Calls(
         _StepReader(dataset, sampler, flip),
-        batch_sampler=_StepRequests(sampler, (image_rows or sampler) if with_images else None),  # type: ignore[arg-type]
-        collate_fn=_as_read,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupts,
+        _StepRequests(sampler, (image_rows or sampler) if with_images else None),
+        workers,
+        finish_after_signals=True,  # the trainer, told to stop, finishes its step and needs the workers for that
         pin_memory=pin_memory,
-        generator=rng.generator(seed, "loader"),  # seeds the workers: without it the global generator would be used
     )
-
-
-class _Loader(DataLoader):
-    """Raises a UserError of a worker as it was: torch would put the worker's traceback into its message."""
-
-    def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
 
 
 class _Request(NamedTuple):
@@ -174,20 +159,13 @@ class _StepRequests:
         yield from map(_Request, steps, self.sampler, image_rows)
 
 
-class _StepReader(Dataset):
-    """Reads a whole batch at once: torch's loader passes each request to `__getitems__` as it is."""
-
+class _StepReader:
     def __init__(self, dataset: PreparedDataset, sampler: StepSampler, flip: bool) -> None:
         self.dataset, self.sampler, self.flip = dataset, sampler, flip
         self.labels = dataset.labels()
 
-    def __getitems__(self, request: _Request) -> TrainingBatch | UserError:
-        try:
-            return self._read(*request)
-        except UserError as error:
-            return error
-
-    def _read(self, step: int, rows: list[int], image_rows: list[int] | None) -> TrainingBatch:
+    def __call__(self, request: _Request) -> TrainingBatch:
+        step, rows, image_rows = request
         batch = TrainingBatch(
             moments=self.dataset.moments(rows),
             labels=self.labels[rows],
@@ -207,16 +185,3 @@ class _StepReader(Dataset):
         if batch.images is None:
             return batch
         return replace(batch, images=torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images))
-
-
-def _as_read(batch: Any) -> Any:
-    return batch
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """The trainer, told to stop, finishes its step and needs the workers for that.
-
-    Ctrl-C reaches every process of the terminal, and a launcher's SIGTERM all of the trainer's group: they leave it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgid(0, 0)

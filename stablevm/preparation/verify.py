@@ -12,7 +12,7 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardFile
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset
-from stablevm.data.workers import ordered_results
+from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 from stablevm.preparation.config import VerifyConfig
 
@@ -68,14 +68,14 @@ def _faults(folder: Path, workers: int) -> Iterator[str]:
     check = partial(_check_rows, dataset)
     batches = [range(start, min(start + _BATCH, len(dataset))) for start in range(0, len(dataset), _BATCH)]
     with tqdm(total=len(dataset), desc="rows", unit="image", dynamic_ncols=True) as bar:
-        for rows, faults in zip(batches, ordered_results(check, batches, workers), strict=True):
+        for rows, faults in zip(batches, Calls(check, batches, workers), strict=True):
             yield from faults
             bar.update(len(rows))
 
 
 def _damaged_files(folder: Path, workers: int) -> Iterator[str]:
     files = Manifest.read(folder).files()
-    intact = ordered_results(partial(ShardFile.is_intact, folder=folder), files, workers)
+    intact = Calls(partial(ShardFile.is_intact, folder=folder), files, workers)
     with tqdm(total=sum(file.size for file in files), desc="files", unit="B", unit_scale=True) as bar:
         for file, is_intact in zip(files, intact, strict=True):
             bar.update(file.size)

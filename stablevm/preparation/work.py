@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from stablevm.data.workers import ordered_results
+from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 from stablevm.files import is_temporary, read_json, write_json
 from stablevm.preparation.report import REPORT_FILE, Report
@@ -67,7 +67,7 @@ class Job:
         parts = self.parts()
         missing = [part for part in parts if not done(names, part)]
         mine = [part for part in parts[self.process.rank :: self.process.world_size] if not done(names, part)]
-        results = ordered_results(work, [each for part in mine for each in _pieces(part, batch)], workers)
+        results = iter(Calls(work, [each for part in mine for each in _pieces(part, batch)], workers))
         finished = self.count - sum(map(len, missing))
         with tqdm(
             total=finished + sum(map(len, mine)),

@@ -1,5 +1,6 @@
 """The stateless sampler and the loader on top of it."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -145,7 +146,9 @@ class TestLoader:
         loader = training_loader(open_dataset(dataset_dir), global_batch=8, seed=3, num_steps=20, workers=2)
         batches = iter(loader)
         next(batches), next(batches)  # one of each worker: both have started
-        for worker in loader._iterator._workers:
+        started = multiprocessing.active_children()
+        assert len(started) == 2
+        for worker in started:
             os.kill(worker.pid, signal.SIGINT)
         assert len(list(batches)) == 18
 
