@@ -34,6 +34,9 @@ def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = 
         temporary.replace(path)
         if durable:
             sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is met in a write, which knows no name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,6 +53,12 @@ def sync(path: Path) -> None:
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a leftover of an interrupted `replacing`."""
     return path.name.startswith(_TEMPORARY)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the leftovers of interrupted `replacing` anywhere below `folder`, which nobody may be writing to."""
+    for path in folder.rglob(f"{_TEMPORARY}*"):
+        path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -89,6 +89,11 @@ class SiT(nn.Module):
         prediction = self._unpatchify(self.final_layer(tokens, condition))
         return (prediction, projected) if features else prediction
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile make faster kernels of the blocks, which all share one; names of parameters stay."""
+        for block in self.blocks:
+            block.compile()
+
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p * p * C), each patch row by row with channels last, to (B, C, H, W)."""
         grid, patch = self.config.grid_size, self.config.patch_size
