@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.files import write_with
+from stablevm.files import replacing
 
 _GAP_LEVEL = 255  # white
 
@@ -26,15 +26,18 @@ def tile(images: NDArray[np.uint8], columns: int, scale: int = 1, pad: int = 2) 
     return np.pad(sheet, ((pad, 0), (pad, 0), (0, 0)), constant_values=_GAP_LEVEL)
 
 
-def save_png(path: str | Path, image: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> None:
-    """Write one uint8 (H, W, 3) image, with `text` as PNG's text chunks."""
+def save_png(
+    path: str | Path, image: NDArray[np.uint8], text: Mapping[str, str] | None = None, scratch: Path | None = None
+) -> None:
+    """Write one uint8 (H, W, 3) image, with `text` as PNG's text chunks; `scratch` as in `replacing`."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value)
-    write_with(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks))
+    with replacing(path, scratch=scratch) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:
@@ -58,7 +61,5 @@ def save_gif(
     first, *others = map(Image.fromarray, frames)
     durations = [milliseconds] * len(others) + [last_milliseconds or milliseconds]
 
-    def save(temporary: Path) -> None:
+    with replacing(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
-
-    write_with(path, save)

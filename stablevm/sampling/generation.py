@@ -178,8 +178,7 @@ def _assemble(run: Run) -> None:
     captions = pictures.captions_of(run.labels[indices].tolist(), run.card)
     picture = pictures.sheet(run.parts.pick(indices), columns, captions)
     # Written in the folder of parts, so that what an interruption leaves of them goes with the folder.
-    with replacing(run.file(".png"), scratch=run.parts.folder) as temporary:
-        save_png(temporary, picture, {"protocol": json.dumps(run.protocol)})
+    save_png(run.file(".png"), picture, {"protocol": json.dumps(run.protocol)}, scratch=run.parts.folder)
     if not run.config.grid:
         with replacing(run.target, scratch=run.parts.folder) as temporary:
             write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.protocol)
