@@ -3,7 +3,7 @@
 python benchmarks/sampling.py [--model SiT-XS/2] [--side 32] [--images 16] [--num-steps 250] [--profile]
 
 Runs `generate` whole, from a checkpoint with random weights to the .npz. By default those are the published settings
-(250 steps of the SDE, guidance up to t = 0.7) on images of 32 x 32, by a small network: its time outside weighs the most.
+(250 steps of the SDE, guidance up to t = 0.7) on images of 32 x 32, by a network so small that other work would show.
 """
 
 import cProfile

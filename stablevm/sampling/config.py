@@ -43,8 +43,7 @@ class GenerateConfig:
     name: str | None = None
     """The result is SAMPLE_DIR/NAME.npz. Default: made from the checkpoint, the settings and a hash of both."""
     grid: bool = False
-    """A quick look: a picture of 8 images of each class, SAMPLE_DIR/NAME.png, and no .npz; 64 images if there are more
-    than 16 classes. Without this option the picture shows some of the images in the .npz."""
+    """A quick look: no .npz, only SAMPLE_DIR/NAME.png of 8 images of each class, or of 64 if classes are many."""
     trajectory: bool = False
     """Also draw SAMPLE_DIR/NAME.gif: the images of the picture, as the network foresees them, while they form."""
     weights: Literal["ema", "model"] = "ema"
