@@ -1,11 +1,12 @@
-"""Pictures for people: many small images in one PNG."""
+"""Pictures for people: many small images in one PNG, or one after another in a GIF."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.files import write_with
+from stablevm.files import replacing
 
 _GAP_LEVEL = 255  # white
 
@@ -25,8 +26,40 @@ def tile(images: NDArray[np.uint8], columns: int, scale: int = 1, pad: int = 2) 
     return np.pad(sheet, ((pad, 0), (pad, 0), (0, 0)), constant_values=_GAP_LEVEL)
 
 
-def save_png(path: str | Path, image: NDArray[np.uint8]) -> None:
-    """Write one uint8 (H, W, 3) image."""
+def save_png(
+    path: str | Path, image: NDArray[np.uint8], text: Mapping[str, str] | None = None, scratch: Path | None = None
+) -> None:
+    """Write one uint8 (H, W, 3) image, with `text` as PNG's text chunks; `scratch` as in `replacing`."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)
+    with replacing(path, scratch=scratch) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def read_png_text(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG file; none if it is no PNG file."""
+    from PIL import Image, UnidentifiedImageError
+    from PIL.PngImagePlugin import PngImageFile
+
+    try:
+        with Image.open(path) as image:
+            return dict(image.text) if isinstance(image, PngImageFile) else {}
+    except UnidentifiedImageError:
+        return {}
+
+
+def save_gif(
+    path: str | Path, frames: Iterable[NDArray[np.uint8]], milliseconds: int, last_milliseconds: int | None = None
+) -> None:
+    """Write uint8 frames (H, W, 3) of one size as an endless GIF; the last may stay longer."""
     from PIL import Image
 
-    write_with(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+    first, *others = map(Image.fromarray, frames)
+    durations = [milliseconds] * len(others) + [last_milliseconds or milliseconds]
+
+    with replacing(path) as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

@@ -3,12 +3,15 @@
 import json
 import zipfile
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.errors import UserError
+from stablevm.images import read_png_text
 from stablevm.sampling.protocol import Protocol
 
 
@@ -19,23 +22,34 @@ def write_archive(
 
     The bytes of the file depend on its contents alone: members carry zip's default date.
     """
-    chunks = iter(chunks)
-    first = next(chunks)
-    shape = (len(labels), *first.shape[1:])
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            member.write(np.ascontiguousarray(first).data)
-            for chunk in chunks:
-                member.write(np.ascontiguousarray(chunk).data)
+            write_npy(member, chunks, len(labels))
         for name, array in (("labels", labels), ("protocol", np.array(json.dumps(protocol)))):
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+def write_npy(file: IO[bytes], chunks: Iterable[NDArray[np.uint8]], rows: int) -> None:
+    """Write the uint8 array of `rows` rows that `chunks`, one after the other, make up, in numpy's format.
+
+    Unlike `np.save`, whose error in that case has no number, it raises OSError ENOSPC when the disk is full.
+    """
+    chunks = iter(chunks)
+    first = next(chunks)
+    shape = (rows, *first.shape[1:])
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    for chunk in chain([first], chunks):
+        file.write(np.ascontiguousarray(chunk).data)
+
+
 def read_protocol(path: Path) -> Protocol:
-    """The protocol of an archive; UserError when `path` is not one of ours."""
-    if zipfile.is_zipfile(path):
+    """The protocol of an archive or of a picture; UserError when `path` is not one of ours."""
+    if path.suffix == ".png":
+        text = read_png_text(path).get("protocol")
+        if text is not None:
+            return json.loads(text)
+    elif zipfile.is_zipfile(path):
         with np.load(path) as archive:
             if "protocol" in archive:
                 return json.loads(archive["protocol"].item())

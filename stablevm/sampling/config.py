@@ -33,7 +33,7 @@ class GenerateConfig:
     label_sampling: Literal["equal", "random"] = "equal"
     """equal: as many images of each class, exact to one. random: each image's class is drawn uniformly."""
     classes: str | None = None
-    """Only these classes: indices separated by commas, such as 3,5. Default: all."""
+    """Only these classes: indices separated by commas, such as 207,360. Default: all."""
     unconditional: bool = False
     """Images of no class in particular, from the network's null class."""
     global_seed: int = 0
@@ -42,8 +42,10 @@ class GenerateConfig:
     """Folder for the result."""
     name: str | None = None
     """The result is SAMPLE_DIR/NAME.npz. Default: made from the checkpoint, the settings and a hash of both."""
-    grid: bool = True
-    """Also draw some of the images into SAMPLE_DIR/NAME.png."""
+    grid: bool = False
+    """A quick look: no .npz, only SAMPLE_DIR/NAME.png of 8 images of each class, or of 64 if classes are many."""
+    trajectory: bool = False
+    """Also draw SAMPLE_DIR/NAME.gif: the images of the picture, as the network foresees them, while they form."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the moving average of the weights. model: the weights of the last training step."""
     diffusion_scale: float = 1.0
@@ -52,6 +54,8 @@ class GenerateConfig:
     """Time at which the sde stops adding noise, in (0, 1); one step without noise leads from there to 0."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; the solver's is always 64 bits."""
+    compile: bool = False
+    """Let torch.compile make faster kernels of the network's blocks: minutes at the start, less for each image."""
     tf32: bool = False
     """Let a GPU round the factors of float32 products to TF32."""
     vae: str | None = None
@@ -123,6 +127,8 @@ class GenerateConfig:
             idle["diffusion_scale"] = idle["last_time"] = "--mode ode"
         if self.cfg_scale == 1:
             idle["guidance_low"] = idle["guidance_high"] = "--cfg-scale 1"
+        if self.grid:
+            idle["num_fid_samples"] = "--grid"
         if self.unconditional:
             for option in ("cfg_scale", "guidance_low", "guidance_high", "label_sampling", "classes"):
                 idle[option] = "--unconditional"

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.errors import UserError
-from stablevm.files import read_json, write_json, write_with
+from stablevm.files import read_json, remove_temporary, write_json, write_with
+from stablevm.sampling.archive import write_npy
 from stablevm.sampling.protocol import Protocol, check_same
 
 # A property of the folder, not an option: whatever the batch size and the number of processes, a part holds the same
@@ -45,7 +46,8 @@ class PartFolder:
 
     def write(self, part: range, images: NDArray[np.uint8]) -> None:
         def save(temporary: Path) -> None:
-            np.save(temporary, images)
+            with temporary.open("wb") as file:
+                write_npy(file, [images], len(images))
 
         write_with(self._path(part), save)
 
@@ -59,6 +61,10 @@ class PartFolder:
         parts = self._parts()
         files = [self._path(parts[index // PART_LENGTH]) for index in indices]
         return np.stack([np.load(file)[index % PART_LENGTH] for file, index in zip(files, indices, strict=True)])
+
+    def sweep(self) -> None:
+        """Remove what killed processes left of files they were writing; for when all parts are there."""
+        remove_temporary(self.folder)
 
     def remove(self) -> None:
         if self.folder.exists():

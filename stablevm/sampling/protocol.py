@@ -27,12 +27,13 @@ def check_claims(config: GenerateConfig, card: ModelCard) -> None:
         "model": card.model.name,
         "path_type": card.path_type,
         "prediction_type": card.prediction,
-        "encoder_depth": card.model.encoder_depth,
         "projector_embed_dims": ",".join(str(width) for width in card.model.projector_dims) or "none",
         "use_projector": bool(card.model.projector_dims),
         "use_irepa": card.model.projector_kind == "conv",
         "qk_norm": card.model.qk_norm,
     }
+    if card.model.projector_dims:
+        recorded["encoder_depth"] = card.model.encoder_depth
     for option, value in recorded.items():
         given = getattr(config, option)
         if given is not None and given != value:
@@ -44,6 +45,13 @@ def check_claims(config: GenerateConfig, card: ModelCard) -> None:
     unknown = [index for index in config.class_indices() or () if index >= card.model.num_classes]
     if unknown:
         raise UserError(f"--classes {config.classes}: the checkpoint knows 0 to {card.model.num_classes - 1}")
+
+
+def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:
+    """One line for each claim about something that the checkpoint has not."""
+    if config.encoder_depth is None or card.model.projector_dims:
+        return []
+    return [f"{as_typed('encoder_depth', config.encoder_depth)} has no effect: the checkpoint has no projectors"]
 
 
 def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
@@ -95,6 +103,7 @@ def protocol_of(config: GenerateConfig, card: ModelCard) -> Protocol:
         "unconditional": config.unconditional,
         **asdict(sampler_settings(config)),
         "tf32": config.tf32,
+        "compile": config.compile,
         "fused_attn": card.model.fused_attn,
         "autoencoder": autoencoder_name(config, card),
         "path_type": card.path_type,

@@ -1,5 +1,6 @@
 """Draw latents from a trained network: the one place where training's previews and generation meet the solvers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,11 +37,13 @@ def draw_latents(
     streams: RowGenerators,
     settings: SamplerSettings,
     device: torch.device | str,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, int]:
     """One latent per label: float32 (B, C, h, w) in the network's space, and the network evaluations per image.
 
     `labels` is int64 (B,), the null class included; `model` is on `device`, in evaluation mode. Image i's noise, the
     initial one and each step's, comes from row i of `streams` alone, so how images are batched does not change them.
+    `watch(x, t, v)` is called with each state, its time and its velocity on the way.
     """
     shape = (len(labels), *card.latent.shape)
     path = get_interpolant(card.path_type)
@@ -56,13 +59,19 @@ def draw_latents(
         precision=settings.precision,
     )
 
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        v = velocity(x, t)
+        if watch is not None:
+            watch(x, t, v)
+        return v
+
     def noise() -> Tensor:
         return randn(shape, streams, device).double()
 
     if settings.mode == "sde":
         times = sde_times(settings.num_steps, settings.last_time)
-        latents = euler_maruyama(velocity, noise(), times, path, noise, settings.diffusion_scale)
+        latents = euler_maruyama(watched, noise(), times, path, noise, settings.diffusion_scale)
     else:
         solve = heun if settings.heun else euler
-        latents = solve(velocity, noise(), ode_times(settings.num_steps))
+        latents = solve(watched, noise(), ode_times(settings.num_steps))
     return latents.float(), velocity.evaluations

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablevm import rng
-from stablevm.files import write_with
+from stablevm.images import save_gif
 from stablevm.interpolant import LINEAR
 from stablevm.plotting import BLUE, GREEN, SOFT_INK, VERMILION, panels, save_figure, style
 from stablevm.sampling.solvers import ode_times
@@ -123,14 +123,8 @@ def _path_frame(t: float, ours: Tensor, exact: Tensor, mixture: GaussianMixture,
 def _write_gif(path: Path, frames: list[Path]) -> None:
     from PIL import Image
 
-    def halved(frame: Path) -> Any:
+    def halved(frame: Path) -> NDArray[np.uint8]:
         image = Image.open(frame).convert("RGB")
-        return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+        return np.asarray(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS))
 
-    first, *others = [halved(frame) for frame in frames]
-    write_with(
-        path,
-        lambda temporary: first.save(
-            temporary, format="GIF", save_all=True, append_images=others, duration=FRAME_MILLISECONDS, loop=0
-        ),
-    )
+    save_gif(path, map(halved, frames), FRAME_MILLISECONDS)

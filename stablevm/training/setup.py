@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,13 +60,6 @@ def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
         encoder_depth=config.encoder_depth,
         projector_kind="conv" if config.use_irepa else "mlp",
     )
-
-
-def check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile would find no C++ compiler, which it needs for code of a CPU."""
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"--compile: no C++ compiler {compiler} here; install one, name one in CXX, or leave it out")
 
 
 def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dtype: torch.dtype) -> list[Encoder]:

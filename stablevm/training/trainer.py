@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.autoencoder import load_autoencoder
+from stablevm.compiler import check_compiler
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.errors import UserError
@@ -37,7 +38,6 @@ from stablevm.training.previews import Previews
 from stablevm.training.processes import on_main
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import (
-    check_compiler,
     class_names,
     load_encoders,
     make_objective,

@@ -14,7 +14,7 @@ FLOORS = dict(
     enumerate(
         [
             ("errors",),
-            ("files", "options", "interpolant", "rng", "precision", "processes"),
+            ("files", "options", "interpolant", "rng", "precision", "processes", "compiler"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             ("objective", "encoders", "snapshot", "variance", "data", "evaluation.statistics", "sampling.solvers"),
             ("sampling", "evaluation", "preparation", "importing", "variance_figure"),

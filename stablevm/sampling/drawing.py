@@ -1,0 +1,71 @@
+"""A run's network and autoencoder, loaded: from the indices of images to their pixels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablevm.autoencoder import Autoencoder, load_autoencoder
+from stablevm.errors import UserError
+from stablevm.models.sit import SiT
+from stablevm.precision import tf32
+from stablevm.rng import RowGenerators
+from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.protocol import sampler_settings
+from stablevm.sampling.sampler import draw_latents
+from stablevm.snapshot import ModelCard, load_model
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Draws images of a configuration by their indices."""
+
+    config: GenerateConfig
+    card: ModelCard
+    model: SiT
+    autoencoder: Autoencoder
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: GenerateConfig, card: ModelCard, device: torch.device) -> "Painter":
+        model = load_model(config.ckpt, card, weights=config.weights, device=device)
+        if config.compile:
+            model.compile_blocks()
+        return cls(config, card, model, load_autoencoder(card.latent, name=config.vae, device=device), device)
+
+    def draw(
+        self,
+        indices: Sequence[int],
+        labels: Tensor,
+        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    ) -> tuple[NDArray[np.uint8], int]:
+        """Images uint8 (n, H, W, 3) of `labels` (n,), and the network evaluations per image; `watch` as in the sampler.
+
+        Raises UserError for values that are not finite.
+        """
+        streams = RowGenerators.for_keys("generate", self.config.global_seed, positions=indices)
+        settings = sampler_settings(self.config)
+        with tf32(self.config.tf32):
+            latents, evaluations = draw_latents(self.model, self.card, labels, streams, settings, self.device, watch)
+            self._check_finite(latents, indices)
+            return self.decode(latents), evaluations
+
+    @property
+    def image_side(self) -> int:
+        """In pixels."""
+        return self.decode(torch.zeros(1, *self.card.latent.shape)).shape[1]
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Pixels uint8 (n, H, W, 3)."""
+        return self.autoencoder.decode(latents.float()).permute(0, 2, 3, 1).numpy()
+
+    def _check_finite(self, latents: Tensor, indices: Sequence[int]) -> None:
+        broken = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(
+                f"--precision {self.config.precision}: image {indices[broken[0]]} came out with values that are not "
+                "finite; use fp32, or a checkpoint from before the training diverged"
+            )
