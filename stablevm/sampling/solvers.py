@@ -102,24 +102,36 @@ def stable_velocity(
     noise: Callable[[], Tensor],
     noise_factor: float = 0.0,
 ) -> Tensor:
-    """StableVS (Yang et al., 2026): large steps where x_t determines x0 almost entirely, so that v hardly changes.
+    """StableVS (Yang et al., 2026): large steps where x_t nearly determines x0, so that v hardly changes on the way.
 
-    With the x0 and the noise e that v and x_t imply, a step from t to tau draws from the Gaussian posterior
-
-        x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I),
-
-    which has the right marginal for every beta up to sigma_tau: `noise_factor` in [0, 1]. On the linear path and with
-    beta = 0 it is x_tau = x_t + (tau - t) v. One evaluation per step: `len(times) - 1`.
+    `noise()` gives standard normal values of x's shape. One evaluation per step: `len(times) - 1`.
     """
     for t, t_next in _steps(times):
-        v = velocity(x, t)
-        at = path.coefficients(t_next)
-        beta = noise_factor * at.sigma
-        x0, direction = path.convert(v, x, t, "velocity", "x0"), path.convert(v, x, t, "velocity", "noise")
-        x = at.alpha * x0 + (at.sigma**2 - beta**2).sqrt() * direction
-        if beta > 0:
-            x = x + beta * noise()
+        x = stable_velocity_step(velocity(x, t), x, t, t_next, path, noise, noise_factor)
     return x
+
+
+def stable_velocity_step(
+    v: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    noise_factor: float = 0.0,
+) -> Tensor:
+    """With the data x0 and the noise e that v implies at x and t, a draw from the Gaussian posterior at tau = t_next:
+
+        x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I).
+
+    Given x0 it has the marginal of the path for every `noise_factor` in [0, 1]. On the linear path and with
+    `noise_factor` 0 it is x + (tau - t) v.
+    """
+    at = path.coefficients(t_next)
+    beta = noise_factor * at.sigma
+    x0, direction = path.convert(v, x, t, "velocity", "x0"), path.convert(v, x, t, "velocity", "noise")
+    x = at.alpha * x0 + (at.sigma**2 - beta**2).sqrt() * direction
+    return x + beta * noise() if beta > 0 else x
 
 
 def _steps(times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
