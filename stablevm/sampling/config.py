@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stablevm.errors import UserError
-from stablevm.options import idle_warnings, require
+from stablevm.options import Expectation, idle_warnings, require
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,38 @@ class GenerateConfig:
     """Number of images, 1 or more."""
     per_proc_batch_size: int = 64
     """Images per batch in each process, 1 or more. It changes speed and memory, not the images."""
-    mode: Literal["ode", "sde"] = "sde"
-    """ode: integrate the velocity. sde: SiT's stochastic sampler, by Euler-Maruyama."""
+    mode: Literal["ode", "sde", "stablevs"] = "sde"
+    """ode: integrate the velocity. sde: SiT's stochastic sampler, by Euler-Maruyama. stablevs: StableVS, few large
+    steps below --split-time."""
     num_steps: int = 250
-    """Steps from noise to image: 1 or more, for the sde 2 or more."""
+    """Steps from noise to image, 1 or more; for the sde, stablevs and --edm-schedule 2 or more."""
+    solver: Literal["euler", "heun", "dopri5"] = "euler"
+    """Method for the ode. euler: one network evaluation per step. heun: second order, two evaluations per step.
+    dopri5: fifth order, with steps that adapt to each image until --rtol and --atol are met."""
     heun: bool = False
-    """Heun's second-order method for the ode, at two network evaluations per step."""
+    """The same as --solver heun."""
+    rtol: float = 1e-3
+    """Relative error that dopri5 permits in a step, more than 0."""
+    atol: float = 1e-6
+    """Absolute error that dopri5 permits in a step beside the relative one, more than 0."""
+    edm_schedule: bool = False
+    """Steps spaced as EDM's noise levels, densest near the image, instead of evenly."""
+    split_time: float = 0.85
+    """Time in (0, 1) below which stablevs takes its large steps."""
+    steps_below: int = 9
+    """How many of the --num-steps are large steps below --split-time, 1 or more; at least one remains above it."""
+    above_split: Literal["ode", "sde"] = "ode"
+    """How stablevs gets to --split-time."""
+    noise_factor: float = 0.0
+    """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (as much as the path permits)."""
     cfg_scale: float = 1.0
     """Classifier-free guidance, 0 or more: 1 is no guidance, more than 1 pulls towards the class."""
     guidance_low: float = 0.0
     """Guide from this time on, in [0, 1]; 0 is the image and 1 is noise."""
     guidance_high: float = 1.0
     """Guide up to this time, in [0, 1]."""
+    legacy: bool = False
+    """Guide the first three channels only, as the first samplers of DiT and SiT did, to reproduce their images."""
     label_sampling: Literal["equal", "random"] = "equal"
     """equal: as many images of each class, exact to one. random: each image's class is drawn uniformly."""
     classes: str | None = None
@@ -88,7 +108,7 @@ class GenerateConfig:
             ("num_fid_samples", self.num_fid_samples >= 1, "at least 1"),
             ("per_proc_batch_size", self.per_proc_batch_size >= 1, "at least 1"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
-            ("num_steps", self.mode != "sde" or self.num_steps >= 2, "at least 2 with --mode sde"),
+            *self._solver_expectations(),
             ("cfg_scale", 0 <= self.cfg_scale < float("inf"), "0 or more; 1 is no guidance"),
             ("guidance_low", 0 <= low <= 1, "a time in [0, 1]"),
             ("guidance_high", 0 <= high <= 1, "a time in [0, 1]"),
@@ -100,6 +120,34 @@ class GenerateConfig:
         ]
         require(self, expectations)
         self.class_indices()
+
+    def _solver_expectations(self) -> list[Expectation]:
+        stablevs = self.mode == "stablevs"
+        stochastic = self.mode == "sde" or (stablevs and self.above_split == "sde")
+        two_steps = self.mode != "ode" or (self.edm_schedule and self.solver != "dopri5")
+        reason = "--edm-schedule" if self.mode == "ode" else f"--mode {self.mode}"
+        return [
+            ("num_steps", not two_steps or self.num_steps >= 2, f"at least 2 with {reason}"),
+            ("solver", not stochastic or self.solver == "euler", "an ode with it: the sde has Euler-Maruyama"),
+            ("solver", not stablevs or self.solver != "dopri5", "--mode ode with it: stablevs has steps of its own"),
+            ("heun", not self.heun or self.solver != "dopri5", "no --solver dopri5 with it"),
+            (
+                "trajectory",
+                not self.trajectory or self.solver != "dopri5",
+                "no --solver dopri5 with it: each image has steps of its own",
+            ),
+            ("rtol", 0 < self.rtol < float("inf"), "more than 0"),
+            ("atol", 0 < self.atol < float("inf"), "more than 0"),
+            ("edm_schedule", not stablevs or not self.edm_schedule, "--mode ode or sde: stablevs has times of its own"),
+            ("split_time", 0 < self.split_time < 1, "a time between 0 and 1"),
+            ("steps_below", self.steps_below >= 1, "at least 1"),
+            (
+                "steps_below",
+                not stablevs or self.steps_below < self.num_steps,
+                f"fewer than --num-steps {self.num_steps}",
+            ),
+            ("noise_factor", 0 <= self.noise_factor <= 1, "a number in [0, 1]"),
+        ]
 
     def class_indices(self) -> tuple[int, ...] | None:
         """The numbers in `classes`; None for all. UserError if they are not distinct integers from 0."""
@@ -115,23 +163,42 @@ class GenerateConfig:
         return idle_warnings(self, self._idle_options())
 
     def effective(self) -> "GenerateConfig":
-        """The same request, with options that have no effect at their defaults."""
-        return replace(self, **{option: _DEFAULTS[option] for option in self._idle_options()})
+        """The same request, with options that have no effect at their defaults, and --heun as the solver it names."""
+        idle = {option: _DEFAULTS[option] for option in self._idle_options()}
+        given = replace(self, **idle)
+        return replace(given, solver="heun", heun=False) if given.heun else given
 
     def _idle_options(self) -> dict[str, str]:
         """Options that the others make useless, and which others."""
-        idle = {}
-        if self.mode == "sde":
-            idle["heun"] = "--mode sde"
-        if self.mode == "ode":
-            idle["diffusion_scale"] = idle["last_time"] = "--mode ode"
+        guidance = ("guidance_low", "guidance_high", "legacy")
+        idle = self._idle_solver_options()
         if self.cfg_scale == 1:
-            idle["guidance_low"] = idle["guidance_high"] = "--cfg-scale 1"
+            idle |= dict.fromkeys(guidance, "--cfg-scale 1")
         if self.grid:
             idle["num_fid_samples"] = "--grid"
         if self.unconditional:
-            for option in ("cfg_scale", "guidance_low", "guidance_high", "label_sampling", "classes"):
-                idle[option] = "--unconditional"
+            idle |= dict.fromkeys(("cfg_scale", *guidance, "label_sampling", "classes"), "--unconditional")
+        return idle
+
+    def _idle_solver_options(self) -> dict[str, str]:
+        mode, idle = f"--mode {self.mode}", {}
+        if self.mode == "stablevs":
+            idle = {"last_time": mode}
+            unused = "diffusion_scale" if self.above_split == "ode" else "heun"
+            idle[unused] = f"--above-split {self.above_split}"
+        else:
+            idle |= dict.fromkeys(("split_time", "steps_below", "above_split", "noise_factor"), mode)
+        if self.mode == "sde":
+            idle["heun"] = mode
+            if self.edm_schedule:
+                idle["last_time"] = "--edm-schedule"
+        if self.mode == "ode":
+            idle |= dict.fromkeys(("diffusion_scale", "last_time"), mode)
+        if self.solver == "dopri5":
+            idle |= dict.fromkeys(("num_steps", "edm_schedule"), "--solver dopri5")
+        else:
+            method = "heun" if self.heun else self.solver
+            idle |= dict.fromkeys(("rtol", "atol"), f"--solver {method}")
         return idle
 
 

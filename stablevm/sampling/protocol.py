@@ -119,7 +119,8 @@ def default_name(protocol: Protocol) -> str:
     """A file name to recognise the run by; its last digits, a hash of the protocol, keep different runs apart."""
     digits = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:_HASH_DIGITS]
     model = protocol["model"].replace("/", "-")
-    steps = f"{protocol['mode']}{protocol['num_steps']}"
+    adaptive = protocol["solver"] == "dopri5"
+    steps = f"{protocol['mode']}-dopri5" if adaptive else f"{protocol['mode']}{protocol['num_steps']}"
     return f"{model}-{protocol['step']:07d}-{steps}-cfg{protocol['cfg_scale']:g}-{digits}"
 
 

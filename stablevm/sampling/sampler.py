@@ -2,31 +2,55 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stablevm.interpolant import get_interpolant
+from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.rng import RowGenerators, randn
+from stablevm.sampling.dopri5 import dopri5
 from stablevm.sampling.guidance import GuidedVelocity, Precision
-from stablevm.sampling.solvers import euler, euler_maruyama, heun, ode_times, sde_times
+from stablevm.sampling.solvers import (
+    edm_times,
+    euler,
+    euler_maruyama,
+    heun,
+    ode_times,
+    sde_times,
+    split_times,
+    stable_velocity,
+)
 from stablevm.snapshot import ModelCard
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How to get from noise to a latent. `heun` is for the ODE; `diffusion_scale` and `last_time` are for the SDE."""
+    """How to get from noise to a latent; `GenerateConfig` documents each field."""
 
-    mode: Literal["ode", "sde"] = "sde"
+    mode: Literal["ode", "sde", "stablevs"] = "sde"
     num_steps: int = 250
-    heun: bool = False
+    solver: Literal["euler", "heun", "dopri5"] = "euler"
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    edm_schedule: bool = False
+    diffusion_scale: float = 1.0
+    last_time: float = 0.04
+    split_time: float = 0.85
+    steps_below: int = 9
+    above_split: Literal["ode", "sde"] = "ode"
+    noise_factor: float = 0.0
     cfg_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    diffusion_scale: float = 1.0
-    last_time: float = 0.04
+    legacy: bool = False
     precision: Precision = "fp32"
+
+
+class Field(Protocol):
+    """A velocity at states x (n, ...) and a scalar time, or at times (n,) for the rows (n,) of a batch."""
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -43,7 +67,8 @@ def draw_latents(
 
     `labels` is int64 (B,), the null class included; `model` is on `device`, in evaluation mode. Image i's noise, the
     initial one and each step's, comes from row i of `streams` alone, so how images are batched does not change them.
-    `watch(x, t, v)` is called with each state, its time and its velocity on the way.
+    `watch(x, t, v)` is called with each state, its time and its velocity on the way; not with dopri5, where each image
+    has times of its own. Its evaluations are a mean over the images, rounded.
     """
     shape = (len(labels), *card.latent.shape)
     path = get_interpolant(card.path_type)
@@ -56,22 +81,47 @@ def draw_latents(
         scale=settings.cfg_scale,
         low=settings.guidance_low,
         high=settings.guidance_high,
+        legacy=settings.legacy,
         precision=settings.precision,
     )
 
-    def watched(x: Tensor, t: Tensor) -> Tensor:
-        v = velocity(x, t)
-        if watch is not None:
+    def watched(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        v = velocity(x, t, rows)
+        if watch is not None and rows is None:
             watch(x, t, v)
         return v
 
     def noise() -> Tensor:
         return randn(shape, streams, device).double()
 
+    latents = integrate(watched, noise, path, settings)
+    return latents.float(), round(velocity.evaluations)
+
+
+def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
+    """What the sampler of `settings` makes at t = 0 of `noise()` at t = 1; later noise comes from there too."""
+    x = noise()
+    if settings.mode == "stablevs":
+        above, below = split_times(settings.num_steps, settings.split_time, settings.steps_below)
+        if settings.above_split == "sde":
+            x = euler_maruyama(velocity, x, above, path, noise, settings.diffusion_scale)
+        else:
+            x = _FIXED_STEPS[settings.solver](velocity, x, above)
+        return stable_velocity(velocity, x, below, path, noise, settings.noise_factor)
+    if settings.solver == "dopri5":
+        return dopri5(velocity, x, settings.rtol, settings.atol)
+    times = _times(path, settings)
     if settings.mode == "sde":
-        times = sde_times(settings.num_steps, settings.last_time)
-        latents = euler_maruyama(watched, noise(), times, path, noise, settings.diffusion_scale)
-    else:
-        solve = heun if settings.heun else euler
-        latents = solve(watched, noise(), ode_times(settings.num_steps))
-    return latents.float(), velocity.evaluations
+        return euler_maruyama(velocity, x, times, path, noise, settings.diffusion_scale)
+    return _FIXED_STEPS[settings.solver](velocity, x, times)
+
+
+_FIXED_STEPS = {"euler": euler, "heun": heun}
+
+
+def _times(path: Interpolant, settings: SamplerSettings) -> Tensor:
+    if settings.edm_schedule:
+        return edm_times(settings.num_steps, path)
+    if settings.mode == "sde":
+        return sde_times(settings.num_steps, settings.last_time)
+    return ode_times(settings.num_steps)

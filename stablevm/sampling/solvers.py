@@ -14,6 +14,9 @@ from stablevm.interpolant import Interpolant
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
+# Karras et al. (2022), "EDM", table 1.
+EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0
+
 
 def ode_times(num_steps: int) -> Tensor:
     """`num_steps + 1` evenly spaced times from 1 to 0, float64."""
@@ -25,6 +28,25 @@ def sde_times(num_steps: int, last_time: float) -> Tensor:
     """`num_steps` evenly spaced times from 1 to `last_time`, then 0: the grid of SiT and REPA, float64."""
     noisy = torch.linspace(1, last_time, num_steps, dtype=torch.float64)
     return torch.cat([noisy, noisy.new_zeros(1)])
+
+
+def edm_times(num_steps: int, path: Interpolant) -> Tensor:
+    """EDM's noise levels (Karras et al., 2022, equation 5) as times of the path: `num_steps` of them, then 0; float64.
+
+    A level is `sigma / alpha` of the path. The first one, 80, is read as infinite, because the state there is drawn
+    from the prior: it is at t = 1, and not at 80/81. `num_steps` is 2 or more.
+    """
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    highest, lowest = (level ** (1 / EDM_RHO) for level in (EDM_SIGMA_MAX, EDM_SIGMA_MIN))
+    times = path.time_at_ratio((highest + ramp * (lowest - highest)) ** EDM_RHO)
+    times[0] = 1
+    return torch.cat([times, times.new_zeros(1)])
+
+
+def split_times(num_steps: int, split: float, steps_below: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced times from 1 to `split`, and `steps_below + 1` from there to 0: `num_steps` steps in all."""
+    above = 1 - (1 - split) * (1 - ode_times(num_steps - steps_below))
+    return above, split * ode_times(steps_below)
 
 
 def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
@@ -59,21 +81,57 @@ def euler_maruyama(
 
         dx = [v - w s / 2] dt + sqrt(w) dB,  w = diffusion_scale * sigma,  s = the score that v implies.
 
-    The last step takes the drift without noise, as published. `noise()` gives standard normal values of x's shape.
-    `diffusion_scale` is 1 for StableVM and 2 for REPA. One evaluation per step: `len(times) - 1`.
+    A step that ends at t = 0 takes the drift without noise, as published. `noise()` gives standard normal values of
+    x's shape. `diffusion_scale` is 1 for StableVM and 2 for REPA. One evaluation per step: `len(times) - 1`.
     """
-
-    def drift_and_diffusion(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    for t, t_next in _steps(times):
         v = velocity(x, t)
         w = diffusion_scale * path.coefficients(t).sigma
-        return v - w / 2 * path.convert(v, x, t, "velocity", "score"), w
+        drift = v - w / 2 * path.convert(v, x, t, "velocity", "score")
+        x = x + (t_next - t) * drift
+        if t_next > 0:
+            x = x + (w * (t - t_next)).sqrt() * noise()
+    return x
 
-    *noisy, (t, t_next) = _steps(times)
-    for start, end in noisy:
-        drift, w = drift_and_diffusion(x, start)
-        x = x + (end - start) * drift + (w * (start - end)).sqrt() * noise()
-    drift, _ = drift_and_diffusion(x, t)
-    return x + (t_next - t) * drift
+
+def stable_velocity(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    noise_factor: float = 0.0,
+) -> Tensor:
+    """StableVS (Yang et al., 2026): large steps where x_t nearly determines x0, so that v hardly changes on the way.
+
+    `noise()` gives standard normal values of x's shape. One evaluation per step: `len(times) - 1`.
+    """
+    for t, t_next in _steps(times):
+        x = stable_velocity_step(velocity(x, t), x, t, t_next, path, noise, noise_factor)
+    return x
+
+
+def stable_velocity_step(
+    v: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    noise_factor: float = 0.0,
+) -> Tensor:
+    """With the data x0 and the noise e that v implies at x and t, a draw from the Gaussian posterior at tau = t_next:
+
+        x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I).
+
+    Given x0 it has the marginal of the path for every `noise_factor` in [0, 1]. On the linear path and with
+    `noise_factor` 0 it is x + (tau - t) v.
+    """
+    at = path.coefficients(t_next)
+    beta = noise_factor * at.sigma
+    x0, direction = path.convert(v, x, t, "velocity", "x0"), path.convert(v, x, t, "velocity", "noise")
+    x = at.alpha * x0 + (at.sigma**2 - beta**2).sqrt() * direction
+    return x + beta * noise() if beta > 0 else x
 
 
 def _steps(times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -92,7 +92,7 @@ def draw(model, settings, card=None, positions=(0, 1, 2), label=1):
         (SamplerSettings(), 250),
         (SamplerSettings(cfg_scale=1.8), 500),
         (SamplerSettings(mode="ode", num_steps=10), 10),
-        (SamplerSettings(mode="ode", num_steps=10, heun=True), 19),
+        (SamplerSettings(mode="ode", num_steps=10, solver="heun"), 19),
         (SamplerSettings(mode="ode", num_steps=10, cfg_scale=2, guidance_low=0.3, guidance_high=0.7), 15),
     ],
 )
@@ -117,7 +117,7 @@ class GaussianNetwork(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "settings", [SamplerSettings(num_steps=50), SamplerSettings(mode="ode", num_steps=20, heun=True)]
+    "settings", [SamplerSettings(num_steps=50), SamplerSettings(mode="ode", num_steps=20, solver="heun")]
 )
 @pytest.mark.parametrize("path_type", INTERPOLANTS)
 def test_data_prediction_samples_as_velocity_prediction_does(path_type, settings):
@@ -193,7 +193,7 @@ def options(**given):
         ({"name": "a.npz"}, "--name a.npz"),
         ({"classes": "3,x"}, "--classes 3,x"),
         ({"classes": "3,3"}, "--classes 3,3"),
-        ({"mode": "euler"}, "--mode euler: expected one of ode, sde"),
+        ({"mode": "euler"}, "--mode euler: expected one of ode, sde, stablevs"),
         ({"precision": "tf32"}, "--precision tf32: expected one of fp32, bf16, fp16"),
     ],
 )
