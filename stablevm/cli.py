@@ -35,9 +35,9 @@ from stablevm.training.config import CONFIG_FILE, TrainConfig
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
 SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has ended
-# Faults of the machine that a user can mend, not bugs: no space, no permission, a read-only or full file system.
+# Faults of the machine that a user can mend, not bugs: no space, no permission, a disk that fails or is gone.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-SYSTEM_LIMITS = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS)
+SYSTEM_LIMITS = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 
 Config = TypeVar("Config")

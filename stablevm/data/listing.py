@@ -1,6 +1,8 @@
 """`dataset.json` of folders with one file per image, as EDM and REPA have it: names and classes."""
 
 import json
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,12 +42,16 @@ def read_listing(storage: Storage) -> Listing:
         raise UserError(f"{path}: no such file; it says which image is of which class") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore or remake it") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: can't be read ({error}); fetch or make the archive again") from None
     if not isinstance(values, dict) or "format_version" in values:
         raise UserError(f'{path}: expected {{"labels": [["NAME", CLASS], ...]}}, found another kind of file')
     rows = values.pop("labels", None)
     names = values.pop("class_names", None)
     if rows is None:
         return Listing(None, None, values)
+    if not isinstance(rows, list) or not isinstance(names, list | None):
+        raise UserError(f"{path}: its labels or class_names are no list; remake it")
     pairs = [_pair(path, row) for row in rows]
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated or not pairs:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from stablevm.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
 from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
 from stablevm.data.listing import LISTING_FILE, read_listing
-from stablevm.data.storage import Storage, is_fault_of_file, open_storage
+from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
 from stablevm.errors import UserError
 
 LATENTS, IMAGES = "vae-sd", "images"
@@ -141,18 +142,19 @@ class RepaDataset(PreparedDataset):
         side = self.resolution
         try:
             with self._images.open(name) as file, Image.open(file) as picture:
-                if picture.size != (side, side) or picture.mode not in ("RGB", "L"):
-                    raise UserError(
-                        f"{self._images.root}/{name}: {picture.mode} of {picture.width} x {picture.height} pixels, "
-                        f"expected RGB or grey of {side} x {side}; convert the images again"
-                    )
-                return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-        except (OSError, SyntaxError) as error:
+                size, mode = picture.size, picture.mode
+                if size == (side, side) and mode in ("RGB", "L"):
+                    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        except (*READ_ERRORS, Image.DecompressionBombError) as error:
             if isinstance(error, OSError) and not is_fault_of_file(error):
                 raise
             raise UserError(f"{self._images.root}/{name}: can't be read ({error}); convert it again") from None
+        raise UserError(
+            f"{self._images.root}/{name}: {mode} of {size[0]} x {size[1]} pixels, "
+            f"expected RGB or grey of {side} x {side}; convert the images again"
+        )
 
-    def _latent_spec(self, recorded: dict | None) -> LatentSpec:
+    def _latent_spec(self, recorded: Any) -> LatentSpec:
         channels, height, width = self.moments_shape
         if channels % 2 or height != width:
             raise UserError(
@@ -160,7 +162,7 @@ class RepaDataset(PreparedDataset):
                 "mean and standard deviation"
             )
         if recorded is not None:
-            spec = LatentSpec.from_dict(recorded)
+            spec = self._recorded_spec(recorded)
         elif self._vae is not None:
             spec = latent_spec_of(self._vae, height * ASSUMED_FACTOR)
         else:
@@ -172,9 +174,27 @@ class RepaDataset(PreparedDataset):
             )
         return spec
 
-    def _side(self, recorded: list[int] | None) -> int:
-        if recorded is not None:
-            return recorded[0]
+    def _recorded_spec(self, recorded: Any) -> LatentSpec:
+        try:
+            return LatentSpec.from_dict(recorded)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._latents.root}/{LISTING_FILE}: its latent {recorded} is not a shape, scale, shift and "
+                f"autoencoder ({error}); correct or remove the entry"
+            ) from None
+
+    def _side(self, recorded: Any) -> int:
+        match recorded:
+            case int(side) | [int(side), *_]:
+                return side
+            case None:
+                return self._side_of_images()
+        raise UserError(
+            f"{self._latents.root}/{LISTING_FILE}: its resolution {recorded} is not [WIDTH, HEIGHT]; "
+            "correct or remove the entry"
+        )
+
+    def _side_of_images(self) -> int:
         if self._images is None:
             return self.moments_shape[1] * ASSUMED_FACTOR
         with self._images.open(self.image_names[0]) as file, Image.open(file) as picture:
@@ -196,7 +216,7 @@ def _load(storage: Storage, name: str) -> np.ndarray:
     try:
         with storage.open(name) as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except READ_ERRORS as error:
         if isinstance(error, OSError) and not is_fault_of_file(error):
             raise
         raise UserError(f"{storage.root}/{name}: can't be read ({error}); encode it again") from None

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -14,6 +17,13 @@ _FILE_FAULTS = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EINVAL),
     None,  # of decoders
 }
+
+
+# All that reading a damaged file raises, in Pillow's decoders, NumPy and archives.
+READ_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
 
 
 def is_fault_of_file(error: OSError) -> bool:
@@ -37,7 +47,13 @@ class FolderStorage:
         self.root = root
 
     def open(self, name: str) -> IO[bytes]:
-        return (self.root / name).open("rb")
+        """OSError of kind ESTALE, which is no fault of a file, where the whole folder is gone."""
+        try:
+            return open(self.root / name, "rb", opener=_open_regular)
+        except FileNotFoundError:
+            if not _holds_anything(self.root):
+                raise OSError(errno.ESTALE, "vanished while it was read; restore it", str(self.root)) from None
+            raise
 
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()
@@ -61,6 +77,20 @@ class FolderStorage:
                 yield f"{prefix}{entry.name}"
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """Of pipes and devices, which could be read for ever, not even the opening is waited for."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return descriptor
+
+
+def _holds_anything(folder: Path) -> bool:
+    """An unmounted disk leaves an empty folder."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """A link that leads in a circle, or where nobody may look, is no folder: opening it will tell the cause."""
     try:
@@ -82,6 +112,8 @@ class ZipStorage:
             return self._archive().open(name)
         except KeyError:
             raise FileNotFoundError(2, "no such file in the archive", f"{self.root}/{name}") from None
+        except (zipfile.BadZipFile, RuntimeError) as error:  # encrypted, or compressed in an unknown way
+            raise OSError(errno.EINVAL, str(error), f"{self.root}/{name}") from None
 
     def exists(self, name: str) -> bool:
         return name in self._archive().NameToInfo

@@ -22,8 +22,17 @@ from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
 from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
-from stablevm.preparation.sources import Source, open_source
-from stablevm.preparation.work import PART_LENGTH, WORK_FOLDER, Job, begin, clear, encoding_part_length, shared
+from stablevm.preparation.sources import Source, open_source, printable
+from stablevm.preparation.work import (
+    PART_LENGTH,
+    WORK_FOLDER,
+    Job,
+    begin,
+    check_apart,
+    clear,
+    encoding_part_length,
+    shared,
+)
 from stablevm.processes import Process
 
 IMAGES_PER_FOLDER = 1000
@@ -33,6 +42,7 @@ def convert(config: ConvertConfig) -> int:
     """Crop the images of a source into PNG files; returns the exit status."""
     config.validate()
     process = Process.from_environment()
+    check_apart(config.source, config.dest)
     source = open_source(config.source)
     cropper = make_cropper(config, source)
     plan = {"step": "convert", **cropper.plan}
@@ -60,6 +70,7 @@ def encode(config: EncodeConfig) -> int:
     """Encode converted images into latents, one .npy file each; returns the exit status."""
     config.validate()
     process = Process.from_environment()
+    check_apart(config.source, config.dest)
     source = open_source(config.source)
     _latent_names(source)  # a clash of names is an error before anything is done
     size = first_size(source)
@@ -149,6 +160,11 @@ def _latent_names(source: Source) -> list[str]:
     names = [latent_name(name) for name in source.names]
     first: dict[str, str] = {}
     for latent, image in zip(names, source.names, strict=True):
+        if printable(image) != image:
+            raise UserError(
+                f"{source.storage.root}: the name {printable(image)} is not UTF-8, which {LISTING_FILE} can't hold; "
+                "rename it, or convert the images first"
+            )
         if latent in first:
             raise UserError(
                 f"{source.storage.root}: {first[latent]} and {image} would have the same latent, {latent}; "

@@ -4,9 +4,7 @@ What a picture shows is settled here: upright by its EXIF orientation, transpare
 8 bits, whatever colours turned to RGB. What can't be settled is a `BadPictureError` with its cause.
 """
 
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import IO
 
@@ -14,17 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stablevm.data.storage import is_fault_of_file
+from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 
 Size = tuple[int, int]  # width, height
 
 # More pixels than this are taken for a decompression bomb; it is the count from which Pillow itself warns.
 MAX_PIXELS = 2**30 // 12
-# All that Pillow's decoders raise on damaged files.
-_DECODER_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError),
-    *(struct.error, zlib.error),
-)
 _ORIENTATION = 0x0112  # EXIF tag
 _WHITE = (255, 255, 255, 255)
 
@@ -48,7 +41,7 @@ def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[
             _check_pixels(picture.size)
             picture.load()
             return _settled(picture)
-        except _DECODER_ERRORS as error:
+        except READ_ERRORS as error:
             if isinstance(error, OSError) and not is_fault_of_file(error):
                 raise
             raise BadPictureError(_cause(error, file)) from None
@@ -141,7 +134,7 @@ def _settled(picture: Image.Image) -> tuple[Image.Image, list[str]]:
 def _orientation(picture: Image.Image) -> int:
     try:
         return picture.getexif().get(_ORIENTATION, 1)
-    except _DECODER_ERRORS:  # damaged metadata tells nothing
+    except READ_ERRORS:  # damaged metadata tells nothing
         return 1
 
 

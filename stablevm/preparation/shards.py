@@ -25,7 +25,16 @@ from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
 from stablevm.preparation.sources import open_source
-from stablevm.preparation.work import WORK_FOLDER, Job, begin, begin_step, clear, encoding_part_length, shared
+from stablevm.preparation.work import (
+    WORK_FOLDER,
+    Job,
+    begin,
+    begin_step,
+    check_apart,
+    clear,
+    encoding_part_length,
+    shared,
+)
 from stablevm.processes import Process
 
 _IMAGES, _LATENTS = "images", "latents"  # work of the two steps
@@ -35,6 +44,7 @@ def convert(config: ConvertShardsConfig) -> int:
     """Crop the images of a source into shards; returns the exit status. `encode` completes the data set."""
     config.validate()
     process = Process.from_environment()
+    check_apart(config.source, config.dest)
     source = open_source(config.source)
     cropper = make_cropper(config, source)
     width, height = cropper.result_size
@@ -64,7 +74,7 @@ def convert(config: ConvertShardsConfig) -> int:
 
 
 def encode(config: EncodeShardsConfig) -> int:
-    """Encode the images in shards, which completes the data set; returns the exit status."""
+    """Encode the images in shards, which completes the data set; returns the exit status, 0: none is skipped."""
     config.validate()
     process = Process.from_environment()
     folder = config.data_dir
@@ -82,7 +92,8 @@ def encode(config: EncodeShardsConfig) -> int:
     else:
         with shared(folder, MANIFEST_FILE, process):
             _Encoding(config, report.plan, process).run()
-    return conclude(report, folder, "in the data set", process)
+    conclude(report, folder, "in the data set", process)
+    return 0  # what convert skipped is no news
 
 
 class _Encoding:
@@ -144,7 +155,9 @@ class _Encoding:
             if record.rows
         )
         counts = tuple(torch.bincount(labels, minlength=len(self.manifest.class_names)).tolist())
-        replace(self.manifest, has_images=keep, class_counts=counts, shards=shards).write(self.folder)
+        compressed = keep and self.manifest.compressed
+        complete = replace(self.manifest, has_images=keep, compressed=compressed, class_counts=counts, shards=shards)
+        complete.write(self.folder)
         _tidy(self.folder, keep)
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardFile
 from stablevm.data.opening import open_dataset
-from stablevm.data.repa import RepaDataset
+from stablevm.data.repa import IMAGES, LATENTS, RepaDataset, is_repa_folder
 from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 from stablevm.preparation.config import VerifyConfig
@@ -39,16 +39,10 @@ def verify(config: VerifyConfig) -> int:
 
 def split_folders(folder: Path) -> list[Path]:
     """The folder itself, or its splits where those are the data sets."""
-    splits = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_FILE}") if _is_manifest(path))
-    return splits if splits and not (folder / MANIFEST_FILE).exists() else [folder]
-
-
-def _is_manifest(path: Path) -> bool:
-    try:
-        Manifest.read(path.parent)
-    except UserError:
-        return False
-    return True
+    if (folder / MANIFEST_FILE).exists() or is_repa_folder(folder) or not folder.is_dir():
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in (IMAGES, LATENTS))
+    return [path for path in inside if (path / MANIFEST_FILE).exists() or is_repa_folder(path)] or [folder]
 
 
 def _faults(folder: Path, workers: int) -> Iterator[str]:

@@ -102,8 +102,9 @@ def begin(dest: Path, plan: dict[str, Any]) -> Report | None:
     `plan` holds all that decides the result. Raises UserError, naming the first difference, where `dest` holds the
     result of another plan, begun or complete, and where it holds anything else.
     """
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest}: expected a folder, found a file; give another")
+    nearest = next(path for path in (dest, *dest.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: expected a folder, found a file; give another")
     if (dest / REPORT_FILE).exists():
         report = Report.read(dest)
         _check_same(dest, plan, report.plan)
@@ -114,6 +115,12 @@ def begin(dest: Path, plan: dict[str, Any]) -> Report | None:
                 raise UserError(f"{dest}: not empty ({path.name}), nothing was changed; give an empty or new folder")
     begin_step(dest / WORK_FOLDER, plan)
     return None
+
+
+def check_apart(source: Path, dest: Path) -> None:
+    """UserError where the result would lie among the images of its source, which it would add to."""
+    if dest.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--dest {dest}: lies in --source {source}, whose images it would add to; give one outside")
 
 
 def begin_step(folder: Path, plan: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,7 +231,12 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
     ]:
         found = refusal(capsys, cli.dataset_tools, convert(source, tmp_path / "x", f"--resolution={wrong}"))
         assert message in found
-    assert not (tmp_path / "x").exists()
+    for dest in (source, source / "images", source / "n00000000" / "x"):
+        for tool in (cli.dataset_tools, cli.prepare):
+            assert "lies in --source" in refusal(capsys, tool, convert(source, dest))
+        assert "lies in --source" in refusal(capsys, cli.dataset_tools, encode(source, dest, vae))
+    assert "expected a folder, found a file" in refusal(capsys, cli.prepare, convert(source, used / "thesis.txt/x"))
+    assert not (tmp_path / "x").exists() and len(list(source.iterdir())) == 4
 
     done, odd = convert_to(source, tmp_path / "done", SIDE), convert_to(source, tmp_path / "odd", 30)
     capsys.readouterr()
@@ -246,6 +252,36 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
     assert "needs a multiple of 8" in refusal(capsys, cli.dataset_tools, encode(odd, tmp_path / "y", vae))
     assert "can't be loaded" in refusal(capsys, cli.dataset_tools, encode(done, tmp_path / "y", tmp_path / "no vae"))
     assert "run convert first" in refusal(capsys, cli.prepare, encode_shards(tmp_path / "none", vae))
+
+
+def test_names_that_json_cannot_hold_are_refused_before_the_work(vae, tmp_path, capsys):
+    odd = tmp_path / "images" / os.fsdecode(b"\xff.png")
+    odd.parent.mkdir()
+    Image.new("RGB", (SIDE, SIDE)).save(odd)
+    assert r"\xff.png is not UTF-8" in refusal(capsys, cli.dataset_tools, encode(odd.parent, tmp_path / "y", vae))
+    assert not (tmp_path / "y").exists()
+    assert cli.dataset_tools(convert(odd.parent, tmp_path / "x", "--num-workers", "0")) == 0
+
+
+def test_a_source_that_vanishes_ends_the_run_and_nothing_is_lost(source, tmp_path, capsys, monkeypatch):
+    folder = write_source(tmp_path / "source", images=20, classes=2, shortest=40, longest=60)
+    crop, calls = TRANSFORMS["center-crop-dhariwal"], []
+
+    def crop_then_unplug(picture, size):
+        calls.append(size)
+        if len(calls) == 10:
+            folder.rename(tmp_path / "elsewhere")
+        return crop(picture, size)
+
+    for tool, dest in ((cli.dataset_tools, tmp_path / "images"), (cli.prepare, tmp_path / "shards")):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(TRANSFORMS, "center-crop-dhariwal", crop_then_unplug)
+            assert tool(convert(folder, dest, "--num-workers", "0")) == 2
+        assert "vanished while it was read" in capsys.readouterr().err.splitlines()[-1]
+        (tmp_path / "elsewhere").rename(folder)
+        assert tool(convert(folder, dest, "--num-workers", "0")) == 0
+        assert "20 images converted, 0 skipped" in capsys.readouterr().out
 
 
 def convert_to(source, dest, side):
@@ -272,6 +308,19 @@ def test_verify_names_what_is_damaged(source, vae, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[-1] == f"{data}: 3 fault(s)"
     assert all(any(part in line for line in lines) for part in (image.name, "negative standard deviation", "stray.npy"))
+
+    splits = tmp_path / "splits"
+    shutil.copytree(shards, splits / "train")
+    shutil.copytree(shards, splits / "test")
+    assert cli.data(["verify", str(splits), "--num-workers", "0"]) == 0
+    (splits / "test" / "dataset.json").write_text("{")
+    capsys.readouterr()
+    assert cli.data(["verify", str(splits), "--num-workers", "0"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "not valid JSON" in lines[0] and lines[1:] == [
+        f"{splits / 'test'}: 1 fault(s)",
+        f"{splits / 'train'}: intact",
+    ]
 
     file = shards / "latents-00000.safetensors"
     content = bytearray(file.read_bytes())

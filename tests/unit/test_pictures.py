@@ -76,6 +76,8 @@ def test_wide_crop_lies_between_black_bars():
     result = pixels(TRANSFORMS["center-crop-wide"](picture, (200, 100)))
     assert result.shape == (200, 200, 3) and result_size("center-crop-wide", (200, 100)) == (200, 200)
     assert not result[:50].any() and not result[150:].any() and result[50:150].any()
+    middle = picture.crop((0, 50, 400, 250))  # 400 x 200, the target's shape
+    assert np.array_equal(result[50:150], np.asarray(middle.resize((200, 100), Image.Resampling.LANCZOS)))
     with pytest.raises(BadPictureError, match="too small"):
         TRANSFORMS["center-crop-wide"](picture, (401, 100))
 

@@ -79,6 +79,25 @@ def test_what_the_folder_says_of_itself_counts(tmp_path):
     assert dataset.class_names == ("cat", "dog") and dataset.crop == "none"
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"resolution": []}, "its resolution [] is not [WIDTH, HEIGHT]"),
+        ({"resolution": "256x256"}, "is not [WIDTH, HEIGHT]"),
+        ({"latent": {"shape": [4, 2, 2]}}, "is not a shape, scale, shift and autoencoder"),
+        ({"latent": "sd"}, "is not a shape, scale, shift and autoencoder"),
+    ],
+)
+def test_faulty_facts_are_one_clear_line(tmp_path, facts, message):
+    with pytest.raises(UserError) as error:
+        RepaDataset(write_repa(tmp_path, facts))
+    assert message in one_line(error)
+
+
+def test_a_resolution_may_be_one_number(tmp_path):
+    check(RepaDataset(write_repa(tmp_path, {"resolution": SIDE})))
+
+
 def test_images_under_other_names_come_from_their_listing(tmp_path):
     write_repa(tmp_path)
     names = []
@@ -132,6 +151,23 @@ def damage(folder, case):
             image.write_bytes(image.read_bytes()[:40])
         case "no image":
             image.unlink()
+
+
+def test_damaged_members_of_archives_are_named(tmp_path):
+    write_repa(tmp_path)
+    for name in ("images", "vae-sd"):
+        archive = tmp_path / f"{name}.zip"
+        with zipfile.ZipFile(archive, "w") as opened:
+            for path in sorted((tmp_path / name).rglob("*.*")):
+                opened.write(path, path.relative_to(tmp_path / name))
+        content = bytearray(archive.read_bytes())
+        content[zipfile.ZipFile(archive).infolist()[3].header_offset - 3] ^= 0xFF
+        archive.write_bytes(content)
+        (tmp_path / name).rename(tmp_path / f"gone-{name}")
+    dataset = RepaDataset(tmp_path)
+    for read in (dataset.images, dataset.moments):
+        with pytest.raises(UserError, match="can't be read"):
+            read(range(COUNT))
 
 
 @pytest.mark.parametrize(

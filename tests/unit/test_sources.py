@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from data_sets import one_line
 from sources import write_source
 
 from stablevm.errors import UserError
+from stablevm.preparation.pictures import BadPictureError, read_picture
 from stablevm.preparation.sources import ONE_CLASS, open_source
 
 
@@ -73,6 +76,50 @@ def test_names_of_any_bytes(folder):
     assert odd in source.names and len(source.fingerprint) == 64
 
 
+def read(source, name):
+    return read_picture(partial(source.storage.open, name))
+
+
+def test_damaged_members_of_an_archive_are_bad_pictures(folder, tmp_path):
+    archive = zipped(folder, tmp_path / "source.zip")
+    content = bytearray(archive.read_bytes())
+    members = zipfile.ZipFile(archive).infolist()
+    content[members[0].header_offset] ^= 0xFF  # its own header
+    end = members[2].header_offset
+    content[end - 3] ^= 0xFF  # the picture's last bytes: the checksum tells
+    entry = content.rindex(b"PK\x01\x02")
+    for flags in (entry + 8, members[-1].header_offset + 6):
+        content[flags] |= 1  # encrypted
+    archive.write_bytes(content)
+    source = open_source(archive)
+    for number, cause in ((0, "bad magic number"), (1, "CRC"), (len(members) - 1, "encrypted")):
+        with pytest.raises(BadPictureError, match=cause):
+            read(source, members[number].filename)
+    read(source, members[2].filename)
+
+
+def test_pipes_and_devices_are_not_waited_for(folder):
+    os.mkfifo(folder / "n00000000" / "pipe.jpg")
+    (folder / "n00000000" / "zero.jpg").symlink_to("/dev/zero")
+    source = open_source(folder)
+    for name in ("n00000000/pipe.jpg", "n00000000/zero.jpg"):
+        with pytest.raises(BadPictureError, match="not a regular file"):
+            read(source, name)
+
+
+@pytest.mark.parametrize("mount_point", [False, True])
+def test_a_source_that_vanishes_is_no_bad_picture(folder, mount_point):
+    source = open_source(folder)
+    (folder / source.names[0]).unlink()
+    with pytest.raises(BadPictureError, match="no such file"):
+        read(source, source.names[0])
+    shutil.rmtree(folder)
+    if mount_point:
+        folder.mkdir()
+    with pytest.raises(OSError, match="vanished"):
+        read(source, source.names[1])
+
+
 @pytest.mark.parametrize(
     ("listing", "message"),
     [
@@ -80,6 +127,8 @@ def test_names_of_any_bytes(folder):
         ("[]", "found another kind of file"),
         ('{"format_version": 1}', "found another kind of file"),
         ('{"labels": []}', "lists no images"),
+        ('{"labels": 3}', "are no list"),
+        ('{"labels": [["a.png", 0]], "class_names": 3}', "are no list"),
         ('{"labels": [["a.png", 0], ["a.png", 1]]}', "lists a.png twice"),
         ('{"labels": [["../a.png", 0]]}', 'expected ["RELATIVE/NAME", CLASS]'),
         ('{"labels": [["/etc/passwd", 0]]}', 'expected ["RELATIVE/NAME", CLASS]'),
