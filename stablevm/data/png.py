@@ -19,5 +19,5 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 def decode_png(content: bytes) -> NDArray[np.uint8]:
     """uint8 (H, W, 3)."""
-    with Image.open(io.BytesIO(content)) as picture:
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
         return np.asarray(picture.convert("RGB"))

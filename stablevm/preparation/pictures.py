@@ -16,6 +16,8 @@ from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 
 Size = tuple[int, int]  # width, height
 
+# Pillow knows more, among them EPS, for which it would start another program.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 # More pixels than this are taken for a decompression bomb; it is the count from which Pillow itself warns.
 MAX_PIXELS = 2**30 // 12
 _ORIENTATION = 0x0112  # EXIF tag
@@ -37,7 +39,7 @@ def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[
     with file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged metadata; the pixels count
         try:
-            picture = Image.open(file)
+            picture = Image.open(file, formats=FORMATS)
             _check_pixels(picture.size)
             picture.load()
             return _settled(picture)

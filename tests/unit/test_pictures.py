@@ -140,6 +140,13 @@ def test_opaque_pictures_with_an_alpha_channel_need_no_note(tmp_path):
     assert notes == [] and picture.mode == "RGB"
 
 
+def test_formats_that_start_other_programs_are_no_images(tmp_path):
+    scene(np.random.default_rng(0), (20, 20)).save(tmp_path / "figure.eps")
+    (tmp_path / "figure.eps").rename(tmp_path / "figure.jpg")
+    with pytest.raises(BadPictureError, match="not an image"):
+        read(tmp_path / "figure.jpg")
+
+
 def test_faults_of_the_machine_are_no_bad_pictures():
     def out_of_handles():
         raise OSError(24, "Too many open files")
