@@ -17,7 +17,8 @@ FLOORS = dict(
             ("files", "options", "interpolant", "rng", "precision", "processes"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             ("objective", "encoders", "snapshot", "variance", "data", "evaluation.statistics", "sampling.solvers"),
-            ("sampling", "evaluation", "preparation"),
+            ("sampling", "preparation"),
+            ("evaluation",),
             ("training",),
             ("toy", "quickstart"),
             ("cli",),
@@ -26,7 +27,7 @@ FLOORS = dict(
     )
 )
 # Packages of training machinery and of the command line, and the lowest floor that may use them.
-LOWEST_FLOOR = {"accelerate": 5, "wandb": 5, "tensorboard": 5, "tyro": 4, "tqdm": 4, "matplotlib": 2}
+LOWEST_FLOOR = {"accelerate": 6, "wandb": 6, "tensorboard": 6, "tyro": 4, "tqdm": 4, "matplotlib": 2}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
