@@ -12,7 +12,7 @@ import tyro
 
 from stablevm import __version__
 from stablevm.errors import UserError
-from stablevm.evaluation.config import EvaluateConfig
+from stablevm.evaluation.config import EvaluateConfig, ReferenceConfig
 from stablevm.files import read_json
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -52,6 +52,11 @@ def generate(arguments: Sequence[str] | None = None) -> int:
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`evaluate.py` and `stablevm evaluate`."""
     return _run(EvaluateConfig, "evaluate", _given(arguments), "stablevm.evaluation.evaluate:evaluate")
+
+
+def reference(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm reference`."""
+    return _run(ReferenceConfig, "stablevm reference", _given(arguments), "stablevm.evaluation.reference:reference")
 
 
 def quickstart(arguments: Sequence[str] | None = None) -> int:
@@ -151,7 +156,8 @@ COMMANDS: Table = {
     "train": (train, "train a network"),
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
-    "evaluate": (evaluate, "judge a file of generated images"),
+    "evaluate": (evaluate, "judge a file of generated images, or a checkpoint"),
+    "reference": (reference, "write a reference file to judge against"),
     "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
 }
 

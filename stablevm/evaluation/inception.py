@@ -1,6 +1,6 @@
 """Inception as the ADM suite uses it: the graph of 2015-12-05, whose features FID, sFID and the Inception score are of.
 
-Network, resize and weights are torch-fidelity's `FeatureExtractorInceptionV3`; only the spatial features are taken here.
+Network, resize and weights are torch-fidelity's `FeatureExtractorInceptionV3`; the spatial features are taken here.
 """
 
 import io

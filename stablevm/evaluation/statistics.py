@@ -5,6 +5,7 @@ them: the caller names it beside each number.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,10 +22,52 @@ QUICK_ERROR = 1e-9
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (width,) and covariance (width, width), float64."""
+    """Mean (width,) and covariance (width, width), float64; and what the Fréchet distance needs of the covariance."""
 
     mean: Tensor
     covariance: Tensor
+
+    @cached_property
+    def trace(self) -> float:
+        return float(self.covariance.trace())
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (width, rank) with F F^T = covariance: Cholesky's, or the eigenvectors times the roots of their values."""
+        triangle, failed = torch.linalg.cholesky_ex(self.covariance)
+        pivots = triangle.diagonal().square()
+        if not failed and float(pivots.min()) > WELL_CONDITIONED * float(pivots.max()):
+            return triangle
+        values, vectors = torch.linalg.eigh(self.covariance)
+        noise = len(values) * torch.finfo(values.dtype).eps * values.abs().max()  # what rounding makes of a zero
+        kept = values > noise
+        return vectors[:, kept] * values[kept].sqrt()
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """The moments of fewer rows than features: the rows about their mean are a factor of the covariance already."""
+
+    mean: Tensor
+    factor: Tensor  # (width, n)
+
+    @cached_property
+    def trace(self) -> float:
+        return float(self.factor.square().sum())
+
+
+AnyMoments = Moments | FewRows
+
+
+def moments_of(features: Tensor) -> AnyMoments:
+    """Mean and covariance of the rows (n, width); UserError for fewer than two, and for values that are not finite."""
+    count, width = features.shape
+    if not 2 <= count <= width:
+        return FeatureStatistics.from_features(features).moments
+    check_features(features)
+    rows = features.detach().to("cpu", torch.float64)
+    mean = rows.mean(0)
+    return FewRows(mean, (rows - mean).T / (count - 1) ** 0.5)
 
 
 class FeatureStatistics:
@@ -77,8 +120,12 @@ class FeatureStatistics:
             raise UserError(f"a covariance needs at least 2 samples, got {self.count}")
         return self._scatter / (self.count - 1)
 
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.mean, self.covariance)
 
-def frechet_distance(a: Moments | FeatureStatistics, b: Moments | FeatureStatistics) -> float:
+
+def frechet_distance(a: AnyMoments | FeatureStatistics, b: AnyMoments | FeatureStatistics) -> float:
     """`||mu1 - mu2||^2 + tr(S1 + S2 - 2 sqrt(S1 S2))` (Dowson and Landau, 1982; Heusel et al., 2017, equation 6).
 
     With any factors `S = F F^T`, `tr sqrt(S1 S2)` is the sum of the singular values of `F1^T F2`. That needs no
@@ -88,23 +135,11 @@ def frechet_distance(a: Moments | FeatureStatistics, b: Moments | FeatureStatist
     """
     if len(a.mean) != len(b.mean):
         raise UserError(f"features are {len(a.mean)} and {len(b.mean)} wide: take both from the same extractor")
-    S1, S2 = a.covariance, b.covariance
-    trace = float(S1.trace() + S2.trace())
-    cross = _sum_of_singular_values(_factor(S1).T @ _factor(S2), tolerance=QUICK_ERROR * trace)
-    distance = float((a.mean - b.mean).square().sum()) + trace - 2 * cross
+    first, second = (each.moments if isinstance(each, FeatureStatistics) else each for each in (a, b))
+    trace = first.trace + second.trace
+    cross = _sum_of_singular_values(first.factor.T @ second.factor, tolerance=QUICK_ERROR * trace)
+    distance = float((first.mean - second.mean).square().sum()) + trace - 2 * cross
     return max(distance, 0.0)
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    """F (width, rank) with F F^T = covariance: Cholesky's, or the eigenvectors times the roots of their eigenvalues."""
-    triangle, failed = torch.linalg.cholesky_ex(covariance)
-    pivots = triangle.diagonal().square()
-    if not failed and float(pivots.min()) > WELL_CONDITIONED * float(pivots.max()):
-        return triangle
-    values, vectors = torch.linalg.eigh(covariance)
-    noise = len(values) * torch.finfo(values.dtype).eps * values.abs().max()  # what rounding makes of a zero
-    kept = values > noise
-    return vectors[:, kept] * values[kept].sqrt()
 
 
 def _sum_of_singular_values(matrix: Tensor, tolerance: float) -> float:

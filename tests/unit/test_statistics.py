@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stablevm.errors import UserError
 from stablevm.evaluation import statistics
-from stablevm.evaluation.statistics import FeatureStatistics, Moments, frechet_distance, inception_score
+from stablevm.evaluation.statistics import FeatureStatistics, Moments, frechet_distance, inception_score, moments_of
 
 
 def normal(rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -95,6 +95,15 @@ def test_singular_covariances_agree_with_the_matrix_square_root() -> None:
     difference = (a.mean(0) - b.mean(0)).numpy()
     expected = difference @ difference + np.trace(S1 + S2 - 2 * sqrtm(S1 @ S2).real)
     assert frechet(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "other_rows"), [(20, 25), (20, 200), (200, 200)])
+def test_few_rows_need_no_covariance(rows: int, other_rows: int) -> None:
+    a, b = normal(rows, 32, 10), normal(other_rows, 32, 11)
+    assert frechet_distance(moments_of(a), moments_of(b)) == pytest.approx(frechet(a, b), rel=1e-7)
+    assert frechet_distance(moments_of(a), moments_of(a)) < 1e-9
+    with pytest.raises(UserError, match="at least 2 samples"):
+        moments_of(a[:1])
 
 
 def test_known_moments_give_the_closed_form() -> None:
