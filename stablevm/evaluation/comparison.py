@@ -1,5 +1,6 @@
 """Features of generated images against those of a reference: the numbers, named by the network they come from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from stablevm.evaluation.adm_distances import membership_adm
 from stablevm.evaluation.neighbours import PRECISION_RECALL_K, Membership, membership
-from stablevm.evaluation.statistics import AnyMoments, Moments, frechet_distance, inception_score, moments_of
+from stablevm.evaluation.statistics import AnyMoments, frechet_distance, inception_score, moments_of
 
 # Columns of a table: key in the results, name where the features are the published Inception's, name elsewhere.
 FRECHET, SPATIAL, SCORE = "frechet", "spatial", "score"
@@ -37,7 +38,7 @@ class Comparison:
     published: bool  # the published Inception's: only then is a distance called FID
     samples: dict[str, Tensor]  # "pool", perhaps "spatial" and "logits": (N, width) each
     reference: dict[str, Tensor]  # empty where the reference holds no images
-    stored: dict[str, Moments]
+    stored: Mapping[str, AnyMoments]
     arithmetic: Literal["exact", "adm"]
     device: torch.device
 

@@ -62,7 +62,7 @@ class JudgeConfig:
             idle["inception_weights"] = "--no-inception"
         if self.extractor is not None:
             features = ("inception", "inception_weights", "enc_type", "encoder_weights", "precision_recall")
-            idle |= dict.fromkeys((*features, "batch_size", "cache_dir", "cache_gigabytes"), "--extractor")
+            idle |= dict.fromkeys((*features, "batch_size", "cache_dir", "cache_gigabytes", "report"), "--extractor")
         return idle_warnings(self, idle)
 
 

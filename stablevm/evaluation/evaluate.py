@@ -49,10 +49,11 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
     reference = open_reference(config.reference)
     check_comparable(samples, reference)
     cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
-    comparisons = [
+    found = [
         _compare_by(extractor, samples, reference, config, cache, process)
         for extractor in _extractors(config, reference, process.device)
     ]
+    comparisons = [each for each in found if each is not None]
     if not process.is_first:
         return {}
     cache.sweep(config.cache_gigabytes)
@@ -65,7 +66,6 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
     }
     rows: list[Sequence[str | float]] = [("measure", "value", "meaning"), ("samples", len(samples), "generated images")]
     for each in comparisons:
-        assert each is not None
         values = each.results()
         values["statistics"] = reference.statistics_text(bool(each.stored))
         results["warnings"] += _warn(each, samples)
