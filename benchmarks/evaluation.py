@@ -73,7 +73,8 @@ def scipy_root(samples, reference, table):
     """As the ADM suite has it."""
 
     def fid():
-        means, covariances = zip(*((each.numpy().mean(0), np.cov(each, rowvar=False)) for each in (samples, reference)))
+        means = [each.numpy().mean(0) for each in (samples, reference)]
+        covariances = [np.cov(each, rowvar=False) for each in (samples, reference)]
         root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
         return float(np.square(means[0] - means[1]).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
 

@@ -12,7 +12,7 @@ import tyro
 
 from stablevm import __version__
 from stablevm.errors import UserError
-from stablevm.evaluation.config import EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.files import read_json
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -50,8 +50,11 @@ def generate(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
-    """`evaluate.py` and `stablevm evaluate`."""
-    return _run(EvaluateConfig, "evaluate", _given(arguments), "stablevm.evaluation.evaluate:evaluate")
+    """`evaluate.py` and `stablevm evaluate`, of a file or, with --ckpt, of a checkpoint."""
+    given = _given(arguments)
+    if any(part.split("=", 1)[0] == "--ckpt" for part in given):
+        return _run(EvaluateCheckpointConfig, "evaluate", given, "stablevm.evaluation.checkpoint:evaluate_checkpoint")
+    return _run(EvaluateConfig, "evaluate", given, "stablevm.evaluation.evaluate:evaluate")
 
 
 def reference(arguments: Sequence[str] | None = None) -> int:

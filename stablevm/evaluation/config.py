@@ -8,6 +8,7 @@ import tyro
 
 from stablevm.errors import UserError
 from stablevm.options import idle_warnings, require
+from stablevm.sampling.config import GenerateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,27 @@ class EvaluateConfig(JudgeConfig):
 
     samples: tyro.conf.Positional[Path]
     """File of generated images: .npz with arr_0, uint8 (N, H, W, 3), and possibly labels, integers (N,)."""
+
+
+@dataclass(frozen=True)
+class EvaluateCheckpointConfig:
+    """Judge what a checkpoint generates, without a file in between: the options of generate, and those of evaluate.
+
+    Results go to SAMPLE_DIR/NAME.json. Features are cached, so an interrupted evaluation goes on where it stopped.
+    """
+
+    judging: tyro.conf.OmitArgPrefixes[JudgeConfig]
+    """What the images are compared with, and how."""
+    sampling: tyro.conf.OmitArgPrefixes[GenerateConfig]
+    """How they are generated."""
+
+    def warnings(self) -> list[str]:
+        """One line for each option that was given and has no effect with the others."""
+        return [
+            *self.judging.warnings(),
+            *self.sampling.warnings(),
+            *idle_warnings(self.sampling, {"grid": "evaluate"}),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

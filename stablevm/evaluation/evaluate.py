@@ -33,15 +33,13 @@ def evaluate(config: EvaluateConfig) -> Results:
     Processes other than the first return {} when their share of the features is computed. Raises UserError, before
     anything is written, for input that can't be judged.
     """
-    process = _begin(config)
+    process = begin(config, config.warnings())
     output = config.output or config.samples.with_suffix(".json")
-    if config.extractor is not None:
-        if not process.is_first:
-            return {}
-        results = judge_digits(*read_samples(config.samples), config)
-        return _finish({"samples": str(config.samples), "reference": str(config.reference), **results},
-                       result_rows(results), output)  # fmt: skip
-    return compare(open_samples(config.samples), config, process, output)
+    if config.extractor is None:
+        return compare(open_samples(config.samples), config, process, output)
+    if not process.is_first:
+        return {}
+    return finish_digits(*read_samples(config.samples), str(config.samples), config, output)
 
 
 def compare(samples: Samples, config: JudgeConfig, process: Process, output: Path) -> Results:
@@ -79,11 +77,13 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
     return _finish(results, rows, output)
 
 
-def judge_digits(images: Tensor, labels: Tensor, config: JudgeConfig) -> Results:
+def finish_digits(images: Tensor, labels: Tensor, title: str, config: JudgeConfig, output: Path) -> Results:
     """What `judge` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
     assert config.extractor is not None
     train, test = _splits(config.reference)
-    return judge(images, labels, test, train, load_extractor(config.extractor))
+    results = judge(images, labels, test, train, load_extractor(config.extractor))
+    rows = result_rows(results)
+    return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output)
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
@@ -108,11 +108,12 @@ def text_table(rows: Sequence[Sequence[str | float | int]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _begin(config: JudgeConfig) -> Process:
+def begin(config: JudgeConfig, warnings: Sequence[str]) -> Process:
+    """Check the options and say which have no effect."""
     config.validate()
     process = Process.from_environment()
     if process.is_first:
-        for line in config.warnings():
+        for line in warnings:
             print(f"warning: {line}", file=sys.stderr)
     return process
 

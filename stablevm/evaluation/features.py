@@ -41,8 +41,8 @@ class ImageSource(Protocol):
     def key(self, part: range) -> str:
         """Decides the images of a part: equal keys, equal images."""
 
-    def images(self, part: range) -> NDArray[np.uint8]:
-        """(n, H, W, 3)."""
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Those at `indices`, in that order: (n, H, W, 3)."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ArraySource:
         pixels = np.ascontiguousarray(self.images(part))
         return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
-    def images(self, part: range) -> NDArray[np.uint8]:
-        return self.array[part.start : part.stop]
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        return self.array[np.asarray(indices)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def extract(
 def _compute(
     source: ImageSource, extractor: FeatureExtractor, part: range, path: Path, batch_size: int, bar: tqdm
 ) -> None:
-    images = torch.from_numpy(np.array(source.images(part))).permute(0, 3, 1, 2)
+    images = torch.from_numpy(source.images(part)).permute(0, 3, 1, 2)
     blocks = []
     for block in images.split(batch_size):
         features = extractor(block)

@@ -7,7 +7,7 @@ whole set's features, as ADM's files have them; and what only our commands read:
 import hashlib
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from stablevm.errors import UserError
 from stablevm.evaluation.config import ReferenceConfig
 from stablevm.evaluation.features import FeatureCache, Features, ImageSource, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
-from stablevm.evaluation.samples import pick
 from stablevm.evaluation.statistics import FeatureStatistics
 from stablevm.files import write_with
 from stablevm.preparation.crops import first_size
@@ -43,7 +42,7 @@ class DatasetSource:
     """The images of a prepared data set."""
 
     dataset: PreparedDataset
-    _last: tuple[range, NDArray[np.uint8]] | None = field(
+    _last: tuple[Sequence[int], NDArray[np.uint8]] | None = field(
         default=None, repr=False
     )  # asked for its key, then its images
 
@@ -54,10 +53,9 @@ class DatasetSource:
         images = self.images(part)
         return hashlib.sha256(str(images.shape).encode() + images.tobytes()).hexdigest()
 
-    def images(self, part: range) -> NDArray[np.uint8]:
-        if self._last is None or self._last[0] != part:
-            images = self.dataset.images(part).permute(0, 2, 3, 1).contiguous().numpy()
-            self._last = part, images
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        if self._last is None or self._last[0] != indices:
+            self._last = indices, self.dataset.images(indices).permute(0, 2, 3, 1).contiguous().numpy()
         return self._last[1]
 
 
@@ -79,9 +77,9 @@ class FolderSource:
                 digest.update(hashlib.sha256(file.read()).digest())
         return digest.hexdigest()
 
-    def images(self, part: range) -> NDArray[np.uint8]:
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """UserError for a file that gives no image of the right size: a reference must not miss any unseen."""
-        return np.stack([self._image(self.source.names[index]) for index in part])
+        return np.stack([self._image(self.source.names[index]) for index in indices])
 
     def _image(self, name: str) -> NDArray[np.uint8]:
         try:
@@ -114,7 +112,7 @@ def reference(config: ReferenceConfig) -> Path:
             protocol["extractor_fingerprint"] = extractor.fingerprint
     if process.is_first:
         rows = torch.randperm(len(source), generator=rng.generator("reference", config.seed))[: config.num_images]
-        chunks = (pick(source, part.numpy()) for part in rows.split(CHUNK))
+        chunks = (source.images(part.tolist()) for part in rows.split(CHUNK))
         write_with(config.output, lambda path: _write(path, chunks, labels[rows.numpy()], protocol, arrays))
         if config.statistics:
             cache.sweep(config.cache_gigabytes)

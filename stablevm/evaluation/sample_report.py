@@ -25,7 +25,7 @@ from stablevm.evaluation.sample_figures import (
     neighbour_rows,
     sample_grid,
 )
-from stablevm.evaluation.samples import Reference, Samples, pick
+from stablevm.evaluation.samples import Reference, Samples
 
 NEIGHBOUR_SAMPLES, NEIGHBOURS = 6, 5
 MAX_CLASSES = 100  # rows of the table of classes
@@ -81,7 +81,7 @@ def _headlines(results: Mapping[str, Any], rows: Rows) -> dict[str, Value]:
 
 def _samples_figure(samples: Samples, folder: Path) -> Figure:
     shown = min(len(samples), GRID_COLUMNS * GRID_ROWS)
-    sample_grid(samples.pick(np.arange(shown)), folder / "samples.png")
+    sample_grid(samples.source.images(range(shown)), folder / "samples.png")
     return Figure("Samples", folder / "samples.png", f"The first {shown} of {len(samples):,}, unselected.")
 
 
@@ -105,8 +105,8 @@ def _neighbours_figure(
         [(comparison.reference["pool"].double() - row).square().sum(1).topk(count, largest=False).indices
          for row in pool]
     )  # fmt: skip
-    images = np.stack([pick(reference.source, row.numpy()) for row in found])
-    neighbour_rows(samples.pick(closest.numpy()), images, distances[0][closest].tolist(), picture)
+    images = np.stack([reference.source.images(row.tolist()) for row in found])
+    neighbour_rows(samples.source.images(closest.tolist()), images, distances[0][closest].tolist(), picture)
     return Figure(
         f"Nearest reference images, {comparison.extractor}",
         picture,

@@ -27,9 +27,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.source)
 
-    def pick(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return pick(self.source, indices)
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -115,8 +112,3 @@ def check_comparable(samples: Samples, reference: Reference) -> None:
                 f"{where}: {count} {what} images, too few for a covariance and for nearest neighbours; "
                 f"give at least {PRECISION_RECALL_K + 1}, thousands for stable numbers"
             )
-
-
-def pick(source: ImageSource, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The images at `indices`, uint8 (n, H, W, 3)."""
-    return np.concatenate([source.images(range(int(index), int(index) + 1)) for index in indices])

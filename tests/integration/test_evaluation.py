@@ -8,18 +8,25 @@ import inception
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_checkpoint, tiny_card
 from data_sets import one_line, source, write
 from PIL import Image
 
 from stablevm.errors import UserError
 from stablevm.evaluation import evaluate as command
 from stablevm.evaluation import features
-from stablevm.evaluation.config import EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.checkpoint import CheckpointSource, evaluate_checkpoint
+from stablevm.evaluation.comparison import Comparison
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, JudgeConfig, ReferenceConfig
+from stablevm.evaluation.curves import metric_curves
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.evaluation.features import ArraySource, FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor
 from stablevm.evaluation.reference import reference
+from stablevm.evaluation.statistics import frechet_distance, moments_of
 from stablevm.processes import Process
+from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.generation import generate
 
 COUNT, SIDE = 26, 12
 REAL, FAKE = (inception.smooth_images(COUNT, SIDE, seed).numpy() for seed in (1, 2))
@@ -301,6 +308,60 @@ def test_broken_weights_are_named(options, home, tmp_path):
     four = {"arr_0": FAKE[:4]}
     config = options(samples=four, real={"arr_0": REAL[:4]}, inception_weights=tmp_path / "broken.pth")
     assert "4 of 4 rows of features hold NaN" in refusal(config)
+
+
+def test_a_checkpoint_is_judged_without_a_file_in_between(options, home, tmp_path, monkeypatch):
+    """The same numbers as from the file that generate writes; and nothing is drawn twice."""
+    checkpoint_folder = save_checkpoint(tmp_path / "checkpoint", tiny_card())
+    sampling = GenerateConfig(
+        ckpt=checkpoint_folder, num_fid_samples=9, num_steps=2, sample_dir=tmp_path, name="x", per_proc_batch_size=4
+    )
+    judging = options(real={"arr_0": REAL[:9, :8, :8]}, samples={"arr_0": FAKE[:0]})
+    judging = JudgeConfig(**{field.name: getattr(judging, field.name) for field in dataclasses.fields(JudgeConfig)})
+    results = evaluate_checkpoint(EvaluateCheckpointConfig(judging, sampling))
+    assert json.loads((tmp_path / "x.json").read_text()) == results
+    from_file = evaluate(EvaluateConfig(samples=generate(sampling), **vars(judging)))
+    for key, value in from_file["inception"].items():
+        assert results["inception"][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
+    monkeypatch.setattr(CheckpointSource, "images", lambda self, indices: np.zeros((len(indices), 8, 8, 3), np.uint8))
+    assert evaluate_checkpoint(EvaluateCheckpointConfig(judging, sampling)) == results, "features from the cache"
+
+
+def test_report_shows_everything(options, tmp_path, capsys):
+    labels = np.arange(COUNT) * 7 % COUNT % 3
+    copied = {"arr_0": np.concatenate([FAKE[:-1], REAL[3:4]]), "labels": labels}
+    config = options(samples=copied, real={"arr_0": REAL, "labels": labels}, report=True)
+    evaluate(config)
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<img") == 3 and f"report written to {tmp_path / 'samples.html'}" in capsys.readouterr().out
+    for text in (
+        "Read this first",
+        "Samples",
+        "Nearest reference images",
+        "Dependence on the number of samples",
+        "Classes (Inception with other weights",
+        "median distance to the nearest reference image",
+        "at least",
+    ):
+        assert text in page, text
+    assert len(page.split("Classes (")[1].split("</table>")[0].split("<tr>")) == 1 + 1 + 3, "a row for each class"
+
+
+def test_curves_are_means_over_disjoint_subsets(monkeypatch):
+    stream = torch.Generator().manual_seed(1)
+    pool, real = torch.randn(40, 3, generator=stream), torch.randn(50, 3, generator=stream)
+    comparison = Comparison("x", False, {"pool": pool}, {"pool": real}, {}, "exact", torch.device("cpu"))
+    seen = []
+    whole = Comparison.results
+    monkeypatch.setattr(Comparison, "results", lambda self: (seen.append(self.samples["pool"]), whole(self))[1])
+    curves = metric_curves(comparison, whole(comparison))
+    assert [point.samples for point in curves["precision"]] == [10, 20, 40]  # eighths are too small
+    for sets, point in zip((seen[:4], seen[4:]), curves["frechet_distance"], strict=False):
+        rows = torch.cat(sets)
+        assert len(rows) == 40 and torch.equal(rows.sort(0).values, pool.sort(0).values), "each sample once"
+        values = np.array([frechet_distance(moments_of(each), moments_of(real)) for each in sets])
+        assert (point.mean, point.deviation) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
+    assert curves["recall"][-1].mean == whole(comparison)["recall"]
 
 
 def test_compressed_files_and_adms_labels_are_read(options, tmp_path):

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from stablevm.evaluation.config import EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
@@ -28,6 +28,7 @@ COMMANDS = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "evaluate --ckpt": EvaluateCheckpointConfig,
     "reference": ReferenceConfig,
     "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
