@@ -14,7 +14,7 @@ import tyro
 
 from stablevm import __version__
 from stablevm.errors import UserError
-from stablevm.evaluation.config import EvaluateConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.files import read_json
 from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
@@ -55,8 +55,16 @@ def generate(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
-    """`evaluate.py` and `stablevm evaluate`."""
-    return _run(EvaluateConfig, "evaluate", _given(arguments), "stablevm.evaluation.evaluate:evaluate")
+    """`evaluate.py` and `stablevm evaluate`, of a file or, with --ckpt, of a checkpoint."""
+    given = _given(arguments)
+    if any(part.split("=", 1)[0] == "--ckpt" for part in given):
+        return _run(EvaluateCheckpointConfig, "evaluate", given, "stablevm.evaluation.checkpoint:evaluate_checkpoint")
+    return _run(EvaluateConfig, "evaluate", given, "stablevm.evaluation.evaluate:evaluate")
+
+
+def reference(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm reference`."""
+    return _run(ReferenceConfig, "stablevm reference", _given(arguments), "stablevm.evaluation.reference:reference")
 
 
 def import_checkpoint(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +175,8 @@ COMMANDS: Table = {
     "import": (import_checkpoint, "turn a published checkpoint of SiT, REPA or StableVelocity into ours"),
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that judges generated digits"),
-    "evaluate": (evaluate, "judge a file of generated images"),
+    "evaluate": (evaluate, "judge a file of generated images, or a checkpoint"),
+    "reference": (reference, "write a reference file to judge against"),
     "variance": (variance, "how noisy the training targets are on your data, and which tau and xi follow"),
     "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
 }

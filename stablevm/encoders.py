@@ -28,6 +28,7 @@ MOCO_MISSPELT = {
     "blocks.14.norm14": "blocks.14.norm2",
     "blocks.14.mlp.fc14": "blocks.14.mlp.fc2",
 }
+FEATURE_PIXELS = 224  # side of an image whose pooled features are compared, as for FD-DINOv2 (Stein et al., 2023)
 ERROR_LENGTH = 240  # characters of another library's message that ours quotes
 # What the readers of safetensors and of pickles raise for bytes that they can't make sense of.
 _UNREADABLE = (
@@ -96,9 +97,19 @@ class Encoder(nn.Module, ABC):
         with torch.autocast(images.device.type, enabled=False):
             return self._tokens(images).float()
 
+    @torch.no_grad()
+    def pooled(self, images: Tensor) -> Tensor:
+        """One float32 vector per image (B, dim), by the network's own pooling: the class token, where it has one."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self._pooled(images).float()
+
     @abstractmethod
     def _tokens(self, images: Tensor) -> Tensor:
         """The tokens in whatever precision the network runs in."""
+
+    @abstractmethod
+    def _pooled(self, images: Tensor) -> Tensor:
+        """The vectors in whatever precision the network runs in."""
 
 
 class DigitsEncoder(Encoder):
@@ -109,12 +120,18 @@ class DigitsEncoder(Encoder):
         self.dtype = dtype
 
     def _tokens(self, images: Tensor) -> Tensor:
+        return self.network.patches(self._grey(images))
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return self.network.features(self._grey(images))
+
+    def _grey(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(
                 f"--enc-type {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, this "
                 f"encoder reads {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
             )
-        return self.network.patches(pixels_to_unit(images[:, :1]).to(self.dtype))
+        return pixels_to_unit(images[:, :1]).to(self.dtype)
 
 
 class TimmEncoder(Encoder):
@@ -132,21 +149,29 @@ class TimmEncoder(Encoder):
             self.register_buffer(name, statistic, persistent=False)
 
     def _tokens(self, images: Tensor) -> Tensor:
+        return self._all_tokens(images)[:, self.network.num_prefix_tokens :]
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return self.network.forward_head(self._all_tokens(images), pre_logits=True)
+
+    def _all_tokens(self, images: Tensor) -> Tensor:
         side = self.input_size
         pixels = F.interpolate(images.float() / 255, size=(side, side), mode="bicubic", antialias=True)
         inputs = (pixels - self.mean) / self.std
-        return self.network.forward_features(inputs.to(self.dtype))[:, self.network.num_prefix_tokens :]
+        return self.network.forward_features(inputs.to(self.dtype))
 
 
 def load_encoder(
     name: str,
     *,
-    grid_size: int,
+    grid_size: int | None,
     weights: Path | None,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
     """The frozen encoder called `name`, giving grid_size x grid_size tokens and running in `dtype` on `device`.
+
+    With `grid_size` None, as many tokens as an image of 224 x 224 pixels has.
 
     `name` is "digits", a short name of REPA's (`SHORT_NAMES`) or a vision transformer's name in timm. `weights` is a
     safetensors or torch file in timm's or the authors' layout; without one, timm downloads the pretrained weights.
@@ -157,8 +182,8 @@ def load_encoder(
     return _load_timm(name, grid_size, weights, dtype).to(device)
 
 
-def _load_digits(grid_size: int, weights: Path | None, dtype: torch.dtype) -> Encoder:
-    if grid_size != GRID_SIZE:
+def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
+    if grid_size not in (None, GRID_SIZE):
         raise UserError(
             f"--enc-type {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has {grid_size} x {grid_size}; "
             f"choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
@@ -170,7 +195,7 @@ def _load_digits(grid_size: int, weights: Path | None, dtype: torch.dtype) -> En
     return DigitsEncoder(network, dtype)
 
 
-def _load_timm(name: str, grid_size: int, weights: Path | None, dtype: torch.dtype) -> Encoder:
+def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
     spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
     _check_source(name, spec, weights)
     network = _create(name, spec, grid_size, pretrained=weights is None)
@@ -178,7 +203,7 @@ def _load_timm(name: str, grid_size: int, weights: Path | None, dtype: torch.dty
         _load_strictly(network, _for_timm(_read_weights(weights), network), spec.timm_name, weights)
     if not spec.final_norm:
         network.norm = nn.Identity()
-    return TimmEncoder(network, grid_size=grid_size, dtype=dtype)
+    return TimmEncoder(network, grid_size=network.patch_embed.grid_size[0], dtype=dtype)
 
 
 def _check_source(name: str, spec: TimmEncoderSpec, weights: Path | None) -> None:
@@ -196,7 +221,7 @@ def _check_source(name: str, spec: TimmEncoderSpec, weights: Path | None) -> Non
         raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
 
 
-def _create(name: str, spec: TimmEncoderSpec, grid_size: int, pretrained: bool) -> Any:
+def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained: bool) -> Any:
     """timm's network for an image of grid_size patches per side; timm resamples the position embedding."""
     import timm
 
@@ -211,7 +236,7 @@ def _create(name: str, spec: TimmEncoderSpec, grid_size: int, pretrained: bool) 
         ) from None
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
         raise UserError(f"--enc-type {name}: not a plain vision transformer; choose one, such as dinov2-vit-b")
-    side = grid_size * _patch_size(network)
+    side = _patch_size(network) * (grid_size or FEATURE_PIXELS // _patch_size(network))
     network.set_input_size(img_size=(side, side))
     return network
 

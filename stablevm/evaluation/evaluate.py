@@ -1,65 +1,202 @@
-"""The command `stablevm evaluate`: from a file of samples to a table and a JSON file."""
+"""The command `stablevm evaluate`: from images to a table, a JSON file and a report."""
 
-import zipfile
-import zlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
-from stablevm.evaluation.config import EvaluateConfig
+from stablevm.evaluation import comparison
+from stablevm.evaluation.archives import Archive
+from stablevm.evaluation.comparison import Comparison, class_order
+from stablevm.evaluation.config import EvaluateConfig, JudgeConfig
 from stablevm.evaluation.digits_extractor import load_extractor
+from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
+from stablevm.evaluation.features import FeatureCache, extract
+from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.judge import judge, result_rows
+from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
 from stablevm.files import write_json
+from stablevm.processes import Process
+
+Results = dict[str, Any]
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge the samples, print the table, write the JSON file; returns what `judge` returned.
+def evaluate(config: EvaluateConfig) -> Results:
+    """Judge the samples, print the table, write the JSON file and the report; returns what the JSON file holds.
 
-    Raises UserError, before anything is written, for input that `judge`, `read_samples`, `open_dataset` or
-    `load_extractor` refuses.
+    Processes other than the first return {} when their share of the features is computed. Raises UserError, before
+    anything is written, for input that can't be judged.
     """
-    images, labels = read_samples(config.samples)
+    process = begin(config, config.warnings())
+    output = config.output or config.samples.with_suffix(".json")
+    if config.extractor is None:
+        return compare(open_samples(config.samples), config, process, output)
+    if not process.is_first:
+        return {}
+    return finish_digits(*read_samples(config.samples), str(config.samples), config, output)
+
+
+def compare(samples: Samples, config: JudgeConfig, process: Process, output: Path) -> Results:
+    """Judge `samples` by the features that `config` asks for; see `evaluate`."""
+    reference = open_reference(config.reference)
+    check_comparable(samples, reference)
+    cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
+    found = [
+        _compare_by(extractor, samples, reference, config, cache, process)
+        for extractor in _extractors(config, reference, process.device)
+    ]
+    comparisons = [each for each in found if each is not None]
+    if not process.is_first:
+        return {}
+    cache.sweep(config.cache_gigabytes)
+    results: Results = {
+        "samples": samples.title,
+        "num_samples": len(samples),
+        "reference": str(reference.path),
+        "reference_images": 0 if reference.source is None else len(reference.source),
+        "warnings": [],
+    }
+    rows: list[Sequence[str | float]] = [("measure", "value", "meaning"), ("samples", len(samples), "generated images")]
+    for each in comparisons:
+        values = each.results()
+        values["statistics"] = reference.statistics_text(bool(each.stored))
+        results["warnings"] += _warn(each, samples)
+        results["inception" if "logits" in each.samples else "encoder"] = values
+        rows.append(("features", each.extractor, "the network that the numbers below come from"))
+        rows += comparison.result_rows(values, values["statistics"], reference.images_text)
+    if config.report:
+        from stablevm.evaluation.sample_report import write_sample_report
+
+        write_sample_report(output.with_suffix(".html"), samples, reference, comparisons, results, rows)
+    return _finish(results, rows, output)
+
+
+def finish_digits(images: Tensor, labels: Tensor, title: str, config: JudgeConfig, output: Path) -> Results:
+    """What `judge` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
+    assert config.extractor is not None
     train, test = _splits(config.reference)
     results = judge(images, labels, test, train, load_extractor(config.extractor))
-    output = config.output or config.samples.with_suffix(".json")
-    write_json(output, {"samples": str(config.samples), "reference": str(config.reference), **results})
-    print(text_table(result_rows(results)))
-    print(f"results written to {output}")
-    return results
+    rows = result_rows(results)
+    return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output)
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """`arr_0` and `labels` of an .npz file, as they are; UserError when the file or one of the two is not there."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the .npz that generation wrote")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not an .npz file, or cut short; give the .npz that generation wrote")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "labels") if name in file}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); generate it again") from None
+    archive = Archive(path)
+    arrays = []
     for name, what in (("arr_0", "images, uint8 (N, H, W, 3)"), ("labels", "their classes, integers (N,)")):
-        if name not in arrays:
+        if name not in archive:
             raise UserError(f"{path}: holds no {name} ({what}); give an .npz with both arr_0 and labels")
-        if arrays[name].dtype.kind not in "biuf":
-            raise UserError(f"{path}: {name} holds {arrays[name].dtype}, expected {what}")
-    return torch.from_numpy(arrays["arr_0"]), torch.from_numpy(arrays["labels"])
+        array = archive.array(name)
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{path}: {name} holds {array.dtype}, expected {what}")
+        arrays.append(torch.from_numpy(array.copy()))
+    return arrays[0], arrays[1]
 
 
 def text_table(rows: Sequence[Sequence[str | float | int]]) -> str:
-    """Columns aligned for a terminal; floats with four significant digits."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    """Columns aligned for a terminal; floats with six significant digits."""
+    cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def begin(config: JudgeConfig, warnings: Sequence[str]) -> Process:
+    """Check the options and say which have no effect."""
+    config.validate()
+    process = Process.from_environment()
+    if process.is_first:
+        for line in warnings:
+            print(f"warning: {line}", file=sys.stderr)
+    return process
+
+
+def _finish(results: Results, rows: Sequence[Sequence[str | float]], output: Path) -> Results:
+    write_json(output, results)
+    print(text_table(rows))
+    print(f"results written to {output}")
+    return results
+
+
+def _extractors(config: JudgeConfig, reference: Reference, device: torch.device) -> list[FeatureExtractor]:
+    """Those that the options ask for, checked against the reference before anything is computed."""
+    extractors: list[FeatureExtractor] = []
+    if config.inception:
+        inception = load_inception(config.inception_weights, device)
+        reference.check_extractor(inception)
+        extractors.append(inception)
+    if config.enc_type is not None:
+        if reference.source is None:
+            raise UserError(
+                f"--enc-type {config.enc_type}: {reference.path} holds no images to compute its features of"
+            )
+        extractors.append(load_encoder_extractor(config.enc_type, config.encoder_weights, device))
+    return extractors
+
+
+def _compare_by(
+    extractor: FeatureExtractor,
+    samples: Samples,
+    reference: Reference,
+    config: JudgeConfig,
+    cache: FeatureCache,
+    process: Process,
+) -> Comparison | None:
+    """The features of both sets, side by side; None where this isn't the first process."""
+    sets = {"samples": samples.source, "reference": reference.source}
+    found = {
+        what: extract(source, extractor, cache, process, batch_size=config.batch_size,
+                      title=f"{what}, {extractor.name}")
+        for what, source in sets.items() if source is not None
+    }  # fmt: skip
+    if not process.is_first:
+        return None
+    inception = extractor if isinstance(extractor, InceptionExtractor) else None
+    loaded = {
+        what: {name: features.load(name) for name in extractor.feature_names}
+        for what, features in found.items() if features is not None
+    }  # fmt: skip
+    if inception is not None:
+        loaded["samples"]["logits"] = inception.logits(loaded["samples"]["pool"])
+    return Comparison(
+        extractor=extractor.name,
+        published=inception is not None and inception.published,
+        samples=loaded["samples"],
+        reference=loaded.get("reference", {}),
+        stored={} if inception is None else reference.stored,
+        arithmetic=config.precision_recall,
+        device=process.device,
+    )
+
+
+def _warn(each: Comparison, samples: Samples) -> list[str]:
+    """Print and return what makes numbers misleading."""
+    lines = []
+    width = each.samples["pool"].shape[1]
+    if len(samples) <= width:
+        lines.append(
+            f"{len(samples):,} samples of {width:,} features: their covariance is singular and the Fréchet distance "
+            "biased upwards; compare it with distances of equally many samples alone"
+        )
+    if "logits" in each.samples:
+        known = samples.labels is not None
+        labels = torch.from_numpy(samples.labels) if samples.labels is not None else each.samples["logits"].argmax(1)
+        if (order := class_order(labels)) is not None:
+            what = "their label" if known else "the class that the network sees"
+            lines.append(
+                f"{samples.title} looks sorted by class ({order[0]:.0%} of neighbours share {what}, {order[1]:.1%} by "
+                "chance): the score is of consecutive chunks and comes out wrong; shuffle the images"
+            )
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+    return lines
 
 
 def _splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:

@@ -58,15 +58,20 @@ def samples_beside_real(
             f"samples of {len(samples)} classes, real images of {len(real)}, {len(class_names)} names: "
             "give one row each"
         )
-    sheets = [_sheet(images) for images in (real, samples)]
+    rows_side_by_side({"Real": real, "Generated": samples}, class_names, path)
+
+
+def rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path) -> None:
+    """Sets of images uint8 (rows, n, H, W, 3) beside each other, each with its own n and under its title."""
+    sheets = [_sheet(images) for images in halves.values()]
     pixels = sum(sheet.shape[1] for sheet in sheets)
-    margin, gap = 0.8, 0.35  # inches: class names on the left, between the halves
+    margin, gap = 0.8, 0.35  # inches: row names on the left, between the halves
     inch = (PAGE_WIDTH - margin - gap) / pixels
     height = sheets[0].shape[0] * inch + 0.45
     with style():
         figure = new_figure(height)
         left = margin
-        for sheet, title in zip(sheets, ("Real", "Generated"), strict=True):
+        for sheet, title in zip(sheets, halves, strict=True):
             width, tall = sheet.shape[1] * inch, sheet.shape[0] * inch
             axes = figure.add_axes((left / PAGE_WIDTH, 0.05 / height, width / PAGE_WIDTH, tall / height))
             axes.imshow(sheet, interpolation="nearest", aspect="auto")
@@ -74,8 +79,8 @@ def samples_beside_real(
             axes.grid(False)
             axes.spines[:].set_visible(False)
             left += width + gap
-        middles = (np.arange(len(class_names)) + 0.5) * sheets[0].shape[0] / len(class_names)
-        figure.axes[0].set_yticks(middles, class_names, color=INK, fontsize=11)
+        middles = (np.arange(len(row_names)) + 0.5) * sheets[0].shape[0] / len(row_names)
+        figure.axes[0].set_yticks(middles, row_names, color=INK, fontsize=11)
         figure.axes[0].tick_params(length=0, pad=6)
         save_figure(figure, path)
 

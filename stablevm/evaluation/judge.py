@@ -17,15 +17,14 @@ from stablevm.evaluation.digits_extractor import (
     data_checksum,
     to_grey,
 )
-from stablevm.evaluation.statistics import (
+from stablevm.evaluation.neighbours import (
     COVERAGE_K,
     PRECISION_RECALL_K,
-    FeatureStatistics,
     coverage,
-    frechet_distance,
     nearest_distance,
     precision_recall,
 )
+from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance
 from stablevm.models.digits_net import IMAGE_SIZE
 
 

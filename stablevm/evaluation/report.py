@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 
 from stablevm.errors import UserError
 from stablevm.evaluation.report_style import SCRIPT, STYLE
@@ -40,16 +41,21 @@ def write_report(
     metrics_table: Sequence[Sequence[Value]],
     commands: Sequence[str],
     protocol: Mapping[str, Value],
+    tables: Mapping[str, Sequence[Sequence[Value]]] = MappingProxyType({}),
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the page to `path`.
 
     `summary` are the headline numbers by name; the first row of `metrics_table` holds its column names. Floats are
-    shown with four significant digits, text as it is given, escaped. UserError for a picture that is absent or no PNG.
+    shown with four significant digits, text as it is given, escaped. `tables` are further ones by title, `notes` are
+    warnings to read before the numbers. UserError for a picture that is absent or no PNG.
     """
     sections = [
+        *([_section("Read this first", "".join(f"<p>{escape(note)}</p>\n" for note in notes))] if notes else []),
         *(_section(figure.title, _picture(figure)) for figure in figures),
         _section("Metrics", _table(metrics_table)),
-        _section("Repeat it by hand", "".join(map(_command, commands))),
+        *(_section(title, _table(rows)) for title, rows in tables.items()),
+        *([_section("Repeat it by hand", "".join(map(_command, commands)))] if commands else []),
         _section("Protocol", _definitions(protocol)),
     ]
     write_text(

@@ -1,17 +1,73 @@
-"""Two sets of features compared: Fréchet distance, precision and recall, coverage.
+"""Two sets of features compared by their first two moments, and the Inception score.
 
 Features are (n, width), one row per image, of any floating type, and finite. Nothing here knows which extractor made
 them: the caller names it beside each number.
 """
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from stablevm.errors import UserError
 
-PRECISION_RECALL_K = 3  # Kynkäänniemi et al., 2019, "Improved precision and recall metric"
-COVERAGE_K = 5  # Naeem et al., 2020, "Reliable fidelity and diversity metrics": equal sets then get 1 - 2^-5 = 0.97
-BLOCK_ROWS = 4096  # rows of the distance matrix held at once: 160 MB against 10,000 columns of float32
+SCORE_CHUNK = 5000  # images whose mean prediction the Inception score compares with (ADM's evaluation script)
+BLOCK_ROWS = 4096  # rows that are widened to float64 at once: 64 MiB where features are 2,048 wide
+# A covariance whose smallest pivot is below this share of its largest takes the careful way to a square root.
+WELL_CONDITIONED = 1e-10
+# The quick way is left where rounding could move the distance by more than this share of the traces.
+QUICK_ERROR = 1e-9
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (width,) and covariance (width, width), float64; and what the Fréchet distance needs of the covariance."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @cached_property
+    def trace(self) -> float:
+        return float(self.covariance.trace())
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (width, rank) with F F^T = covariance: Cholesky's, or the eigenvectors times the roots of their values."""
+        triangle, failed = torch.linalg.cholesky_ex(self.covariance)
+        pivots = triangle.diagonal().square()
+        if not failed and float(pivots.min()) > WELL_CONDITIONED * float(pivots.max()):
+            return triangle
+        values, vectors = torch.linalg.eigh(self.covariance)
+        noise = len(values) * torch.finfo(values.dtype).eps * values.abs().max()  # what rounding makes of a zero
+        kept = values > noise
+        return vectors[:, kept] * values[kept].sqrt()
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """The moments of fewer rows than features: the rows about their mean are a factor of the covariance already."""
+
+    mean: Tensor
+    factor: Tensor  # (width, n)
+
+    @cached_property
+    def trace(self) -> float:
+        return float(self.factor.square().sum())
+
+
+AnyMoments = Moments | FewRows
+
+
+def moments_of(features: Tensor) -> AnyMoments:
+    """Mean and covariance of the rows (n, width); UserError for fewer than two, and for values that are not finite."""
+    count, width = features.shape
+    if not 2 <= count <= width:
+        return FeatureStatistics.from_features(features).moments
+    check_features(features)
+    rows = features.detach().to("cpu", torch.float64)
+    mean = rows.mean(0)
+    return FewRows(mean, (rows - mean).T / (count - 1) ** 0.5)
 
 
 class FeatureStatistics:
@@ -28,25 +84,33 @@ class FeatureStatistics:
 
     @classmethod
     def from_features(cls, features: Tensor) -> "FeatureStatistics":
-        _check_matrix(features)
+        check_features(features)
         statistics = cls(features.shape[1])
         statistics.update(features)
         return statistics
 
     def update(self, features: Tensor) -> None:
         """Add the rows of `features` (n, width); UserError for another width or values that are not finite."""
-        _check_matrix(features)
+        check_features(features)
         if features.shape[1] != len(self.mean):
             raise UserError(f"features are {features.shape[1]} wide, the ones before were {len(self.mean)} wide")
-        if len(features) == 0:
+        for block in features.detach().split(BLOCK_ROWS):
+            rows = block.to("cpu", torch.float64)
+            mean = rows.mean(0)
+            centred = rows - mean
+            self._join(len(rows), mean, self._scatter.addmm_(centred.T, centred))
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add the rows that `other` was gathered from."""
+        self._join(other.count, other.mean, self._scatter.add_(other._scatter))
+
+    def _join(self, count: int, mean: Tensor, scatters: Tensor) -> None:
+        """Take in `count` rows of this mean; `scatters` is the sum of their scatter and this one's."""
+        if count == 0:
             return
-        rows = features.detach().to("cpu", torch.float64)
-        mean = rows.mean(0)
-        centred = rows - mean
-        step = mean - self.mean
-        total = self.count + len(rows)
-        self._scatter += centred.T @ centred + torch.outer(step, step) * (self.count * len(rows) / total)
-        self.mean = self.mean + step * (len(rows) / total)
+        step, total = mean - self.mean, self.count + count
+        self._scatter = scatters.addr_(step, step, alpha=self.count * count / total)
+        self.mean = self.mean + step * (count / total)
         self.count = total
 
     @property
@@ -56,86 +120,63 @@ class FeatureStatistics:
             raise UserError(f"a covariance needs at least 2 samples, got {self.count}")
         return self._scatter / (self.count - 1)
 
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.mean, self.covariance)
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+
+def frechet_distance(a: AnyMoments | FeatureStatistics, b: AnyMoments | FeatureStatistics) -> float:
     """`||mu1 - mu2||^2 + tr(S1 + S2 - 2 sqrt(S1 S2))` (Dowson and Landau, 1982; Heusel et al., 2017, equation 6).
 
-    `tr sqrt(S1 S2)` is the sum of the singular values of `S1^(1/2) S2^(1/2)`: the roots of the eigenvalues of
-    `S1^(1/2) S2 S1^(1/2)`, without the loss of half the digits that squaring costs where a covariance is singular
-    (fewer samples than features). Not below 0; equal statistics give 0 to rounding.
+    With any factors `S = F F^T`, `tr sqrt(S1 S2)` is the sum of the singular values of `F1^T F2`. That needs no
+    square root of a matrix that is not symmetric, is finite for singular covariances (fewer samples than features),
+    so that nothing has to be added to a diagonal, and has no imaginary part that would have to be dropped. Not below
+    0; equal statistics give 0 to rounding.
     """
     if len(a.mean) != len(b.mean):
         raise UserError(f"features are {len(a.mean)} and {len(b.mean)} wide: take both from the same extractor")
-    S1, S2 = a.covariance, b.covariance
-    cross = torch.linalg.svdvals(_symmetric_root(S1) @ _symmetric_root(S2)).sum()
-    distance = (a.mean - b.mean).square().sum() + S1.trace() + S2.trace() - 2 * cross
-    return max(float(distance), 0.0)
+    first, second = (each.moments if isinstance(each, FeatureStatistics) else each for each in (a, b))
+    trace = first.trace + second.trace
+    cross = _sum_of_singular_values(first.factor.T @ second.factor, tolerance=QUICK_ERROR * trace)
+    distance = float((first.mean - second.mean).square().sum()) + trace - 2 * cross
+    return max(distance, 0.0)
 
 
-def _symmetric_root(covariance: Tensor) -> Tensor:
-    """The positive semidefinite square root; eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def _sum_of_singular_values(matrix: Tensor, tolerance: float) -> float:
+    """The roots of the eigenvalues of M^T M, if rounding can't move their sum by `tolerance`; else by an SVD.
 
-
-def precision_recall(reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K) -> tuple[float, float]:
-    """Share of samples inside the reference's manifold, and of the reference inside the samples' (both in [0, 1]).
-
-    A set's manifold is the union of the closed balls around its points that reach the k-th nearest neighbour, itself
-    excluded (Kynkäänniemi et al., 2019, equations 1 and 2). Distances are float32, from differences.
+    Squaring costs half the digits of the small singular values: an eigenvalue that is off by delta has a root that is
+    off by at most delta / root, and by at most sqrt(delta).
     """
-    reference, samples = _comparable(reference, samples, k)
-    return _share_inside(samples, reference, k), _share_inside(reference, samples, k)
+    if 0 in matrix.shape:
+        return 0.0
+    gram = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
+    roots = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    delta = 4 * torch.finfo(roots.dtype).eps * roots.max().square()
+    if float(torch.minimum(delta / roots, delta.sqrt()).sum()) <= tolerance:
+        return float(roots.sum())
+    return float(torch.linalg.svdvals(matrix).sum())
 
 
-def coverage(reference: Tensor, samples: Tensor, k: int = COVERAGE_K) -> float:
-    """Share of the reference's k-nearest-neighbour balls that hold a sample (Naeem et al., 2020)."""
-    reference, samples = _comparable(reference, samples, k)
-    return float((nearest_distance(reference, samples) <= _radii(reference, k)).double().mean())
+def inception_score(logits: Tensor, chunk: int = SCORE_CHUNK) -> tuple[float, list[float]]:
+    """Mean over consecutive chunks of exp(mean KL(p(y|x) || p(y))), and each chunk's (Salimans et al., 2016).
+
+    `logits` (n, classes) are in the order of the file, which is not shuffled: p(y) is the mean over a chunk, so a file
+    sorted by class gets a wrong, low score. A last chunk may be shorter. Computed in float64.
+    """
+    check_features(logits)
+    if len(logits) == 0:
+        raise UserError("the Inception score needs at least 1 image, got 0")
+    scores = []
+    for part in logits.split(chunk):
+        log_p = part.double().log_softmax(1)
+        log_mean = log_p.logsumexp(0) - torch.tensor(len(part), dtype=torch.float64).log().to(part.device)
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
+    return sum(scores) / len(scores), scores
 
 
-def nearest_distance(queries: Tensor, points: Tensor) -> Tensor:
-    """Euclidean distance of each query (n, width) to the nearest of `points` (m, width): float32 (n,)."""
-    return torch.cat([_distances(block, points).amin(1) for block in queries.split(BLOCK_ROWS)])
-
-
-def _radii(points: Tensor, k: int) -> Tensor:
-    """Distance of each point to its k-th nearest neighbour, itself excluded by position."""
-    radii = []
-    for start, block in zip(range(0, len(points), BLOCK_ROWS), points.split(BLOCK_ROWS), strict=True):
-        distances = _distances(block, points)
-        rows = torch.arange(len(block), device=points.device)
-        distances[rows, start + rows] = torch.inf
-        radii.append(distances.kthvalue(k, dim=1).values)
-    return torch.cat(radii)
-
-
-def _share_inside(queries: Tensor, points: Tensor, k: int) -> float:
-    """Share of the queries inside the ball of at least one point."""
-    radii = _radii(points, k)
-    inside = [(_distances(block, points) <= radii).any(1) for block in queries.split(BLOCK_ROWS)]
-    return float(torch.cat(inside).double().mean())
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # The faster |a|^2 + |b|^2 - 2ab cancels: equal rows would lie apart, and radii of near copies would be noise.
-    return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _comparable(reference: Tensor, samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Both sets on one device, checked: finite, equally wide, more than k rows each."""
-    for name, features in (("reference", reference), ("samples", samples)):
-        _check_matrix(features)
-        if len(features) <= k:
-            raise UserError(f"{name}: {len(features)} images, but {k} nearest neighbours need at least {k + 1}")
-    if reference.shape[1] != samples.shape[1]:
-        raise UserError(
-            f"features are {reference.shape[1]} and {samples.shape[1]} wide: take both from the same extractor"
-        )
-    return reference.detach(), samples.detach().to(reference.device)
-
-
-def _check_matrix(features: Tensor) -> None:
+def check_features(features: Tensor) -> None:
+    """UserError unless features are (n, width) and finite."""
     if features.ndim != 2:
         raise UserError(f"features must be (n, width), got shape {tuple(features.shape)}")
     broken = int((~features.isfinite()).any(1).sum())

@@ -1,5 +1,6 @@
 """evaluation's judge of digits: the extractor, the numbers and the command `evaluate`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -170,11 +171,11 @@ def test_evaluate_prints_a_table_and_writes_json(
     printed = capsys.readouterr().out
     for name, *_ in result_rows(results):
         assert name in printed
-    assert f"{results['frechet_test']:.4g}" in printed
+    assert f"{results['frechet_test']:.6g}" in printed
     written = json.loads((tmp_path / "samples.json").read_text())
     assert {key: written[key] for key in results} == results
     elsewhere = tmp_path / "elsewhere" / "results.json"
-    evaluate(EvaluateConfig(config.samples, config.reference, config.extractor, output=elsewhere))
+    evaluate(dataclasses.replace(config, output=elsewhere))
     assert json.loads(elsewhere.read_text()) == written
 
 
@@ -211,13 +212,13 @@ def test_bad_samples_get_one_clear_line(message: str, data: Path, extractor: Dig
 def test_bad_paths_get_one_clear_line(data: Path, extractor: DigitsExtractor, tmp_path: Path) -> None:
     config = command(data, extractor, tmp_path, arr_0=IMAGES, labels=LABELS)
     with pytest.raises(UserError, match=r"absent\.npz: no such file"):
-        evaluate(EvaluateConfig(tmp_path / "absent.npz", config.reference, config.extractor))
+        evaluate(dataclasses.replace(config, samples=tmp_path / "absent.npz"))
     with pytest.raises(UserError, match="one data set, not a folder with the splits"):
-        evaluate(EvaluateConfig(config.samples, data / "train", config.extractor))
+        evaluate(dataclasses.replace(config, reference=data / "train"))
     cut = tmp_path / "cut.npz"
     cut.write_bytes(config.samples.read_bytes()[:500])
     with pytest.raises(UserError, match=r"cut\.npz: not an \.npz file, or cut short"):
-        evaluate(EvaluateConfig(cut, config.reference, config.extractor))
+        evaluate(dataclasses.replace(config, samples=cut))
 
 
 def test_options_are_free_of_torch() -> None:

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from stablevm.evaluation.config import EvaluateConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -31,6 +31,8 @@ COMMANDS = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "import": ImportConfig,
+    "evaluate --ckpt": EvaluateCheckpointConfig,
+    "reference": ReferenceConfig,
     "extractor": ExtractorConfig,
     "quickstart": QuickstartConfig,
     "toy": ToyConfig,
@@ -49,8 +51,15 @@ def surface():
     def default(field):
         return "required" if field.default is dataclasses.MISSING else repr(field.default)
 
+    def kind(field):
+        # What tyro holds about other names prints differently from version to version.
+        aliases = [
+            name for each in getattr(field.type, "__metadata__", ()) for name in getattr(each, "aliases", None) or ()
+        ]
+        return f"{field.type.__origin__} or {', '.join(aliases)}" if aliases else field.type
+
     return {
-        command: {field.name: f"{field.type} = {default(field)}" for field in dataclasses.fields(config)}
+        command: {field.name: f"{kind(field)} = {default(field)}" for field in dataclasses.fields(config)}
         for command, config in COMMANDS.items()
     }
 

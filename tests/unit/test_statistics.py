@@ -1,6 +1,4 @@
-"""evaluation.statistics against scipy, brute force and cases with a known answer."""
-
-import math
+"""evaluation.statistics against scipy, formulas and cases with a known answer."""
 
 import numpy as np
 import pytest
@@ -9,13 +7,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from stablevm.errors import UserError
-from stablevm.evaluation.statistics import (
-    FeatureStatistics,
-    coverage,
-    frechet_distance,
-    nearest_distance,
-    precision_recall,
-)
+from stablevm.evaluation import statistics
+from stablevm.evaluation.statistics import FeatureStatistics, Moments, frechet_distance, inception_score, moments_of
 
 
 def normal(rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -73,73 +66,72 @@ def test_streaming_equals_one_pass(offset: float) -> None:
     torch.testing.assert_close(streamed.covariance, torch.cov(features.T), rtol=1e-9, atol=1e-12)
 
 
-def brute_force(reference: Tensor, samples: Tensor, k: int) -> tuple[float, float, float]:
-    """Precision, recall, coverage by their definitions, one pair at a time."""
-
-    def distance(a: Tensor, b: Tensor) -> float:
-        return float((a - b).square().sum().sqrt())
-
-    def radius(points: Tensor, i: int) -> float:
-        return sorted(distance(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
-
-    def share(flags: list[bool]) -> float:
-        return sum(flags) / len(flags)
-
-    real_radii = [radius(reference, i) for i in range(len(reference))]
-    fake_radii = [radius(samples, i) for i in range(len(samples))]
-    inside = [[distance(r, s) <= size for s in samples] for r, size in zip(reference, real_radii, strict=True)]
-    held = [[distance(r, s) <= size for r in reference] for s, size in zip(samples, fake_radii, strict=True)]
-    precision = share([any(column) for column in zip(*inside, strict=True)])
-    recall = share([any(column) for column in zip(*held, strict=True)])
-    return precision, recall, share([any(row) for row in inside])
+def test_merged_statistics_are_those_of_all_rows() -> None:
+    features = normal(90, 6, 7, shift=100.0)
+    whole, parts = FeatureStatistics.from_features(features), FeatureStatistics(6)
+    for block in features.split([50, 30, 10]):
+        parts.merge(FeatureStatistics.from_features(block))
+    parts.merge(FeatureStatistics(6))
+    assert parts.count == 90
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_recall_and_coverage_agree_with_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stablevm.evaluation.statistics.BLOCK_ROWS", 7)  # several blocks, the last one short
-    reference, samples = normal(40, 3, 7), 0.8 * normal(33, 3, 8, shift=0.2)
-    precision, recall, covered = brute_force(reference, samples, k)
-    assert 0 < precision < 1 and 0 < recall < 1 and 0 < covered < 1
-    assert precision_recall(reference, samples, k) == (precision, recall)
-    assert coverage(reference, samples, k) == covered
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
+def test_quick_and_careful_ways_agree(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spectra from flat to steep, as Inception's are; the careful way has neither Cholesky's factor nor squares."""
+    spectrum = torch.arange(1, 129).double() ** -decay
+    a, b = normal(500, 128, 8).double() * spectrum, 1.1 * normal(400, 128, 9).double() * spectrum
+    quick = frechet(a, b)
+    monkeypatch.setattr(statistics, "WELL_CONDITIONED", 2.0)
+    monkeypatch.setattr(statistics, "QUICK_ERROR", -1.0)
+    assert quick == pytest.approx(frechet(a, b), rel=1e-7)
 
 
-def test_identical_sets_are_precise_and_complete() -> None:
-    a = normal(50, 4, 9)
-    assert precision_recall(a, a) == (1, 1)
-    assert coverage(a, a) == 1
+def test_singular_covariances_agree_with_the_matrix_square_root() -> None:
+    """Fewer samples than features; the roots of rounding errors bound how near scipy's root comes."""
+    a, b = normal(20, 32, 10).double(), normal(25, 32, 11).double()
+    S1, S2 = np.cov(a.T), np.cov(b.T)
+    difference = (a.mean(0) - b.mean(0)).numpy()
+    expected = difference @ difference + np.trace(S1 + S2 - 2 * sqrtm(S1 @ S2).real)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-6)
 
 
-def test_copies_lie_inside_balls_of_radius_zero() -> None:
-    point = torch.full((6, 512), 0.1)
-    assert precision_recall(point, point.clone()) == (1, 1)
-    assert coverage(point, point.clone()) == 1
+@pytest.mark.parametrize(("rows", "other_rows"), [(20, 25), (20, 200), (200, 200)])
+def test_few_rows_need_no_covariance(rows: int, other_rows: int) -> None:
+    a, b = normal(rows, 32, 10), normal(other_rows, 32, 11)
+    assert frechet_distance(moments_of(a), moments_of(b)) == pytest.approx(frechet(a, b), rel=1e-7)
+    assert frechet_distance(moments_of(a), moments_of(a)) < 1e-9
+    with pytest.raises(UserError, match="at least 2 samples"):
+        moments_of(a[:1])
 
 
-def test_mode_collapse_is_precise_but_recalls_nothing() -> None:
-    reference = normal(500, 4, 10)
-    collapsed = reference[:1] + 1e-3 * normal(500, 4, 11)
-    precision, recall = precision_recall(reference, collapsed)
-    assert precision > 0.99
-    assert recall < 0.02
-    assert coverage(reference, collapsed) < 0.1
+def test_known_moments_give_the_closed_form() -> None:
+    """Covariances that commute: the sum over dimensions of (mean difference)^2 + (s1 - s2)^2."""
+    s1, s2 = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([3.0, 0.5, 1.0]).double()
+    a, b = Moments(torch.zeros(3).double(), s1.square().diag()), Moments(torch.ones(3).double(), s2.square().diag())
+    assert frechet_distance(a, b) == pytest.approx(3 + float((s1 - s2).square().sum()), rel=1e-12)
 
 
-def test_equal_distributions_are_covered_as_expected() -> None:
-    """A ball is empty if its centre's k nearest of both sets are all real (Naeem et al., 2020); seeds 0 to 11."""
-    n, k = 200, 5
-    expected = 1 - math.prod((n - i) / (2 * n - i) for i in range(1, k + 1))
-    streams = [torch.Generator().manual_seed(seed) for seed in range(12)]
-    values = np.array([coverage(*torch.randn(2, n, 4, generator=stream), k=k) for stream in streams])
-    z = (values.mean() - expected) / (values.std(ddof=1) / len(values) ** 0.5)
-    assert abs(z) < 4
-    assert abs(values.mean() - expected) < 0.01
+def test_inception_score_is_the_mean_over_chunks_in_file_order() -> None:
+    logits = 3 * normal(250, 7, 13)
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(1, keepdims=True)
+
+    def score(rows: np.ndarray) -> float:
+        return float(np.exp(np.mean(np.sum(rows * (np.log(rows) - np.log(rows.mean(0))), 1))))
+
+    mean, chunks = inception_score(logits, chunk=100)
+    assert chunks == pytest.approx([score(p[:100]), score(p[100:200]), score(p[200:])], rel=1e-9)
+    assert mean == pytest.approx(np.mean(chunks), rel=1e-12)
 
 
-def test_nearest_distance() -> None:
-    points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    queries = torch.tensor([[0.0, 1.0], [3.0, 4.0], [9.0, 12.0]])
-    torch.testing.assert_close(nearest_distance(queries, points), torch.tensor([1.0, 0.0, 10.0]))
+def test_inception_score_has_its_known_extremes() -> None:
+    sure = 1000 * torch.eye(10).repeat(20, 1)  # the softmax underflows to exact zeros
+    assert inception_score(sure)[0] == pytest.approx(10)
+    assert inception_score(torch.ones(50, 10))[0] == pytest.approx(1)
+    by_class = sure[sure.argmax(1).argsort()]
+    assert inception_score(by_class, chunk=20)[0] == pytest.approx(1), "the order of the file matters"
 
 
 def test_bad_features_are_named() -> None:
@@ -150,18 +142,14 @@ def test_bad_features_are_named() -> None:
     with pytest.raises(UserError, match="2 of 20 rows of features hold NaN or infinity"):
         FeatureStatistics.from_features(broken)
     with pytest.raises(UserError, match="NaN"):
-        precision_recall(good, broken)
-    with pytest.raises(UserError, match="NaN"):
-        coverage(broken, good)
+        inception_score(broken)
     with pytest.raises(UserError, match="at least 2 samples, got 1"):
         frechet(good, good[:1])
     with pytest.raises(UserError, match="4 and 3 wide"):
         frechet(good, good[:, :3])
-    with pytest.raises(UserError, match="4 and 3 wide"):
-        precision_recall(good, good[:, :3])
-    with pytest.raises(UserError, match="samples: 3 images, but 3 nearest neighbours need at least 4"):
-        precision_recall(good, good[:3])
     with pytest.raises(UserError, match="3 wide, the ones before were 4 wide"):
         FeatureStatistics.from_features(good).update(good[:, :3])
     with pytest.raises(UserError, match=r"\(n, width\)"):
         FeatureStatistics.from_features(good[0])
+    with pytest.raises(UserError, match="at least 1 image"):
+        inception_score(good[:0])

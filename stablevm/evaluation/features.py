@@ -1,0 +1,165 @@
+"""Features of many images, computed once: by one process or several, in one go or after an interruption.
+
+A set of images is cut into parts, and each part's features are a file in the cache, named by what decides them: the
+extractor's weights and the images themselves. So processes share nothing but the cache; part i falls to process i
+modulo their number, and the first one waits for the others.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from stablevm.errors import UserError
+from stablevm.evaluation.extractors import FeatureExtractor
+from stablevm.files import is_temporary, write_with
+from stablevm.processes import Process
+
+PART_LENGTH = 128  # images; an interruption loses at most this much work of each process
+CACHE_VERSION = 1  # raised when the same images and weights shall give other features
+SUFFIX = ".safetensors"
+IN_USE_SECONDS = 3600.0  # files used within the last hour are not swept: another evaluation may be about to read them
+_POLL_SECONDS = 0.5
+
+
+class ImageSource(Protocol):
+    """Images in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, part: range) -> str:
+        """Decides the images of a part: equal keys, equal images."""
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Those at `indices`, in that order: (n, H, W, 3)."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images in memory, or mapped from a file; their key is a hash of their pixels."""
+
+    array: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def key(self, part: range) -> str:
+        pixels = np.ascontiguousarray(self.images(part))
+        return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        return self.array[np.asarray(indices)]
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder of files that are complete or absent, and can be removed at any time between two commands."""
+
+    folder: Path
+
+    @classmethod
+    def default_folder(cls) -> Path:
+        """Where the XDG base directory specification puts what can be made again."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stablevm" / "features"
+
+    def path(self, extractor: FeatureExtractor, key: str) -> Path:
+        name = hashlib.sha256(f"{CACHE_VERSION} {extractor.fingerprint} {key}".encode()).hexdigest()
+        return self.folder / name[:2] / f"{name[2:34]}{SUFFIX}"
+
+    def sweep(self, gigabytes: float) -> None:
+        """Remove interrupted writers' leftovers, and the files used longest ago until the rest fits in `gigabytes`."""
+        found = [(path, path.stat()) for path in self.folder.glob("*/*") if path.is_file()]
+        idle = [(path, status) for path, status in found if time.time() - status.st_mtime > IN_USE_SECONDS]
+        total = sum(status.st_size for _, status in found)
+        for path, status in sorted(idle, key=lambda each: (not is_temporary(each[0]), each[1].st_mtime)):
+            if is_temporary(path) or total > gigabytes * 1e9:
+                path.unlink(missing_ok=True)
+                total -= status.st_size
+
+
+@dataclass(frozen=True)
+class Features:
+    """Files of parts, in the order of the images."""
+
+    paths: Sequence[Path]
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """float32 (n, width) of one part after the other."""
+        for path in self.paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    yield file.get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"{path}: damaged ({error}); remove it and run the command again") from None
+
+    def load(self, name: str) -> Tensor:
+        """float32 (N, width)."""
+        return torch.cat(list(self.parts(name)))
+
+
+def extract(
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    cache: FeatureCache,
+    process: Process,
+    *,
+    batch_size: int,
+    title: str,
+) -> Features | None:
+    """Compute what is missing of this process's share; on the first process, wait for the others' and return them all.
+
+    Other processes return None.
+    """
+    indices = range(len(source))
+    parts = [indices[start : start + PART_LENGTH] for start in indices[::PART_LENGTH]]
+    paths: dict[range, Path] = {}
+    mine = parts[process.rank :: process.world_size]
+    with tqdm(
+        total=sum(map(len, mine)), desc=title, unit="image", disable=not process.is_first, dynamic_ncols=True
+    ) as bar:
+        for part in mine:
+            paths[part] = cache.path(extractor, source.key(part))
+            if paths[part].exists():
+                os.utime(paths[part])
+                bar.update(len(part))
+            else:
+                _compute(source, extractor, part, paths[part], batch_size, bar)
+    if not process.is_first:
+        return None
+    everything = [paths.get(part) or cache.path(extractor, source.key(part)) for part in parts]
+    _wait(everything, title)
+    return Features(everything)
+
+
+def _compute(
+    source: ImageSource, extractor: FeatureExtractor, part: range, path: Path, batch_size: int, bar: tqdm
+) -> None:
+    images = torch.from_numpy(source.images(part)).permute(0, 3, 1, 2)
+    blocks = []
+    for block in images.split(batch_size):
+        features = extractor(block)
+        blocks.append({name: features[name].float().cpu() for name in extractor.feature_names})
+        bar.update(len(block))
+    joined = {name: torch.cat([block[name] for block in blocks]) for name in extractor.feature_names}
+    write_with(path, lambda temporary: save_file(joined, temporary))
+
+
+def _wait(paths: Sequence[Path], title: str) -> None:
+    """Until other processes have made these files."""
+    told = False
+    while missing := sum(not path.exists() for path in paths):
+        if not told:
+            told = True
+            tqdm.write(f"{title}: waiting for {missing} parts of other processes")
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,182 @@
+"""The command `stablevm reference`: a file to judge against, which ADM's suite reads too.
+
+It holds `arr_0`, uint8 (N, H, W, 3), for precision and recall; `mu`, `sigma`, `mu_s`, `sigma_s`, the statistics of the
+whole set's features, as ADM's files have them; and what only our commands read: `labels` and `protocol`.
+"""
+
+import hashlib
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stablevm import rng
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.manifest import MANIFEST_FILE
+from stablevm.data.opening import dataset_folder, open_dataset
+from stablevm.data.repa import is_repa_folder
+from stablevm.errors import UserError
+from stablevm.evaluation.config import ReferenceConfig
+from stablevm.evaluation.features import FeatureCache, Features, ImageSource, extract
+from stablevm.evaluation.inception import InceptionExtractor, load_inception
+from stablevm.evaluation.statistics import FeatureStatistics
+from stablevm.files import write_with
+from stablevm.preparation.crops import first_size
+from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture
+from stablevm.preparation.sources import Source, open_source
+from stablevm.processes import Process
+from stablevm.sampling.archive import write_archive
+
+CHUNK = 256  # images in memory at once, beside those of a batch
+
+
+@dataclass
+class DatasetSource:
+    """The images of a prepared data set."""
+
+    dataset: PreparedDataset
+    _last: tuple[Sequence[int], NDArray[np.uint8]] | None = field(
+        default=None, repr=False
+    )  # asked for its key, then its images
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def key(self, part: range) -> str:
+        images = self.images(part)
+        return hashlib.sha256(str(images.shape).encode() + images.tobytes()).hexdigest()
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        if self._last is None or self._last[0] != indices:
+            self._last = indices, self.dataset.images(indices).permute(0, 2, 3, 1).contiguous().numpy()
+        return self._last[1]
+
+
+@dataclass
+class FolderSource:
+    """Image files, cropped to one size. Their key is a hash of the files, so that known ones need no decoding."""
+
+    source: Source
+    transform: str
+    size: Size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, part: range) -> str:
+        digest = hashlib.sha256(f"{self.transform} {self.size}".encode())
+        for index in part:
+            with self.source.storage.open(self.source.names[index]) as file:
+                digest.update(hashlib.sha256(file.read()).digest())
+        return digest.hexdigest()
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """UserError for a file that gives no image of the right size: a reference must not miss any unseen."""
+        return np.stack([self._image(self.source.names[index]) for index in indices])
+
+    def _image(self, name: str) -> NDArray[np.uint8]:
+        try:
+            picture, _ = read_picture(partial(self.source.storage.open, name))
+            return pixels(TRANSFORMS[self.transform](picture, self.size))
+        except BadPictureError as error:
+            raise UserError(
+                f"{self.source.storage.root}/{name}: {error}; remove it, or leave bad files out with stablevm prepare "
+                "convert"
+            ) from None
+
+
+def reference(config: ReferenceConfig) -> Path:
+    """Write the file, on the first of several processes, and return its path. UserError for a source without images."""
+    config.validate()
+    process = Process.from_environment()
+    if process.is_first:
+        for line in config.warnings():
+            print(f"warning: {line}", file=sys.stderr)
+    source, labels, class_names = _open(config)
+    arrays: dict[str, NDArray[Any]] = {}
+    protocol: dict[str, Any] = {"source": str(config.source), "seed": config.seed, "class_names": list(class_names)}
+    if config.statistics:
+        extractor = load_inception(config.inception_weights, process.device)
+        cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
+        features = extract(source, extractor, cache, process, batch_size=config.batch_size, title="images")
+        if features is not None:
+            arrays = _statistics(features, extractor)
+            protocol |= {"statistics_of": len(source), "extractor": extractor.name}
+            protocol["extractor_fingerprint"] = extractor.fingerprint
+    if process.is_first:
+        rows = torch.randperm(len(source), generator=rng.generator("reference", config.seed))[: config.num_images]
+        chunks = (source.images(part.tolist()) for part in rows.split(CHUNK))
+        write_with(config.output, lambda path: _write(path, chunks, labels[rows.numpy()], protocol, arrays))
+        if config.statistics:
+            cache.sweep(config.cache_gigabytes)
+        what = f"statistics of {len(source):,} images ({extractor.name}), " if config.statistics else ""
+        print(f"{config.output}: {what}{len(rows):,} images")
+    return config.output
+
+
+def _statistics(features: Features, extractor: InceptionExtractor) -> dict[str, NDArray[np.float64]]:
+    """mu, sigma, mu_s, sigma_s by ADM's names, from one part after the other."""
+    arrays: dict[str, NDArray[np.float64]] = {}
+    for kind, suffix in zip(extractor.feature_names, ("", "_s"), strict=True):
+        moments = _gathered(features.parts(kind)).moments
+        arrays |= {f"mu{suffix}": moments.mean.numpy(), f"sigma{suffix}": moments.covariance.numpy()}
+    return arrays
+
+
+def _gathered(parts: Iterator[torch.Tensor], at_once: int = 16) -> FeatureStatistics:
+    """Of all rows; several parts are joined for each update, which costs as much memory traffic as one part's."""
+    first = next(parts)
+    statistics, waiting = FeatureStatistics(first.shape[1]), [first]
+    for part in parts:
+        waiting.append(part)
+        if len(waiting) == at_once:
+            statistics.update(torch.cat(waiting))
+            waiting.clear()
+    if waiting:
+        statistics.update(torch.cat(waiting))
+    return statistics
+
+
+def _write(
+    path: Path,
+    chunks: Iterable[NDArray[np.uint8]],
+    labels: NDArray[np.int64],
+    protocol: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
+) -> None:
+    write_archive(path, chunks, labels, protocol)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tuple[str, ...]]:
+    """The images with their classes and the classes' names. A folder is a data set if it can be opened as one."""
+    dataset = _dataset(config)
+    if dataset is not None:
+        dataset.check_images()
+        if config.resolution not in (None, dataset.resolution):
+            raise UserError(f"--resolution {config.resolution}: {config.source} holds images of {dataset.resolution}")
+        return DatasetSource(dataset), dataset.labels().numpy(), dataset.class_names
+    source = open_source(config.source)
+    if config.resolution is None and config.transform != "none":
+        raise UserError(
+            f"{config.source}: a folder of images needs --resolution, the side to crop to; or --transform none, where "
+            "all have one size"
+        )
+    size = first_size(source) if config.resolution is None else (config.resolution, config.resolution)
+    return FolderSource(source, config.transform, size), source.labels, source.class_names
+
+
+def _dataset(config: ReferenceConfig) -> PreparedDataset | None:
+    folder = dataset_folder(config.source, config.split)
+    is_dataset = (folder / MANIFEST_FILE).is_file() or is_repa_folder(folder)
+    return open_dataset(config.source, config.split) if is_dataset else None

@@ -1,0 +1,176 @@
+"""The HTML report of an evaluation."""
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from stablevm import __version__
+from stablevm.evaluation.comparison import TITLES, Comparison
+from stablevm.evaluation.curves import SUBSETS, metric_curves
+from stablevm.evaluation.neighbours import nearest, points, radii
+from stablevm.evaluation.report import Figure, Value, write_report
+from stablevm.evaluation.sample_figures import (
+    GRID_COLUMNS,
+    GRID_ROWS,
+    metric_panels,
+    neighbour_rows,
+    sample_grid,
+)
+from stablevm.evaluation.samples import Reference, Samples
+
+NEIGHBOUR_SAMPLES, NEIGHBOURS = 6, 5
+MAX_CLASSES = 100  # rows of the table of classes
+Rows = Sequence[Sequence[Value]]
+
+
+def write_sample_report(
+    path: Path,
+    samples: Samples,
+    reference: Reference,
+    comparisons: Sequence[Comparison],
+    results: Mapping[str, Any],
+    rows: Rows,
+) -> None:
+    """Write the page; `rows` is its table of numbers. The pictures travel inside the page."""
+    tables: dict[str, Rows] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        figures = [_samples_figure(samples, folder)]
+        for number, comparison in enumerate(comparisons):
+            values = results["inception" if "logits" in comparison.samples else "encoder"]
+            if reference.source is not None:
+                distances = _distances(comparison)
+                picture = folder / f"neighbours-{number}.png"
+                figures.append(_neighbours_figure(comparison, distances, samples, reference, picture))
+                tables[f"Classes ({comparison.extractor})"] = _class_rows(comparison, distances, samples, reference)
+            figures.append(_curves_figure(comparison, values, folder / f"curves-{number}.png"))
+        write_report(
+            path,
+            title=f"Evaluation of {Path(samples.title).name}",
+            summary=_headlines(results, rows),
+            figures=figures,
+            metrics_table=rows,
+            tables={title: table for title, table in tables.items() if len(table) > 2},
+            notes=results["warnings"],
+            commands=_command(),
+            protocol=_protocol(results, comparisons, reference),
+        )
+    print(f"report written to {path}")
+
+
+def _command() -> list[str]:
+    """The command that is running; none where the library is called from elsewhere."""
+    program = {"stablevm": "stablevm", "evaluate": "python evaluate.py"}.get(Path(sys.argv[0]).stem)
+    return [f"{program} {shlex.join(sys.argv[1:])}"] if program else []
+
+
+def _headlines(results: Mapping[str, Any], rows: Rows) -> dict[str, Value]:
+    """The numbers of the first network."""
+    values = results.get("inception") or results["encoder"]
+    return {TITLES[name]: values[name] for name in TITLES if name in values} | {"samples": f"{rows[1][1]:,}"}
+
+
+def _samples_figure(samples: Samples, folder: Path) -> Figure:
+    shown = min(len(samples), GRID_COLUMNS * GRID_ROWS)
+    sample_grid(samples.source.images(range(shown)), folder / "samples.png")
+    return Figure("Samples", folder / "samples.png", f"The first {shown} of {len(samples):,}, unselected.")
+
+
+def _distances(comparison: Comparison) -> tuple[Tensor, Tensor]:
+    """Of each sample to the nearest reference image, and of each of those to the nearest other one."""
+    reference = comparison.reference["pool"]
+    _, distances = nearest(comparison.samples["pool"], reference, device=comparison.device)
+    (prepared,) = points(reference, device=comparison.device)
+    return distances, radii(prepared, 1).sqrt().cpu()
+
+
+def _neighbours_figure(
+    comparison: Comparison, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference, picture: Path
+) -> Figure:
+    """The samples that come nearest to a reference image: copies would be among them."""
+    assert reference.source is not None
+    closest = distances[0].argsort()[: min(NEIGHBOUR_SAMPLES, len(samples))]
+    pool = comparison.samples["pool"][closest].double()
+    count = min(NEIGHBOURS, len(reference.source))
+    found = torch.stack(
+        [(comparison.reference["pool"].double() - row).square().sum(1).topk(count, largest=False).indices
+         for row in pool]
+    )  # fmt: skip
+    images = np.stack([reference.source.images(row.tolist()) for row in found])
+    neighbour_rows(samples.source.images(closest.tolist()), images, distances[0][closest].tolist(), picture)
+    return Figure(
+        f"Nearest reference images, {comparison.extractor}",
+        picture,
+        f"The {len(closest)} samples that lie nearest to a reference image, with their distances. Median over all "
+        f"samples: {float(distances[0].median()):.3g}; between a reference image and its nearest other: "
+        f"{float(distances[1].median()):.3g}, at least {float(distances[1].min()):.3g}. Copies would show here, if the "
+        "reference holds what the network was trained on.",
+    )
+
+
+def _curves_figure(comparison: Comparison, values: Mapping[str, Any], picture: Path) -> Figure:
+    with tqdm(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
+        metric_panels(metric_curves(comparison, values, progress=bar.update), picture)
+    return Figure(
+        f"Dependence on the number of samples, {comparison.extractor}",
+        picture,
+        "Mean and standard deviation over disjoint random subsets; the last point is all samples. Fréchet distances of "
+        "few samples are biased upwards: compare those of equally many.",
+    )
+
+
+def _class_rows(
+    comparison: Comparison, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference
+) -> Rows:
+    """Of each class: samples, their precision and distances; reference images and their recall. Worst first."""
+    labels = samples.labels
+    if labels is None and "logits" in comparison.samples:
+        labels = comparison.samples["logits"].argmax(1).numpy()
+    members = comparison.membership
+    if labels is None or members is None:
+        return []
+    rows: list[tuple[Value, ...]] = []
+    for label in np.unique(labels):
+        mine = torch.from_numpy(labels == label)
+        row: tuple[Value, ...] = (
+            _class_name(int(label), reference, known=samples.labels is not None),
+            int(mine.sum()),
+            float(members.samples[mine].double().mean()),
+            float(distances[0][mine].median()),
+        )
+        if samples.labels is not None and reference.labels is not None:
+            theirs = torch.from_numpy(reference.labels == label)
+            recall = float(members.reference[theirs].double().mean()) if theirs.any() else "none"
+            row += (int(theirs.sum()), recall)
+        rows.append(row)
+    rows.sort(key=lambda each: each[2])
+    what = "class" if samples.labels is not None else "class that the network sees"
+    head = (f"{what} (worst of {len(rows)})" if len(rows) > MAX_CLASSES else what, "samples", "precision",
+            "median distance to the nearest reference image", "reference images", "recall")  # fmt: skip
+    return [head[: len(rows[0])], *rows[:MAX_CLASSES]]
+
+
+def _class_name(label: int, reference: Reference, *, known: bool) -> str:
+    names: NDArray[Any] | list[str] = reference.class_names
+    return str(names[label]) if known and 0 <= label < len(names) else str(label)
+
+
+def _protocol(results: Mapping[str, Any], comparisons: Sequence[Comparison], reference: Reference) -> dict[str, Value]:
+    protocol: dict[str, Value] = {
+        "samples": results["samples"],
+        "reference": results["reference"],
+        "reference images": results["reference_images"],
+    }
+    for comparison in comparisons:
+        protocol[f"statistics, {comparison.extractor}"] = reference.statistics_text(bool(comparison.stored))
+        protocol[f"precision and recall, {comparison.extractor}"] = comparison.arithmetic
+    return {**protocol, "stablevm": __version__, "torch": torch.__version__}

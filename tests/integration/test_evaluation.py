@@ -1,0 +1,371 @@
+"""Whole evaluations with an Inception of random weights: numbers, peers, references, caches, processes, refusals."""
+
+import dataclasses
+import json
+import os
+
+import inception
+import numpy as np
+import pytest
+import torch
+from checkpoints import save_checkpoint, tiny_card
+from data_sets import one_line, source, write
+from PIL import Image
+
+from stablevm.errors import UserError
+from stablevm.evaluation import evaluate as command
+from stablevm.evaluation import features
+from stablevm.evaluation.checkpoint import CheckpointSource, evaluate_checkpoint
+from stablevm.evaluation.comparison import Comparison
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, JudgeConfig, ReferenceConfig
+from stablevm.evaluation.curves import metric_curves
+from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.features import ArraySource, FeatureCache, extract
+from stablevm.evaluation.inception import InceptionExtractor
+from stablevm.evaluation.reference import reference
+from stablevm.evaluation.statistics import frechet_distance, moments_of
+from stablevm.processes import Process
+from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.generation import generate
+
+COUNT, SIDE = 26, 12
+REAL, FAKE = (inception.smooth_images(COUNT, SIDE, seed).numpy() for seed in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Weights and a cache that all tests share: each image goes through the network once."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.save(inception.random_weights(), folder / "weights.pth")
+    return folder
+
+
+@pytest.fixture
+def options(home, tmp_path):
+    """Build a config: FAKE against REAL unless told otherwise."""
+
+    def build(samples=None, real=None, **given):
+        np.savez(tmp_path / "samples.npz", **(samples or {"arr_0": FAKE}))
+        np.savez(tmp_path / "ref.npz", **(real or {"arr_0": REAL}))
+        defaults = {
+            "samples": tmp_path / "samples.npz",
+            "reference": tmp_path / "ref.npz",
+            "inception_weights": home / "weights.pth",
+            "cache_dir": home / "cache",
+        }
+        return EvaluateConfig(**(defaults | given))
+
+    return build
+
+
+def refusal(config):
+    with pytest.raises(UserError) as error:
+        evaluate(config)
+    assert not config.samples.with_suffix(".json").exists()
+    return one_line(error)
+
+
+def test_all_five_numbers_agree_with_torch_fidelity(options, home, capsys):
+    """One run of the peer on the same weights and images; it names the file of random weights as its own."""
+    import torch_fidelity
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.images[index]
+
+    with torch.random.fork_rng(devices=[]):  # its network draws first values, its loader a seed
+        peer = torch_fidelity.calculate_metrics(
+            input1=Images(FAKE),
+            input2=Images(REAL),
+            **dict.fromkeys(("fid", "isc", "prc"), True),
+            **dict.fromkeys(("cuda", "cache", "verbose", "samples_shuffle"), False),
+            save_cpu_ram=True,
+            isc_splits=1,
+            feature_extractor="inception-v3-compat",
+            feature_extractor_weights_path=str(home / "weights.pth"),
+        )
+    ours = evaluate(options())["inception"]
+    assert ours["frechet_distance"] == pytest.approx(peer["frechet_inception_distance"], rel=1e-4)
+    assert ours["score"] == pytest.approx(peer["inception_score_mean"], rel=1e-4) and ours["score"] > 1.01
+    assert ours["precision"] == pytest.approx(peer["precision"], abs=1e-4) and 0 < ours["precision"] < 1
+    assert ours["recall"] == pytest.approx(peer["recall"], abs=1e-4) and 0 < ours["recall"] < 1
+    printed = capsys.readouterr().out
+    assert "other weights" in printed and "not FID" in printed and not any("fid" in key for key in ours)
+
+
+def test_published_weights_alone_give_fid(options, monkeypatch, home, capsys):
+    from stablevm.files import sha256
+
+    monkeypatch.setattr("stablevm.evaluation.inception.PUBLISHED_SHA256", sha256(home / "weights.pth"))
+    results = evaluate(options())["inception"]
+    assert {"fid", "sfid", "inception_score", "precision", "recall"} <= results.keys()
+    assert results["extractor"] == "Inception 2015-12-05"
+    printed = capsys.readouterr().out
+    assert "FID" in printed and "sFID" in printed and "the statistics of 26 reference images" in printed
+    assert json.loads(options().samples.with_suffix(".json").read_text())["inception"] == results
+
+
+def test_identical_sets_are_at_distance_zero(options):
+    results = evaluate(options(samples={"arr_0": REAL}))["inception"]
+    assert 0 <= results["frechet_distance"] < 1e-6 and 0 <= results["spatial_frechet_distance"] < 1e-6
+    assert results["precision"] == results["recall"] == 1
+
+
+def test_mode_collapse_is_precise_and_recalls_next_to_nothing(options):
+    collapsed = REAL[:1].repeat(COUNT, 0)
+    collapsed[np.arange(COUNT), 0, 0, 0] ^= np.arange(COUNT).astype(np.uint8) % 4
+    results = evaluate(options(samples={"arr_0": collapsed}))["inception"]
+    assert results["precision"] == 1 and results["recall"] <= 1 / COUNT
+
+
+def test_adm_arithmetic_is_named_and_moves_precision_alone(options, capsys):
+    exact, adm = (evaluate(options(precision_recall=each))["inception"] for each in ("exact", "adm"))
+    assert (exact["precision_recall"], adm["precision_recall"]) == ("exact", "adm")
+    assert "float16 distances as in ADM's script" in capsys.readouterr().out
+    same = exact.keys() - {"precision", "recall", "precision_recall"}
+    assert {key: exact[key] for key in same} == {key: adm[key] for key in same}
+
+
+def test_files_sorted_by_class_get_a_warning(options, capsys):
+    shuffled, ordered = np.arange(COUNT) * 7 % COUNT % 4, np.arange(COUNT) // 7
+    assert not evaluate(options(samples={"arr_0": FAKE, "labels": shuffled}))["warnings"][1:]
+    warnings = evaluate(options(samples={"arr_0": FAKE, "labels": ordered}))["warnings"]
+    assert "looks sorted by class" in warnings[1] and warnings[1] in capsys.readouterr().err
+    network_sees = evaluate(options(samples={"arr_0": REAL[np.arange(COUNT) // 7]}))["warnings"]
+    assert "the class that the network sees" in network_sees[1]
+
+
+def test_reference_of_a_folder_is_what_its_images_are(options, home, tmp_path, capsys):
+    for index, image in enumerate(REAL):
+        path = tmp_path / "images" / f"class{index % 2}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    config = ReferenceConfig(
+        source=tmp_path / "images",
+        output=tmp_path / "made.npz",
+        transform="none",
+        num_images=10,
+        inception_weights=home / "weights.pth",
+        cache_dir=home / "cache",
+    )
+    reference(config)
+    assert "statistics of 26 images" in capsys.readouterr().out
+    with np.load(tmp_path / "made.npz") as made:
+        assert made["arr_0"].shape == (10, SIDE, SIDE, 3) and made["arr_0"].dtype == np.uint8
+        assert (made["mu"].shape, made["sigma"].shape) == ((2048,), (2048, 2048))
+        assert (made["mu_s"].shape, made["sigma_s"].shape) == ((2023,), (2023, 2023))
+        assert {made[name].dtype for name in ("mu", "sigma", "mu_s", "sigma_s")} == {np.dtype(np.float64)}
+        order = np.concatenate([REAL[0::2], REAL[1::2]])  # class by class
+        where = [int((order == image).all((1, 2, 3)).argmax()) for image in made["arr_0"]]
+        assert len(set(where)) == 10 and where != sorted(where), "drawn and shuffled"
+        assert made["labels"].tolist() == [int(index >= 13) for index in where]
+    whole = evaluate(options())["inception"]
+    results = evaluate(options(reference=tmp_path / "made.npz"))
+    assert results["inception"]["statistics"] == "the file's stored statistics of 26 images"
+    for key in ("frechet_distance", "spatial_frechet_distance"):
+        assert results["inception"][key] == pytest.approx(whole[key], rel=1e-6)
+    assert results["reference_images"] == 10
+
+
+def test_reference_without_statistics_needs_no_network(tmp_path):
+    write(tmp_path / "data" / "train", source(40))
+    config = ReferenceConfig(source=tmp_path / "data", output=tmp_path / "plain.npz", num_images=30, statistics=False)
+    reference(config)
+    with np.load(tmp_path / "plain.npz") as made:
+        assert made["arr_0"].shape == (30, 4, 4, 3) and "mu" not in made
+        names = json.loads(made["protocol"].item())["class_names"]
+    assert names == ["cat", "dog", "owl"]
+
+
+def test_reference_refuses_a_folder_of_bad_or_unsized_images(tmp_path):
+    Image.fromarray(REAL[0]).save(tmp_path / "good.png")
+    config = ReferenceConfig(source=tmp_path, output=tmp_path / "ref.npz", statistics=False)
+    for given, message in (
+        ({}, "needs --resolution"),
+        ({"resolution": 8, "source": tmp_path / "absent"}, "absent"),
+        ({"output": tmp_path / "ref.txt"}, r"ends in \.npz"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            reference(dataclasses.replace(config, **given))
+        one_line(error)
+    (tmp_path / "bad.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"bad\.png: not an image; remove it"):
+        reference(dataclasses.replace(config, resolution=8))
+    assert not (tmp_path / "ref.npz").exists()
+
+
+def test_statistics_of_another_network_are_refused(options, tmp_path):
+    stored = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    config = options(real={"arr_0": REAL, **stored})
+    assert "its statistics are of Inception 2015-12-05, this command has Inception with other weights" in refusal(
+        config
+    )
+
+
+def test_features_come_from_the_cache(options, monkeypatch):
+    first = evaluate(options())
+    monkeypatch.setattr(InceptionExtractor, "__call__", None)
+    again = evaluate(options(batch_size=3))
+    assert again == first
+
+
+def test_processes_share_the_work(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "PART_LENGTH", 4)
+    calls = []
+
+    class Means:
+        name, fingerprint, feature_names = "means", "0", ("pool",)
+
+        def __call__(self, images):
+            calls.append(len(images))
+            return {"pool": images.float().mean((2, 3))}
+
+    cache, images, cpu = FeatureCache(tmp_path / "cache"), ArraySource(FAKE), torch.device("cpu")
+
+    def share(rank):
+        return extract(images, Means(), cache, Process(rank, 3, cpu), batch_size=3, title="x")
+
+    assert share(1) is None and sum(calls) == 8
+    assert share(2) is None and sum(calls) == 16
+    torch.testing.assert_close(share(0).load("pool"), torch.from_numpy(FAKE).float().mean((1, 2)))
+    assert sum(calls) == COUNT and max(calls) <= 3
+    files = list((tmp_path / "cache").glob("*/*"))
+    assert len(files) == 7
+    for age, path in enumerate(sorted(files)):
+        os.utime(path, (0, age))
+    (files[0].parent / ".tmp-1-ab-x.safetensors").write_text("left over")
+    os.utime(files[0].parent / ".tmp-1-ab-x.safetensors", (0, 0))
+    cache.sweep(gigabytes=3.5 * files[0].stat().st_size / 1e9)
+    assert set((tmp_path / "cache").glob("*/*")) == set(sorted(files)[-3:])
+
+
+def test_an_encoder_gives_a_frechet_distance_beside_or_instead(options, tmp_path, capsys):
+    import timm
+    from safetensors.torch import save_file
+
+    name = "vit_tiny_patch16_224"
+    with torch.random.fork_rng(devices=[]):
+        save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    config = options(inception=False, enc_type=name, encoder_weights=tmp_path / "vit.safetensors")
+    results = evaluate(config)
+    assert "inception" not in results and results["encoder"]["extractor"] == name
+    assert results["encoder"].keys() >= {"frechet_distance", "precision", "recall"}
+    assert not any("fid" in key for key in results["encoder"])
+    both = evaluate(dataclasses.replace(config, inception=True))
+    assert both["encoder"] == results["encoder"] and "score" in both["inception"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({"images": FAKE}, "holds no arr_0"),
+        ({"arr_0": FAKE.astype(np.float32) * np.nan}, "images of type float32, expected uint8"),
+        ({"arr_0": FAKE[..., 0]}, "grey images"),
+        ({"arr_0": FAKE[..., :1]}, "grey images"),
+        ({"arr_0": FAKE.transpose(0, 3, 1, 2)}, r"expected (N, H, W, 3)"),
+        ({"arr_0": FAKE[:0]}, "no images"),
+        ({"arr_0": FAKE[:3]}, "3 samples images, too few for a covariance"),
+        ({"arr_0": FAKE[:, :8, :8]}, "images of 8 x 8 pixels, but the reference"),
+        ({"arr_0": FAKE, "labels": np.arange(3)}, "labels are int64 (3,)"),
+    ],
+)
+def test_bad_samples_get_one_clear_line(options, samples, message):
+    assert message in refusal(options(samples=samples))
+
+
+@pytest.mark.parametrize(
+    ("real", "message"),
+    [
+        ({"x": REAL}, "holds neither arr_0"),
+        ({"arr_0": REAL.astype(np.int64)}, "images of type int64"),
+        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "holds NaN"),
+        ({"mu": np.zeros(2048)}, "holds mu but no sigma"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(7)}, "expected (D,) and (D, D)"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "holds mu but no mu_s"),
+    ],
+)
+def test_bad_references_get_one_clear_line(options, real, message):
+    assert message in refusal(options(real=real))
+
+
+def test_bad_options_get_one_clear_line(options, tmp_path):
+    assert "--no-inception: expected an --enc-type to judge with" in refusal(options(inception=False))
+    assert "--batch-size 0" in refusal(options(batch_size=0))
+    assert "stablevm reference" in refusal(options(reference=tmp_path))
+    assert "no such file" in refusal(options(reference=tmp_path / "absent.npz"))
+
+
+def test_broken_weights_are_named(options, home, tmp_path):
+    weights = torch.load(home / "weights.pth", weights_only=True)
+    weights["Mixed_7c.branch1x1.conv.weight"][0, 0] = torch.nan
+    torch.save(weights, tmp_path / "broken.pth")
+    four = {"arr_0": FAKE[:4]}
+    config = options(samples=four, real={"arr_0": REAL[:4]}, inception_weights=tmp_path / "broken.pth")
+    assert "4 of 4 rows of features hold NaN" in refusal(config)
+
+
+def test_a_checkpoint_is_judged_without_a_file_in_between(options, home, tmp_path, monkeypatch):
+    """The same numbers as from the file that generate writes; and nothing is drawn twice."""
+    checkpoint_folder = save_checkpoint(tmp_path / "checkpoint", tiny_card())
+    sampling = GenerateConfig(
+        ckpt=checkpoint_folder, num_fid_samples=9, num_steps=2, sample_dir=tmp_path, name="x", per_proc_batch_size=4
+    )
+    judging = options(real={"arr_0": REAL[:9, :8, :8]}, samples={"arr_0": FAKE[:0]})
+    judging = JudgeConfig(**{field.name: getattr(judging, field.name) for field in dataclasses.fields(JudgeConfig)})
+    results = evaluate_checkpoint(EvaluateCheckpointConfig(judging, sampling))
+    assert json.loads((tmp_path / "x.json").read_text()) == results
+    from_file = evaluate(EvaluateConfig(samples=generate(sampling), **vars(judging)))
+    for key, value in from_file["inception"].items():
+        assert results["inception"][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
+    monkeypatch.setattr(CheckpointSource, "images", lambda self, indices: np.zeros((len(indices), 8, 8, 3), np.uint8))
+    assert evaluate_checkpoint(EvaluateCheckpointConfig(judging, sampling)) == results, "features from the cache"
+
+
+def test_report_shows_everything(options, tmp_path, capsys):
+    labels = np.arange(COUNT) * 7 % COUNT % 3
+    copied = {"arr_0": np.concatenate([FAKE[:-1], REAL[3:4]]), "labels": labels}
+    config = options(samples=copied, real={"arr_0": REAL, "labels": labels}, report=True)
+    evaluate(config)
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<img") == 3 and f"report written to {tmp_path / 'samples.html'}" in capsys.readouterr().out
+    for text in (
+        "Read this first",
+        "Samples",
+        "Nearest reference images",
+        "Dependence on the number of samples",
+        "Classes (Inception with other weights",
+        "median distance to the nearest reference image",
+        "at least",
+    ):
+        assert text in page, text
+    assert len(page.split("Classes (")[1].split("</table>")[0].split("<tr>")) == 1 + 1 + 3, "a row for each class"
+
+
+def test_curves_are_means_over_disjoint_subsets(monkeypatch):
+    stream = torch.Generator().manual_seed(1)
+    pool, real = torch.randn(40, 3, generator=stream), torch.randn(50, 3, generator=stream)
+    comparison = Comparison("x", False, {"pool": pool}, {"pool": real}, {}, "exact", torch.device("cpu"))
+    seen = []
+    whole = Comparison.results
+    monkeypatch.setattr(Comparison, "results", lambda self: (seen.append(self.samples["pool"]), whole(self))[1])
+    curves = metric_curves(comparison, whole(comparison))
+    assert [point.samples for point in curves["precision"]] == [10, 20, 40]  # eighths are too small
+    for sets, point in zip((seen[:4], seen[4:]), curves["frechet_distance"], strict=False):
+        rows = torch.cat(sets)
+        assert len(rows) == 40 and torch.equal(rows.sort(0).values, pool.sort(0).values), "each sample once"
+        values = np.array([frechet_distance(moments_of(each), moments_of(real)) for each in sets])
+        assert (point.mean, point.deviation) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
+    assert curves["recall"][-1].mean == whole(comparison)["recall"]
+
+
+def test_compressed_files_and_adms_labels_are_read(options, tmp_path):
+    config = options()
+    np.savez_compressed(config.samples, FAKE, np.arange(COUNT) % 3)
+    samples = command.open_samples(config.samples)
+    assert np.array_equal(samples.source.array, FAKE) and samples.labels.tolist() == (np.arange(COUNT) % 3).tolist()
