@@ -7,7 +7,7 @@ bank and the gradient scaler. Random numbers and data positions need none: they 
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from stablevm.files import read_json, sync, write_json
 from stablevm.snapshot import ModelCard
 
 CHECKPOINTS = "checkpoints"
+BEST = "best"
 STATE_FILE = "training.json"
+RECORD_FILE = "best.json"
 _UNFINISHED = ".unfinished-"
 
 
@@ -33,6 +35,15 @@ class TrainingState:
     optimizer: dict[str, Tensor]  # "NAME.exp_avg" and the like, by the names of the model's parameters
     bank: dict[str, Tensor]  # empty without a bank
     scaler: dict[str, Any]  # of the fp16 gradient scaler; empty otherwise
+
+
+@dataclass(frozen=True)
+class Record:
+    """Why a checkpoint is the best one: of `metric`, lower is better, it had the lowest `value`."""
+
+    metric: str
+    value: float
+    step: int
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -63,6 +74,36 @@ def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
     for step in saved_steps(run)[:-keep] if keep else []:
         shutil.rmtree(checkpoint_folder(run, step))
     return target
+
+
+def is_best(run: Path, record: Record) -> bool:
+    """Whether no lower value of its metric is known; a value that is not a number never is the best."""
+    known = best_record(run)
+    rival = known.value if known is not None and known.metric == record.metric else float("inf")
+    return record.value < rival
+
+
+def keep_if_best(run: Path, record: Record) -> bool:
+    """Let `checkpoints/best` be the checkpoint of `record.step`, if it is the best; returns whether it is."""
+    if not is_best(run, record):
+        return False
+    target = run / CHECKPOINTS / BEST
+    folder = target.with_name(f"{_UNFINISHED}{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        shutil.copytree(checkpoint_folder(run, record.step), folder)
+        write_json(folder / RECORD_FILE, asdict(record))
+        shutil.rmtree(target, ignore_errors=True)
+        folder.replace(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def best_record(run: Path) -> Record | None:
+    """What `checkpoints/best` is the best of; None when there is none."""
+    path = run / CHECKPOINTS / BEST / RECORD_FILE
+    return Record(**read_json(path, "best checkpoint")) if path.exists() else None
 
 
 def load(run: Path, step: int) -> TrainingState:

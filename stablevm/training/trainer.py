@@ -25,6 +25,7 @@ from stablevm.training import checkpoint
 from stablevm.training.checkpoint import TrainingState
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
+from stablevm.training.evaluation import Evaluation, distance_of
 from stablevm.training.interruption import Interruption
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
@@ -83,6 +84,7 @@ class Trainer:
         self.ema = MovingAverage(model, config.ema_decay)
         self.objective = make_objective(config, self.card.model, dataset, device)
         self.previews = self._previews()
+        self.evaluation = self._evaluation()
         optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -161,6 +163,8 @@ class Trainer:
                 checkpoint.save(config.folder, self._state(), config.checkpoints_kept)
         if config.sampling_steps and (last or self.step % config.sampling_steps == 0):
             self._draw_previews(journal)
+        if config.eval_every and (last or self.step % config.eval_every == 0):
+            self._evaluate(journal)
         return stop
 
     def _may_stop(self) -> bool:
@@ -173,6 +177,20 @@ class Trainer:
             grid = self.previews.draw(self.ema.model, card, self.accelerator.device)
             if journal.trackers is not None:
                 journal.trackers.image(self.step, "samples", grid)
+
+    def _evaluate(self, journal: "Journal") -> None:
+        """Judge the moving average, and keep the checkpoint of this step if none before was better."""
+        if self.evaluation is None:
+            return
+        numbers = self.evaluation.run(self.ema.model, dataclasses.replace(self.card, step=self.step))
+        if journal.trackers is not None:
+            journal.trackers.log(self.step, {f"eval_{name}": value for name, value in numbers.items()})
+        record = checkpoint.Record(*distance_of(numbers), self.step)
+        folder = self.config.folder
+        if checkpoint.is_best(folder, record):
+            if self.step not in checkpoint.saved_steps(folder):
+                checkpoint.save(folder, self._state(), self.config.checkpoints_kept)
+            checkpoint.keep_if_best(folder, record)
 
     def _state(self) -> TrainingState:
         return TrainingState(
@@ -224,6 +242,13 @@ class Trainer:
             return None
         autoencoder = load_autoencoder(self.dataset.latent, device=self.accelerator.device)
         return Previews(self.config.folder / "samples", autoencoder, self.config.seed)
+
+    def _evaluation(self) -> Evaluation | None:
+        """On the main process, as the previews."""
+        if not self.config.eval_every or not self.accelerator.is_main_process:
+            return None
+        device = self.accelerator.device
+        return Evaluation(self.config, load_autoencoder(self.dataset.latent, device=device), device)
 
     def _loader_reads_images(self) -> bool:
         """The fresh samples' images are wanted where they are the anchors; a bank's anchors are other samples."""
