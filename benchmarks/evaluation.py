@@ -22,10 +22,10 @@ def features(count, seed):
     stream = torch.Generator().manual_seed(seed)
     mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5
     spectrum = 2 * torch.arange(1, WIDTH + 1).float() ** -0.3
-    blocks = [
-        (torch.randn(len(part), WIDTH, generator=stream) * spectrum) @ mix for part in torch.empty(count).split(4096)
-    ]
-    return torch.cat([(block + 0.3).abs_() for block in blocks])
+    rows = torch.empty(count, WIDTH)
+    for block in rows.split(4096):
+        block.copy_((torch.randn(block.shape, generator=stream) * spectrum) @ mix).add_(0.3).abs_()
+    return rows
 
 
 def timed(name, work, table, column):
@@ -36,6 +36,11 @@ def timed(name, work, table, column):
     return result
 
 
+def memory():
+    """Most that the process has held so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def ours(samples, reference, logits, table):
     def fid():
         sets = [FeatureStatistics.from_features(each) for each in (samples, reference)]
@@ -43,7 +48,6 @@ def ours(samples, reference, logits, table):
 
     timed("FID", fid, table, "stablevm")
     timed("inception score", lambda: inception_score(logits)[0], table, "stablevm")
-    timed("precision, recall", lambda: precision_recall(reference, samples), table, "stablevm")
 
 
 def torch_fidelity(samples, reference, logits, table):
@@ -87,13 +91,13 @@ def main():
     parser.add_argument("--reference", type=int, default=10_000)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
-    samples, reference = features(options.samples, 1), 1.05 * features(options.reference, 2)
-    logits = 3 * torch.randn(options.samples, CLASSES, generator=torch.Generator().manual_seed(3))
+    samples, reference = features(options.samples, 1), features(options.reference, 2).mul_(1.05)
     table = {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    before = memory()
+    timed("precision, recall", lambda: precision_recall(reference, samples), table, "stablevm")
+    print(f"memory: {before:.2f} GB with the features, at most {memory():.2f} GB; {torch.get_num_threads()} threads")
+    logits = 3 * torch.randn(options.samples, CLASSES, generator=torch.Generator().manual_seed(3))
     ours(samples, reference, logits, table)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"memory: {before:.2f} GB before, at most {after:.2f} GB; {torch.get_num_threads()} threads")
     if options.peers:
         scipy_root(samples, reference, table)
         torch_fidelity(samples, reference, logits, table)

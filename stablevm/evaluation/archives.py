@@ -54,8 +54,10 @@ class Archive:
 
     def _mapped(self, file: IO[bytes]) -> NDArray[Any]:
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        version = np.lib.format.read_magic(file)
-        shape, fortran_order, dtype = read_header[version[0]](file)
+        major, _ = np.lib.format.read_magic(file)
+        if major not in read_header:
+            raise ValueError(f"an array of .npy version {major}")
+        shape, fortran_order, dtype = read_header[major](file)
         if dtype.hasobject:
             raise ValueError("an array of Python objects")
         order: Any = "F" if fortran_order else "C"

@@ -80,7 +80,7 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
 def finish_digits(images: Tensor, labels: Tensor, title: str, config: JudgeConfig, output: Path) -> Results:
     """What `judge` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
     assert config.extractor is not None
-    train, test = _splits(config.reference)
+    train, test = splits(config.reference)
     results = judge(images, labels, test, train, load_extractor(config.extractor))
     rows = result_rows(results)
     return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output)
@@ -199,7 +199,7 @@ def _warn(each: Comparison, samples: Samples) -> list[str]:
     return lines
 
 
-def _splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
+def splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
     """Training and test split; UserError where the folder holds one data set that would pass for both."""
     train, test = open_dataset(reference, "train"), open_dataset(reference, "test")
     if train.folder == test.folder:

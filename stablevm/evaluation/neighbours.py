@@ -25,12 +25,12 @@ SPARE_CANDIDATES = 5  # beyond the k nearest by the bounds: enough to prove near
 
 @dataclass(frozen=True)
 class Points:
-    """Rows to compare, as they are and prepared for the products: float32 (n, width), all on one device."""
+    """Rows to compare, as they are and prepared for the products: float32, all on one device."""
 
-    rows: Tensor
-    centred: Tensor  # about the common mean of what is compared: smaller norms, tighter bounds
-    low: Tensor  # (n,) squared norms, less what rounding may add to a squared distance
-    high: Tensor  # the same, and that much more
+    rows: Tensor  # (n, width)
+    factors: Tensor  # (n, width + 2): the rows about a common mean, 1, and `low`
+    low: Tensor  # (n,) squared norms about that mean, less what rounding may add to a squared distance
+    spread: Tensor  # (n,) a squared distance is at most both spreads above its lower bound
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,7 +38,7 @@ class Points:
     def blocks(self) -> Iterator[tuple[int, "Points"]]:
         for start in range(0, len(self), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
-            yield start, Points(self.rows[part], self.centred[part], self.low[part], self.high[part])
+            yield start, Points(self.rows[part], self.factors[part], self.low[part], self.spread[part])
 
 
 def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
@@ -52,15 +52,20 @@ def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
     device = device or sets[0].device
     rows = [features.detach().to(device, torch.float32) for features in sets]
     centre = rows[0].mean(0)
-    # Of a product of n terms, (n + 2) u relative to the norms (twice, for -2ab); the rest for centring and three sums.
-    relative = (2 * (len(centre) + 2) + 16) * torch.finfo(torch.float32).eps / 2
-    prepared = []
-    for each in rows:
-        centred = each - centre
-        norms = torch.cat([block.double().square().sum(1) for block in centred.split(BLOCK_ROWS)])
-        low, high = ((norms * (1 + sign * relative)).float() for sign in (-1, 1))
-        prepared.append(Points(each, centred, low, high))
-    return prepared
+    return [_prepared(each, centre) for each in rows]
+
+
+def _prepared(rows: Tensor, centre: Tensor) -> Points:
+    count, width = rows.shape
+    # A sum of n + 4 products is off by (n + 4) u of its terms' sizes, which add up to twice the norms; the rest is for
+    # centring and for rounding what is stored.
+    relative = (2 * (width + 4) + 16) * torch.finfo(torch.float32).eps / 2
+    factors = torch.ones(count, width + 2, device=rows.device)
+    torch.sub(rows, centre, out=factors[:, :width])
+    norms = torch.cat([block.double().square().sum(1) for block in factors[:, :width].split(BLOCK_ROWS)])
+    factors[:, -1] = norms * (1 - relative)
+    spread = (norms * 2 * relative * (1 + relative)).float()
+    return Points(rows, factors, factors[:, -1].clone(), spread)
 
 
 @dataclass(frozen=True)
@@ -157,15 +162,14 @@ def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:
     return _settled(queries, among, bounds, indices, 1, exclude_self=False)
 
 
-def _products(a: Points, b: Points) -> Tensor:
-    """-2ab of all pairs (len(a), len(b)), float32 whatever the global switches say."""
-    with full_precision(a.rows.device):
-        return (a.centred @ b.centred.T).mul_(-2)
-
-
 def _lower_bounds(a: Points, b: Points) -> Tensor:
-    """(len(a), len(b)): no squared distance is below it."""
-    return _products(a, b).add_(a.low[:, None]).add_(b.low)
+    """|a|^2 - 2ab + |b|^2 of all pairs (len(a), len(b)), less what rounding may add: no squared distance is below it.
+
+    One product gives the whole sum; float32 whatever the global switches say.
+    """
+    left = torch.cat([-2 * a.factors[:, :-2], a.low[:, None], torch.ones_like(a.low)[:, None]], 1)
+    with full_precision(left.device):
+        return left @ b.factors.T
 
 
 def _keep_smallest(bounds: Tensor, indices: Tensor, lower: Tensor, start: int) -> None:
@@ -186,8 +190,7 @@ def _settled(
     distance is at most the largest bound kept: everything else is at least as far. The others, of many near copies, are
     compared with all.
     """
-    spread = (queries.high - queries.low)[:, None] + (among.high - among.low)[indices]
-    upper = (bounds + spread) * (1 + torch.finfo(torch.float32).eps)
+    upper = (bounds + queries.spread[:, None] + among.spread[indices]) * (1 + torch.finfo(torch.float32).eps)
     kth_lower, kth_upper = (each.kthvalue(k, dim=1, keepdim=True).values for each in (bounds, upper))
     squared = torch.where(upper < kth_lower, -torch.inf, torch.inf).double()
     rows, columns = ((upper >= kth_lower) & (bounds <= kth_upper)).nonzero().T
@@ -210,34 +213,25 @@ def _inside(a: Points, a_radii: Tensor, b: Points, b_radii: Tensor) -> tuple[Ten
     for start, block in a.blocks():
         for other_start, other in b.blocks():
             mine, theirs = slice(start, start + len(block)), slice(other_start, other_start + len(other))
-            products = _products(block, other)
-            _mark(a_in[mine], products, block, other, b_radii[theirs])
-            _mark(b_in[theirs], products.T, other, block, a_radii[mine])
+            lower = _lower_bounds(block, other)
+            _mark(a_in[mine], lower, block, other, b_radii[theirs])
+            _mark(b_in[theirs], lower.T, other, block, a_radii[mine])
     return b_in, a_in
 
 
-def _mark(inside: Tensor, products: Tensor, queries: Points, balls: Points, squared_radii: Tensor) -> None:
-    """Set `inside` for the queries (rows of `products`) that lie in one of the balls (columns)."""
-    reach = squared_radii - balls.high.double()
-    # Rounded towards zero reach, so that the bound stays one.
-    inside |= ((products + queries.high[:, None]) <= _float_below(reach)).any(1)
+def _mark(inside: Tensor, lower: Tensor, queries: Points, balls: Points, squared_radii: Tensor) -> None:
+    """Set `inside` for the queries (rows of `lower`) that lie in one of the balls (columns)."""
+    down, up = (torch.tensor(sign * torch.inf, device=lower.device) for sign in (-1, 1))
+    surely = squared_radii - balls.spread.double() - queries.spread.max().double()
+    inside |= (lower <= surely.float().nextafter(down)).any(1)
     undecided = (~inside).nonzero().flatten()
-    reach = _float_above(squared_radii - balls.low.double())
-    open_pairs = (products[undecided] + queries.low[undecided, None]) <= reach
+    open_pairs = lower[undecided] <= squared_radii.float().nextafter(up)
     for part in open_pairs.nonzero().split(PAIRS_AT_ONCE):
         rows, columns = undecided[part[:, 0]], part[:, 1]
         waiting = ~inside[rows]
         rows, columns = rows[waiting], columns[waiting]
         hits = _squared_distances(queries, balls, rows, columns) <= squared_radii[columns]
         inside[rows[hits]] = True
-
-
-def _float_below(values: Tensor) -> Tensor:
-    return torch.nextafter(values.float(), torch.tensor(-torch.inf, device=values.device))
-
-
-def _float_above(values: Tensor) -> Tensor:
-    return torch.nextafter(values.float(), torch.tensor(torch.inf, device=values.device))
 
 
 def _squared_distances(a: Points, b: Points, rows: Tensor, columns: Tensor) -> Tensor:

@@ -179,6 +179,6 @@ def check_features(features: Tensor) -> None:
     """UserError unless features are (n, width) and finite."""
     if features.ndim != 2:
         raise UserError(f"features must be (n, width), got shape {tuple(features.shape)}")
-    broken = int((~features.isfinite()).any(1).sum())
+    broken = sum(int((~block.isfinite()).any(1).sum()) for block in features.split(BLOCK_ROWS))
     if broken:
         raise UserError(f"{broken} of {len(features)} rows of features hold NaN or infinity; check the images")

@@ -76,19 +76,22 @@ def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
     return target
 
 
-def keep_if_best(run: Path, record: Record) -> bool:
-    """Let `checkpoints/best` be the checkpoint of `record.step`, if no lower value of its metric is known.
-
-    Whoever measures a checkpoint calls this: the trainer with means of its metrics, an evaluation with its score.
-    A value that is not a number never is the best. The files are hard links, which take no space, where the file system
-    has them. Returns whether it became the best.
-    """
-    target = run / CHECKPOINTS / BEST
+def is_best(run: Path, record: Record) -> bool:
+    """Whether no lower value of its metric is known; a value that is not a number never is the best."""
     known = best_record(run)
     rival = known.value if known is not None and known.metric == record.metric else float("inf")
-    if not record.value < rival:
+    return record.value < rival
+
+
+def keep_if_best(run: Path, record: Record) -> bool:
+    """Let `checkpoints/best` be the checkpoint of `record.step`, if it is the best; returns whether it is.
+
+    Whoever measures a checkpoint calls this: the trainer with means of its metrics, an evaluation with its score. The
+    files are hard links, which take no space, where the file system has them.
+    """
+    if not is_best(run, record):
         return False
-    with _appearing(target) as folder:
+    with _appearing(run / CHECKPOINTS / BEST) as folder:
         shutil.copytree(checkpoint_folder(run, record.step), folder, copy_function=_link, dirs_exist_ok=True)
         write_json(folder / RECORD_FILE, asdict(record))
     return True

@@ -17,6 +17,7 @@ FREE_ON_RESUME = frozenset(
         "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
         "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile",
+        "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }
 )  # fmt: skip
 
@@ -71,6 +72,19 @@ class TrainConfig:
     """End the run after so many steps in a row whose loss or gradient is not finite; fewer are skipped and reported."""
     sampling_steps: int = 10_000
     """Draw a grid of samples every this many steps, and at the end; 0: never."""
+    eval_every: int = 0
+    """Judge samples of the moving average every this many steps, and at the end, and keep the checkpoint with the
+    lowest Fréchet distance as checkpoints/best; 0: never."""
+    eval_samples: int = 1000
+    """Samples that are judged, 4 or more: always of the same noise, 40 Euler steps, no guidance."""
+    eval_reference: str | None = None
+    """Reference file to judge against (stablevm reference); with --eval-extractor, the digits' folder."""
+    eval_extractor: str | None = None
+    """Judge digits: folder of the extractor that was trained on them."""
+    eval_enc_type: str | None = None
+    """Judge by this encoder's features in place of Inception's."""
+    eval_weights: str | None = None
+    """File with the weights of Inception or of --eval-enc-type. Default: downloaded once."""
     log_steps: int = 10
     """Write metrics every this many steps."""
     resume: bool = False
@@ -176,7 +190,8 @@ class TrainConfig:
         """Raise UserError for the first option outside its range."""
         counts = ("batch_size", "gradient_accumulation_steps", "epochs", "max_train_steps", "checkpointing_steps")
         more_counts = ("prefill_batch_size", "log_steps", "max_bad_steps")
-        naturals = ("checkpoints_kept", "sampling_steps", "resume_step", "lr_warmup_steps", "seed", "num_workers")
+        naturals = ("checkpoints_kept", "sampling_steps", "resume_step", "lr_warmup_steps", "seed", "num_workers",
+                    "eval_every")  # fmt: skip
         shares = ("adam_beta1", "adam_beta2", "ema_decay")
         require(
             self,
@@ -190,6 +205,11 @@ class TrainConfig:
                 ("bank_capacity_per_class",
                  not isinstance(self.bank_capacity_per_class, int) or self.bank_capacity_per_class >= 1,
                  "at least 1, or all"),
+                ("eval_samples", self.eval_samples >= 4, "at least 4"),
+                ("eval_reference", self.eval_every == 0 or self.eval_reference is not None,
+                 "a reference to judge against with --eval-every"),
+                ("keep_best", self.eval_every == 0 or self.keep_best is None,
+                 "none with --eval-every, which keeps the checkpoint of the lowest distance"),
                 ("learning_rate", self.learning_rate > 0, "a positive number"),
                 ("adam_epsilon", self.adam_epsilon > 0, "a positive number"),
                 ("adam_weight_decay", self.adam_weight_decay >= 0, "0 or more"),
@@ -209,6 +229,11 @@ class TrainConfig:
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
         idle: dict[str, str] = {} if self.init_from else {"init_weights": "no --init-from"}
+        if self.eval_every == 0:
+            judging = ("eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights")
+            idle |= dict.fromkeys(judging, "--eval-every 0")
+        elif self.eval_extractor is not None:
+            idle |= dict.fromkeys(("eval_enc_type", "eval_weights"), "--eval-extractor")
         if self.loss_type == "si":
             bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors"), "--loss-type si")

@@ -30,6 +30,7 @@ from stablevm.training.checkpoint import Record, TrainingState
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.ema import MovingAverage
+from stablevm.training.evaluation import Evaluation, distance_of
 from stablevm.training.guard import Guard, GuardedAdamW
 from stablevm.training.initial import initial_weights
 from stablevm.training.interruption import Interruption
@@ -106,6 +107,7 @@ class Trainer:
             model.compile_blocks()
         self.objective = make_objective(config, self.card.model, dataset, device)
         self.previews = on_main(accelerator, self._previews) if config.sampling_steps else None
+        self.evaluation = on_main(accelerator, self._evaluation) if config.eval_every else None
         optimizer = GuardedAdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -206,6 +208,8 @@ class Trainer:
             self._save(journal)
         if config.sampling_steps and (last or self.step % config.sampling_steps == 0):
             self._draw_previews(journal)
+        if config.eval_every and (last or self.step % config.eval_every == 0):
+            self._evaluate(journal)
         return stop
 
     def _save(self, journal: Journal) -> None:
@@ -233,6 +237,23 @@ class Trainer:
             journal.trackers.image(self.step, "samples", grid)
 
         on_main(self.accelerator, draw)
+
+    def _evaluate(self, journal: Journal) -> None:
+        """Judge the moving average, and keep the checkpoint of this step if none before was better."""
+        folder, average = self.config.folder, self._whole_average()
+        state = None if self.step in checkpoint.saved_steps(folder) else self._state()
+
+        def judge() -> None:
+            assert self.evaluation is not None and journal.trackers is not None
+            numbers = self.evaluation.run(average, dataclasses.replace(self.card, step=self.step))
+            journal.trackers.log(self.step, {f"eval_{name}": value for name, value in numbers.items()})
+            record = Record(*distance_of(numbers), self.step)
+            if checkpoint.is_best(folder, record):
+                if state is not None:
+                    checkpoint.save(folder, state, self.config.checkpoints_kept)
+                checkpoint.keep_if_best(folder, record)
+
+        on_main(self.accelerator, judge)
 
     def _state(self) -> TrainingState:
         """The state, on the main process; all take part, as each may hold shards."""
@@ -285,6 +306,11 @@ class Trainer:
         """Only the main process draws, and only it loads the autoencoder."""
         autoencoder = load_autoencoder(self.dataset.latent, device=self.accelerator.device)
         return Previews(self.config.folder / "samples", autoencoder, self.config.seed)
+
+    def _evaluation(self) -> Evaluation:
+        """To be called on the main process, as the previews."""
+        device = self.accelerator.device
+        return Evaluation(self.config, load_autoencoder(self.dataset.latent, device=device), device)
 
     def _anchor_plan(self) -> AnchorPlan | None:
         """Whose images the loader reads, where the anchors that they belong to are not the fresh samples."""

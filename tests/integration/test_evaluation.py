@@ -173,6 +173,18 @@ def test_reference_of_a_folder_is_what_its_images_are(options, home, tmp_path, c
     assert results["reference_images"] == 10
 
 
+def test_stored_statistics_alone_give_distances_alone(options, home):
+    """As published statistics without images; and a report of what there is."""
+    from stablevm.evaluation.inception import load_inception
+
+    means = {"mu": np.zeros(2048), "mu_s": np.zeros(2023), "sigma": np.eye(2048), "sigma_s": np.eye(2023)}
+    made_with = json.dumps({"extractor_fingerprint": load_inception(home / "weights.pth").fingerprint})
+    results = evaluate(options(real={**means, "protocol": np.array(made_with)}, report=True))
+    assert results["reference_images"] == 0 and "precision" not in results["inception"]
+    assert results["inception"]["statistics"] == "the file's stored statistics"
+    assert results["inception"]["frechet_distance"] > 0
+
+
 def test_reference_without_statistics_needs_no_network(tmp_path):
     write(tmp_path / "data" / "train", source(40))
     config = ReferenceConfig(source=tmp_path / "data", output=tmp_path / "plain.npz", num_images=30, statistics=False)

@@ -1,0 +1,113 @@
+"""Judging the moving average while it is trained, always on the same noise and classes, so that values compare."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stablevm.autoencoder import Autoencoder
+from stablevm.errors import UserError
+from stablevm.evaluation.comparison import Comparison
+from stablevm.evaluation.digits_extractor import load_extractor
+from stablevm.evaluation.evaluate import splits
+from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
+from stablevm.evaluation.features import FeatureCache, extract
+from stablevm.evaluation.inception import InceptionExtractor, load_inception
+from stablevm.evaluation.judge import judge
+from stablevm.evaluation.samples import Reference, open_reference
+from stablevm.processes import Process
+from stablevm.rng import RowGenerators
+from stablevm.sampling.labels import balanced_labels
+from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.snapshot import ModelCard
+from stablevm.training.config import TrainConfig
+
+SETTINGS = SamplerSettings(mode="ode", num_steps=40)  # no guidance: its best scale changes while the network learns
+BATCH = 64
+# The number by which a checkpoint is the best, whichever there is.
+DISTANCES = ("fid", "frechet_distance", "frechet_test")
+
+Judge = Callable[[Tensor, Tensor], dict[str, float]]
+
+
+class Evaluation:
+    """Samples and judges. To be built, which reads the reference, and used on one process only."""
+
+    def __init__(self, config: TrainConfig, autoencoder: Autoencoder, device: torch.device) -> None:
+        self._config, self._autoencoder, self._device = config, autoencoder, device
+        self._judge = _digits_judge(config) if config.eval_extractor else _features_judge(config, device)
+
+    def run(self, model: nn.Module, card: ModelCard) -> dict[str, float]:
+        """Numbers by name: a Fréchet distance (see `DISTANCES`), precision, recall, and perhaps others."""
+        labels = balanced_labels(self._config.eval_samples, range(card.model.num_classes), self._config.seed)
+        images = []
+        for rows in torch.arange(len(labels)).split(BATCH):
+            streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())
+            latents, _ = draw_latents(model, card, labels[rows], streams, SETTINGS, self._device)
+            images.append(self._autoencoder.decode(latents).cpu())
+        return self._judge(torch.cat(images), labels)
+
+
+def distance_of(numbers: dict[str, float]) -> tuple[str, float]:
+    """The name and value of the number by which checkpoints are compared."""
+    (name,) = (name for name in DISTANCES if name in numbers)
+    return name, numbers[name]
+
+
+def _features_judge(config: TrainConfig, device: torch.device) -> Judge:
+    """By Inception's features, or an encoder's."""
+    reference = open_reference(Path(str(config.eval_reference)))
+    extractor: FeatureExtractor
+    if config.eval_enc_type is not None:
+        extractor = load_encoder_extractor(config.eval_enc_type, _path(config.eval_weights), device)
+    else:
+        extractor = load_inception(_path(config.eval_weights), device)
+        reference.check_extractor(extractor)
+    known = _comparison(reference, extractor, device)
+
+    def judge_features(images: Tensor, labels: Tensor) -> dict[str, float]:
+        pool = torch.cat([extractor(batch)["pool"].cpu() for batch in images.split(BATCH)])
+        results = replace(known, samples={"pool": pool}).results()
+        return {name: value for name, value in results.items() if isinstance(value, float)}
+
+    return judge_features
+
+
+def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch.device) -> Comparison:
+    """One without samples yet; the reference's features come from the cache or go there."""
+    inception = extractor if isinstance(extractor, InceptionExtractor) else None
+    features: dict[str, Tensor] = {}
+    if reference.source is not None:
+        cache, alone = FeatureCache(FeatureCache.default_folder()), Process(0, 1, device)
+        found = extract(reference.source, extractor, cache, alone, batch_size=BATCH, title="reference")
+        assert found is not None
+        features = {"pool": found.load("pool")}
+    elif inception is None:
+        raise UserError(f"--eval-reference {reference.path}: holds no images to compute features of")
+    known = Comparison(
+        extractor=extractor.name,
+        published=inception is not None and inception.published,
+        samples={"pool": torch.empty(0)},
+        reference=features,
+        stored={} if inception is None else reference.stored,
+        arithmetic="exact",
+        device=device,
+    )
+    return replace(known, stored=known.moments)
+
+
+def _digits_judge(config: TrainConfig) -> Judge:
+    train, test = splits(Path(str(config.eval_reference)))
+    extractor = load_extractor(str(config.eval_extractor))
+
+    def judge_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
+        results = judge(images.permute(0, 2, 3, 1), labels, test, train, extractor)
+        return {name: results[name] for name in ("frechet_test", "accuracy", "precision", "recall", "coverage")}
+
+    return judge_digits
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
