@@ -1,9 +1,12 @@
 """Distance against number of network evaluations, for every sampler.
 
     python benchmarks/solvers.py mixture
+    python benchmarks/solvers.py dimensions
     python benchmarks/solvers.py digits QUICKSTART_FOLDER ...
 
 mixture: the closed-form mixture of the toy study and its exact velocity, sliced Wasserstein-1 distance, three seeds.
+dimensions: the same mixture in more dimensions; root mean square distance from where the exact trajectory ends, for 20
+steps of Euler's and of StableVS.
 digits: the checkpoints that `stablevm quickstart --seed S --output-dir QUICKSTART_FOLDER` left, one folder per seed;
 500 samples without guidance, Fréchet distance to the test split. Every sampler starts from the same noise. Finished
 samples in QUICKSTART_FOLDER/solvers are not repeated.
@@ -34,6 +37,8 @@ from stablevm.training.checkpoint import checkpoint_folder, saved_steps
 
 EVALUATIONS = (10, 20, 40)
 MIXTURE_SEEDS, MIXTURE_SAMPLES, MIXTURE_DIRECTIONS = range(3), 20_000, 16
+
+DIMENSIONS = (10, 100, 500)
 
 
 def heun_steps(evaluations: int) -> int:
@@ -86,6 +91,31 @@ def mixture() -> None:
     print(f"of {MIXTURE_SAMPLES} samples of the mixture itself: {_summary(own, 4)}")
     _print_table({evaluations: samplers(evaluations) for evaluations in EVALUATIONS}, distances, digits=4)
     _print_rows(LONG, distances, digits=4)
+
+
+def dimensions() -> None:
+    split_times = (0.4, 0.6, 0.85)
+    print("| dimensions | Euler | " + " | ".join(f"StableVS, split {time}" for time in split_times) + " |")
+    print("| --- |" + " --- |" * (1 + len(split_times)))
+    rivals = [{"mode": "ode", "num_steps": 20}]
+    rivals += [{"mode": "stablevs", "num_steps": 20, "split_time": time} for time in split_times]
+    for dimension in DIMENSIONS:
+        errors = [[_endpoint_error(dimension, seed, rival) for seed in MIXTURE_SEEDS] for rival in rivals]
+        print(f"| {dimension} | " + " | ".join(_summary(row, 3) for row in errors) + " |", flush=True)
+
+
+def _endpoint_error(dimension: int, seed: int, settings: dict[str, Any]) -> float:
+    """Distance from the end of the exact trajectory, by Heun's method in 200 steps; over 500 samples."""
+    target = published_mixture(100, dimension, generator("mixture", seed))
+    start = torch.randn(500, dimension, generator=generator("noise", seed), dtype=torch.float64)
+
+    def end(settings: dict[str, Any]) -> torch.Tensor:
+        return integrate(
+            lambda x, t, rows=None: target.field(LINEAR, x, t), lambda: start, LINEAR, SamplerSettings(**settings)
+        )
+
+    exact = end({"mode": "ode", "solver": "heun", "num_steps": 200})
+    return float((end(settings) - exact).square().sum(1).mean().sqrt())
 
 
 def digits(folders: list[Path]) -> None:
@@ -157,6 +187,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["mixture"]:
             mixture()
+        case ["dimensions"]:
+            dimensions()
         case ["digits", *folders] if folders:
             digits([Path(folder) for folder in folders])
         case _:
