@@ -19,15 +19,15 @@ class GenerateConfig:
     per_proc_batch_size: int = 64
     """Images per batch in each process, 1 or more. It changes speed and memory, not the images."""
     mode: Literal["ode", "sde", "stablevs"] = "sde"
-    """ode: integrate the velocity. sde: SiT's stochastic sampler, by Euler-Maruyama. stablevs: StableVS, few large
-    steps below --split-time."""
+    """ode: integrate the velocity. sde: SiT's stochastic sampler. stablevs: StableVS, few large steps below
+    --split-time."""
     num_steps: int = 250
     """Steps from noise to image, 1 or more; for the sde, stablevs and --edm-schedule 2 or more."""
     solver: Literal["euler", "heun", "dopri5"] = "euler"
-    """Method for the ode. euler: one network evaluation per step. heun: second order, two evaluations per step.
-    dopri5: fifth order, with steps that adapt to each image until --rtol and --atol are met."""
+    """euler: one network evaluation per step; for the sde it is Euler-Maruyama. heun: second order, two evaluations
+    per step. dopri5, for the ode: fifth order, with steps that adapt to each image until --rtol and --atol are met."""
     heun: bool = False
-    """The same as --solver heun."""
+    """The same as --solver heun, but for the ode only: the sde ignores it, as in the published command."""
     rtol: float = 1e-3
     """Relative error that dopri5 permits in a step, more than 0."""
     atol: float = 1e-6
@@ -123,13 +123,11 @@ class GenerateConfig:
 
     def _solver_expectations(self) -> list[Expectation]:
         stablevs = self.mode == "stablevs"
-        stochastic = self.mode == "sde" or (stablevs and self.above_split == "sde")
         two_steps = self.mode != "ode" or (self.edm_schedule and self.solver != "dopri5")
         reason = "--edm-schedule" if self.mode == "ode" else f"--mode {self.mode}"
         return [
             ("num_steps", not two_steps or self.num_steps >= 2, f"at least 2 with {reason}"),
-            ("solver", not stochastic or self.solver == "euler", "an ode with it: the sde has Euler-Maruyama"),
-            ("solver", not stablevs or self.solver != "dopri5", "--mode ode with it: stablevs has steps of its own"),
+            ("solver", self.mode == "ode" or self.solver != "dopri5", f"euler or heun with --mode {self.mode}"),
             ("heun", not self.heun or self.solver != "dopri5", "no --solver dopri5 with it"),
             (
                 "trajectory",

@@ -43,8 +43,10 @@ class RowVelocity(Protocol):
 def dopri5(velocity: RowVelocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
     """Dormand-Prince steps of order 5 from x (B, ...) at t = 1 to t = 0; float64 is best.
 
-    Each row's steps are as long as the root mean square over its values of error / (atol + rtol |x|) permits: at most
-    1. Six evaluations per step, rejected ones too. A row that meets values that are not finite ends as NaN.
+    The root mean square over a row of the error that a step is estimated to add stays below atol + rtol |x|, with |x|
+    the root mean square of the row. (Not value by value, as for unlike quantities: the pixels that happen to be near 0
+    would then rule the steps, and rounding would rule those pixels.) Six evaluations per step, rejected ones too. A row
+    that meets values that are not finite ends as NaN.
     """
     result = torch.empty_like(x)
     rows = torch.arange(len(x), device=x.device)
@@ -55,7 +57,7 @@ def dopri5(velocity: RowVelocity, x: Tensor, rtol: float = 1e-3, atol: float = 1
         is_last = step >= t - _LAST_TIME
         step = torch.where(is_last, t - _LAST_TIME, step)
         ahead, slope_ahead, error = _try_step(velocity, x, t, slope, step, rows)
-        ratio = _rms(error / (atol + rtol * torch.maximum(x.abs(), ahead.abs())))
+        ratio = _rms(error) / (atol + rtol * torch.maximum(_rms(x), _rms(ahead)))
         accepted = ratio <= 1
         x = torch.where(_wide(accepted, x), ahead, x)
         slope = torch.where(_wide(accepted, x), slope_ahead, slope)
@@ -84,11 +86,11 @@ def _try_step(
 
 def _first_step(velocity: RowVelocity, x: Tensor, slope: Tensor, rows: Tensor, rtol: float, atol: float) -> Tensor:
     """Hairer's guess: a small Euler step shows how fast the slope changes."""
-    scale = atol + rtol * x.abs()
-    size, speed = _rms(x / scale), _rms(slope / scale)
+    scale = atol + rtol * _rms(x)
+    size, speed = _rms(x) / scale, _rms(slope) / scale
     probe = torch.where((size < _FLAT) | (speed < _FLAT), _PROBE_IF_FLAT, _PROBE * size / speed).clamp(max=1)
     change = velocity(x - _wide(probe, x) * slope, 1 - probe, rows) - slope
-    steepest = torch.maximum(speed, _rms(change / scale) / probe)
+    steepest = torch.maximum(speed, _rms(change) / scale / probe)
     return torch.minimum(probe / _PROBE, (_PROBE / steepest) ** (1 / _ORDER))
 
 

@@ -20,6 +20,7 @@ from stablevm.sampling.solvers import (
     sde_times,
     split_times,
     stable_velocity,
+    stochastic_heun,
 )
 from stablevm.snapshot import ModelCard
 
@@ -103,20 +104,22 @@ def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, s
     x = noise()
     if settings.mode == "stablevs":
         above, below = split_times(settings.num_steps, settings.split_time, settings.steps_below)
-        if settings.above_split == "sde":
-            x = euler_maruyama(velocity, x, above, path, noise, settings.diffusion_scale)
-        else:
-            x = _FIXED_STEPS[settings.solver](velocity, x, above)
+        x = _fixed_steps(velocity, x, above, noise, path, settings)
         return stable_velocity(velocity, x, below, path, noise, settings.noise_factor)
     if settings.solver == "dopri5":
         return dopri5(velocity, x, settings.rtol, settings.atol)
-    times = _times(path, settings)
-    if settings.mode == "sde":
-        return euler_maruyama(velocity, x, times, path, noise, settings.diffusion_scale)
-    return _FIXED_STEPS[settings.solver](velocity, x, times)
+    return _fixed_steps(velocity, x, _times(path, settings), noise, path, settings)
 
 
-_FIXED_STEPS = {"euler": euler, "heun": heun}
+def _fixed_steps(
+    velocity: Field, x: Tensor, times: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
+) -> Tensor:
+    kind = settings.above_split if settings.mode == "stablevs" else settings.mode
+    if kind == "sde":
+        solve_sde = {"euler": euler_maruyama, "heun": stochastic_heun}[settings.solver]
+        return solve_sde(velocity, x, times, path, noise, settings.diffusion_scale)
+    solve_ode = {"euler": euler, "heun": heun}[settings.solver]
+    return solve_ode(velocity, x, times)
 
 
 def _times(path: Interpolant, settings: SamplerSettings) -> Tensor:

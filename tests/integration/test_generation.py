@@ -97,11 +97,30 @@ def test_pixels_are_latents_rounded_to_the_nearest_level(options, checkpoint):
     assert np.abs(levels - images_of(target)[..., 0]).max() <= 0.5 + 1e-3
 
 
-@pytest.mark.parametrize("given", [{"mode": "sde"}, {"mode": "ode", "heun": True}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "sde"},
+        {"mode": "ode", "heun": True},
+        {"mode": "stablevs", "num_steps": 6, "steps_below": 3, "noise_factor": 0.5},
+    ],
+)
 def test_batch_size_does_not_change_the_images(options, given):
     whole = generate(options(per_proc_batch_size=64, **given))
     small = generate(options(per_proc_batch_size=7, name="small", **given))
     assert levels_apart(whole, small) <= 1
+
+
+def test_adaptive_steps_are_each_images_own(options):
+    one, eight = (
+        generate(
+            options(
+                mode="ode", solver="dopri5", rtol=1e-2, num_fid_samples=8, per_proc_batch_size=batch, name=f"by{batch}"
+            )
+        )
+        for batch in (1, 8)
+    )
+    assert levels_apart(one, eight) <= 1
 
 
 def test_processes_do_not_change_the_images(options, monkeypatch):

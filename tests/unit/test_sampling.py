@@ -33,6 +33,7 @@ class Recorder(nn.Module):
 
     def forward(self, x, t, labels):
         self.calls.append((x.dtype, tuple(t.shape), len(x), torch.is_autocast_enabled("cpu")))
+        self.labels = labels.tolist()
         return labels.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)).expand_as(x)
 
 
@@ -66,6 +67,29 @@ def test_scale_one_evaluates_no_null_class():
     assert velocity.evaluations == 1 and model.calls[0][2] == 2
 
 
+def test_rows_with_times_of_their_own_are_guided_one_by_one():
+    model = Recorder()
+    velocity = guided(model, scale=1.8, low=0.2, high=0.7)
+    x = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
+    seen = velocity(x, at([0.1, 0.5, 0.9]), rows=torch.tensor([0, 1, 1])).flatten().tolist()
+    assert seen == pytest.approx([2, 10 + 1.8 * (3 - 10), 3])
+    assert model.labels == [2, 3, 3, 10], "one batch, and the null class for the guided row alone"
+    assert velocity.evaluations == 4 / 2
+
+
+def test_legacy_guides_three_channels():
+    x = torch.zeros(2, 5, 1, 1, dtype=torch.float64)
+    seen = guided(Recorder(), scale=1.8, legacy=True)(x, at(0.5))
+    inside = [10 + 1.8 * (2 - 10)] * 3 + [2] * 2
+    assert seen[0].flatten().tolist() == pytest.approx(inside)
+
+
+def test_the_null_class_is_the_checkpoints():
+    model = Recorder()
+    draw(model, SamplerSettings(mode="ode", num_steps=1, cfg_scale=2), tiny_card(num_classes=7))
+    assert model.labels == [1, 1, 1, 7, 7, 7]
+
+
 @pytest.mark.parametrize("precision, autocast", [("fp32", False), ("bf16", True), ("fp16", True)])
 def test_network_runs_in_the_precision_asked_whatever_surrounds_it(precision, autocast):
     model = Recorder()
@@ -94,6 +118,13 @@ def draw(model, settings, card=None, positions=(0, 1, 2), label=1):
         (SamplerSettings(mode="ode", num_steps=10), 10),
         (SamplerSettings(mode="ode", num_steps=10, solver="heun"), 19),
         (SamplerSettings(mode="ode", num_steps=10, cfg_scale=2, guidance_low=0.3, guidance_high=0.7), 15),
+        (SamplerSettings(mode="ode", num_steps=10, edm_schedule=True), 10),
+        (SamplerSettings(num_steps=10, edm_schedule=True), 10),
+        (SamplerSettings(num_steps=10, solver="heun"), 19),
+        (SamplerSettings(mode="stablevs", num_steps=20), 20),
+        # Of the nine steps below 0.85 the first two are above 0.7, and the eleven above it too.
+        (SamplerSettings(mode="stablevs", num_steps=20, cfg_scale=2, guidance_high=0.7), 27),
+        (SamplerSettings(mode="stablevs", num_steps=20, solver="heun"), 31),
     ],
 )
 def test_network_evaluations(settings, expected):
@@ -117,7 +148,17 @@ class GaussianNetwork(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "settings", [SamplerSettings(num_steps=50), SamplerSettings(mode="ode", num_steps=20, solver="heun")]
+    "settings",
+    [
+        SamplerSettings(num_steps=50),
+        SamplerSettings(num_steps=2),  # half of the way is the last step
+        SamplerSettings(num_steps=20, solver="heun"),
+        SamplerSettings(mode="ode", num_steps=20, solver="heun"),
+        SamplerSettings(mode="ode", num_steps=20, edm_schedule=True),
+        SamplerSettings(mode="ode", solver="dopri5", rtol=1e-6),
+        SamplerSettings(mode="stablevs", num_steps=20, noise_factor=0.5, above_split="sde"),
+    ],
+    ids=lambda settings: f"{settings.mode}-{settings.solver}-{settings.num_steps}",
 )
 @pytest.mark.parametrize("path_type", INTERPOLANTS)
 def test_data_prediction_samples_as_velocity_prediction_does(path_type, settings):
@@ -126,16 +167,25 @@ def test_data_prediction_samples_as_velocity_prediction_does(path_type, settings
         draw(GaussianNetwork(path, prediction), settings, tiny_card(prediction=prediction, path_type=path_type))[0]
         for prediction in ("v", "x")
     )
-    assert by_velocity.std() > 0.3
+    assert by_velocity.std() > 0.2
     assert torch.allclose(by_velocity, by_data, rtol=0, atol=2e-5)
 
 
-def test_an_image_depends_on_its_own_stream_alone():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerSettings(num_steps=9),
+        SamplerSettings(mode="stablevs", num_steps=9, steps_below=4, noise_factor=1.0),
+        SamplerSettings(mode="ode", solver="dopri5"),
+    ],
+    ids=lambda settings: settings.solver + "-" + settings.mode,
+)
+def test_an_image_depends_on_its_own_stream_alone(settings):
     network = GaussianNetwork(COSINE, "v")
     card = tiny_card(path_type="cosine")
-    together, _ = draw(network, SamplerSettings(num_steps=9), card, positions=(4, 5, 6))
-    alone, _ = draw(network, SamplerSettings(num_steps=9), card, positions=(6,))
-    assert torch.equal(together[2:], alone)
+    together, _ = draw(network, settings, card, positions=(4, 5, 6))
+    alone, _ = draw(network, settings, card, positions=(6,))
+    assert torch.allclose(together[2:], alone, rtol=0, atol=1e-6)
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
@@ -189,6 +239,17 @@ def options(**given):
         ({"global_seed": -1}, "--global-seed -1"),
         ({"diffusion_scale": -1.0}, "--diffusion-scale -1.0"),
         ({"last_time": 0.0}, "--last-time 0.0"),
+        ({"solver": "dopri5"}, "--solver dopri5: expected euler or heun with --mode sde"),
+        ({"solver": "dopri5", "mode": "stablevs"}, "--solver dopri5: expected euler or heun with --mode stablevs"),
+        ({"solver": "dopri5", "mode": "ode", "heun": True}, "--heun: expected no --solver dopri5"),
+        ({"rtol": 0.0}, "--rtol 0.0"),
+        ({"atol": float("inf")}, "--atol inf"),
+        ({"edm_schedule": True, "mode": "stablevs"}, "--edm-schedule: expected --mode ode or sde"),
+        ({"edm_schedule": True, "mode": "ode", "num_steps": 1}, "--num-steps 1: expected at least 2 with --edm"),
+        ({"split_time": 1.0}, "--split-time 1.0"),
+        ({"steps_below": 0}, "--steps-below 0"),
+        ({"mode": "stablevs", "num_steps": 9}, "--steps-below 9: expected fewer than --num-steps 9"),
+        ({"noise_factor": 1.5}, "--noise-factor 1.5"),
         ({"name": "a/b"}, "--name a/b"),
         ({"name": "a.npz"}, "--name a.npz"),
         ({"classes": "3,x"}, "--classes 3,x"),
@@ -213,8 +274,28 @@ def test_options_without_effect_are_named_and_neutralised():
     ]
     assert config.effective() == options(unconditional=True)
     assert options(mode="ode", last_time=0.1).warnings() == ["--last-time 0.1 has no effect with --mode ode"]
+    assert options(mode="ode", solver="dopri5", num_steps=40, atol=1e-5).warnings() == [
+        "--num-steps 40 has no effect with --solver dopri5"
+    ]
+    assert options(rtol=1e-4, split_time=0.6, legacy=True, edm_schedule=True, last_time=0.1).warnings() == [
+        "--split-time 0.6 has no effect with --mode sde",
+        "--last-time 0.1 has no effect with --edm-schedule",
+        "--rtol 0.0001 has no effect with --solver euler",
+        "--legacy has no effect with --cfg-scale 1",
+    ]
+    assert options(mode="stablevs", diffusion_scale=2.0, last_time=0.1, noise_factor=0.1).warnings() == [
+        "--last-time 0.1 has no effect with --mode stablevs",
+        "--diffusion-scale 2.0 has no effect with --above-split ode",
+    ]
+    assert options(mode="stablevs", heun=True, above_split="sde").warnings() == [
+        "--heun has no effect with --above-split sde"
+    ]
     published = options(cfg_scale=1.8, guidance_high=0.7)
     assert published.warnings() == [] and published.effective() == published
+
+
+def test_heun_is_the_solver_it_names():
+    assert options(mode="ode", heun=True).effective() == options(mode="ode", solver="heun").effective()
 
 
 def test_options_import_without_torch():
