@@ -38,9 +38,9 @@ COMMANDS: dict[str, type] = {
 }
 HEAD = """# The options of each command
 
-Made by `python docs/options.py` from the places where the options are declared; `--help` says the same. `train.py`, `generate.py`,
-`evaluate.py` and `gmm_exp.py` are also `stablevm train`, `generate`, `evaluate` and `toy`. Dashes and underscores are interchangeable,
-and `--no-` turns a switch off.
+Made by `python docs/options.py` from the places where the options are declared; `--help` says the same. `train.py`,
+`generate.py`, `evaluate.py` and `gmm_exp.py` are also `stablevm train`, `generate`, `evaluate` and `toy`. Dashes and
+underscores are interchangeable, and `--no-` turns a switch off.
 """
 
 

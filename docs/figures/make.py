@@ -45,7 +45,7 @@ def weights_figure(digits: Tensor, noise: Tensor) -> None:
         draw(row[0], x_t, "$x_t$", limit=1 + t)
         row[0].set_ylabel(f"t = {t}", rotation=0, ha="right", va="center", color=SOFT_INK)
         for panel, index in zip(row[1:-1], weights.argsort(descending=True), strict=False):
-            draw(panel, digits[index], f"{weights[index]:.1%}" + (" (its own)" if index == 0 else ""))
+            draw(panel, digits[index], f"{weights[index]:.1%}" + (" (own)" if index == 0 else ""))
         draw(row[-1], weights @ digits, f"mean of {1 / weights.square().sum():.1f}")
     save_figure(figure, IMAGES / "posterior-weights.png")
 
