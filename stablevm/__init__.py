@@ -1,7 +1,14 @@
 """stablevm: flow-matching image generators trained on less noisy targets.
 
-The front door is the objective, which fits into any training loop (see `stablevm.objective`). Names are imported
-when they are first used, so that `import stablevm` costs nothing.
+The front door is the objective, three lines in any training loop:
+
+    objective = StableVM(ClassBank(num_classes=10, capacity=256, shape=(4, 32, 32)))
+    draw = objective.draw(latents, labels, generator)
+    loss = squared_error(model(draw.x_t, draw.t, draw.labels), draw.target).mean()
+
+The names below are the public interface: their signatures change only with the version (semantic versioning; a name
+that goes warns for one minor version first). They are imported when they are first used, so `import stablevm` costs
+nothing. docs/api.md lists them with one line each.
 """
 
 import importlib
@@ -12,18 +19,33 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
     from stablevm.bank import ClassBank
+    from stablevm.errors import UserError
+    from stablevm.evaluation.neighbours import coverage, precision_recall
+    from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance
     from stablevm.interpolant import COSINE, LINEAR, Interpolant
     from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, StableVM, squared_error
     from stablevm.posterior import Posterior
-    from stablevm.schedules import AlignmentSchedule
+    from stablevm.sampling.sampler import SamplerSettings, integrate
+    from stablevm.sampling.scheduler import StableVSFlowMatchScheduler
+    from stablevm.sampling.solvers import stable_velocity_step
+    from stablevm.schedules import AlignmentSchedule, draw_times
+    from stablevm.variance import VarianceCurve, variance_curve
 
+# Where each public name lives.
 _HOMES = {
     "alignment": ("alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
+    "errors": ("UserError",),
+    "evaluation.neighbours": ("coverage", "precision_recall"),
+    "evaluation.statistics": ("FeatureStatistics", "frechet_distance"),
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
     "objective": ("Draw", "FlowMatching", "Protocol", "StableTargetField", "StableVM", "squared_error"),
     "posterior": ("Posterior",),
-    "schedules": ("AlignmentSchedule",),
+    "sampling.sampler": ("SamplerSettings", "integrate"),
+    "sampling.scheduler": ("StableVSFlowMatchScheduler",),
+    "sampling.solvers": ("stable_velocity_step",),
+    "schedules": ("AlignmentSchedule", "draw_times"),
+    "variance": ("VarianceCurve", "variance_curve"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -33,15 +55,27 @@ __all__ = [
     "AlignmentSchedule",
     "ClassBank",
     "Draw",
+    "FeatureStatistics",
     "FlowMatching",
     "Interpolant",
     "Posterior",
     "Protocol",
+    "SamplerSettings",
     "StableTargetField",
     "StableVM",
+    "StableVSFlowMatchScheduler",
+    "UserError",
+    "VarianceCurve",
     "alignment_loss",
+    "coverage",
+    "draw_times",
+    "frechet_distance",
+    "integrate",
     "normalize_over_space",
+    "precision_recall",
     "squared_error",
+    "stable_velocity_step",
+    "variance_curve",
     "weighted_alignment",
 ]
 

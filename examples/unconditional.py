@@ -1,0 +1,58 @@
+"""Unconditional data: one class.
+
+    python examples/unconditional.py
+
+Two ways. A bank of one class lends its samples as references, also those of earlier batches; or the batch itself is
+the set of references (Stable Target Field), and there is nothing to keep.
+"""
+
+import torch
+from sklearn.datasets import make_swiss_roll
+from torch import nn
+
+from stablevm import ClassBank, FlowMatching, StableTargetField, StableVM, squared_error
+
+
+def load_points():
+    """A swiss roll seen from its side: (4000, 2), of deviation near 1."""
+    points, _ = make_swiss_roll(4000, noise=0.2, random_state=0)
+    return torch.tensor(points[:, [0, 2]]).float() / 7
+
+
+def drawer(method):
+    """A function (points (B, 2), stream) -> Draw."""
+    if method == "StableVM":
+        objective = StableVM(ClassBank(1, 1024, shape=(2,)))
+        return lambda points, stream: objective.draw(points, torch.zeros(len(points), dtype=torch.int64), stream)
+    if method == "STF":
+        return lambda points, stream: StableTargetField().draw(points, None, stream)
+    return lambda points, stream: FlowMatching().draw(points, torch.zeros(len(points), dtype=torch.int64), stream)
+
+
+def train(method, points, steps):
+    """The loss and the effective number of references, means over the last tenth of the steps."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+    optimizer, stream = torch.optim.Adam(network.parameters(), lr=2e-3), torch.Generator().manual_seed(0)
+    draw_from, rows = drawer(method), []
+    for _ in range(steps):
+        draw = draw_from(points[torch.randint(len(points), (256,), generator=stream)], stream)
+        velocity = network(torch.cat([draw.x_t, draw.t[:, None]], dim=1))  # no label: there is one class
+        loss = squared_error(velocity, draw.target).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rows.append([loss.item(), draw.ess.mean().item()])
+    return torch.tensor(rows[-max(1, steps // 10) :]).mean(0).tolist()
+
+
+def main(steps=600):
+    points, results = load_points(), {}
+    for method in ("CFM", "STF", "StableVM"):
+        loss, references = results[method] = train(method, points, steps)
+        print(f"{method:8}  loss {loss:.3f}, a target averages over {references:.0f} samples")
+    return results
+
+
+if __name__ == "__main__":
+    main()

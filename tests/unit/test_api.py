@@ -1,0 +1,59 @@
+"""The public names and their signatures, frozen: a change must be made on purpose, with the version.
+
+python tests/unit/test_api.py --write
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import stablevm
+
+ROOT = Path(__file__).parents[2]
+FROZEN = ROOT / "tests" / "golden" / "api.json"
+
+
+def described(name):
+    """A function's signature; a class's, with its public methods; what else it is."""
+    public = getattr(stablevm, name)
+    if not inspect.isclass(public):
+        return str(inspect.signature(public)) if inspect.isfunction(public) else type(public).__name__
+    if issubclass(public, Exception):
+        return f"exception ({public.__base__.__name__})"
+    members = {
+        key: str(inspect.signature(member)) if callable(member) else "value"
+        for key, member in inspect.getmembers(public)
+        if not key.startswith("_") and key in vars(public)
+    }
+    fields = dataclasses.fields(public) if dataclasses.is_dataclass(public) else ()
+    constructor = re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(public)))
+    return {"constructor": constructor, **{field.name: "field" for field in fields}, **members}
+
+
+def surface():
+    return {name: described(name) for name in stablevm.__all__}
+
+
+def test_public_interface_is_the_frozen_one():
+    assert surface() == json.loads(FROZEN.read_text())
+
+
+def test_every_public_name_is_documented():
+    table = (ROOT / "docs" / "api.md").read_text()
+    for name in stablevm.__all__:
+        public = getattr(stablevm, name)
+        assert public.__doc__, f"{name} has no docstring"
+        assert re.search(rf"`{name}\b", table), f"{name} is not in docs/api.md"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, stablevm; sys.exit(bool({'torch', 'numpy', 'matplotlib', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    FROZEN.write_text(json.dumps(surface(), indent=1) + "\n")

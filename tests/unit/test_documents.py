@@ -1,0 +1,93 @@
+"""The documents: links lead somewhere, generated pages are current, and what CONTRIBUTING.md shows works."""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from stablevm import encoders, interpolant
+from stablevm.sampling import solvers
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md")})
+SHOWN = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if target.startswith(("http:", "https:")):
+            continue
+        other = page.parent / path if path else page
+        assert other.exists(), f"{page.name} links to {target}"
+        assert not heading or heading in anchors(other), f"{page.name}: {other.name} has no heading {heading}"
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached or page.suffix != ".md" or not page.exists():
+            continue
+        reached.add(page)
+        waiting += [(page.parent / link).resolve() for link in re.findall(r"\]\(([^)\s#]+)", page.read_text())]
+    assert not set(PAGES) - reached
+
+
+def test_options_page_is_current():
+    spec = importlib.util.spec_from_file_location("options_page", ROOT / "docs" / "options.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text() == script.page(), "run python docs/options.py"
+
+
+def shown(containing, room):
+    """What a block of CONTRIBUTING.md makes when it stands in the module `room`."""
+    (block,) = (block for block in SHOWN if containing in block)
+    names = dict(vars(room))
+    exec(block, names)
+    return names
+
+
+def test_the_path_that_is_shown_is_one():
+    path = shown("QUADRATIC", interpolant)["INTERPOLANTS"]["quadratic"]
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64, requires_grad=True)
+    at = path.coefficients(t)
+    for value, derivative in ((at.alpha, at.d_alpha), (at.sigma, at.d_sigma)):
+        assert torch.allclose(torch.autograd.grad(value.sum(), t, retain_graph=True)[0], derivative)
+    assert torch.allclose(path.time_at_ratio(at.sigma / at.alpha), t)
+
+
+def test_the_solver_that_is_shown_has_order_two():
+    midpoint = shown("midpoint", solvers)["midpoint"]
+    start = torch.ones(1, dtype=torch.float64)
+    errors = [(midpoint(lambda x, t: x, start, solvers.ode_times(n)) - math.exp(-1)).abs().item() for n in (10, 20)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+
+
+def test_the_schedule_and_the_encoder_that_are_shown():
+    weight = (block for block in SHOWN if "self.name" in block)
+    body = next(weight).replace("\n", "\n    ")
+    names = {}
+    exec(f"def weight(self, t):\n    {body}", names)
+    schedule = type("Schedule", (), {"name": "linear", "tau": 0.5})
+    assert names["weight"](schedule, torch.tensor([0.0, 0.25, 1.0])).tolist() == [1, 0.5, 0]
+    before = dict(encoders.SHORT_NAMES)
+    try:
+        shown("SHORT_NAMES", encoders)
+        import timm
+
+        assert timm.get_pretrained_cfg(encoders.SHORT_NAMES["siglip-vit-b"].timm_name) is not None
+    finally:
+        encoders.SHORT_NAMES.clear()
+        encoders.SHORT_NAMES.update(before)
