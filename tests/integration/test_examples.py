@@ -33,7 +33,7 @@ def test_two_moons(example, tmp_path):
 
 def test_noise_and_data(example):
     distances = example("noise_and_data").main(steps=100)
-    assert max(distances.values()) < 1, "a wrong conversion is tens away"
+    assert max(distances.values()) < 1, "right ones: 0.02 to 0.39; predictions read as another kind: 1.4 to 10"
 
 
 def test_unconditional(example):

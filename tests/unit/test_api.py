@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import stablevm
@@ -53,6 +54,15 @@ def test_every_public_name_is_documented():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, stablevm; sys.exit(bool({'torch', 'numpy', 'matplotlib', 'diffusers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_one_version_everywhere_and_no_file_left_out_of_the_wheel():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)[1]
+    assert project["project"]["version"] == stablevm.__version__ == cited
+    declared = set(project["tool"]["setuptools"]["package-data"]["stablevm"])
+    files = (path for path in (ROOT / "stablevm").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc"))
+    assert {str(path.relative_to(ROOT / "stablevm")) for path in files} == declared
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
