@@ -1,6 +1,6 @@
 """Options of `stablevm evaluate` and `stablevm reference`. Free of torch, so that `--help` stays quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -93,11 +93,13 @@ class EvaluateCheckpointConfig:
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
-        return [
-            *self.judging.warnings(),
-            *self.sampling.warnings(),
-            *idle_warnings(self.sampling, {"grid": "evaluate"}),
-        ]
+        pictures = idle_warnings(self.sampling, {"grid": "evaluate", "trajectory": "evaluate"})
+        return [*self.judging.warnings(), *self.drawn.warnings(), *pictures]
+
+    @property
+    def drawn(self) -> GenerateConfig:
+        """The request for images, without the pictures that only generate makes of them."""
+        return replace(self.sampling, grid=False, trajectory=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,10 @@ class Trackers:
         self._file.close()
         for tracker in self._others:
             tracker.finish()
+            if tracker.name == "wandb":
+                import wandb
+
+                wandb.teardown()  # waits for its own process, which else may end with this one before it has written
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
