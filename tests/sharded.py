@@ -7,7 +7,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialS
 from stablevm import cli
 from stablevm.training import trainer
 
-plain = trainer._accelerator
+plain = trainer.make_accelerator
 
 
 def sharded(config):
@@ -20,5 +20,5 @@ def sharded(config):
 
 
 if __name__ == "__main__":
-    trainer._accelerator = sharded
+    trainer.make_accelerator = sharded
     sys.exit(cli.train())

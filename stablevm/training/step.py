@@ -172,15 +172,17 @@ class StepRunner:
                 clock.end("encoder")
             with self._maybe_no_sync(synchronise=number == self.config.gradient_accumulation_steps):
                 losses, error = self._losses(draw, aim, span)
+                clock.end("forward")
                 self.accelerator.backward(spread(losses["loss"]))
+                clock.end("backward")
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             errors.append(error.detach())
-            clock.end("network")
         norm = self._clip()
         self.adamw.skip = ~norm.isfinite()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        clock.end("optimizer")
         return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
 
     def _parts(self, draw: Draw, images: Tensor | None) -> Iterator[tuple[slice, _Aim | None]]:

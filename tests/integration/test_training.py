@@ -254,7 +254,7 @@ def test_what_a_run_leaves(root):
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     plain = {"step", "loss", "velocity_loss", "grad_norm", "effective_sample_size", "lr", "images_per_second"}
-    phases = {f"seconds/{phase}" for phase in ("data_wait", "draw", "network", "update", "other")}
+    phases = {f"seconds/{phase}" for phase in ("data_wait", "draw", "forward", "backward", "optimizer", "ema", "other")}
     assert {name for name in row if "/t=" not in name} == plain | phases | {"memory/host_peak_gib"}
     assert row["images_per_second"] == pytest.approx(8 / sum(row[name] for name in phases), rel=1e-6)
     samples = GenerateConfig(

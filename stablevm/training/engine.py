@@ -1,0 +1,197 @@
+"""What a run consists of without its files: network, moving average, optimiser and objective, and one step of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+
+from stablevm import rng
+from stablevm.compiler import check_compiler
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.loader import TrainingBatch, training_loader
+from stablevm.data.workers import Calls
+from stablevm.encoders import Encoder
+from stablevm.errors import UserError
+from stablevm.interpolant import get_interpolant
+from stablevm.models.sit import SiT
+from stablevm.objective import StableVM
+from stablevm.schedules import AlignmentSchedule
+from stablevm.snapshot import ModelCard
+from stablevm.training.anchors import AnchorPlan
+from stablevm.training.checkpoint import TrainingState
+from stablevm.training.clock import PhaseClock
+from stablevm.training.config import TrainConfig
+from stablevm.training.ema import MovingAverage
+from stablevm.training.guard import Guard, GuardedAdamW
+from stablevm.training.initial import initial_weights
+from stablevm.training.setup import class_names, make_objective, model_config
+from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from stablevm.training.step import Alignment, BatchDrawer, StepMetrics, StepRunner
+
+
+class Engine:
+    """Steps of one run on one process. Construction checks that options, data and encoders fit, and reads no file."""
+
+    def __init__(
+        self, config: TrainConfig, dataset: PreparedDataset, accelerator: Accelerator, encoders: Sequence[Encoder]
+    ) -> None:
+        """encoders: frozen, on the accelerator's device; those of `config.encoder_names`."""
+        self.config, self.dataset, self.accelerator = config, dataset, accelerator
+        self.step = 0  # steps that are done
+        self.alignment = _alignment(config, encoders)
+        self.card = _model_card(config, dataset, encoders)
+        device = accelerator.device
+        model = SiT(self.card.model, rng.generator(config.seed, "weights")).to(device)
+        self.ema = MovingAverage(model, config.ema_decay)
+        if config.compile:
+            check_compiler(device)
+            model.compile_blocks()
+        self.objective = make_objective(config, self.card.model, dataset, device)
+        optimizer = GuardedAdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2:
+            self.ema.model = fsdp2_prepare_model(accelerator, self.ema.model)  # in shards like the model
+        self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
+        self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.alignment)
+        self.guard = Guard(accelerator, config.max_bad_steps)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def train_step(self, batch: TrainingBatch, rate: float, clock: PhaseClock) -> StepMetrics:
+        """One step at the learning rate `rate`; clock: told of the phases."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        draw = self.drawer.draw(batch, self.step)
+        images = self.drawer.images(batch, draw) if self.alignment else None
+        clock.end("draw")
+        metrics = self.runner.run(draw, images, clock)
+        norm = metrics.means["grad_norm"]
+        self.ema.update(self.accelerator.unwrap_model(self.model), self.step, norm.isfinite())
+        clock.end("ema")
+        self.step += 1
+        self.guard.add(self.step, metrics.means["loss"], norm, draw.ids, metrics.velocity_loss)
+        return metrics
+
+    def loader(self, num_steps: int) -> Calls[TrainingBatch]:
+        """Reads the batches of this process's next steps."""
+        return training_loader(
+            self.dataset,
+            global_batch=self.config.batch_size,
+            seed=self.config.seed,
+            num_steps=num_steps,
+            start_step=self.step,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=self.config.num_workers,
+            with_images=self.alignment is not None,
+            image_rows=self._anchor_plan(num_steps),
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def start_from(self, folder: Path) -> list[str]:
+        """Begin with the weights of the checkpoint in `folder`, and tell what was taken from it.
+
+        UserError where they do not fit.
+        """
+        own = SiT(self.card.model, rng.generator(self.config.seed, "weights")).state_dict()
+        weights, lines = initial_weights(folder, self.config.init_weights, self.card, own)
+        load_model_tensors(self.model, weights)
+        load_model_tensors(self.ema.model, weights)
+        return lines
+
+    def restore(self, state: TrainingState) -> None:
+        """Take over the state of an earlier run; UserError where it does not fit this one."""
+        if dataclasses.replace(state.card, step=0) != self.card:
+            raise UserError(f"{self.config.folder}: its checkpoint is of another network or data set than the options'")
+        load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
+        load_model_tensors(self.model, state.model)
+        load_model_tensors(self.ema.model, state.ema)
+        if isinstance(self.objective, StableVM) and not self.config.bank_is_fixed:
+            self.objective.bank.load_state_dict(state.bank)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.step = state.card.step
+
+    def state(self) -> TrainingState:
+        """All that `restore` needs, on the main process; all take part, as each may hold shards."""
+        main = self.accelerator.is_main_process
+        return TrainingState(
+            card=self.stamped_card(),
+            model=model_tensors(self.model),
+            ema=model_tensors(self.ema.model),
+            optimizer=optimizer_tensors(self.model, self.runner.adamw),
+            bank=self._bank_state() if main else {},
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+        )
+
+    def stamped_card(self) -> ModelCard:
+        """The network's card with the number of steps that are done."""
+        return dataclasses.replace(self.card, step=self.step)
+
+    def whole_average(self) -> nn.Module:
+        """The moving average as a network that the main process can use alone; all take part."""
+        if not self.accelerator.is_fsdp2:
+            return self.ema.model
+        with torch.device("meta"):
+            model = SiT(self.card.model)
+        tensors = model_tensors(self.ema.model)
+        if self.accelerator.is_main_process:
+            model.load_state_dict(tensors, assign=True)
+            model.to(self.accelerator.device)
+        return model.eval().requires_grad_(False)
+
+    def _anchor_plan(self, num_steps: int) -> AnchorPlan | None:
+        """Whose images the loader reads, where the anchors that they belong to are not the fresh samples."""
+        if self.alignment is None or not isinstance(self.objective, StableVM) or self.objective.anchors == "batch":
+            return None
+        bank, positions = self.objective.bank, self.drawer.positions
+        return AnchorPlan(bank, self.dataset, self.config, positions, start_step=self.step, num_steps=num_steps)
+
+    def _bank_state(self) -> dict[str, Tensor]:
+        """Empty without a bank, and for one that follows from the data and the seed alone."""
+        changes = isinstance(self.objective, StableVM) and not self.config.bank_is_fixed
+        return self.objective.bank.state_dict() if changes else {}  # type: ignore[union-attr]
+
+
+def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequence[Encoder]) -> ModelCard:
+    """Of the network before its first step; UserError where its depth leaves no block to align."""
+    plain = model_config(config, dataset)
+    if encoders and not 1 <= config.encoder_depth <= plain.depth:
+        raise UserError(
+            f"--encoder-depth {config.encoder_depth}: {config.model} has {plain.depth} blocks; give 1 to {plain.depth}"
+        )
+    return ModelCard(
+        model=dataclasses.replace(plain, projector_dims=tuple(encoder.dim for encoder in encoders)),
+        latent=dataset.latent,
+        path_type=config.path_type,
+        prediction=config.prediction,
+        class_names=class_names(config, dataset),
+        step=0,
+    )
+
+
+def _alignment(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignment | None:
+    if not config.use_proj_loss:
+        return None
+    return Alignment(
+        encoders=list(encoders),
+        schedule=AlignmentSchedule(
+            config.proj_weight_schedule, get_interpolant(config.path_type), config.proj_tau, config.proj_k
+        ),
+        coefficient=config.proj_coeff,
+        irepa_gamma=config.irepa_gamma if config.use_irepa else None,
+    )
