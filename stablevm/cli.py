@@ -13,6 +13,7 @@ from typing import TypeVar
 import tyro
 
 from stablevm import __version__
+from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.files import read_json
@@ -80,6 +81,11 @@ def quickstart(arguments: Sequence[str] | None = None) -> int:
 def variance(arguments: Sequence[str] | None = None) -> int:
     """`stablevm variance`."""
     return _run(VarianceConfig, "stablevm variance", _given(arguments), "stablevm.study.command:measure_variance")
+
+
+def benchmark(arguments: Sequence[str] | None = None) -> int:
+    """`stablevm benchmark`."""
+    return _run(BenchmarkConfig, "stablevm benchmark", _given(arguments), "stablevm.benchmark.run:benchmark")
 
 
 def toy(arguments: Sequence[str] | None = None) -> int:
@@ -178,6 +184,7 @@ COMMANDS: Table = {
     "evaluate": (evaluate, "judge a file of generated images, or a checkpoint"),
     "reference": (reference, "write a reference file to judge against"),
     "variance": (variance, "how noisy the training targets are on your data, and which tau and xi follow"),
+    "benchmark": (benchmark, "what a training step costs on this machine, phase by phase"),
     "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
 }
 

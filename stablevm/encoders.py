@@ -182,6 +182,16 @@ def load_encoder(
     return _load_timm(name, grid_size, weights, dtype).to(device)
 
 
+def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, dtype: torch.dtype) -> Encoder:
+    """The encoder called `name` with random weights, for measuring what it costs."""
+    if name == DIGITS:
+        return DigitsEncoder(DigitsNet(), dtype).to(device)
+    spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
+    _check_source(name, spec, Path("random weights"))
+    network = _create(name, spec, grid_size, pretrained=False)
+    return TimmEncoder(network, grid_size=network.patch_embed.grid_size[0], dtype=dtype).to(device)
+
+
 def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
     if grid_size not in (None, GRID_SIZE):
         raise UserError(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names of precisions
+
 
 def _switches() -> list[Any]:
     """The objects of this torch whose `fp32_precision` decides how float32 matrices are multiplied."""

@@ -2,7 +2,6 @@
 
 import sys
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -11,7 +10,7 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.encoders import Encoder
 from stablevm.files import remove_temporary, write_json
 from stablevm.objective import StableVM
-from stablevm.precision import tf32
+from stablevm.precision import DTYPES, tf32
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import Record
 from stablevm.training.config import CONFIG_FILE, TrainConfig
@@ -31,8 +30,6 @@ from stablevm.training.setup import (
 )
 from stablevm.training.start import find_start
 from stablevm.training.tracker import Trackers
-
-ENCODER_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def train(config: TrainConfig) -> int:
@@ -163,7 +160,7 @@ class Trainer:
         if not self.config.use_proj_loss:
             return []
         grid_size = model_config(self.config, self.dataset).grid_size
-        dtype = ENCODER_DTYPES[self.accelerator.mixed_precision]
+        dtype = DTYPES[self.accelerator.mixed_precision]
         return load_encoders(self.config, grid_size, self.accelerator.device, dtype)
 
     def _previews(self) -> Previews:

@@ -29,7 +29,7 @@ FLOORS = dict(
             ("sampling", "preparation", "importing", "variance_figure"),
             ("evaluation",),
             ("training", "study"),
-            ("toy", "quickstart"),
+            ("toy", "quickstart", "benchmark"),
             ("cli",),
             ("__main__", "__init__"),
         ]
@@ -81,7 +81,7 @@ def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
         "stablevm.evaluation.config, stablevm.preparation.config, "
-        "stablevm.importing.config, stablevm.study.config; "
+        "stablevm.importing.config, stablevm.study.config, stablevm.benchmark.config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
