@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
@@ -24,8 +24,6 @@ from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 FILL_ROWS = 4096  # of the bank, at a time
 PHASE = "seconds/"  # begins the names of the journal's phases
 STEP_PER_FORWARD = 3  # a backward pass has twice the products of a forward pass
-# The formula that torch's counter lacks for attention on a CPU; it is that of the GPU's.
-FLOPS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 WEIGHT_GRID = 1000  # times at which the share of samples that are encoded is looked at
 
 
@@ -133,6 +131,15 @@ def fill(bank: ClassBank, labels: Tensor) -> None:
         )
 
 
+def _attention_on_cpu(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of a kernel that torch's counter does not know."""
+    count: int = sdpa_flop_count(query, key, value)
+    return count
+
+
+UNCOUNTED: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+
+
 @torch.no_grad()
 def operations_per_image(engine: Engine) -> float:
     """Of the products of a training step: the network's, forward and backward, and the encoders' on the share of images
@@ -141,13 +148,13 @@ def operations_per_image(engine: Engine) -> float:
     network, model = engine.whole_average(), engine.card.model
     device = engine.accelerator.device
     latent = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=device)
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         network(latent, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device), features=True)
     operations = STEP_PER_FORWARD * float(counter.get_total_flops())
     if engine.alignment is None:
         return operations
     image = torch.zeros(1, 3, engine.dataset.resolution, engine.dataset.resolution, dtype=torch.uint8, device=device)
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         for encoder in engine.alignment.encoders:
             encoder(image)
     seen = (engine.alignment.schedule(torch.linspace(0, 1, WEIGHT_GRID)) != 0).float().mean()
