@@ -1,5 +1,6 @@
-"""A training step of stablevm against the same network trained plainly: eager, float32, an optimiser and a moving average
-as first written. Both take the same steps from the same weights, in turn; how far their losses part is told too.
+"""A training step of stablevm against the same network trained plainly: eager, float32, a moving average weight by weight.
+
+Both take the same steps from the same weights, in turn; how far their losses part is told too.
 
 python benchmarks/training_step.py [--model SiT-S/2] [--batch-size 8] [--steps 200] [--data-dir FOLDER]
 
