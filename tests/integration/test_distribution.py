@@ -18,7 +18,7 @@ FOLDERS = ("benchmarks", "docs", "examples", "preprocessing", "stablevm", "tests
 
 EVERY_PUBLIC_NAME = """
 import sys, stablevm
-for name in stablevm.__all__:
+for name in stablevm._HOME_OF:
     getattr(stablevm, name)
 homes = {module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "stablevm"}
 sys.exit([home for home in homes if not home.startswith(sys.argv[1])] or None)
