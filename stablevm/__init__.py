@@ -12,6 +12,7 @@ nothing. docs/api.md lists them with one line each.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, StableVM, squared_error
     from stablevm.posterior import Posterior
     from stablevm.sampling.sampler import SamplerSettings, integrate
-    from stablevm.sampling.scheduler import StableVSFlowMatchScheduler
+    from stablevm.sampling.scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
     from stablevm.sampling.solvers import stable_velocity_step
     from stablevm.schedules import AlignmentSchedule, draw_times
     from stablevm.variance import VarianceCurve, variance_curve
 
-# Where each public name lives.
+# Where each public name lives. __all__ has them too, but for the one that needs diffusers, which is optional.
 _HOMES = {
     "alignment": ("alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
@@ -48,6 +49,8 @@ _HOMES = {
     "variance": ("VarianceCurve", "variance_curve"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# Names that were public: what each is called now, and the version in which the old name goes (see CONTRIBUTING.md).
+_MOVED: dict[str, tuple[str, str]] = {}
 
 __all__ = [
     "COSINE",
@@ -63,7 +66,6 @@ __all__ = [
     "SamplerSettings",
     "StableTargetField",
     "StableVM",
-    "StableVSFlowMatchScheduler",
     "UserError",
     "VarianceCurve",
     "alignment_loss",
@@ -81,10 +83,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        now, gone_in = _MOVED[name]
+        message = f"stablevm.{name} is now {now}; the old name goes in stablevm {gone_in}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        module, _, name = now.rpartition(".")
+        return getattr(importlib.import_module(module), name)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'stablevm' has no attribute {name!r}")
     return getattr(importlib.import_module(f"stablevm.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_HOME_OF])

@@ -125,7 +125,9 @@ def _cosine(t: Tensor) -> Coefficients:
 
 
 LINEAR = Interpolant("linear", _linear, lambda ratio: ratio / (1 + ratio))
+"""`x_t = (1 - t) x0 + t noise`."""
 COSINE = Interpolant("cosine", _cosine, lambda ratio: torch.atan(ratio) * (2 / math.pi))
+"""`x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise`."""
 INTERPOLANTS = {path.name: path for path in (LINEAR, COSINE)}
 
 

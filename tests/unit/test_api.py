@@ -12,6 +12,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import stablevm
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +38,7 @@ def described(name):
 
 
 def surface():
-    return {name: described(name) for name in stablevm.__all__}
+    return {name: described(name) for name in sorted(stablevm._HOME_OF)}
 
 
 def test_public_interface_is_the_frozen_one():
@@ -44,11 +46,37 @@ def test_public_interface_is_the_frozen_one():
 
 
 def test_every_public_name_is_documented():
-    table = (ROOT / "docs" / "api.md").read_text()
-    for name in stablevm.__all__:
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name in stablevm._HOME_OF:
         public = getattr(stablevm, name)
         assert public.__doc__, f"{name} has no docstring"
-        assert re.search(rf"`{name}\b", table), f"{name} is not in docs/api.md"
+        assert f"`{name}`" in page, f"{name} has no line in docs/api.md"
+        assert f"\n::: stablevm.{stablevm._HOME_OF[name]}.{name}\n" in page, f"docs/api.md does not show {name}"
+
+
+def test_a_moved_name_warns_and_works(monkeypatch):
+    moves = {"Bank": ("stablevm.ClassBank", "0.3"), "sit": ("stablevm.models.sit.SiT", "0.3")}
+    monkeypatch.setattr(stablevm, "_MOVED", moves)
+    with pytest.warns(
+        DeprecationWarning, match=r"^stablevm\.Bank is now stablevm\.ClassBank; .* goes in stablevm 0\.3$"
+    ) as seen:
+        from stablevm import Bank
+    assert Bank is stablevm.ClassBank and {warning.filename for warning in seen} == {__file__}
+    with pytest.warns(DeprecationWarning, match="SiT"):
+        assert stablevm.sit.__name__ == "SiT"
+
+
+def test_moved_names_are_not_public_and_lead_to_what_exists():
+    assert not set(stablevm._MOVED) & set(stablevm._HOME_OF)
+    for name in stablevm._MOVED:
+        with pytest.warns(DeprecationWarning):
+            getattr(stablevm, name)
+
+
+def test_star_gives_every_name_but_the_optional_one_without_diffusers():
+    code = "import sys; sys.modules['diffusers'] = None\nfrom stablevm import *\nprint(*globals())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert set(stablevm._HOME_OF) - set(done.stdout.split()) == {"StableVSFlowMatchScheduler"}, done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -87,8 +87,26 @@ def test_option_definitions_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_help_of_every_command_imports_no_torch():
+    code = """
+import sys
+from stablevm import cli
+commands = [(cli.main, [name]) for name in cli.COMMANDS] + [(cli.main, ["evaluate", "--ckpt", "x"])]
+steps = ((cli.prepare, cli.PREPARE_STEPS), (cli.data, cli.DATA_ACTIONS), (cli.dataset_tools, cli.FOLDER_STEPS))
+for command, words in [*commands, *((choose, [name]) for choose, table in steps for name in table)]:
+    try:
+        status = command([*words, "--help"])
+    except SystemExit as end:
+        status = end.code
+    heavy = {"torch", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "diffusers"} & set(sys.modules)
+    assert not status and not heavy, (words, status, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_exist():
-    for name in stablevm.__all__:
+    for name in stablevm._HOME_OF:
         assert getattr(stablevm, name) is not None
     with pytest.raises(AttributeError):
         stablevm.nothing  # noqa: B018
