@@ -1,4 +1,4 @@
-"""A training step of stablevm against the same network trained plainly: eager, float32, a moving average weight by weight.
+"""A training step of stablevm against the same network trained plainly: eager, float32, the average weight by weight.
 
 Both take the same steps from the same weights, in turn; how far their losses part is told too.
 
