@@ -42,6 +42,8 @@ class BenchmarkConfig:
     """Compute attention with the fused kernel."""
     enc_type: str = "dinov2-vit-b"
     """Encoders to align with, separated by commas: the published names or any vision transformer of timm."""
+    encoder_depth: int = 8
+    """Block, counted from 1, whose tokens are aligned."""
     proj_weight_schedule: Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"] = "sigmoid"
     """How alignment fades with time; samples of weight 0 are not encoded."""
     bank_capacity_per_class: int = 256

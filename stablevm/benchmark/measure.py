@@ -1,6 +1,7 @@
 """Steps of a real engine, timed by the trainer's own journal."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
-from stablevm.encoders import untrained_encoder
+from stablevm.encoders import Encoder
 from stablevm.objective import StableVM
-from stablevm.precision import DTYPES
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.journal import Journal
 from stablevm.training.processes import on_main
-from stablevm.training.setup import model_config
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 FILL_ROWS = 4096  # of the bank, at a time
@@ -55,16 +54,24 @@ class Measurement:
 
 
 def measure(
-    name: str, config: TrainConfig, dataset: PreparedDataset, accelerator: Accelerator, *, warmup: int
+    name: str,
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    accelerator: Accelerator,
+    encoders: Sequence[Encoder],
+    *,
+    warmup: int,
 ) -> Measurement | None:
     """The steps of `config` after `warmup` others, in rounds of `config.log_steps`; None on all processes but the main.
 
-    Encoders have random weights, the bank is full of random values.
+    encoders: those that `config` names. The bank is full of random values.
     """
     device, steps = accelerator.device, config.max_train_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    engine = _engine(config, dataset, accelerator)
+    engine = Engine(config, dataset, accelerator, [encoder.to(device) for encoder in encoders])
+    if isinstance(engine.objective, StableVM):
+        fill(engine.objective.bank, dataset.labels())
     trackers = on_main(accelerator, lambda: Trackers(config.folder, config.trackers, config.to_dict()))
     journal = Journal(config, accelerator, trackers, engine.guard, step=0, total_steps=steps)
     for step, batch in enumerate(engine.loader(steps), start=1 - warmup):
@@ -102,19 +109,6 @@ def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
         host_gib=rows[-1]["memory/host_peak_gib"],
         operations=operations,
     )
-
-
-def _engine(config: TrainConfig, dataset: PreparedDataset, accelerator: Accelerator) -> Engine:
-    """With random encoders and a full bank."""
-    grid_size, dtype = model_config(config, dataset).grid_size, DTYPES[accelerator.mixed_precision]
-    encoders = [
-        untrained_encoder(name, grid_size=grid_size, device=accelerator.device, dtype=dtype)
-        for name in config.encoder_names
-    ]
-    engine = Engine(config, dataset, accelerator, encoders)
-    if isinstance(engine.objective, StableVM):
-        fill(engine.objective.bank, dataset.labels())
-    return engine
 
 
 def fill(bank: ClassBank, labels: Tensor) -> None:

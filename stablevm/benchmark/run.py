@@ -10,10 +10,14 @@ from stablevm.benchmark.machine import describe_machine, product_rate
 from stablevm.benchmark.measure import measure
 from stablevm.benchmark.random_data import RandomDataset
 from stablevm.benchmark.report import Report
+from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
+from stablevm.encoders import Encoder, untrained_encoder
+from stablevm.precision import DTYPES
 from stablevm.training.config import TrainConfig
 from stablevm.training.launch import make_accelerator
 from stablevm.training.processes import on_main
+from stablevm.training.setup import model_config
 
 MODELS = {"cuda": "SiT-XL/2", "cpu": "SiT-S/2"}
 BATCH_SIZES = {"cuda": 256, "cpu": 16}
@@ -33,8 +37,10 @@ def benchmark(config: BenchmarkConfig) -> Path:
         accelerator = make_accelerator(first)
         random = RandomDataset(config.num_classes, config.resolution)
         dataset = random if config.data_dir is None else open_dataset(config.data_dir)
+        encoders = {name: _encoders(training, dataset) for name, training in trainings.items()}
         found = [
-            measure(name, training, dataset, accelerator, warmup=config.warmup) for name, training in trainings.items()
+            measure(name, training, dataset, accelerator, encoders[name], warmup=config.warmup)
+            for name, training in trainings.items()
         ]
     report = Report(
         machine=describe_machine(accelerator.device, accelerator.num_processes),
@@ -69,12 +75,19 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
         loss_type=loss,
         bank_capacity_per_class=config.bank_capacity_per_class,
         use_proj_loss=aligned,
+        encoder_depth=config.encoder_depth,
         enc_type=config.enc_type,
         proj_weight_schedule=config.proj_weight_schedule,
         num_workers=config.num_workers,
         max_train_steps=config.warmup + config.steps,
         log_steps=config.steps // ROUNDS,
     )
+
+
+def _encoders(training: TrainConfig, dataset: PreparedDataset) -> list[Encoder]:
+    """On the host, with random weights; UserError, before anything is measured, where they do not fit the network."""
+    grid_size, dtype = model_config(training, dataset).grid_size, DTYPES[training.mixed_precision or "no"]
+    return [untrained_encoder(name, grid_size=grid_size, device="cpu", dtype=dtype) for name in training.encoder_names]
 
 
 def _settings(training: TrainConfig) -> str:

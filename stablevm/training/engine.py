@@ -168,14 +168,11 @@ class Engine:
 
 
 def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequence[Encoder]) -> ModelCard:
-    """Of the network before its first step; UserError where its depth leaves no block to align."""
-    plain = model_config(config, dataset)
-    if encoders and not 1 <= config.encoder_depth <= plain.depth:
-        raise UserError(
-            f"--encoder-depth {config.encoder_depth}: {config.model} has {plain.depth} blocks; give 1 to {plain.depth}"
-        )
+    """Of the network before its first step."""
     return ModelCard(
-        model=dataclasses.replace(plain, projector_dims=tuple(encoder.dim for encoder in encoders)),
+        model=dataclasses.replace(
+            model_config(config, dataset), projector_dims=tuple(encoder.dim for encoder in encoders)
+        ),
         latent=dataset.latent,
         path_type=config.path_type,
         prediction=config.prediction,

@@ -46,11 +46,11 @@ def class_names(config: TrainConfig, dataset: PreparedDataset) -> tuple[str, ...
 
 
 def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
-    """The network without projectors: their widths are the encoders'."""
+    """The network without projectors: their widths are the encoders'. UserError where no block is left to align."""
     channels, height, width = dataset.latent.shape
     if height != width:
         raise UserError(f"--data-dir {config.data_dir}: its latents are {height} x {width}, the network takes squares")
-    return sit_config(
+    model = sit_config(
         config.model,
         input_size=height,
         in_channels=channels,
@@ -60,6 +60,11 @@ def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
         encoder_depth=config.encoder_depth,
         projector_kind="conv" if config.use_irepa else "mlp",
     )
+    if config.use_proj_loss and not 1 <= config.encoder_depth <= model.depth:
+        raise UserError(
+            f"--encoder-depth {config.encoder_depth}: {config.model} has {model.depth} blocks; give 1 to {model.depth}"
+        )
+    return model
 
 
 def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dtype: torch.dtype) -> list[Encoder]:
