@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from stablevm import rng
 from stablevm.precision import DTYPES
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of square matrices, large enough for the full rate
@@ -26,7 +27,7 @@ def product_rate(device: torch.device, mixed_precision: str) -> float:
     `PRODUCT_REPEATS`, in the precision that accelerate calls `mixed_precision`.
     """
     side, dtype = PRODUCT_SIDE[device.type], DTYPES[mixed_precision]
-    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    left, right = torch.randn(2, side, side, generator=rng.generator("product")).to(device, dtype)
     best = min(_seconds(left, right) for _ in range(1 + PRODUCT_REPEATS))
     return 2 * side**3 / best
 

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
@@ -44,6 +45,7 @@ COMMANDS = {
     "data verify": VerifyConfig,
     "data info": InfoConfig,
     "variance": VarianceConfig,
+    "benchmark": BenchmarkConfig,
 }
 
 
