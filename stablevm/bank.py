@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stablevm.errors import UserError
+from stablevm.rng import rand, to_device
 
 NO_ID = -1
 
@@ -97,7 +98,7 @@ class ClassBank:
         """Labels and flat slots (B,) from uniforms (B, 2) in [0, 1): a class uniform over those with an entry, then an
         entry uniform over that class's.
         """
-        uniforms = uniforms.to(self.device)
+        uniforms = to_device(uniforms, self.device)
         upper = (self.counts > 0).cumsum(0)
         picked = (uniforms[:, 0] * upper[-1]).floor()
         labels = torch.searchsorted(upper, picked.to(upper.dtype), right=True)
@@ -110,7 +111,7 @@ class ClassBank:
         Without replacement, every entry alike: how much a class counts is for the weights to say.
         """
         filled = torch.arange(self.capacity, device=self.device) < self.counts[:, None]
-        keys = torch.rand(filled.shape, generator=stream, device=stream.device).to(self.device)
+        keys = rand(filled.shape, stream, self.device)
         best = torch.where(filled, keys, -1.0).flatten().topk(min(size, filled.numel()))
         return best.indices, best.values >= 0
 

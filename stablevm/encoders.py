@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stablevm.autoencoder import pixels_to_unit
 from stablevm.errors import UserError
 from stablevm.models.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
+from stablevm.precision import without_autocast
 
 DIGITS = "digits"
 MOCO_PREFIX = "module.base_encoder."  # of the encoder among the parameters of a MoCo v3 checkpoint
@@ -94,13 +95,13 @@ class Encoder(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) on the encoder's device to float32 tokens (B, grid_size^2, dim), row by row."""
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             return self._tokens(images).float()
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
         """One float32 vector per image (B, dim), by the network's own pooling: the class token, where it has one."""
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             return self._pooled(images).float()
 
     @abstractmethod

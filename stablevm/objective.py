@@ -115,7 +115,7 @@ class StableTargetField:
             keep = torch.ones(len(chosen), count, dtype=torch.bool, device=device)
         else:
             own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
-            keep = (labels[chosen, None] == labels) | dropped.to(device)[:, None]
+            keep = (labels[chosen, None] == labels) | dropped.to(device, non_blocking=True)[:, None]
         keep[torch.arange(len(chosen), device=device), chosen] = False
         found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=keep)
         own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
@@ -207,7 +207,7 @@ class StableVM:
         for is_pool, rows in ((False, (~dropped).nonzero()), (True, dropped.nonzero())):
             if not len(rows):
                 continue
-            rows = rows.squeeze(1).to(noisy.x0.device)
+            rows = rows.squeeze(1).to(noisy.x0.device, non_blocking=True)
             references = self._pool(labels[rows], slots[rows], ids[rows], pool_stream) if is_pool else None
             x0, noise, t = noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
             if references is None:

@@ -1,7 +1,7 @@
 """How exactly float32 is multiplied: in full where the mathematics needs it, TF32 where the user allows it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,13 @@ def _switches() -> list[Any]:
     return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Inside the block, operations run in the precision of what they are given."""
+    if not torch.amp.is_autocast_available(device.type):  # such as "meta": there is nothing to turn off
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Turn autocast, TF32 and reduced-precision float32 products off inside the block, and back on after it.
@@ -24,7 +31,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     switches = _switches()
     before = [switch.fp32_precision for switch in switches]
     legacy = None if switches else torch.get_float32_matmul_precision()
-    with torch.autocast(device_type=device.type, enabled=False):
+    with without_autocast(device):
         try:
             for switch in switches:
                 switch.fp32_precision = "ieee"

@@ -49,12 +49,21 @@ def rand(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str 
 
 
 def _fill(sample, shape: Sequence[int], stream: AnyGenerator, device: torch.device | str) -> Tensor:  # type: ignore[no-untyped-def]
+    # From page-locked memory the copy to a GPU runs beside other work; from other memory it waits for its turn.
+    pinned = torch.device(device).type == "cuda"
     if isinstance(stream, torch.Generator):
-        return sample(tuple(shape), generator=stream, device=stream.device).to(device)
+        pinned = pinned and stream.device.type == "cpu"
+        values = sample(tuple(shape), generator=stream, device=stream.device, pin_memory=pinned)
+        return to_device(values, device)
     rows, *rest = shape
     if rows != len(stream.streams):
         raise ValueError(f"{rows} rows asked of {len(stream.streams)} row generators")
-    values = torch.empty(tuple(shape))
+    values = torch.empty(tuple(shape), pin_memory=pinned)
     for row, row_stream in zip(values, stream.streams, strict=True):
         row.copy_(sample(tuple(rest), generator=row_stream))
-    return values.to(device, non_blocking=True)
+    return to_device(values, device)
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """A copy to a GPU that nobody waits for; the way back to the host is waited for, as values are read there."""
+    return values.to(device, non_blocking=values.device.type == "cpu")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stablevm.models.config import SiTConfig
 from stablevm.models.initialisation import materialize, normal, xavier_uniform
 from stablevm.models.projectors import build_projector
+from stablevm.precision import without_autocast
 
 MAX_PERIOD = 10_000.0  # longest wave of a sinusoidal embedding, over 2 pi (Vaswani et al., 2017, section 3.5)
 TIME_WAVES = 256  # cosines and sines that describe t (DiT's and SiT's code)
@@ -145,7 +146,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """In float32 under autocast too: half precision can't tell neighbouring times apart."""
-        with torch.autocast(t.device.type, enabled=False):
+        with without_autocast(t.device):
             angles = (self.time_scale * t.float())[:, None] * time_frequencies(t.device)
             waves = torch.cat([angles.cos(), angles.sin()], dim=1)
             return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
