@@ -1,5 +1,6 @@
-"""The host never waits for the device within a step: shown on torch's "meta" device, whose tensors have no values to wait
-for, so that whoever reads one, or asks how many are not 0, fails.
+"""The host never waits for the device within a step.
+
+Shown on the "meta" device, whose tensors have no values: whoever reads one, or asks how many are not 0, fails.
 """
 
 import pytest
