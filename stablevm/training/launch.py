@@ -3,7 +3,7 @@
 import os
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
 from stablevm.errors import UserError
 from stablevm.training.config import TrainConfig
@@ -15,7 +15,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
     # Told that there is only a CPU, accelerate joins several processes through gloo; untold, it would leave each alone.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    # Gradients that lie in the buckets they are reduced in need no second place (nor a copy at each step).
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[buckets])
     _check_sharding(accelerator)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
