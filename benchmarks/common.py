@@ -29,7 +29,7 @@ def medians(sides: Mapping[str, Run], *, repeats: int = 7, device: torch.device 
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + repeats):
         for name, run in sides.items():
-            times[name].append(_timed(run, device))
+            times[name].append(timed(run, device))
     return {name: sorted(each[1:])[repeats // 2] for name, each in times.items()}
 
 
@@ -38,7 +38,8 @@ def seconds(run: Run, *, repeats: int = 7, device: torch.device = CPU) -> float:
     return medians({"": run}, repeats=repeats, device=device)[""]
 
 
-def _timed(run: Run, device: torch.device) -> float:
+def timed(run: Run, device: torch.device = CPU) -> float:
+    """Seconds of one run, until the device has done what it was given."""
     _synchronise(device)
     start = time.perf_counter()
     run()
