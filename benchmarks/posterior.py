@@ -6,8 +6,9 @@ python benchmarks/posterior.py [--samples 16 64 256] [--references 256 2048] [--
     per class   the same for the rows of each class in turn: the published structure
     attention   torch's scaled_dot_product_attention for the rows of each class in turn, the squares as its bias
 
-Errors are those of the velocity target, relative, the largest over rows, against float64. The floor is the time in
-which the memory, as fast as it copies, reads the references of each class in the batch once.
+Errors are those of the velocity target, relative, the largest over 16 rows at late times (where more than the anchor
+counts), against float64. The floor is the time in which the memory, as fast as it copies, reads the references of each
+class in the batch once.
 On an H200: --classes 1000 --memory-limit 40
 """
 
@@ -77,8 +78,10 @@ class Batch:
         for group in self.groups.unique().tolist():
             yield group, (self.groups == group).nonzero().squeeze(1)
 
-    def first(self, rows: int) -> "Batch":
-        return Batch(self.bank, self.groups[:rows], self.slots[:rows], self.noise[:rows], self.t[:rows])
+    def late(self, rows: int) -> "Batch":
+        """The first rows, at times near 1."""
+        t = torch.linspace(0.9, 0.999, rows, device=self.t.device)
+        return Batch(self.bank, self.groups[:rows], self.slots[:rows], self.noise[:rows], t)
 
 
 def draw_batch(bank: Tensor, rows: int, stream: torch.Generator, t: Tensor | None = None) -> Batch:
@@ -166,7 +169,7 @@ def measure(batch: Batch, grid: Grid, bandwidth: float, device: torch.device) ->
     sides = {name: lambda way=way: way(batch) for name, way in fits.items()}
     times = medians(sides, repeats=1 if rows * n * d >= WIDE_VALUES else grid.repeats, device=device)
     memory = {name: peak_bytes(run, device) for name, run in sides.items()}
-    few = batch.first(CHECKED_ROWS)
+    few = batch.late(CHECKED_ROWS)
     needed = len(batch.groups.unique()) * batch.bank[0].numel() * batch.bank.element_size()
     floor = needed / bandwidth
     ours = times["stablevm"]
@@ -203,7 +206,7 @@ def compare(grid: Grid, device: torch.device) -> None:
             each.copy_(torch.randn(n, d, generator=stream, device=device))
         for rows in grid.samples:
             print(measure(draw_batch(bank, rows, stream), grid, bandwidth, device), flush=True)
-    print(f"-: over the limit of {grid.memory_limit:g} GiB; errors of the first {CHECKED_ROWS} rows")
+    print(f"-: over the limit of {grid.memory_limit:g} GiB")
 
 
 def compare_accuracy(device: torch.device, n: int = 256, d: int = 4096) -> None:
