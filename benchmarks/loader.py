@@ -169,9 +169,9 @@ def rates(side: Side, workload: Workload, workers: int, device: torch.device) ->
 
 def drop_cache(folder: Path) -> None:
     """Take the files out of the page cache, so that the next read comes from the disk."""
+    os.sync()  # what is not on the disk yet can't be dropped; one call, since one for each file takes minutes
     for path in folder.rglob("*.*"):
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
