@@ -1,37 +1,108 @@
-"""What the benchmarks share: timing, peak memory, and the lines that say on what they ran."""
+"""What the benchmarks share: the device, timing, memory, and the lines that say on what they ran."""
 
+import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
 
 import torch
 
+DeviceName = Literal["auto", "cpu", "cuda"]
+Run = Callable[[], object]
+CPU = torch.device("cpu")
+MEBIBYTE, GIBIBYTE = 2**20, 2**30
 
-def seconds(run: Callable[[], object], *, repeats: int = 7) -> float:
-    """The median of `repeats` runs after one to warm up."""
+
+def choose_device(name: DeviceName) -> torch.device:
+    """`auto` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def medians(sides: Mapping[str, Run], *, repeats: int = 7, device: torch.device = CPU) -> dict[str, float]:
+    """Seconds of each side: the median of `repeats` after one to warm up, the sides by turns, so that other work on the
+    machine meets them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(1 + repeats):
+        for name, run in sides.items():
+            times[name].append(timed(run, device))
+    return {name: sorted(each[1:])[repeats // 2] for name, each in times.items()}
+
+
+def seconds(run: Run, *, repeats: int = 7, device: torch.device = CPU) -> float:
+    """`medians` of one side."""
+    return medians({"": run}, repeats=repeats, device=device)[""]
+
+
+def timed(run: Run, device: torch.device = CPU) -> float:
+    """Seconds of one run, until the device has done what it was given."""
+    _synchronise(device)
+    start = time.perf_counter()
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    _synchronise(device)
+    return time.perf_counter() - start
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that torch held on the CPU at one time during `run`, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(run: Run, device: torch.device = CPU) -> int:
+    """The most memory that torch held on the device at one time during `run`, beyond what it held before."""
+    if device.type == "cuda":
+        _synchronise(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        _synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    for change in _memory_changes(run):
+        held += change
         peak = max(peak, held)
     return peak
 
 
-def describe_machine() -> str:
+def allocated_bytes(run: Run, device: torch.device = CPU) -> int:
+    """All memory that torch took on the device during `run`, whether it gave it back or not."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+        run()
+        return torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"] - before
+    return sum(change for change in _memory_changes(run) if change > 0)
+
+
+def _memory_changes(run: Run) -> list[int]:
+    """Bytes that torch took (positive) and gave back on the CPU, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def copy_bandwidth(device: torch.device, size: int = 2 * GIBIBYTE) -> float:
+    """Bytes per second, reading and writing counted, of a copy of `size` bytes: the memory's speed in practice."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device=device)
+
+
+def describe_machine(device: torch.device = CPU) -> str:
+    name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else _processor()
     return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
+
+
+def _processor() -> str:
+    """The model's name, where Linux tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()

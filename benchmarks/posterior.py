@@ -1,65 +1,236 @@
-"""The posterior mean over references: stablevm's kernel against the plain broadcast formula, in one process.
+"""The posterior mean over a class's references: time, memory and error of stablevm's kernel against three other ways.
 
-python benchmarks/posterior.py [--samples 64] [--references 256] [--dimensions 4096]
+python benchmarks/posterior.py [--samples 16 64 256] [--references 256 2048] [--dimensions 4096 16384] [--device auto]
+
+    broadcast   the formula written down plainly, over gathered (batch, references, dimensions) tensors
+    per class   the same for the rows of each class in turn: the published structure
+    attention   torch's scaled_dot_product_attention for the rows of each class in turn, the squares as its bias
+
+Errors are those of the velocity target, relative, the largest over 16 rows at late times (where more than the anchor
+counts), against float64. The floor is the time in which the memory, as fast as it copies, reads the references of each
+class in the batch once.
+On an H200: --classes 1000 --memory-limit 40
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import Literal
 
 import torch
 import tyro
-from common import describe_machine, peak_bytes, seconds
+from common import (
+    GIBIBYTE,
+    MEBIBYTE,
+    DeviceName,
+    choose_device,
+    copy_bandwidth,
+    describe_machine,
+    medians,
+    peak_bytes,
+)
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
 
+WIDE_VALUES = 2**31  # batch x references x dimensions from which one repetition must do
+CHECKED_ROWS = 16
+
 
 @dataclass(frozen=True)
-class Sizes:
-    """Compare both forms in three arrangements of the references."""
+class Grid:
+    """Compare four ways over all combinations of sizes."""
 
-    samples: int = 64
-    references: int = 256
-    dimensions: int = 4096
-    classes: int = 10
+    samples: tuple[int, ...] = (16, 64, 256)
+    references: tuple[int, ...] = (256, 2048)
+    """Per class."""
+    dimensions: tuple[int, ...] = (4096, 16384)
+    dtypes: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
+    """Of the bank's storage."""
+    classes: int = 100
+    """In the bank, where the memory limit allows them."""
+    memory_limit: float = 4.0
+    """GiB, of the bank, and of what a way allocates: one that needs more is left out."""
+    repeats: int = 5
+    device: DeviceName = "auto"
 
 
-def broadcast(x0: Tensor, noise: Tensor, t: Tensor, references: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Batch:
+    """Rows whose anchors are entries of the bank (classes, n, d)."""
+
+    bank: Tensor
+    groups: Tensor
+    slots: Tensor
+    noise: Tensor
+    t: Tensor
+
+    @property
+    def x0(self) -> Tensor:
+        return self.bank[self.groups, self.slots].float()
+
+    def x_t(self) -> Tensor:
+        return LINEAR.interpolate(self.x0, self.noise, self.t)
+
+    def rows_by_class(self) -> Iterator[tuple[int, Tensor]]:
+        for group in self.groups.unique().tolist():
+            yield group, (self.groups == group).nonzero().squeeze(1)
+
+    def late(self, rows: int) -> "Batch":
+        """The first rows, at times near 1."""
+        t = torch.linspace(0.9, 0.999, rows, device=self.t.device)
+        return Batch(self.bank, self.groups[:rows], self.slots[:rows], self.noise[:rows], t)
+
+
+def draw_batch(bank: Tensor, rows: int, stream: torch.Generator, t: Tensor | None = None) -> Batch:
+    """t: (rows,), uniform between 0.01 and 0.99 by default."""
+    classes, n, d = bank.shape
+    groups, slots = (torch.randint(most, (rows,), generator=stream, device=bank.device) for most in (classes, n))
+    times = torch.rand(rows, generator=stream, device=bank.device) * 0.98 + 0.01 if t is None else t
+    return Batch(bank, groups, slots, torch.randn(rows, d, generator=stream, device=bank.device), times)
+
+
+def stablevm(batch: Batch) -> Tensor:
+    keep = batch.slots[:, None] != torch.arange(batch.bank.shape[1], device=batch.bank.device)
+    return posterior(LINEAR, batch.x0, batch.noise, batch.t, batch.bank, groups=batch.groups, keep=keep).offset
+
+
+def _plain(x_t: Tensor, t: Tensor, references: Tensor) -> Tensor:
     """`softmax(-|x_t - alpha b|^2 / (2 sigma^2))` weights over (B or 1, n, d) references, written down plainly."""
     at = LINEAR.coefficients(t[:, None])
-    x_t = at.alpha * x0 + at.sigma * noise
     logits = -(x_t[:, None] - at.alpha[..., None] * references).square().sum(-1) / (2 * at.sigma.square())
     return (logits.softmax(-1)[..., None] * references).sum(1)
 
 
-def main(sizes: Sizes) -> None:
-    stream = torch.Generator().manual_seed(0)
-    rows, n, d = sizes.samples, sizes.references, sizes.dimensions
-    bank = torch.randn(sizes.classes, n, d, generator=stream)
-    own = torch.randn(rows, n, d, generator=stream)
-    groups = torch.arange(rows) % sizes.classes
-    slot = torch.arange(rows) % n
-    keep = slot[:, None] != torch.arange(n)
-    noise, t = torch.randn(rows, d, generator=stream), torch.rand(rows, generator=stream) * 0.98 + 0.01
-    arrangements = {
-        "one set for all samples": (bank[0][slot], bank[0], None, lambda: bank[:1]),
-        f"bank of {sizes.classes} classes": (bank[groups, slot], bank, groups, lambda: bank[groups]),
-        "one set per sample": (own[torch.arange(rows), slot], own, None, lambda: own),
-    }
-    print(f"{rows} samples x {n} references x {d} values, float32; {describe_machine()}")
-    print(f"{'references':26}{'broadcast':>20}{'stablevm':>20}{'faster':>9}{'memory':>9}{'largest difference':>20}")
-    for name, (x0, references, chosen, plain) in arrangements.items():
-        ours = lambda: posterior(LINEAR, x0, noise, t, references, groups=chosen, keep=keep)  # noqa: B023, E731
-        theirs = lambda: broadcast(x0, noise, t, plain())  # noqa: B023, E731
-        time_ours, time_theirs = seconds(ours), seconds(theirs)
-        memory_ours, memory_theirs = peak_bytes(ours), peak_bytes(theirs)
-        difference = (x0 - ours().offset - theirs()).abs().max().item()
-        print(
-            f"{name:26}{time_theirs * 1e3:9.1f} ms{memory_theirs / 2**20:5.0f} MiB{time_ours * 1e3:9.1f} ms"
-            f"{memory_ours / 2**20:5.0f} MiB{time_theirs / time_ours:8.1f}x{memory_ours / memory_theirs:9.3f}"
-            f"{difference:20.1e}"
-        )
+def broadcast(batch: Batch) -> Tensor:
+    return batch.x0 - _plain(batch.x_t(), batch.t, batch.bank[batch.groups].float())
+
+
+def per_class(batch: Batch) -> Tensor:
+    x_t = batch.x_t()
+    mean = torch.empty_like(x_t)
+    for group, rows in batch.rows_by_class():
+        mean[rows] = _plain(x_t[rows], batch.t[rows], batch.bank[group].float()[None])
+    return batch.x0 - mean
+
+
+def attention(batch: Batch) -> Tensor:
+    """Up to a constant per row the logits are `alpha / sigma^2 x_t.b - 0.5 (alpha / sigma)^2 |b|^2`: not anchored."""
+    x_t, at = batch.x_t(), LINEAR.coefficients(batch.t[:, None])
+    mean = torch.empty_like(x_t)
+    query, half_square = at.alpha / at.sigma.square() * x_t, 0.5 * (at.alpha / at.sigma).square()
+    for group, rows in batch.rows_by_class():
+        references = batch.bank[group].float()
+        bias = -half_square[rows] * references.square().sum(-1)
+        key = references[None, None]
+        mean[rows] = scaled_dot_product_attention(query[rows][None, None], key, key, bias[None, None], scale=1.0)[0, 0]
+    return batch.x0 - mean
+
+
+# Each gives x0 - E[x0 | x_t], (rows, d).
+WAYS: dict[str, Callable[[Batch], Tensor]] = {
+    "stablevm": stablevm,
+    "broadcast": broadcast,
+    "per class": per_class,
+    "attention": attention,
+}
+
+
+def exact(batch: Batch) -> Tensor:
+    """The same in float64, row by row."""
+    offsets = []
+    for group, x0, noise, t in zip(batch.groups.tolist(), batch.x0, batch.noise, batch.t, strict=True):
+        references, at = batch.bank[group].double(), LINEAR.coefficients(t.double())
+        x_t = at.alpha * x0.double() + at.sigma * noise.double()
+        logits = -(x_t - at.alpha * references).square().sum(-1) / (2 * at.sigma.square())
+        offsets.append(logits.softmax(-1) @ (x0.double() - references))
+    return torch.stack(offsets)
+
+
+def error(way: Callable[[Batch], Tensor], batch: Batch) -> float:
+    gain = LINEAR.offset_gain(batch.t.double(), batch.noise)
+    truth = LINEAR.velocity(batch.x0.double(), batch.noise.double(), batch.t.double()) + gain * exact(batch)
+    difference = gain * (way(batch).double() - exact(batch))
+    return (difference.norm(dim=1) / truth.norm(dim=1)).max().item()
+
+
+def bytes_needed(name: str, batch: Batch) -> int:
+    """Roughly, by the other ways' largest tensors; ours and attention's are one class's references and small ones."""
+    rows = {"broadcast": len(batch.t), "per class": int(batch.groups.bincount().max())}.get(name, 0)
+    return 4 * 3 * rows * batch.bank[0].numel()
+
+
+def measure(batch: Batch, grid: Grid, bandwidth: float, device: torch.device) -> str:
+    """One row of the table."""
+    rows, (classes, n, d) = len(batch.t), batch.bank.shape
+    fits = {name: way for name, way in WAYS.items() if bytes_needed(name, batch) <= grid.memory_limit * GIBIBYTE}
+    sides = {name: lambda way=way: way(batch) for name, way in fits.items()}
+    times = medians(sides, repeats=1 if rows * n * d >= WIDE_VALUES else grid.repeats, device=device)
+    memory = {name: peak_bytes(run, device) for name, run in sides.items()}
+    few = batch.late(CHECKED_ROWS)
+    needed = len(batch.groups.unique()) * batch.bank[0].numel() * batch.bank.element_size()
+    floor = needed / bandwidth
+    ours = times["stablevm"]
+
+    def ratios(found: dict[str, float] | dict[str, int]) -> str:
+        others = [found[name] / found["stablevm"] if name in found else None for name in list(WAYS)[1:]]
+        return "".join(f"{'-':>11}" if ratio is None else f"{ratio:10.1f}x" for ratio in others)
+
+    return (
+        f"{rows:5}{n:6}{d:7} {str(batch.bank.dtype)[6:]:8}{classes:7} |{ours * 1e3:9.1f}{ratios(times)} |"
+        f"{memory['stablevm'] / MEBIBYTE:8.1f}{ratios(memory)} |"
+        f"{error(stablevm, few):9.0e}{error(per_class, few):10.0e}{error(attention, few):10.0e} |"
+        f"{needed / MEBIBYTE:9.0f}{floor * 1e3:9.2f}{ours / floor:7.1f}x"
+    )
+
+
+def compare(grid: Grid, device: torch.device) -> None:
+    stream, bandwidth = torch.Generator(device).manual_seed(0), copy_bandwidth(device)
+    print(f"{describe_machine(device)}; copies at {bandwidth / 1e9:,.0f} GB/s, read and written\n")
+    others = "".join(f"{name:>11}" for name in list(WAYS)[1:])
+    print(f"{'':34}|{'time':>9}{'':33} |{'memory':>8}{'':33} |{'error':>9}{'':20} |{'rows':>9}{'floor':>9}")
+    print(
+        f"batch  refs   dims bank    classes |{'ms':>9}{others} |{'MiB':>8}{others} |"
+        f"{'stablevm':>9}{'plain':>10}{'attention':>10} |{'MiB':>9}{'ms':>9}{'to it':>8}"
+    )
+    for d, n, dtype in product(grid.dimensions, grid.references, grid.dtypes):
+        size = n * d * getattr(torch, dtype).itemsize
+        classes = min(grid.classes, int(grid.memory_limit * GIBIBYTE / size))
+        if not classes:
+            print(f"{'':5}{n:6}{d:7} {dtype:8}: one class is over the limit of {grid.memory_limit:g} GiB")
+            continue
+        bank = torch.empty(classes, n, d, dtype=getattr(torch, dtype), device=device)
+        for each in bank:
+            each.copy_(torch.randn(n, d, generator=stream, device=device))
+        for rows in grid.samples:
+            print(measure(draw_batch(bank, rows, stream), grid, bandwidth, device), flush=True)
+    print(f"-: over the limit of {grid.memory_limit:g} GiB")
+
+
+def compare_accuracy(device: torch.device, n: int = 256, d: int = 4096) -> None:
+    """References in clusters of five that lie 0.014 apart, as crops of one picture may: what anchoring is for."""
+    stream = torch.Generator(device).manual_seed(1)
+    base = torch.randn(n // 5 + 1, d, generator=stream, device=device).repeat_interleave(5, 0)[:n]
+    direction = torch.randn(n, d, generator=stream, device=device)
+    bank = (base + 0.01 * torch.nn.functional.normalize(direction, dim=-1))[None]
+    names = ("stablevm", "per class", "attention")
+    print(
+        f"\nerror with {n} references of {d} values that nearly coincide"
+        + "\n     t"
+        + "".join(f"{x:>12}" for x in names)
+    )
+    for t in (0.001, 0.003, 0.01, 0.1, 0.5, 0.9, 0.99):
+        batch = draw_batch(bank, CHECKED_ROWS, stream, torch.full((CHECKED_ROWS,), t, device=device))
+        print(f"{t:6g}" + "".join(f"{error(WAYS[name], batch):12.0e}" for name in names))
+
+
+def main(grid: Grid) -> None:
+    device = choose_device(grid.device)
+    compare(grid, device)
+    compare_accuracy(device)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes))
+    main(tyro.cli(Grid))

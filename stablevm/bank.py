@@ -14,7 +14,8 @@ NO_ID = -1
 class ClassBank:
     """A first-in-first-out queue of at most `capacity` samples per class (Yang et al., 2026: 256).
 
-    Slots are numbered flat: slot s of class c is `c * capacity + s`. No storage is allocated after construction, and
+    Slots are numbered flat: slot s of class c is `c * capacity + s`. No storage is allocated after construction, what
+    insertion and drawing hold meanwhile grows with the batch, not with the bank (but for the pool's key per slot), and
     no method but the state's makes the host wait for the device.
     """
 
@@ -66,8 +67,7 @@ class ClassBank:
         """
         labels = labels.to(self.device)
         ids = torch.full_like(labels, NO_ID) if ids is None else ids.to(self.device)
-        same = (self.ids[labels] == ids[:, None]) & (ids != NO_ID)[:, None]
-        known, known_slot = same.any(dim=1), same.int().argmax(dim=1)
+        known, known_slot = self._is_copy(labels, ids).max(dim=1)
 
         queue = torch.where(known, self.num_classes, labels)  # known samples queue nowhere
         added = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.device)
@@ -110,9 +110,8 @@ class ClassBank:
 
         Without replacement, every entry alike: how much a class counts is for the weights to say.
         """
-        filled = torch.arange(self.capacity, device=self.device) < self.counts[:, None]
-        keys = rand(filled.shape, stream, self.device)
-        best = torch.where(filled, keys, -1.0).flatten().topk(min(size, filled.numel()))
+        empty = torch.arange(self.capacity, device=self.device) >= self.counts[:, None]
+        keys = rand(empty.shape, stream, self.device)
         return best.indices, best.values >= 0
 
     def is_reference(self, labels: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
@@ -120,8 +119,11 @@ class ClassBank:
         local = torch.arange(self.capacity, device=self.device)
         filled = local < self.counts[labels, None]
         itself = labels[:, None] * self.capacity + local == slots[:, None]
-        copy = (self.ids[labels] == ids[:, None]) & (ids != NO_ID)[:, None]
-        return filled & ~itself & ~copy
+        return filled & ~itself & ~self._is_copy(labels, ids)
+
+    def _is_copy(self, labels: Tensor, ids: Tensor) -> Tensor:
+        """(B, capacity) bool: entries of each row's class that are the sample `ids` (B,); NO_ID names none."""
+        return (self.ids[labels] == ids[:, None]) & (ids != NO_ID)[:, None]
 
     def replica(self) -> "ClassBank":
         """A bank on the CPU that keeps the same books and holds no values: given the same samples' labels and ids (and

@@ -19,16 +19,22 @@ from torch import Tensor
 from stablevm.interpolant import Interpolant
 from stablevm.precision import full_precision
 
-# Bytes of float32 differences that are held at once: small enough for a CPU's cache, large enough to fill a GPU.
-CHUNK_BYTES_CPU = 8 * 2**20
-CHUNK_BYTES_ACCELERATOR = 256 * 2**20
-# Logits, and values of references, that are worked on at once.
-BLOCK_LOGITS = 2**17
-BLOCK_VALUES = 2**21
 # Logits this far below the largest get the weight 0: e^-43 is 2e-19, and the square of anything smaller is below
 # float32's normal numbers, which makes a CPU slow.
 LEAST_EXPONENT = -43.0
 LEAST_WEIGHT = math.exp(LEAST_EXPONENT)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What is worked on at once: values of references, and logits."""
+
+    values: int
+    logits: int
+
+
+# Small enough for a CPU's cache; large enough to fill a GPU with few kernels (256 MiB of float32 values).
+_CPU, _ACCELERATOR = _Limits(values=2**21, logits=2**17), _Limits(values=2**26, logits=2**22)
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,8 @@ def _per_row(
     x0: Tensor, eps: Tensor, lam: Tensor, sets: Tensor, groups: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Each row has its references to itself (gathered, where it has a group); a bounded number of rows at a time."""
-    limit = CHUNK_BYTES_CPU if x0.device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
-    chunk = max(1, limit // max(1, 4 * sets.shape[1] * sets.shape[2]))
     parts, room = [], _Workspace(x0.device)
+    chunk = max(1, room.limits.values // max(1, sets[0].numel()))
     for start in range(0, x0.shape[0], chunk):
         rows = slice(start, start + chunk)
         refs = sets[rows if groups is None else groups[rows]]
@@ -154,6 +159,7 @@ class _Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.limits = _CPU if device.type == "cpu" else _ACCELERATOR
         self._flat: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -177,8 +183,8 @@ class _Weighing:
         """x0, eps (G, R, d) and lam (G, R); the anchor alone takes part so far, with the weight 1."""
         self.room = room
         self.dtype = torch.float32 if x0.shape[1] == 1 else torch.float64
-        self.centre = x0[:, :1]
-        self.own = (x0 - self.centre).to(self.dtype)
+        self.centre = x0[:, :1].to(self.dtype)
+        self.own = x0.to(self.dtype) - self.centre
         lam = lam.to(self.dtype)[..., None]
         self.half_square = 0.5 * lam.square()
         self.query = lam.square() * self.own + lam * eps.to(self.dtype)
@@ -190,8 +196,8 @@ class _Weighing:
     def add(self, refs: Tensor, keep: Tensor | None) -> None:
         """Let references (G, n, d) take part in all rows, or in those where keep (G, R, n) says so."""
         groups, rows, width = self.own.shape
-        count = refs.shape[1]
-        block = max(1, min(count, BLOCK_LOGITS // (groups * rows), BLOCK_VALUES // (groups * width)))
+        count, limits = refs.shape[1], self.room.limits
+        block = max(1, min(count, limits.logits // (groups * rows), limits.values // (groups * width)))
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             self._add_block(refs[:, part], None if keep is None else keep[:, :, part])
@@ -202,6 +208,8 @@ class _Weighing:
         wide = self.room.take("wide", (groups, rows, count), self.dtype)
         narrow = self.room.take("narrow", (groups, rows, count), torch.float32)
         differences = self.room.take("differences", (groups, count, width), self.dtype)
+        if refs.is_cpu and refs.dtype != self.dtype:
+            refs = differences.copy_(refs)  # as the subtraction would do itself, but in new memory
         delta = torch.sub(refs, self.centre, out=differences)
         squares = torch.linalg.vector_norm(delta, dim=-1).square()[:, None]
         logits = torch.bmm(self.query, delta.mT, out=wide).addcmul_(self.half_square, squares, value=-1)
@@ -214,9 +222,10 @@ class _Weighing:
         weights = narrow.copy_(logits.sub_(peak)).clamp_(min=LEAST_EXPONENT - 1).exp_()
         torch.threshold_(weights, LEAST_WEIGHT, 0.0)
         shrink = (self.peak - peak).exp()
-        mass = weights.sum(-1, keepdim=True).to(self.dtype)
         squared = torch.linalg.vector_norm(weights, dim=-1, keepdim=True).to(self.dtype).square()
-        moment = self.own * mass - wide.copy_(weights) @ delta
+        weights = wide.copy_(weights)
+        mass = weights.sum(-1, keepdim=True)
+        moment = self.own * mass - weights @ delta
         self.peak = peak
         self.mass = self.mass * shrink + mass
         self.squared_mass = self.squared_mass * shrink.square() + squared

@@ -100,6 +100,33 @@ def test_storage_may_be_half_precision(stream):
     assert bank.entries.dtype == torch.float16 and torch.equal(bank.entries[0, 0], sample[0].half())
 
 
+def largest_allocation(run):
+    """Bytes of the largest tensor that torch allocates during `run`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_allocates_for_its_batch_not_for_the_bank(dtype, stream):
+    batch, capacity, width = 8, 64, 16
+    samples, ids = torch.randn(batch, width, generator=stream), torch.arange(batch)
+    labels, uniforms = torch.zeros_like(ids), torch.rand(batch, 2, generator=stream)
+
+    def step(bank):
+        slots = bank.insert(samples, labels, ids)
+        bank.is_reference(labels, slots, ids)
+        bank.gather(bank.draw(uniforms)[1])
+
+    largest = {}
+    for classes in (2, 200):
+        bank = ClassBank(classes, capacity, (width,), dtype=dtype)
+        storage = [each.data_ptr() for each in (bank.entries, bank.ids, bank.counts, bank.seen)]
+        largest[classes] = largest_allocation(lambda bank=bank: [step(bank) for _ in range(3)])
+        assert [each.data_ptr() for each in (bank.entries, bank.ids, bank.counts, bank.seen)] == storage
+    assert largest[200] == largest[2] == batch * capacity * 8, "the ids of each row's class"
+
+
 def test_state_is_exact(stream):
     bank = filled([0, 1, 2, 0, 0, 0, 0])
     other = ClassBank(CLASSES, CAPACITY, (1,))
