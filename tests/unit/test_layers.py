@@ -14,7 +14,7 @@ FLOORS = dict(
     enumerate(
         [
             ("errors",),
-            ("files", "options", "interpolant", "rng", "precision", "processes", "compiler"),
+            ("files", "foreign_weights", "options", "interpolant", "rng", "precision", "processes", "compiler"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             (
                 "objective",
