@@ -13,7 +13,7 @@ from stablevm.benchmark.report import Report
 from stablevm.data.opening import open_dataset
 from stablevm.training.config import TrainConfig
 from stablevm.training.launch import make_accelerator
-from stablevm.training.processes import on_main
+from stablevm.training.main_process import on_main
 
 MODELS = {"cuda": "SiT-XL/2", "cpu": "SiT-S/2"}
 BATCH_SIZES = {"cuda": 256, "cpu": 16}
