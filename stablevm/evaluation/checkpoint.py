@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,14 +17,8 @@ from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits
 from stablevm.evaluation.samples import Samples
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.drawing import Painter
-from stablevm.sampling.protocol import (
-    Protocol,
-    check_claims,
-    default_name,
-    labels_of,
-    protocol_of,
-)
-from stablevm.snapshot import ModelCard, load_card
+from stablevm.sampling.protocol import Protocol, checked_card, default_name, labels_of, protocol_of
+from stablevm.snapshot import ModelCard
 
 
 @dataclass(frozen=True)
@@ -71,10 +65,7 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     sampling = config.drawn.effective()
     if sampling.compile:
         check_compiler(process.device)
-    card = load_card(sampling.ckpt)
-    if sampling.fused_attn is not None:  # any kernel computes the same function
-        card = replace(card, model=replace(card.model, fused_attn=sampling.fused_attn))
-    check_claims(sampling, card)
+    card = checked_card(sampling)
     source = CheckpointSource(sampling, card, protocol_of(sampling, card), process.device)
     name = sampling.name or default_name(source.protocol)
     output = config.judging.output or sampling.sample_dir / f"{name}.json"

@@ -31,14 +31,14 @@ from stablevm.sampling.drawing import Painter
 from stablevm.sampling.parts import PartFolder
 from stablevm.sampling.protocol import (
     Protocol,
-    check_claims,
     check_same,
+    checked_card,
     default_name,
     idle_claims,
     labels_of,
     protocol_of,
 )
-from stablevm.snapshot import ModelCard, load_card
+from stablevm.snapshot import ModelCard
 
 _POLL_SECONDS = 1.0
 _WEIGHTS = {"ema": "EMA weights", "model": "last weights (not EMA)"}
@@ -107,10 +107,7 @@ def generate(config: GenerateConfig) -> Path:
 
 def _prepare(config: GenerateConfig, process: Process) -> Run:
     """Check the request against the checkpoint, and say what has no effect."""
-    card = load_card(config.ckpt)
-    if config.fused_attn is not None:  # any kernel computes the same function
-        card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
-    check_claims(config, card)
+    card = checked_card(config)
     if config.compile:
         check_compiler(process.device)
     if process.is_first:
