@@ -16,7 +16,7 @@ from stablevm.evaluation.config import EvaluateCheckpointConfig
 from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits
 from stablevm.evaluation.samples import Samples
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.drawing import Painter
+from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.protocol import Protocol, checked_card, default_name, labels_of, protocol_of
 from stablevm.snapshot import ModelCard
 
@@ -42,7 +42,7 @@ class CheckpointSource:
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """(n, H, W, 3); UserError for an image that is not finite."""
         batches = torch.tensor(list(indices)).split(self.config.per_proc_batch_size)
-        return np.concatenate([self._painter.draw(batch.tolist(), self.labels[batch])[0] for batch in batches])
+        return np.concatenate([self._sampler.draw(batch.tolist(), self.labels[batch])[0] for batch in batches])
 
     @cached_property
     def labels(self) -> Tensor:
@@ -51,11 +51,11 @@ class CheckpointSource:
     @property
     def side(self) -> int:
         """Of the images, in pixels."""
-        return self._painter.image_side
+        return self._sampler.image_side
 
     @cached_property
-    def _painter(self) -> Painter:
-        return Painter.load(self.config, self.card, self.device)
+    def _sampler(self) -> ImageSampler:
+        return ImageSampler.load(self.config, self.card, self.device)
 
 
 def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:

@@ -15,7 +15,7 @@ from checkpoints import random_weights, save_checkpoint, tiny_card
 
 from stablevm.errors import UserError
 from stablevm.rng import RowGenerators
-from stablevm.sampling import drawing, generation
+from stablevm.sampling import generation, image_sampler
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.parts import PART_LENGTH, PartFolder
@@ -215,7 +215,7 @@ def test_killed_process_leaves_complete_parts_alone(options, checkpoint, tmp_pat
 def test_finished_run_is_returned_at_once(options, monkeypatch, capsys):
     target = generate(options())
     before = contents(target.parent)
-    monkeypatch.setattr(drawing, "draw_latents", None)
+    monkeypatch.setattr(image_sampler, "draw_latents", None)
     (target.parent / "run.parts").mkdir()  # as a process killed while it tidied up leaves it
     capsys.readouterr()
     assert generate(options(per_proc_batch_size=3)) == target
