@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.importing.config import ImportConfig
 from stablevm.options import as_typed
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type] = {
     "gmm_exp.py": ToyConfig,
     "stablevm import": ImportConfig,
     "stablevm variance": VarianceConfig,
+    "stablevm benchmark": BenchmarkConfig,
     "stablevm extractor": ExtractorConfig,
     "stablevm prepare convert": preparation.ConvertShardsConfig,
     "stablevm prepare encode": preparation.EncodeShardsConfig,
