@@ -187,7 +187,7 @@ def test_resumed_with_another_batch_size_and_process_count(options, monkeypatch)
     assert levels_apart(whole, generate(options(name="resumed", per_proc_batch_size=33))) <= 1
 
 
-def test_killed_process_leaves_complete_parts_alone(options, checkpoint, tmp_path):
+def test_killed_process_leaves_complete_parts_alone(options):
     config = options(name="killed", per_proc_batch_size=2, num_steps=60)
     given = {**vars(config), "ckpt": str(config.ckpt), "sample_dir": str(config.sample_dir)}
     code = (

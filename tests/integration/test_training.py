@@ -328,7 +328,7 @@ def test_metrics_by_time_are_parts_of_the_whole(root):
         assert sum(map(operator.mul, bins, counts)) / 48 == pytest.approx(row[metric], rel=1e-6)
 
 
-def test_phases_with_alignment(root, whole):
+def test_phases_with_alignment(whole):
     rows = [json.loads(line) for line in (whole["si, aligned"] / "metrics.jsonl").read_text().splitlines()]
     assert all(row["seconds/encoder"] > 0 for row in rows)
 
