@@ -159,7 +159,7 @@ def test_a_judge_trained_on_other_data_is_refused(
 
 def command(data: Path, extractor: DigitsExtractor, folder: Path, **arrays: np.ndarray) -> EvaluateConfig:
     save_extractor(folder / "extractor", extractor)
-    np.savez(folder / "samples.npz", **arrays)  # type: ignore[arg-type]
+    np.savez(folder / "samples.npz", **arrays)
     return EvaluateConfig(samples=folder / "samples.npz", reference=data, extractor=folder / "extractor")
 
 
