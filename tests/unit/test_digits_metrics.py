@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
@@ -103,11 +104,18 @@ def test_a_damaged_extractor_is_named(extractor: DigitsExtractor, tmp_path: Path
     (tmp_path / WEIGHTS_FILE).write_bytes(weights[:1000])
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is damaged"):
         load_extractor(tmp_path)
+    save_file({"layer": torch.zeros(2)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is another network"):
+        load_extractor(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is missing"):
         load_extractor(tmp_path)
     (tmp_path / CARD_FILE).write_text('{"format_version": 99}')
     with pytest.raises(UserError, match="format version 99"):
+        load_extractor(tmp_path)
+    save_extractor(tmp_path, extractor)
+    (tmp_path / CARD_FILE).write_text('{"format_version": 1, "name": "digits-cnn"}')
+    with pytest.raises(UserError, match=f"{CARD_FILE} has no 'test_accuracy'"):
         load_extractor(tmp_path)
 
 
