@@ -25,7 +25,7 @@ def start(settings, launch=(sys.executable,)):
     )
 
 
-def wait_for_rows(settings, rows, process, seconds=60):
+def wait_for_rows(settings, rows, process, seconds=180):
     metrics, deadline = settings.folder / "metrics.jsonl", time.monotonic() + seconds
     while not metrics.exists() or len(metrics.read_text().splitlines()) < rows:
         assert process.poll() is None and time.monotonic() < deadline
