@@ -112,6 +112,7 @@ class ClassBank:
         """
         empty = torch.arange(self.capacity, device=self.device) >= self.counts[:, None]
         keys = rand(empty.shape, stream, self.device)
+        best = keys.masked_fill_(empty, -1.0).flatten().topk(min(size, empty.numel()))
         return best.indices, best.values >= 0
 
     def is_reference(self, labels: Tensor, slots: Tensor, ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import tyro
 
@@ -40,19 +40,31 @@ SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 SYSTEM_LIMITS = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
-
 Config = TypeVar("Config")
 
 
+class Command(Protocol):
+    """Takes the arguments given, or those of the program that is running; returns the exit status."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
+
+
+Table = dict[str, tuple[Command, str]]  # by its name, a command with its purpose
+
+
+def _command(kind: type[Config], program: str, target: str, *, returns_status: bool = False) -> Command:
+    """A command of the options `kind` that calls `target` ("module:function"); see `_run`."""
+
+    def command(arguments: Sequence[str] | None = None) -> int:
+        return _run(kind, program, _given(arguments), target, returns_status=returns_status)
+
+    return command
+
+
 def train(arguments: Sequence[str] | None = None) -> int:
-    """`train.py` and `stablevm train`. Returns the exit status, as all commands do."""
+    """`train.py` and `stablevm train`."""
     given = _given(arguments)
     return _run(TrainConfig, "train", given, "stablevm.training.trainer:train", default=lambda: _resumed(given))
-
-
-def generate(arguments: Sequence[str] | None = None) -> int:
-    """`generate.py` and `stablevm generate`."""
-    return _run(GenerateConfig, "generate", _given(arguments), "stablevm.sampling.generation:generate")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -63,39 +75,16 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     return _run(EvaluateConfig, "evaluate", given, "stablevm.evaluation.evaluate:evaluate")
 
 
-def reference(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm reference`."""
-    return _run(ReferenceConfig, "stablevm reference", _given(arguments), "stablevm.evaluation.reference:reference")
+# Also `generate.py` and `gmm_exp.py`.
+generate = _command(GenerateConfig, "generate", "stablevm.sampling.generation:generate")
+toy = _command(ToyConfig, "gmm_exp", "stablevm.toy.experiment:run")
 
-
-def import_checkpoint(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm import`."""
-    return _run(ImportConfig, "stablevm import", _given(arguments), "stablevm.importing.command:import_checkpoint")
-
-
-def quickstart(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm quickstart`."""
-    return _run(QuickstartConfig, "stablevm quickstart", _given(arguments), "stablevm.quickstart.run:quickstart")
-
-
-def variance(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm variance`."""
-    return _run(VarianceConfig, "stablevm variance", _given(arguments), "stablevm.study.command:measure_variance")
-
-
-def benchmark(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm benchmark`."""
-    return _run(BenchmarkConfig, "stablevm benchmark", _given(arguments), "stablevm.benchmark.run:benchmark")
-
-
-def toy(arguments: Sequence[str] | None = None) -> int:
-    """`gmm_exp.py` and `stablevm toy`."""
-    return _run(ToyConfig, "gmm_exp", _given(arguments), "stablevm.toy.experiment:run")
-
-
-def extractor(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm extractor`."""
-    return _run(ExtractorConfig, "stablevm extractor", _given(arguments), "stablevm.quickstart.run:extractor")
+reference = _command(ReferenceConfig, "stablevm reference", "stablevm.evaluation.reference:reference")
+import_checkpoint = _command(ImportConfig, "stablevm import", "stablevm.importing.command:import_checkpoint")
+quickstart = _command(QuickstartConfig, "stablevm quickstart", "stablevm.quickstart.run:quickstart")
+extractor = _command(ExtractorConfig, "stablevm extractor", "stablevm.quickstart.run:extractor")
+variance = _command(VarianceConfig, "stablevm variance", "stablevm.study.command:measure_variance")
+benchmark = _command(BenchmarkConfig, "stablevm benchmark", "stablevm.benchmark.run:benchmark")
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:
@@ -125,51 +114,42 @@ def _digits(arguments: Sequence[str] | None = None) -> int:
     return _guarded(lambda: tyro.cli(digits, prog="stablevm prepare digits", args=_given(arguments)))
 
 
-def _command(kind: type[Config], program: str, target: str) -> "Command":
-    """A command whose function returns its exit status."""
-
-    def command(arguments: Sequence[str] | None = None) -> int:
-        return _run(kind, program, _given(arguments), target, returns_status=True)
-
-    return command
+def _preparing(kind: type[Config], program: str, target: str) -> Command:
+    return _command(kind, program, f"stablevm.preparation.{target}", returns_status=True)
 
 
-Command = Callable[[Sequence[str] | None], int]
-Table = dict[str, tuple[Command, str]]
-
-_FOLDERS, _SHARDS = "stablevm.preparation.folders", "stablevm.preparation.shards"
 FOLDER_STEPS: Table = {
     "convert": (
-        _command(ConvertConfig, "dataset_tools convert", f"{_FOLDERS}:convert"),
+        _preparing(ConvertConfig, "dataset_tools convert", "folders:convert"),
         "crop images to one size, one PNG file each",
     ),
     "encode": (
-        _command(EncodeConfig, "dataset_tools encode", f"{_FOLDERS}:encode"),
+        _preparing(EncodeConfig, "dataset_tools encode", "folders:encode"),
         "encode such images into latents, one .npy file each",
     ),
 }
 PREPARE_STEPS: Table = {
     "convert": (
-        _command(ConvertShardsConfig, "stablevm prepare convert", f"{_SHARDS}:convert"),
+        _preparing(ConvertShardsConfig, "stablevm prepare convert", "shards:convert"),
         "crop images to one size, into shards",
     ),
     "encode": (
-        _command(EncodeShardsConfig, "stablevm prepare encode", f"{_SHARDS}:encode"),
+        _preparing(EncodeShardsConfig, "stablevm prepare encode", "shards:encode"),
         "encode the images in shards, which completes the data set",
     ),
     "pack": (
-        _command(PackConfig, "stablevm prepare pack", "stablevm.preparation.pack:pack"),
+        _preparing(PackConfig, "stablevm prepare pack", "pack:pack"),
         "pack a folder in the layout of REPA into shards",
     ),
     "digits": (_digits, "write scikit-learn's handwritten digits"),
 }
 DATA_ACTIONS: Table = {
     "verify": (
-        _command(VerifyConfig, "stablevm data verify", "stablevm.preparation.verify:verify"),
+        _preparing(VerifyConfig, "stablevm data verify", "verify:verify"),
         "reread a prepared data set and name what is damaged",
     ),
     "info": (
-        _command(InfoConfig, "stablevm data info", "stablevm.preparation.info:info"),
+        _preparing(InfoConfig, "stablevm data info", "info:info"),
         "print what a prepared data set holds, and draw examples",
     ),
 }
@@ -222,9 +202,10 @@ def _run(
     default: Callable[[], Config | None] = lambda: None,
     returns_status: bool = False,
 ) -> int:
-    """Parse the arguments into a `kind` and call `target` ("module:function") with it.
+    """Parse the arguments into a `kind` and call `target` ("module:function") with it; returns the exit status.
 
-    The module is imported last, so that help and mistakes are answered without waiting for torch.
+    The status is 0, or what the target returns if it `returns_status`. The module is imported last, so that help and
+    mistakes are answered without waiting for torch.
     """
 
     def run() -> object:

@@ -1,22 +1,19 @@
 """Frozen image encoders: their patch tokens are what representation alignment aims at."""
 
-import pickle
-import struct
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stablevm.autoencoder import pixels_to_unit
 from stablevm.errors import UserError
+from stablevm.foreign_weights import read_weights
 from stablevm.models.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
 from stablevm.precision import without_autocast
 
@@ -31,16 +28,6 @@ MOCO_MISSPELT = {
 }
 FEATURE_PIXELS = 224  # side of an image whose pooled features are compared, as for FD-DINOv2 (Stein et al., 2023)
 ERROR_LENGTH = 240  # characters of another library's message that ours quotes
-# What the readers of safetensors and of pickles raise for bytes that they can't make sense of.
-_UNREADABLE = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    struct.error,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,8 @@ class TimmEncoder(Encoder):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: Any, *, grid_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, network: Any, dtype: torch.dtype) -> None:
+        grid_size = network.patch_embed.grid_size[0]
         super().__init__(network.to(dtype), dim=network.num_features, grid_size=grid_size)
         self.dtype = dtype
         self.input_size = grid_size * _patch_size(network)
@@ -172,7 +160,7 @@ def load_encoder(
 ) -> Encoder:
     """The frozen encoder called `name`, giving grid_size x grid_size tokens and running in `dtype` on `device`.
 
-    With `grid_size` None, as many tokens as an image of 224 x 224 pixels has.
+    With `grid_size` None: as many tokens as an image of 224 x 224 pixels has.
 
     `name` is "digits", a short name of REPA's (`SHORT_NAMES`) or a vision transformer's name in timm. `weights` is a
     safetensors or torch file in timm's or the authors' layout; without one, timm downloads the pretrained weights.
@@ -184,13 +172,10 @@ def load_encoder(
 
 
 def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, dtype: torch.dtype) -> Encoder:
-    """The encoder called `name` with random weights, for measuring what it costs."""
+    """The encoder called `name` with random weights, for measuring what it costs. UserError for an unknown name."""
     if name == DIGITS:
         return DigitsEncoder(DigitsNet(), dtype).to(device)
-    spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
-    _check_source(name, spec, Path("random weights"))
-    network = _create(name, spec, grid_size, pretrained=False)
-    return TimmEncoder(network, grid_size=network.patch_embed.grid_size[0], dtype=dtype).to(device)
+    return TimmEncoder(_create(name, _spec_of(name), grid_size, pretrained=False), dtype).to(device)
 
 
 def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
@@ -202,25 +187,28 @@ def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype
     if weights is None:
         raise UserError(f"--enc-type {DIGITS}: give its weights with --encoder-weights FILE.safetensors")
     network = DigitsNet()
-    _load_strictly(network, _read_weights(weights), DIGITS, weights)
+    _load_strictly(network, read_weights(weights, "--encoder-weights"), DIGITS, weights)
     return DigitsEncoder(network, dtype)
 
 
 def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
-    spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
-    _check_source(name, spec, weights)
+    spec = _spec_of(name)
+    if weights is None and not spec.downloadable:
+        raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
     network = _create(name, spec, grid_size, pretrained=weights is None)
     if weights is not None:
-        _load_strictly(network, _for_timm(_read_weights(weights), network), spec.timm_name, weights)
+        state = _for_timm(read_weights(weights, "--encoder-weights"), network)
+        _load_strictly(network, state, spec.timm_name, weights)
     if not spec.final_norm:
         network.norm = nn.Identity()
-    return TimmEncoder(network, grid_size=network.patch_embed.grid_size[0], dtype=dtype)
+    return TimmEncoder(network, dtype)
 
 
-def _check_source(name: str, spec: TimmEncoderSpec, weights: Path | None) -> None:
-    """UserError for a name that timm doesn't know, and where weights must be given and aren't."""
+def _spec_of(name: str) -> TimmEncoderSpec:
+    """By a short name, or a name in timm, which also says whether there is something to download; UserError else."""
     import timm
 
+    spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
     try:
         pretrained = timm.get_pretrained_cfg(spec.timm_name)
     except RuntimeError:  # a known architecture, with an unknown tag after the dot
@@ -228,8 +216,7 @@ def _check_source(name: str, spec: TimmEncoderSpec, weights: Path | None) -> Non
     if pretrained is None:
         names = ", ".join((DIGITS, *SHORT_NAMES))
         raise UserError(f"--enc-type {name}: expected one of {names}, or the name of a timm vision transformer")
-    if weights is None and not (spec.downloadable and pretrained.has_weights):
-        raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
+    return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
 
 
 def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained: bool) -> Any:
@@ -273,22 +260,6 @@ def _moco_name(key: str) -> str:
     name = key.removeprefix(MOCO_PREFIX)
     layer, _, parameter = name.rpartition(".")
     return f"{MOCO_MISSPELT[layer]}.{parameter}" if layer in MOCO_MISSPELT else name
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"--encoder-weights {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE:
-        raise UserError(
-            f"--encoder-weights {path}: neither safetensors nor a torch file of tensors alone; convert it"
-        ) from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"--encoder-weights {path}: expected named tensors, found {type(checkpoint).__name__}")
-    return checkpoint
 
 
 def _load_strictly(network: nn.Module, state: dict[str, Any], name: str, path: Path) -> None:

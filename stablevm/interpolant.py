@@ -109,7 +109,7 @@ def _pair(value: Tensor, x_t: Tensor, c: Coefficients, source: Kind) -> tuple[Te
 
 
 def align(t: Tensor, like: Tensor) -> Tensor:
-    """Reshape times (B,) to (B, 1, ..., 1) with as many dimensions as `like`; scalars stay scalars."""
+    """Reshape times (B,), or any values of rows, to (B, 1, ..., 1) with the dimensions of `like`; scalars stay."""
     return t if t.ndim == 0 else t.reshape(-1, *[1] * (like.ndim - 1))
 
 

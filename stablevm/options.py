@@ -34,6 +34,14 @@ def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
     ]
 
 
+def distinct_indices(text: str) -> tuple[int, ...] | None:
+    """The numbers in "3, 5"; None where they are not distinct integers from 0."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        return None
+    return tuple(map(int, parts))
+
+
 def _choices(config: Any) -> list[Expectation]:
     """One expectation for each field that takes words: of type Literal[...], alone or beside None or int."""
     expectations = []

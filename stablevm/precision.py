@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names of precisions
+# By the names of our options; "no" is accelerate's name of float32.
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _switches() -> list[Any]:
@@ -43,6 +44,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 switch.fp32_precision = value
             if legacy is not None:
                 torch.set_float32_matmul_precision(legacy)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype` inside the block, whatever surrounds it; float32 is autocast turned off."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager

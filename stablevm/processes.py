@@ -1,11 +1,16 @@
 """Which of several processes this one is, where they share files and nothing else."""
 
 import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from stablevm.errors import UserError
+
+POLL_SECONDS = 0.2  # between two looks for files of other processes
 
 
 @dataclass(frozen=True)
@@ -34,3 +39,13 @@ class Process:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+
+def wait_for_files(paths: Sequence[Path], tell: Callable[[int], object]) -> None:
+    """Until other processes have made these files; `tell` is called once, with how many are missing, if any are."""
+    told = False
+    while missing := sum(not path.exists() for path in paths):
+        if not told:
+            tell(missing)
+            told = True
+        time.sleep(POLL_SECONDS)

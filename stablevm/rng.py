@@ -6,7 +6,7 @@ CPU: the same numbers on every device.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,9 @@ def rand(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str 
     return _fill(torch.rand, shape, stream, device)
 
 
-def _fill(sample, shape: Sequence[int], stream: AnyGenerator, device: torch.device | str) -> Tensor:  # type: ignore[no-untyped-def]
+def _fill(
+    sample: Callable[..., Tensor], shape: Sequence[int], stream: AnyGenerator, device: torch.device | str
+) -> Tensor:
     # From page-locked memory the copy to a GPU runs beside other work; from other memory it waits for its turn.
     pinned = torch.device(device).type == "cuda"
     if isinstance(stream, torch.Generator):

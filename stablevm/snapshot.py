@@ -79,7 +79,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_card(folder: str | Path) -> ModelCard:
-    """Read the card; UserError when `folder` is not a checkpoint or was written by another format version."""
+    """Read the card; UserError when `folder` is no checkpoint, its card is damaged, or of another format version."""
     folder = Path(folder)
     if not (folder / CARD_FILE).is_file():
         raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
@@ -87,7 +87,12 @@ def load_card(folder: str | Path) -> ModelCard:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder}: format version {version}, this program reads {FORMAT_VERSION}")
-    return ModelCard.from_dict(values)
+    try:
+        return ModelCard.from_dict(values)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: {CARD_FILE} is damaged ({type(error).__name__}: {error}); use another checkpoint"
+        ) from None
 
 
 def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
@@ -104,8 +109,17 @@ def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
 def load_model(
     folder: str | Path, card: ModelCard, *, weights: Weights = "ema", device: torch.device | str = "cpu"
 ) -> SiT:
-    """The network of `card` with the weights in `folder`: evaluation mode, float32, without gradients."""
+    """The network of `card` with the weights in `folder`: evaluation mode, float32, without gradients.
+
+    UserError when the weights are absent, damaged, or those of another network.
+    """
     with torch.device("meta"):  # first values would be thrown away
         model = SiT(card.model)
-    model.load_state_dict(load_weights(folder, weights), assign=True)
+    try:
+        model.load_state_dict(load_weights(folder, weights), assign=True)
+    except RuntimeError:
+        raise UserError(
+            f"{folder}: {weights}.safetensors holds other tensors than the {card.model.name} of {CARD_FILE}; "
+            "use another checkpoint"
+        ) from None
     return model.to(device).eval().requires_grad_(False)

@@ -1,12 +1,16 @@
 """Fixtures shared by the rooms' tests."""
 
 import os
+import signal
 
 # The tests are too small to gain from threads, and OpenMP's wait for each other where another program is running.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# A shell lets what it starts in the background ignore Ctrl-C, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,12 @@
 """A tiny data set, a tiny encoder, and short training runs: shared by the tests of training."""
 
 import json
+import os
+import sys
 
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
 from stablevm.data.manifest import Manifest
@@ -14,6 +16,8 @@ from stablevm.training.config import TrainConfig
 from stablevm.training.trainer import train
 
 SAMPLES, CLASSES = 40, 3
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of commands that are started as a process
 ALIGNED = {"use_proj_loss": True, "enc_type": "digits", "encoder_depth": 1}
 
 
@@ -72,6 +76,21 @@ def run(configuration):
 
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(folder, step):
+    """All tensors of a checkpoint: weights, their average, the optimiser's state and the bank."""
+    files = (folder / "checkpoints" / f"{step:07d}").glob("*.safetensors")
+    return {file.stem: load_file(file) for file in files}
+
+
+def assert_same_checkpoint(folder, other, step=6):
+    one, two = saved(folder, step), saved(other, step)
+    assert one.keys() == two.keys() >= {"ema", "model", "optimizer"}
+    for part in one:
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            assert torch.equal(value, two[part][name]), (part, name)
 
 
 def as_arguments(configuration):

@@ -17,7 +17,7 @@ from stablevm.objective import StableVM
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.journal import Journal
-from stablevm.training.processes import on_main
+from stablevm.training.main_process import on_main
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 FILL_ROWS = 4096  # of the bank, at a time

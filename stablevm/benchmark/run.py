@@ -16,7 +16,7 @@ from stablevm.encoders import Encoder, untrained_encoder
 from stablevm.precision import DTYPES
 from stablevm.training.config import TrainConfig
 from stablevm.training.launch import make_accelerator
-from stablevm.training.processes import on_main
+from stablevm.training.main_process import on_main
 from stablevm.training.setup import model_config
 
 MODELS = {"cuda": "SiT-XL/2", "cpu": "SiT-S/2"}

@@ -133,10 +133,6 @@ class Manifest:
                     f"{file.size:,}; {REMEDY}"
                 )
 
-    def damaged_files(self, folder: Path) -> list[Path]:
-        """Reread every shard file: those that are absent or differ from their checksum."""
-        return [folder / file.name for file in self.files() if not file.is_intact(folder)]
-
     def files(self) -> list[ShardFile]:
         """Of all shards."""
         return [file for shard in self.shards for file in (shard.latents, shard.images) if file]

@@ -6,6 +6,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -106,7 +107,7 @@ class RepaDataset(PreparedDataset):
             raise UserError(
                 f"--data-dir {self.folder}: has no {IMAGES}, which are needed here; put them beside {LATENTS}"
             )
-        assert self.image_names
+        len(self.image_names)  # pairs them, which is an error for a latent without one
 
     def unpaired(self) -> Iterator[str]:
         """What lies in the folders without a place in the set: one line for each kind."""
@@ -140,15 +141,10 @@ class RepaDataset(PreparedDataset):
         """(3, H, W)."""
         assert self._images is not None
         side = self.resolution
-        try:
-            with self._images.open(name) as file, Image.open(file) as picture:
-                size, mode = picture.size, picture.mode
-                if size == (side, side) and mode in ("RGB", "L"):
-                    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-        except (*READ_ERRORS, Image.DecompressionBombError) as error:
-            if isinstance(error, OSError) and not is_fault_of_file(error):
-                raise
-            raise UserError(f"{self._images.root}/{name}: can't be read ({error}); convert it again") from None
+        with _told(self._images, name, "convert"), self._images.open(name) as file, Image.open(file) as picture:
+            size, mode = picture.size, picture.mode
+            if size == (side, side) and mode in ("RGB", "L"):
+                return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
         raise UserError(
             f"{self._images.root}/{name}: {mode} of {size[0]} x {size[1]} pixels, "
             f"expected RGB or grey of {side} x {side}; convert the images again"
@@ -197,7 +193,8 @@ class RepaDataset(PreparedDataset):
     def _side_of_images(self) -> int:
         if self._images is None:
             return self.moments_shape[1] * ASSUMED_FACTOR
-        with self._images.open(self.image_names[0]) as file, Image.open(file) as picture:
+        name = self.image_names[0]
+        with _told(self._images, name, "convert"), self._images.open(name) as file, Image.open(file) as picture:
             return picture.width
 
 
@@ -211,15 +208,21 @@ def _image_name(latent: str) -> str:
     return str(path.with_name(path.stem.replace(_LATENT_STEM, _IMAGE_STEM) + ".png"))
 
 
-def _load(storage: Storage, name: str) -> np.ndarray:
-    """Moments (2C, h, w) of one file, whose array may have a leading 1."""
+@contextmanager
+def _told(storage: Storage, name: str, maker: str) -> Iterator[None]:
+    """UserError for a file that is missing or damaged; what is wrong with the machine instead passes."""
     try:
-        with storage.open(name) as file:
-            values = np.lib.format.read_array(file, allow_pickle=False)
-    except READ_ERRORS as error:
+        yield
+    except (*READ_ERRORS, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and not is_fault_of_file(error):
             raise
-        raise UserError(f"{storage.root}/{name}: can't be read ({error}); encode it again") from None
+        raise UserError(f"{storage.root}/{name}: can't be read ({error}); {maker} it again") from None
+
+
+def _load(storage: Storage, name: str) -> np.ndarray:
+    """Moments (2C, h, w) of one file, whose array may have a leading 1."""
+    with _told(storage, name, "encode"), storage.open(name) as file:
+        values = np.lib.format.read_array(file, allow_pickle=False)
     if values.ndim == 4 and len(values) == 1:
         values = values[0]
     if values.ndim != 3 or values.dtype.kind != "f":

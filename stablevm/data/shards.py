@@ -19,6 +19,7 @@ from torch import Tensor
 from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
 from stablevm.data.manifest import MANIFEST_FILE, REMEDY, Manifest, Shard, ShardKind
 from stablevm.data.png import decode_png
+from stablevm.data.storage import READ_ERRORS
 from stablevm.errors import UserError
 
 
@@ -80,7 +81,7 @@ class ShardDataset(PreparedDataset):
         rows = checked_rows(rows, len(self))
         values = np.empty((len(rows), 3, self.resolution, self.resolution), np.uint8)
         for row, (shard, local) in enumerate(zip(*self._locate(rows), strict=True)):
-            values[row] = decode_png(self._shards[shard].png(local)).transpose(2, 0, 1)
+            values[row] = self._shards[shard].image(local)
         return torch.from_numpy(values)
 
     def check_images(self) -> None:
@@ -89,10 +90,6 @@ class ShardDataset(PreparedDataset):
                 f"--data-dir {self.folder}: prepared without images, which are needed here; prepare it with images"
             )
         self.manifest.check_files(self.folder, "images")
-
-    def verify(self) -> list[Path]:
-        """Reread every file against its checksum; the damaged ones."""
-        return self.manifest.damaged_files(self.folder)
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([shard.latents[name] for shard in self._shards])
@@ -141,9 +138,13 @@ class _MappedShard:
             raise self._error("images", f"holds other samples than {self._shard.latents.name}")
         return tensors
 
-    def png(self, row: int) -> bytes:
-        """The file of one image of a compressed shard."""
-        return self.images["png"][self._png_starts[row] : self._png_starts[row + 1]].tobytes()
+    def image(self, row: int) -> np.ndarray:
+        """One image of a compressed shard, (3, H, W)."""
+        content = self.images["png"][self._png_starts[row] : self._png_starts[row + 1]]
+        try:
+            return decode_png(content.tobytes()).transpose(2, 0, 1)
+        except READ_ERRORS as error:
+            raise self._error("images", f"holds an image that can't be read ({error})") from None
 
     @cached_property
     def _png_starts(self) -> np.ndarray:

@@ -18,7 +18,6 @@ _FILE_FAULTS = {
     None,  # of decoders
 }
 
-
 # All that reading a damaged file raises, in Pillow's decoders, NumPy and archives.
 READ_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError),
@@ -31,7 +30,7 @@ def is_fault_of_file(error: OSError) -> bool:
     return error.errno in _FILE_FAULTS
 
 
-def open_storage(root: str | Path) -> "FolderStorage | ZipStorage":
+def open_storage(root: str | Path) -> "Storage":
     """Raises UserError if there is neither a folder nor a readable ZIP archive at `root`."""
     root = Path(root)
     if root.is_dir():
@@ -43,6 +42,8 @@ def open_storage(root: str | Path) -> "FolderStorage | ZipStorage":
 
 
 class FolderStorage:
+    """A folder of this machine's."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
@@ -111,7 +112,7 @@ class ZipStorage:
         try:
             return self._archive().open(name)
         except KeyError:
-            raise FileNotFoundError(2, "no such file in the archive", f"{self.root}/{name}") from None
+            raise FileNotFoundError(errno.ENOENT, "no such file in the archive", f"{self.root}/{name}") from None
         except (zipfile.BadZipFile, RuntimeError) as error:  # encrypted, or compressed in an unknown way
             raise OSError(errno.EINVAL, str(error), f"{self.root}/{name}") from None
 

@@ -4,6 +4,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -33,9 +34,7 @@ class Calls(Generic[Result]):
         pin_memory: bool = False,
     ) -> None:
         many = min(workers, len(requests)) if isinstance(requests, Sized) else workers
-        with warnings.catch_warnings():
-            # Of more workers than cores, which is what published commands ask for on a small machine.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
+        with _many_workers_allowed():
             self._loader = DataLoader(
                 _Work(work),
                 batch_sampler=cast(Any, requests),  # each is what one call gets, be it a list or not
@@ -50,8 +49,7 @@ class Calls(Generic[Result]):
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Result]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
+        with _many_workers_allowed():
             results = iter(self._loader)
         for result in results:
             if isinstance(result, Exception):
@@ -70,6 +68,14 @@ class _Work(Dataset):
             return self.work(request)
         except (UserError, OSError) as error:
             return error
+
+
+@contextmanager
+def _many_workers_allowed() -> Iterator[None]:
+    """Without torch's warning of more workers than cores, which published commands ask for on a small machine."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def _as_made(result: Any) -> Any:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -16,15 +16,9 @@ from stablevm.evaluation.config import EvaluateCheckpointConfig
 from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits
 from stablevm.evaluation.samples import Samples
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.drawing import Painter
-from stablevm.sampling.protocol import (
-    Protocol,
-    check_claims,
-    default_name,
-    labels_of,
-    protocol_of,
-)
-from stablevm.snapshot import ModelCard, load_card
+from stablevm.sampling.image_sampler import ImageSampler
+from stablevm.sampling.protocol import Protocol, checked_card, default_name, labels_of, protocol_of
+from stablevm.snapshot import ModelCard
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class CheckpointSource:
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """(n, H, W, 3); UserError for an image that is not finite."""
         batches = torch.tensor(list(indices)).split(self.config.per_proc_batch_size)
-        return np.concatenate([self._painter.draw(batch.tolist(), self.labels[batch])[0] for batch in batches])
+        return np.concatenate([self._sampler.draw(batch.tolist(), self.labels[batch])[0] for batch in batches])
 
     @cached_property
     def labels(self) -> Tensor:
@@ -57,11 +51,11 @@ class CheckpointSource:
     @property
     def side(self) -> int:
         """Of the images, in pixels."""
-        return self._painter.image_side
+        return self._sampler.image_side
 
     @cached_property
-    def _painter(self) -> Painter:
-        return Painter.load(self.config, self.card, self.device)
+    def _sampler(self) -> ImageSampler:
+        return ImageSampler.load(self.config, self.card, self.device)
 
 
 def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
@@ -71,10 +65,7 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     sampling = config.drawn.effective()
     if sampling.compile:
         check_compiler(process.device)
-    card = load_card(sampling.ckpt)
-    if sampling.fused_attn is not None:  # any kernel computes the same function
-        card = replace(card, model=replace(card.model, fused_attn=sampling.fused_attn))
-    check_claims(sampling, card)
+    card = checked_card(sampling)
     source = CheckpointSource(sampling, card, protocol_of(sampling, card), process.device)
     name = sampling.name or default_name(source.protocol)
     output = config.judging.output or sampling.sample_dir / f"{name}.json"

@@ -133,8 +133,15 @@ def load_extractor(folder: str | Path) -> DigitsExtractor:
         raise UserError(
             f"--extractor {folder}: {WEIGHTS_FILE} is damaged ({error}); train the extractor again"
         ) from None
+    except RuntimeError:
+        raise UserError(
+            f"--extractor {folder}: {WEIGHTS_FILE} is another network's; train the extractor again"
+        ) from None
     net.eval().requires_grad_(False)
-    return DigitsExtractor(net, card["test_accuracy"], card["seed"], card["steps"], card["data_sha256"])
+    try:
+        return DigitsExtractor(net, card["test_accuracy"], card["seed"], card["steps"], card["data_sha256"])
+    except KeyError as error:
+        raise UserError(f"--extractor {folder}: {CARD_FILE} has no {error}; train the extractor again") from None
 
 
 def check_digits(dataset: PreparedDataset) -> None:

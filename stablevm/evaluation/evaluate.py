@@ -12,14 +12,14 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.evaluation import comparison
-from stablevm.evaluation.archives import Archive
 from stablevm.evaluation.comparison import Comparison, class_order
 from stablevm.evaluation.config import EvaluateConfig, JudgeConfig
 from stablevm.evaluation.digits_extractor import load_extractor
+from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
-from stablevm.evaluation.judge import judge, result_rows
+from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
 from stablevm.files import write_json
 from stablevm.processes import Process
@@ -78,11 +78,11 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
 
 
 def finish_digits(images: Tensor, labels: Tensor, title: str, config: JudgeConfig, output: Path) -> Results:
-    """What `judge` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
+    """What `judge_digits` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
     assert config.extractor is not None
     train, test = splits(config.reference)
-    results = judge(images, labels, test, train, load_extractor(config.extractor))
-    rows = result_rows(results)
+    results = judge_digits(images, labels, test, train, load_extractor(config.extractor))
+    rows = digits_rows(results)
     return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output)
 
 

@@ -24,13 +24,12 @@ from tqdm import tqdm
 from stablevm.errors import UserError
 from stablevm.evaluation.extractors import FeatureExtractor
 from stablevm.files import is_temporary, write_with
-from stablevm.processes import Process
+from stablevm.processes import Process, wait_for_files
 
 PART_LENGTH = 128  # images; an interruption loses at most this much work of each process
 CACHE_VERSION = 1  # raised when the same images and weights shall give other features
 SUFFIX = ".safetensors"
 IN_USE_SECONDS = 3600.0  # files used within the last hour are not swept: another evaluation may be about to read them
-_POLL_SECONDS = 0.5
 
 
 class ImageSource(Protocol):
@@ -45,6 +44,11 @@ class ImageSource(Protocol):
         """Those at `indices`, in that order: (n, H, W, 3)."""
 
 
+def pixels_key(images: NDArray[np.uint8]) -> str:
+    """A hash of the pixels of images uint8 (n, H, W, 3)."""
+    return hashlib.sha256(str(images.shape).encode() + images.tobytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class ArraySource:
     """Images in memory, or mapped from a file; their key is a hash of their pixels."""
@@ -55,8 +59,7 @@ class ArraySource:
         return len(self.array)
 
     def key(self, part: range) -> str:
-        pixels = np.ascontiguousarray(self.images(part))
-        return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        return pixels_key(self.images(part))
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         return self.array[np.asarray(indices)]
@@ -138,7 +141,7 @@ def extract(
     if not process.is_first:
         return None
     everything = [paths.get(part) or cache.path(extractor, source.key(part)) for part in parts]
-    _wait(everything, title)
+    wait_for_files(everything, lambda missing: tqdm.write(f"{title}: waiting for {missing} parts of other processes"))
     return Features(everything)
 
 
@@ -153,13 +156,3 @@ def _compute(
         bar.update(len(block))
     joined = {name: torch.cat([block[name] for block in blocks]) for name in extractor.feature_names}
     write_with(path, lambda temporary: save_file(joined, temporary))
-
-
-def _wait(paths: Sequence[Path], title: str) -> None:
-    """Until other processes have made these files."""
-    told = False
-    while missing := sum(not path.exists() for path in paths):
-        if not told:
-            told = True
-            tqdm.write(f"{title}: waiting for {missing} parts of other processes")
-        time.sleep(_POLL_SECONDS)

@@ -4,21 +4,19 @@ Network, resize and weights are torch-fidelity's `FeatureExtractorInceptionV3`; 
 """
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stablevm.errors import UserError
 from stablevm.evaluation.extractors import fingerprint
 from stablevm.files import sha256
+from stablevm.foreign_weights import read_weights
 from stablevm.precision import full_precision, tf32
 
-POOL_WIDTH = 2048
+BLOCK_ROWS = 4096  # pool features multiplied at once: 32 MiB
 SPATIAL_CHANNELS = 7  # the first ones of 17 x 17 positions: 2,023 values
 PUBLISHED_NAME = "Inception 2015-12-05"
 # The published file's name ends in the first digits of its SHA-256, by which torch.hub checks the download.
@@ -57,7 +55,7 @@ class InceptionExtractor:
         """Pool features (n, 2048) times the weights, without the bias: float32 (n, 1008) on the CPU."""
         weights = self._network.fc.weight
         with full_precision(weights.device):
-            return torch.cat([(block.to(weights.device) @ weights.T).cpu() for block in pool.split(4096)])
+            return torch.cat([(block.to(weights.device) @ weights.T).cpu() for block in pool.split(BLOCK_ROWS)])
 
 
 def load_inception(weights: Path | None, device: torch.device | str = "cpu") -> InceptionExtractor:
@@ -69,7 +67,7 @@ def load_inception(weights: Path | None, device: torch.device | str = "cpu") -> 
     FeatureExtractorInceptionV3 = _torch_fidelity().FeatureExtractorInceptionV3
     path = weights if weights is not None else _download()
     state = io.BytesIO()  # the network reads its weights itself, as a pickle: only from one that was written here
-    torch.save(_read(path), state)
+    torch.save(read_weights(path, "--inception-weights"), state)
     state.seek(0)
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # first values, which the weights replace
@@ -112,17 +110,3 @@ def _download() -> Path:
 
 def _file_name(url: str) -> str:
     return url.rsplit("/", 1)[-1]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"--inception-weights {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError):
-        state = None
-    if not isinstance(state, dict):
-        raise UserError(f"--inception-weights {path}: neither safetensors nor a torch file of tensors alone")
-    return state

@@ -24,7 +24,7 @@ from stablevm.data.opening import dataset_folder, open_dataset
 from stablevm.data.repa import is_repa_folder
 from stablevm.errors import UserError
 from stablevm.evaluation.config import ReferenceConfig
-from stablevm.evaluation.features import FeatureCache, Features, ImageSource, extract
+from stablevm.evaluation.features import FeatureCache, Features, ImageSource, extract, pixels_key
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.statistics import FeatureStatistics
 from stablevm.files import write_with
@@ -42,16 +42,14 @@ class DatasetSource:
     """The images of a prepared data set."""
 
     dataset: PreparedDataset
-    _last: tuple[Sequence[int], NDArray[np.uint8]] | None = field(
-        default=None, repr=False
-    )  # asked for its key, then its images
+    # A part is asked for its key and then for its images: they are read once.
+    _last: tuple[Sequence[int], NDArray[np.uint8]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def key(self, part: range) -> str:
-        images = self.images(part)
-        return hashlib.sha256(str(images.shape).encode() + images.tobytes()).hexdigest()
+        return pixels_key(self.images(part))
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         if self._last is None or self._last[0] != indices:

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.errors import UserError
-from stablevm.evaluation.archives import IMAGES, Archive
 from stablevm.evaluation.features import ArraySource, ImageSource
 from stablevm.evaluation.inception import PUBLISHED_NAME, InceptionExtractor
 from stablevm.evaluation.neighbours import PRECISION_RECALL_K
+from stablevm.evaluation.npz import IMAGES, Archive
 from stablevm.evaluation.statistics import Moments
 
 

@@ -1,7 +1,6 @@
 """Reading a foreign `.pt` file: tensors and plain values only, nothing in it is executed."""
 
 import argparse
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from stablevm.errors import UserError
+from stablevm.foreign_weights import UNREADABLE
 from stablevm.snapshot import Weights
 
 # Put before parameters' names by torch's wrappers for several processes and for compilation.
@@ -62,16 +62,16 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a torch checkpoint (torch 1.6 or later), or cut short; fetch it again")
     try:
         with safe_globals([argparse.Namespace]):
-            foreign = get_unsafe_globals_in_checkpoint(path)
-            if foreign:
-                raise UserError(
-                    f"{path}: refused, it asks to load {', '.join(sorted(foreign))}, which could run code; save its "
-                    "weights alone (torch.save of the state_dict) where you trust it"
-                )
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+            refused = get_unsafe_globals_in_checkpoint(path)
+            content = None if refused else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); fetch it again") from None
+    if refused:
+        raise UserError(
+            f"{path}: refused, it asks to load {', '.join(sorted(refused))}, which could run code; save its weights "
+            "alone (torch.save of the state_dict) where you trust it"
+        )
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected named weights, found {type(content).__name__}")
     return content

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from stablevm.autoencoder import Autoencoder, LatentSpec, load_autoencoder
 from stablevm.errors import UserError
-from stablevm.precision import tf32
+from stablevm.precision import DTYPES, autocast, tf32
 from stablevm.processes import Process
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,7 @@ class BatchEncoder:
 
         Raises UserError, naming the image, where they are not finite, also once they are rounded to float16.
         """
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with tf32(False), autocast, torch.no_grad():
+        with tf32(False), autocast(self.device, self.dtype), torch.no_grad():
             moments = self.autoencoder.encode(images.to(self.device).contiguous()).float().cpu().contiguous()
         finite = moments.half().isfinite().flatten(1).all(1)
         if not finite.all():

@@ -5,6 +5,7 @@
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _job(title: str, dest: Path, count: int, process: Process, part_length: int 
     return Job(title, dest / WORK_FOLDER / "parts", [range(count)], process, part_length)
 
 
-def _has_record(job: Job) -> Any:
+def _has_record(job: Job) -> Callable[[set[str], range], bool]:
     return lambda names, part: job.path(part).name in names
 
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stablevm.data.manifest import ShardFile, ShardKind
-from stablevm.data.writer import Rows, join_files, shard_name, write_file
+from stablevm.data.streaming import StreamedTensor, join_files, write_streamed
+from stablevm.data.writer import shard_name
 from stablevm.files import read_json, write_json
 from stablevm.preparation.work import Job
 
@@ -52,8 +53,8 @@ class ShardJob:
 
     def write(self, part: range, tensors: Mapping[str, Tensor], problems: list[dict[str, Any]]) -> None:
         """Save a part of any number of rows: all tensors of the shard's files, `labels` and `index`."""
-        rows = {name: Rows.of(tensor.numpy()) for name, tensor in tensors.items()}
-        write_file(self.job.path(part), rows, {"problems": json.dumps(problems)})
+        streamed = {name: StreamedTensor.of(tensor.numpy()) for name, tensor in tensors.items()}
+        write_streamed(self.job.path(part), streamed, {"problems": json.dumps(problems)})
         self.join(wait=False)
 
     def join(self, *, wait: bool) -> None:

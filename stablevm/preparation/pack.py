@@ -1,6 +1,6 @@
 """From the layout of REPA to shards: files by the million become a few that are read fast."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def _finish(
     kept = np.concatenate([record.labels for record in filled])
     counts = np.bincount(kept, minlength=dataset.num_classes)
     found = tuple(Shard(record.rows, record.files["latents"], record.files.get("images")) for record in filled)
-    complete = Manifest(**{**vars(manifest), "class_counts": tuple(counts.tolist()), "shards": found})
+    complete = replace(manifest, class_counts=tuple(counts.tolist()), shards=found)
     complete.write(config.dest)
     report = Report(plan, complete.count, 0, tuple(problems))
     report.write(config.dest)

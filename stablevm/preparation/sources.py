@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.data.listing import LISTING_FILE, Listing, read_listing
+from stablevm.data.repa import LATENTS, is_repa_folder
 from stablevm.data.storage import FolderStorage, Storage, open_storage
 from stablevm.errors import UserError
 
@@ -49,8 +50,8 @@ def open_source(root: str | Path) -> Source:
     """
     storage = open_storage(root)
     root = Path(root)
-    if isinstance(storage, FolderStorage) and any((root / name).exists() for name in ("vae-sd", "vae-sd.zip")):
-        raise UserError(f"{root}: holds latents already (vae-sd); give its folder images, or pack it")
+    if isinstance(storage, FolderStorage) and is_repa_folder(root):
+        raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")
     if storage.exists(LISTING_FILE):
         listing = read_listing(storage)
         if listing.labels is not None:

@@ -7,7 +7,6 @@ process i modulo their number.
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 from stablevm.files import is_temporary, read_json, write_json
 from stablevm.preparation.report import REPORT_FILE, Report
-from stablevm.processes import Process
+from stablevm.processes import Process, wait_for_files
 
 WORK_FOLDER = ".prepare"  # in the result's folder, until the result is complete
 PLAN_FILE = "plan.json"
 # An interruption loses at most this much of each process's work, and each part costs two waits for the disk.
 PART_LENGTH = 256
 _ENCODING_PART_LENGTH = 64  # at least: on a CPU the autoencoder takes a second or more for each image
-_POLL_SECONDS = 0.2
 
 Result = TypeVar("Result")
 
@@ -88,12 +86,12 @@ class Job:
 
     def wait(self, paths: Sequence[Path]) -> None:
         """Until other processes have made these files."""
-        told = False
-        while missing := [path for path in paths if not path.exists()]:
-            if not told and self.process.is_first:
-                told = True
-                tqdm.write(f"{self.title}: waiting for {len(missing)} files of other processes")
-            time.sleep(_POLL_SECONDS)
+
+        def tell(missing: int) -> None:
+            if self.process.is_first:
+                tqdm.write(f"{self.title}: waiting for {missing} files of other processes")
+
+        wait_for_files(paths, tell)
 
 
 def begin(dest: Path, plan: dict[str, Any]) -> Report | None:

@@ -16,9 +16,9 @@ from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor, train_extractor
+from stablevm.evaluation.digits_metrics import digits_rows
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.evaluation.figures import samples_beside_real, training_curves
-from stablevm.evaluation.judge import result_rows
 from stablevm.evaluation.report import Figure, write_report
 from stablevm.files import read_json, write_json
 from stablevm.interpolant import get_interpolant
@@ -125,8 +125,8 @@ def _figures(config: QuickstartConfig, samples: Path) -> list[Figure]:
     folder = config.output_dir / "figures"
     train_set, test_set = open_dataset(recipe.data_folder(config)), open_dataset(recipe.data_folder(config), "test")
     run = recipe.train_config(config)
-    archive = np.load(samples)
-    generated = _by_class(archive["arr_0"], archive["labels"])
+    with np.load(samples) as archive:
+        generated = _by_class(archive["arr_0"], archive["labels"])
     real = _by_class(test_set.images(range(len(test_set))).permute(0, 2, 3, 1).numpy(), test_set.labels().numpy())
     samples_beside_real(generated, real, folder / "samples.png", train_set.class_names)
     training_curves(read_metrics(run.folder / METRICS_FILE), folder / "training.png")
@@ -221,7 +221,7 @@ def _write_report(
 
 def _table(results: dict[Guidance, dict[str, Any]]) -> list[list[str | float | int]]:
     """One column per guidance beside the names and explanations of the metrics."""
-    columns = [result_rows(result) for result in results.values()]
+    columns = [digits_rows(result) for result in results.values()]
     head: list[str | float | int] = ["", *(guide.name for guide in results), ""]
     return [head] + [
         [rows[0][0], *(row[1] for row in rows), rows[0][2]] for rows in list(zip(*columns, strict=True))[1:]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stablevm.errors import UserError
-from stablevm.options import Expectation, idle_warnings, require
+from stablevm.options import Expectation, distinct_indices, idle_warnings, require
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ class GenerateConfig:
         """The numbers in `classes`; None for all. UserError if they are not distinct integers from 0."""
         if self.classes is None:
             return None
-        parts = [part.strip() for part in self.classes.split(",")]
-        if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        indices = distinct_indices(self.classes)
+        if indices is None:
             raise UserError(f"--classes {self.classes}: expected distinct class indices from 0, such as 3,5")
-        return tuple(int(part) for part in parts)
+        return indices
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stablevm.interpolant import align
+
 # Dormand and Prince (1980), "A family of embedded Runge-Kutta formulae", table 2. The last row of stages is the
 # solution of order 5, and its slope is the first one of the next step.
 _TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -59,8 +61,8 @@ def dopri5(velocity: RowVelocity, x: Tensor, rtol: float = 1e-3, atol: float = 1
         ahead, slope_ahead, error = _try_step(velocity, x, t, slope, step, rows)
         ratio = _rms(error) / (atol + rtol * torch.maximum(_rms(x), _rms(ahead)))
         accepted = ratio <= 1
-        x = torch.where(_wide(accepted, x), ahead, x)
-        slope = torch.where(_wide(accepted, x), slope_ahead, slope)
+        x = torch.where(align(accepted, x), ahead, x)
+        slope = torch.where(align(accepted, x), slope_ahead, slope)
         t = torch.where(accepted, torch.where(is_last, _LAST_TIME, t - step), t)
         step = step * _step_factor(ratio)
 
@@ -76,7 +78,7 @@ def _try_step(
     velocity: RowVelocity, x: Tensor, t: Tensor, slope: Tensor, step: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state one step ahead (towards smaller t), the slope there, and the error estimate."""
-    slopes, h = [slope], -_wide(step, x)
+    slopes, h = [slope], -align(step, x)
     ahead = x
     for time, weights in zip(_TIMES, _STAGES, strict=True):
         ahead = x + h * _combine(weights, slopes)
@@ -89,7 +91,7 @@ def _first_step(velocity: RowVelocity, x: Tensor, slope: Tensor, rows: Tensor, r
     scale = atol + rtol * _rms(x)
     size, speed = _rms(x) / scale, _rms(slope) / scale
     probe = torch.where((size < _FLAT) | (speed < _FLAT), _PROBE_IF_FLAT, _PROBE * size / speed).clamp(max=1)
-    change = velocity(x - _wide(probe, x) * slope, 1 - probe, rows) - slope
+    change = velocity(x - align(probe, x) * slope, 1 - probe, rows) - slope
     steepest = torch.maximum(speed, _rms(change) / scale / probe)
     return torch.minimum(probe / _PROBE, (_PROBE / steepest) ** (1 / _ORDER))
 
@@ -109,7 +111,3 @@ def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 def _rms(values: Tensor) -> Tensor:
     """Root mean square over all but the first dimension."""
     return values.flatten(1).square().mean(dim=1).sqrt()
-
-
-def _wide(per_row: Tensor, like: Tensor) -> Tensor:
-    return per_row.reshape(-1, *[1] * (like.ndim - 1))

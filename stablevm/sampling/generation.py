@@ -27,18 +27,18 @@ from stablevm.processes import Process
 from stablevm.sampling import pictures
 from stablevm.sampling.archive import read_protocol, write_archive
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.drawing import Painter
+from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.parts import PartFolder
 from stablevm.sampling.protocol import (
     Protocol,
-    check_claims,
     check_same,
+    checked_card,
     default_name,
     idle_claims,
     labels_of,
     protocol_of,
 )
-from stablevm.snapshot import ModelCard, load_card
+from stablevm.snapshot import ModelCard
 
 _POLL_SECONDS = 1.0
 _WEIGHTS = {"ema": "EMA weights", "model": "last weights (not EMA)"}
@@ -74,8 +74,8 @@ class Run:
         return labels_of(self.config, self.card)
 
     @cached_property
-    def painter(self) -> Painter:
-        return Painter.load(self.config, self.card, self.process.device)
+    def sampler(self) -> ImageSampler:
+        return ImageSampler.load(self.config, self.card, self.process.device)
 
 
 def generate(config: GenerateConfig) -> Path:
@@ -107,10 +107,7 @@ def generate(config: GenerateConfig) -> Path:
 
 def _prepare(config: GenerateConfig, process: Process) -> Run:
     """Check the request against the checkpoint, and say what has no effect."""
-    card = load_card(config.ckpt)
-    if config.fused_attn is not None:  # any kernel computes the same function
-        card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
-    check_claims(config, card)
+    card = checked_card(config)
     if config.compile:
         check_compiler(process.device)
     if process.is_first:
@@ -154,7 +151,7 @@ def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> 
     drawn: list[NDArray[np.uint8]] = []
     for start in range(0, len(indices), run.config.per_proc_batch_size):
         batch = indices[start : start + run.config.per_proc_batch_size]
-        images, evaluations = run.painter.draw(batch, run.labels[batch])
+        images, evaluations = run.sampler.draw(batch, run.labels[batch])
         drawn.extend(images)
         while unwritten and len(drawn) >= len(unwritten[0]):
             part = unwritten.popleft()
@@ -187,10 +184,10 @@ def _assemble(run: Run) -> None:
 
 def _make_film(run: Run) -> None:
     """Draw some of the images once more, and watch."""
-    fitting = pictures.film_columns_and_rows(run.painter.image_side)
+    fitting = pictures.film_columns_and_rows(run.sampler.image_side)
     indices, columns = pictures.arrange(run.labels.numpy(), *fitting)
-    film = pictures.Film(get_interpolant(run.card.path_type), run.painter.decode)
-    images, _ = run.painter.draw(indices, run.labels[indices], film)
+    film = pictures.Film(get_interpolant(run.card.path_type), run.sampler.decode)
+    images, _ = run.sampler.draw(indices, run.labels[indices], film)
     captions = pictures.captions_of(run.labels[indices].tolist(), run.card)
     frames = film.pictures(images, columns, captions)
     save_gif(run.file(".gif"), frames, pictures.FRAME_MILLISECONDS, pictures.LAST_FRAME_MILLISECONDS)

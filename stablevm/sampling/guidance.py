@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from stablevm.interpolant import Interpolant
+from stablevm.precision import DTYPES, autocast
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide these and leave the others to the class alone
 
 
@@ -71,8 +69,7 @@ class GuidedVelocity:
 
     def _predict(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         self.rows_evaluated += len(x)
-        dtype = _AUTOCAST_DTYPES[self.precision]
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(x.device, DTYPES[self.precision]):
             output = self.model(x.float(), times.float(), labels)
         source: Literal["velocity", "x0"] = "velocity" if self.prediction == "v" else "x0"
         return self.path.convert(output.to(x.dtype), x, times, source, "velocity")

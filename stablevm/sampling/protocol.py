@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, full
+import torch
+from torch import Tensor
 
 from stablevm import files
 from stablevm.autoencoder import IDENTITY, full_name, latent_spec_of
@@ -15,10 +16,19 @@ from stablevm.options import as_typed
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.sampler import SamplerSettings
-from stablevm.snapshot import ModelCard
+from stablevm.snapshot import ModelCard, load_card
 
 Protocol = dict[str, Any]
 _HASH_DIGITS = 8
+
+
+def checked_card(config: GenerateConfig) -> ModelCard:
+    """The checkpoint's card, with the attention kernel that is asked for; UserError as `check_claims`."""
+    card = load_card(config.ckpt)
+    if config.fused_attn is not None:  # any kernel computes the same function
+        card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
+    check_claims(config, card)
+    return card
 
 
 def check_claims(config: GenerateConfig, card: ModelCard) -> None:
@@ -83,7 +93,7 @@ def sampler_settings(config: GenerateConfig) -> SamplerSettings:
 def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
     """The class of each image, int64 (num_fid_samples,); the null class for all with `unconditional`."""
     if config.unconditional:
-        return full((config.num_fid_samples,), card.model.null_class)
+        return torch.full((config.num_fid_samples,), card.model.null_class)
     classes = config.class_indices() or range(card.model.num_classes)
     draw = balanced_labels if config.label_sampling == "equal" else random_labels
     return draw(config.num_fid_samples, classes, config.global_seed)

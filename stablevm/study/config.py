@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stablevm.errors import UserError
-from stablevm.options import require
+from stablevm.options import distinct_indices, require
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ class VarianceConfig:
 
     def class_indices(self) -> tuple[int, ...] | None:
         """The numbers in `classes`; None for "all" and for the default. UserError if they are not distinct numbers."""
-        if self.classes in (None, "all"):
+        if self.classes is None or self.classes == "all":
             return None
-        assert self.classes is not None
-        parts = [part.strip() for part in self.classes.split(",")]
-        if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        indices = distinct_indices(self.classes)
+        if indices is None:
             raise UserError(f"--classes {self.classes}: expected all, or distinct class indices from 0, such as 3,5")
-        return tuple(int(part) for part in parts)
+        return indices

@@ -41,7 +41,8 @@ def save(
     rows: list[dict[str, Any]],
     network: Perceptron,
     seconds: dict[str, float],
-) -> Result:
+) -> None:
+    """Write the network's weights, then the result: where the second is, the first is too."""
     path = result_path(config, method, seed)
     with replacing(path.with_suffix(".safetensors")) as temporary:
         save_file(network.state_dict(), temporary)
@@ -57,7 +58,6 @@ def save(
             "seconds": seconds,
         },
     )
-    return load(config, method, seed)
 
 
 def load(config: ToyConfig, method: Method, seed: int) -> Result:

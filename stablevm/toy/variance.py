@@ -1,6 +1,7 @@
 """Variance curves of mixtures, where the velocity is exact, and of data sets, where the data is the distribution."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ CIFAR_FILES = [f"data_batch_{number}.bin" for number in range(1, 6)]
 def curve_jobs(config: ToyConfig) -> dict[str, Callable[[], VarianceCurve]]:
     """How to compute the curves that the options ask for, by their titles; UserError for data that is not there."""
     jobs: dict[str, Callable[[], VarianceCurve]] = {
-        f"Mixture, d = {d}": lambda d=d: mixture_curve(config, mixture_of(config, config.seed, d))  # type: ignore[misc]
+        f"Mixture, d = {d}": partial(mixture_curve, config, mixture_of(config, config.seed, d))
         for d in config.variance_dimensions
     }
     jobs["Handwritten digits"] = lambda: _prepared_curve(config, _digits(config))

@@ -55,6 +55,14 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"{step:07d}"
 
 
+def existing_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`; UserError when there is none."""
+    if step not in saved_steps(run):
+        found = ", ".join(map(str, saved_steps(run))) or "none"
+        raise UserError(f"--resume-step {step}: {run} has no such checkpoint; there are: {found}")
+    return checkpoint_folder(run, step)
+
+
 def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
     """Write the checkpoint of `state.card.step` below `run`; then, if `keep` > 0, remove all but the newest `keep`.
 
@@ -105,10 +113,7 @@ def best_record(run: Path) -> Record | None:
 
 def load(run: Path, step: int) -> TrainingState:
     """UserError when there is no checkpoint of that step or one of its files is damaged or missing."""
-    folder = checkpoint_folder(run, step)
-    if step not in saved_steps(run):
-        found = ", ".join(map(str, saved_steps(run))) or "none"
-        raise UserError(f"--resume-step {step}: {run} has no such checkpoint; there are: {found}")
+    folder = existing_folder(run, step)
     has_bank = (folder / "bank.safetensors").exists()
     return TrainingState(
         card=snapshot.load_card(folder),

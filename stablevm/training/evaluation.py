@@ -11,11 +11,11 @@ from stablevm.autoencoder import Autoencoder
 from stablevm.errors import UserError
 from stablevm.evaluation.comparison import Comparison
 from stablevm.evaluation.digits_extractor import load_extractor
+from stablevm.evaluation.digits_metrics import judge_digits
 from stablevm.evaluation.evaluate import splits
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
-from stablevm.evaluation.judge import judge
 from stablevm.evaluation.samples import Reference, open_reference
 from stablevm.processes import Process
 from stablevm.rng import RowGenerators
@@ -46,7 +46,7 @@ class Evaluation:
         for rows in torch.arange(len(labels)).split(BATCH):
             streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())
             latents, _ = draw_latents(model, card, labels[rows], streams, SETTINGS, self._device)
-            images.append(self._autoencoder.decode(latents).cpu())
+            images.append(self._autoencoder.decode(latents))
         return self._judge(torch.cat(images), labels)
 
 
@@ -102,11 +102,11 @@ def _digits_judge(config: TrainConfig) -> Judge:
     train, test = splits(Path(str(config.eval_reference)))
     extractor = load_extractor(str(config.eval_extractor))
 
-    def judge_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
-        results = judge(images.permute(0, 2, 3, 1), labels, test, train, extractor)
+    def judge_images(images: Tensor, labels: Tensor) -> dict[str, float]:
+        results = judge_digits(images.permute(0, 2, 3, 1), labels, test, train, extractor)
         return {name: results[name] for name in ("frechet_test", "accuracy", "precision", "recall", "coverage")}
 
-    return judge_digits
+    return judge_images
 
 
 def _path(text: str | None) -> Path | None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import Fault, Guard
-from stablevm.training.processes import on_main
+from stablevm.training.main_process import on_main
 from stablevm.training.step import StepMetrics
 from stablevm.training.tracker import Trackers
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stablevm.errors import UserError
 from stablevm.files import is_temporary, read_json
-from stablevm.training.checkpoint import checkpoint_folder, damage, saved_steps
+from stablevm.training.checkpoint import checkpoint_folder, damage, existing_folder, saved_steps
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 
@@ -29,11 +29,10 @@ def find_start(config: TrainConfig, *, show: bool) -> int:
 
 
 def _asked_for(config: TrainConfig, steps: list[int]) -> int:
-    step, found = config.resume_step, ", ".join(map(str, steps)) or "none"
-    if step not in steps:
-        raise UserError(f"--resume-step {step}: {config.folder} has no such checkpoint; there are: {found}")
-    if fault := damage(checkpoint_folder(config.folder, step)):
-        raise UserError(f"--resume-step {step}: {checkpoint_folder(config.folder, step)}: {fault}; there are: {found}")
+    step = config.resume_step
+    folder = existing_folder(config.folder, step)
+    if fault := damage(folder):
+        raise UserError(f"--resume-step {step}: {folder}: {fault}; there are: {', '.join(map(str, steps))}")
     return step
 
 

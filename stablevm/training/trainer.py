@@ -19,8 +19,8 @@ from stablevm.training.evaluation import Evaluation, distance_of
 from stablevm.training.interruption import Interruption
 from stablevm.training.journal import Journal
 from stablevm.training.launch import make_accelerator
+from stablevm.training.main_process import on_main
 from stablevm.training.previews import Previews
-from stablevm.training.processes import on_main
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import (
     load_encoders,

@@ -212,7 +212,7 @@ def test_reference_refuses_a_folder_of_bad_or_unsized_images(tmp_path):
     assert not (tmp_path / "ref.npz").exists()
 
 
-def test_statistics_of_another_network_are_refused(options, tmp_path):
+def test_statistics_of_another_network_are_refused(options):
     stored = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     config = options(real={"arr_0": REAL, **stored})
     assert "its statistics are of Inception 2015-12-05, this command has Inception with other weights" in refusal(
@@ -257,7 +257,7 @@ def test_processes_share_the_work(home, tmp_path, monkeypatch):
     assert set((tmp_path / "cache").glob("*/*")) == set(sorted(files)[-3:])
 
 
-def test_an_encoder_gives_a_frechet_distance_beside_or_instead(options, tmp_path, capsys):
+def test_an_encoder_gives_a_frechet_distance_beside_or_instead(options, tmp_path):
     import timm
     from safetensors.torch import save_file
 
@@ -376,7 +376,7 @@ def test_curves_are_means_over_disjoint_subsets(monkeypatch):
     assert curves["recall"][-1].mean == whole(comparison)["recall"]
 
 
-def test_compressed_files_and_adms_labels_are_read(options, tmp_path):
+def test_compressed_files_and_adms_labels_are_read(options):
     config = options()
     np.savez_compressed(config.samples, FAKE, np.arange(COUNT) % 3)
     samples = command.open_samples(config.samples)

@@ -15,7 +15,7 @@ from checkpoints import random_weights, save_checkpoint, tiny_card
 
 from stablevm.errors import UserError
 from stablevm.rng import RowGenerators
-from stablevm.sampling import drawing, generation
+from stablevm.sampling import generation, image_sampler
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.parts import PART_LENGTH, PartFolder
@@ -187,7 +187,7 @@ def test_resumed_with_another_batch_size_and_process_count(options, monkeypatch)
     assert levels_apart(whole, generate(options(name="resumed", per_proc_batch_size=33))) <= 1
 
 
-def test_killed_process_leaves_complete_parts_alone(options, checkpoint, tmp_path):
+def test_killed_process_leaves_complete_parts_alone(options):
     config = options(name="killed", per_proc_batch_size=2, num_steps=60)
     given = {**vars(config), "ckpt": str(config.ckpt), "sample_dir": str(config.sample_dir)}
     code = (
@@ -215,7 +215,7 @@ def test_killed_process_leaves_complete_parts_alone(options, checkpoint, tmp_pat
 def test_finished_run_is_returned_at_once(options, monkeypatch, capsys):
     target = generate(options())
     before = contents(target.parent)
-    monkeypatch.setattr(drawing, "draw_latents", None)
+    monkeypatch.setattr(image_sampler, "draw_latents", None)
     (target.parent / "run.parts").mkdir()  # as a process killed while it tidied up leaves it
     capsys.readouterr()
     assert generate(options(per_proc_batch_size=3)) == target

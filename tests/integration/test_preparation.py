@@ -129,7 +129,7 @@ def test_hostile_files_are_a_non_event(tmp_path, capsys):
     assert len(listed["labels"]) == 40
 
 
-def test_workers_processes_and_batches_change_nothing(source, vae, tmp_path, monkeypatch):
+def test_workers_processes_and_batches_change_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(joining, "SHARD_LENGTH", 24)  # three shards, shared by two processes
     results = []
     for world, workers, batch in ((1, "0", "8"), (2, "2", "3")):
@@ -171,7 +171,7 @@ def test_kills_at_random_moments_change_nothing(vae, tmp_path):
         assert contents(result) == contents(expected)
 
 
-def test_ctrl_c_says_how_to_go_on(source, tmp_path):
+def test_ctrl_c_says_how_to_go_on(tmp_path):
     folder = write_source(tmp_path / "many", images=2, classes=2, shortest=300, longest=400)
     for original in list(folder.rglob("*.JPEG")):
         for number in range(2000):  # enough for minutes
@@ -266,7 +266,7 @@ def test_names_that_json_cannot_hold_are_refused_before_the_work(vae, tmp_path, 
     assert cli.dataset_tools(convert(odd.parent, tmp_path / "x", "--num-workers", "0")) == 0
 
 
-def test_a_source_that_vanishes_ends_the_run_and_nothing_is_lost(source, tmp_path, capsys, monkeypatch):
+def test_a_source_that_vanishes_ends_the_run_and_nothing_is_lost(tmp_path, capsys, monkeypatch):
     folder = write_source(tmp_path / "source", images=20, classes=2, shortest=40, longest=60)
     crop, calls = TRANSFORMS["center-crop-dhariwal"], []
 

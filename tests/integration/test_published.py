@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny_vae import save_tiny_vae
 
 from stablevm.autoencoder import latent_spec_of
 from stablevm.data.manifest import Manifest
@@ -44,21 +45,6 @@ SMALLER = {
     "--projector-embed-dims=768": "--projector-embed-dims=384",
     "--num-steps=250": "--num-steps=2",
 }
-
-
-def write_autoencoder(folder):
-    diffusers = pytest.importorskip("diffusers")
-    with torch.random.fork_rng():
-        model = diffusers.AutoencoderKL(
-            block_out_channels=(4,) * 4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            norm_num_groups=4,
-            layers_per_block=1,
-        )
-    model.save_pretrained(folder)
-    return folder
 
 
 def write_data(folder, autoencoder):
@@ -106,7 +92,7 @@ def run(command, places, folder):
 @pytest.mark.slow
 def test_published_commands(tmp_path):
     pytest.importorskip("wandb")
-    autoencoder = write_autoencoder(tmp_path / "autoencoder")
+    autoencoder = save_tiny_vae(tmp_path / "autoencoder")
     places = {
         "DATA": write_data(tmp_path / "data", autoencoder),
         "ENCODER": write_encoder(tmp_path / "dinov2.safetensors"),

@@ -1,15 +1,12 @@
 """FSDP: the same losses, and checkpoints that any number of processes goes on from."""
 
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import runs
 import torch
-from safetensors.torch import load_file
 
 from stablevm import cli
 
@@ -26,15 +23,10 @@ def root(tmp_path_factory):
 
 def launch(settings):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SHARDED,
-         *runs.as_arguments(settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [*runs.TWO_PROCESSES, SHARDED, *runs.as_arguments(settings)],
+        env=runs.ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-9000:]
-
-
-def tensors(folder, step):
-    return {file.stem: load_file(file) for file in (folder / "checkpoints" / f"{step:07d}").glob("*.safetensors")}
 
 
 @pytest.mark.slow
@@ -44,7 +36,7 @@ def test_shards_change_nothing(root):
     launch(replace(settings, max_train_steps=3))
     launch(settings)
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole), abs=1e-5)
-    mine, theirs = tensors(settings.folder, 6), tensors(whole, 6)
+    mine, theirs = runs.saved(settings.folder, 6), runs.saved(whole, 6)
     assert mine.keys() == theirs.keys()
     for part in ("model", "ema", "optimizer"):
         assert mine[part].keys() == theirs[part].keys()

@@ -1,24 +1,20 @@
-"""Whole runs: the same numbers however they are split, interrupted or resumed; and what each option does."""
+"""Whole runs: the same numbers however they are split or resumed; and what each option does."""
 
 import json
 import operator
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import runs
 import torch
-from safetensors.torch import load_file
 
-from stablevm import cli, rng
+from stablevm import rng
 from stablevm.data.dataset import PreparedDataset
-from stablevm.files import replacing
 from stablevm.models.sit import SiT
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
@@ -27,7 +23,6 @@ from stablevm.training.anchors import AnchorPlan, objective_streams
 from stablevm.training.step import Alignment, StepRunner
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OBJECTIVES = {
     "si": {"loss_type": "si"},
     "stablevm, bank": {"loss_type": "stablevm", "prefill_bank_fully": True},
@@ -35,37 +30,13 @@ OBJECTIVES = {
     "stablevm, aligned": {"loss_type": "stablevm", "proj_tau": 0.5, **runs.ALIGNED},
     "si, aligned": {"loss_type": "si", "proj_weight_schedule": "sigmoid", **runs.ALIGNED},
 }
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 EACH_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    runs.write_data(folder / "data")
-    runs.write_encoder(folder / "encoder.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")
 def whole(root):
     """The uninterrupted run of each objective."""
     return {name: runs.run(runs.config(root, f"whole-{name}", **options)) for name, options in OBJECTIVES.items()}
-
-
-def saved(folder, step):
-    """All tensors of a checkpoint: weights, their average, the optimiser's state and the bank."""
-    files = (folder / "checkpoints" / f"{step:07d}").glob("*.safetensors")
-    return {file.stem: load_file(file) for file in files}
-
-
-def assert_same_checkpoint(folder, other, step=6):
-    one, two = saved(folder, step), saved(other, step)
-    assert one.keys() == two.keys() >= {"ema", "model", "optimizer"}
-    for part in one:
-        assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items():
-            assert torch.equal(value, two[part][name]), (part, name)
 
 
 def by_time(folder):
@@ -80,7 +51,7 @@ def test_three_and_three_steps_are_six(objective, root, whole):
     runs.run(replace(settings, max_train_steps=3))
     folder = runs.run(settings)
     assert runs.losses(folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-6)
-    assert_same_checkpoint(folder, whole[objective])
+    runs.assert_same_checkpoint(folder, whole[objective])
 
 
 def test_an_earlier_step_leads_to_the_same_end(root):
@@ -91,7 +62,7 @@ def test_an_earlier_step_leads_to_the_same_end(root):
     shutil.copytree(folder / "checkpoints", root / "first" / "checkpoints")
     runs.run(replace(settings, resume_step=2))
     assert runs.losses(folder) == pytest.approx(expected, abs=1e-6)
-    assert_same_checkpoint(folder, root / "first")
+    runs.assert_same_checkpoint(folder, root / "first")
 
 
 @EACH_OBJECTIVE
@@ -116,7 +87,7 @@ def test_how_a_run_works_is_not_what_it_learns(objective, options, root, whole):
     name = f"how-{objective}-{'-'.join(options)}"
     folder = runs.run(runs.config(root, name, **{**OBJECTIVES[objective], **options}))
     assert runs.losses(folder) == runs.losses(whole[objective])
-    assert_same_checkpoint(folder, whole[objective])
+    runs.assert_same_checkpoint(folder, whole[objective])
 
 
 def test_attention_without_the_fused_kernel(root, whole):
@@ -137,8 +108,8 @@ def test_rows_are_means_over_their_steps(root, whole):
 def test_two_processes_are_one(objective, root, whole):
     settings = runs.config(root, f"two-{objective}", **OBJECTIVES[objective])
     done = subprocess.run(
-        [*TWO_PROCESSES, ROOT / "train.py", *runs.as_arguments(settings)],
-        env=ENVIRONMENT, capture_output=True, text=True,
+        [*runs.TWO_PROCESSES, ROOT / "train.py", *runs.as_arguments(settings)],
+        env=runs.ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
@@ -150,97 +121,9 @@ def test_two_processes_are_one(objective, root, whole):
 def test_the_published_launcher_joins_two_processes(root, whole):
     settings = runs.config(root, "launched", **OBJECTIVES["stablevm, aligned"])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", ROOT / "train.py"]
-    done = subprocess.run([*launch, *runs.as_arguments(settings)], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([*launch, *runs.as_arguments(settings)], env=runs.ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole["stablevm, aligned"]), abs=1e-5)
-
-
-def start(settings, launch=(sys.executable,)):
-    return subprocess.Popen(
-        [*launch, ROOT / "train.py", *runs.as_arguments(settings)],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def wait_for_rows(settings, rows, process, seconds=60):
-    metrics, deadline = settings.folder / "metrics.jsonl", time.monotonic() + seconds
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < rows:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-LONG = {"max_train_steps": 400, "checkpointing_steps": 20, "loss_type": "stablevm"}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(root):
-    return runs.run(runs.config(root, "calm", **LONG))
-
-
-def assert_nothing_shows(folder, uninterrupted):
-    """Each step is in the metrics once, with the uninterrupted run's loss; and so is its last checkpoint."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, LONG["max_train_steps"] + 1))
-    assert [row["loss"] for row in rows] == pytest.approx(runs.losses(uninterrupted), abs=1e-6)
-
-
-def newest_step(folder):
-    return max(int(path.name) for path in (folder / "checkpoints").iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "term", "ctrl-c"])
-def test_killed_and_run_again(number, root, uninterrupted):
-    settings = runs.config(root, f"killed-{number}", **LONG)
-    process = start(settings)
-    wait_for_rows(settings, 45, process)
-    process.send_signal(number)
-    status = process.wait(60)
-    if number == signal.SIGKILL:
-        assert status == -signal.SIGKILL
-    else:
-        assert status == 128 + number
-        assert len(runs.losses(settings.folder)) == newest_step(settings.folder) < 400, "the last step is saved"
-    assert start(settings).wait(120) == 0
-    assert_nothing_shows(settings.folder, uninterrupted)
-    assert_same_checkpoint(settings.folder, uninterrupted, step=400)
-
-
-@pytest.mark.slow
-def test_two_processes_stop_together_and_one_goes_on(root, uninterrupted):
-    settings = runs.config(root, "two-stopped", **LONG)
-    process = start(settings, TWO_PROCESSES)
-    wait_for_rows(settings, 25, process)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it on to both
-    assert process.wait(60) != 0
-    assert len(runs.losses(settings.folder)) == newest_step(settings.folder) < 400, "the last step is saved"
-    runs.run(settings)
-    rows = runs.losses(settings.folder)
-    assert len(rows) == 400 and rows[:60] == pytest.approx(runs.losses(uninterrupted)[:60], abs=1e-5)
-
-
-def test_killed_before_its_first_file_was_whole(root, whole):
-    settings = runs.config(root, "newborn")
-    settings.folder.mkdir(parents=True)
-    with replacing(settings.folder / "config.json") as temporary:
-        temporary.write_text("{")
-    (settings.folder / "config.json").rename(temporary)  # as if killed before the name was final
-    assert runs.losses(runs.run(settings)) == runs.losses(whole["si"])
-
-
-def test_resume_needs_no_other_option(root, capsys):
-    folder = runs.run(runs.config(root, "brief"))
-    place = [f"--output-dir={root / 'exps'}", "--exp-name=brief"]
-    assert cli.train([*place, "--resume", "--max_train_steps=8"]) == 0
-    assert len(runs.losses(folder)) == 8
-    assert cli.train([*place, "--resume", "--batch-size=4"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "--batch-size 8" in error and "--batch-size 4" in error
-    assert cli.train([*place, "--resume", "--resume-step=5"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --resume-step 5: ") and error.endswith("there are: 6, 8")
 
 
 def test_what_a_run_leaves(root):
@@ -328,7 +211,7 @@ def test_metrics_by_time_are_parts_of_the_whole(root):
         assert sum(map(operator.mul, bins, counts)) / 48 == pytest.approx(row[metric], rel=1e-6)
 
 
-def test_phases_with_alignment(root, whole):
+def test_phases_with_alignment(whole):
     rows = [json.loads(line) for line in (whole["si, aligned"] / "metrics.jsonl").read_text().splitlines()]
     assert all(row["seconds/encoder"] > 0 for row in rows)
 
@@ -369,7 +252,7 @@ def test_compiled_blocks_compute_the_same(root, whole):
     runs.run(replace(compiled, max_train_steps=4, compile=False))
     folder = runs.run(compiled)
     assert runs.losses(folder) == pytest.approx(runs.losses(whole["si"]), abs=1e-5)
-    one, two = saved(folder, 6), saved(whole["si"], 6)
+    one, two = runs.saved(folder, 6), runs.saved(whole["si"], 6)
     for part in one:
         assert one[part].keys() == two[part].keys()
         for name, value in one[part].items():
@@ -431,7 +314,7 @@ def test_moving_average_starts_at_the_first_weights(root):
     """After one step the warm-up's decay is 1/10."""
     folder = runs.run(runs.config(root, "first-step", max_train_steps=1, ema_decay=0.9999))
     card = load_card(folder / "checkpoints" / "0000001")
-    first, parts = SiT(card.model, rng.generator(0, "weights")).state_dict(), saved(folder, 1)
+    first, parts = SiT(card.model, rng.generator(0, "weights")).state_dict(), runs.saved(folder, 1)
     for name, value in parts["ema"].items():
         assert torch.allclose(value, 0.1 * first[name] + 0.9 * parts["model"][name], atol=1e-6), name
 
@@ -442,7 +325,7 @@ def test_moving_average_follows_its_decay(root, whole):
     name = "final_layer.linear.weight"
 
     def gap(folder):
-        parts = saved(folder, 6)
+        parts = runs.saved(folder, 6)
         return (parts["ema"][name] - parts["model"][name]).norm()
 
     assert gap(slow) < gap(whole["si"])

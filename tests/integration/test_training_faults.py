@@ -25,7 +25,6 @@ from stablevm.training import step
 from stablevm.training.checkpoint import Record, best_record, damage, saved_steps
 
 ROOT = Path(__file__).parents[2]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SPOILED = 20  # the row of the data whose latent is NaN
 
 
@@ -188,7 +187,7 @@ def test_newer_checkpoints_make_way(root, whole, capsys):
     assert_same(parts(runs.run(settings), 6), parts(whole, 6))
 
 
-def test_a_moved_run_goes_on_where_it_is(root, whole, tmp_path):
+def test_a_moved_run_goes_on_where_it_is(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "elsewhere" / "renamed")
     place = [f"--output-dir={tmp_path / 'elsewhere'}", "--exp-name=renamed"]
     assert cli.train([*place, "--resume", "--max-train-steps=8"]) == 0
@@ -228,8 +227,8 @@ def test_a_full_disk_loses_nothing(root, whole, capsys, monkeypatch):
 
 def launch(settings):
     return subprocess.run(
-        [*TWO_PROCESSES, ROOT / "train.py", *runs.as_arguments(settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [*runs.TWO_PROCESSES, ROOT / "train.py", *runs.as_arguments(settings)],
+        env=runs.ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -261,7 +260,7 @@ def test_two_processes_stop_as_slurm_stops_them(root):
         processes.append(
             subprocess.Popen(
                 [sys.executable, ROOT / "train.py", *runs.as_arguments(settings)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", **place}, start_new_session=True,
+                env={**runs.ENVIRONMENT, **place}, start_new_session=True,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             )
         )  # fmt: skip

@@ -14,14 +14,6 @@ from stablevm import cli
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refusals")
-    runs.write_data(folder / "data")
-    runs.write_encoder(folder / "encoder.safetensors")
-    return folder
-
-
 def refusal(arguments, capsys, folder):
     """The one line of a refused command, which changes nothing."""
     capsys.readouterr()

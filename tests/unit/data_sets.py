@@ -37,6 +37,11 @@ def write(folder, rows, description=DESCRIPTION, batch=3_000):
     return writer.finish()
 
 
+def damaged(folder):
+    """Names of the shards' files that are absent or differ from their checksum."""
+    return [file.name for file in Manifest.read(folder).files() if not file.is_intact(folder)]
+
+
 def one_line(error) -> str:
     message = str(error.value)
     assert "\n" not in message

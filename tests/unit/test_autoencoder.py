@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from tiny_vae import save_tiny_vae
 
 from stablevm import autoencoder
 from stablevm.autoencoder import LatentSpec, latent_spec_of, load_autoencoder, unit_to_pixels
@@ -13,22 +14,7 @@ from stablevm.errors import UserError
 
 @pytest.fixture(scope="session")
 def tiny_kl(tmp_path_factory):
-    diffusers = pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("kl")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            layers_per_block=1,
-            scaling_factor=0.5,
-            shift_factor=0.25,
-        )
-    model.save_pretrained(folder)
-    return folder
+    return save_tiny_vae(tmp_path_factory.mktemp("kl"), widths=(8, 16), scaling_factor=0.5, shift_factor=0.25)
 
 
 def copy_of(folder, target):

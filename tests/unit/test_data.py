@@ -3,15 +3,17 @@
 import json
 import multiprocessing
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from data_sets import COUNT, DESCRIPTION, kill_at_rename, one_line, source, write
+from data_sets import COUNT, DESCRIPTION, damaged, kill_at_rename, one_line, source, write
 from safetensors.torch import load_file, save_file
 
 from stablevm.data.loader import training_loader
-from stablevm.data.manifest import Manifest
+from stablevm.data.manifest import Manifest, Shard, ShardFile
 from stablevm.data.opening import open_dataset
+from stablevm.data.shards import ShardDataset
 from stablevm.data.writer import ShardWriter
 from stablevm.errors import UserError
 
@@ -76,7 +78,7 @@ class TestShards:
         description = Manifest(("a", "b", "c"), 4, "none", DESCRIPTION.latent, has_flips=False, has_images=False)
         write(tmp_path, few, description)
         data = open_dataset(tmp_path)
-        assert not data.has_images and data.verify() == []
+        assert not data.has_images and damaged(tmp_path) == []
         with pytest.raises(UserError, match="prepared without images"):
             training_loader(data, global_batch=2, seed=0, num_steps=1, with_images=True)
         with pytest.raises(UserError, match="prepared without the moments of mirrored"):
@@ -138,7 +140,7 @@ class TestWriter:
         (tmp_path / ".tmp-1-abcd-latents-00001.safetensors").write_bytes(b"half")  # left by a kill -9
         write(tmp_path, dataset_rows)
         data = open_dataset(tmp_path)
-        assert data.verify() == [] and torch.equal(data.moments(range(COUNT)), dataset_rows["moments"])
+        assert damaged(tmp_path) == [] and torch.equal(data.moments(range(COUNT)), dataset_rows["moments"])
         assert not list(tmp_path.glob(".tmp-*"))
 
 
@@ -230,13 +232,24 @@ class TestFaults:
             open_dataset(dataset_copy).labels()
         one_line(error)
 
-    def test_verify_names_all_damaged_files(self, dataset_copy):
-        data = open_dataset(dataset_copy)
-        assert data.verify() == []
+    def test_checksums_tell_all_damaged_files(self, dataset_copy):
+        assert damaged(dataset_copy) == []
         for name, position in (("latents-00001.safetensors", -5), ("images-00002.safetensors", 5_000)):
-            damaged = bytearray((dataset_copy / name).read_bytes())
-            damaged[position] ^= 1
-            (dataset_copy / name).write_bytes(damaged)
+            content = bytearray((dataset_copy / name).read_bytes())
+            content[position] ^= 1
+            (dataset_copy / name).write_bytes(content)
         (dataset_copy / "images-00000.safetensors").unlink()
-        names = [path.name for path in data.verify()]
-        assert names == ["images-00000.safetensors", "latents-00001.safetensors", "images-00002.safetensors"]
+        assert damaged(dataset_copy) == [
+            "images-00000.safetensors",
+            "latents-00001.safetensors",
+            "images-00002.safetensors",
+        ]
+
+    def test_a_compressed_image_that_is_none(self, tmp_path):
+        path = tmp_path / "images-00000.safetensors"
+        png = torch.frombuffer(bytearray(b"no picture"), dtype=torch.uint8)
+        save_file({"index": torch.tensor([7]), "sizes": torch.tensor([len(png)]), "png": png}, path)
+        manifest = replace(DESCRIPTION, compressed=True, shards=(Shard(1, None, ShardFile.of(path)),))
+        with pytest.raises(UserError, match=f"{path.name} holds an image that can't be read") as error:
+            ShardDataset(tmp_path, manifest).images([0])
+        one_line(error)

@@ -71,7 +71,7 @@ def test_pixels_are_normalised_by_the_models_own_statistics(weights):
     clip = timm.get_pretrained_cfg(SHORT_NAMES["clip-vit-L"].timm_name)
     network = load(weights).network
     network.pretrained_cfg = clip.to_dict()
-    encoder = TimmEncoder(network, grid_size=GRID, dtype=torch.float32)
+    encoder = TimmEncoder(network, torch.float32)
     seen = []
     encoder.network.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     encoder(torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 64, 64))

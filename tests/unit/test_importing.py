@@ -209,6 +209,15 @@ def test_a_file_cut_short(tmp_path):
         import_checkpoint(ImportConfig(tmp_path / "x.pt", tmp_path / "ours", **REPA))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_with_wrong_bytes(tmp_path, damaged_torch_files):
+    """Most of such files can't be read, whatever error their bytes lead to; what can be is no checkpoint."""
+    for path in damaged_torch_files:
+        with pytest.raises(UserError) as error:
+            import_checkpoint(ImportConfig(path, tmp_path / "ours", **REPA))
+        one_line(error)
+
+
 def test_the_command_leaves_a_used_folder_alone(tmp_path, capsys):
     torch.save(STATE, tmp_path / "x.pt")
     command = [str(tmp_path / "x.pt"), "--output", str(tmp_path / "ours"), "--source", "repa"]

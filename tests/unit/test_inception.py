@@ -142,7 +142,7 @@ def test_unfit_weights_are_named(tmp_path, weights):
     for name, write, message in (
         ("absent.pth", lambda path: None, "no such file"),
         ("text.pth", lambda path: path.write_text("x"), "neither safetensors nor a torch file"),
-        ("list.pth", lambda path: torch.save([1], path), "neither safetensors nor a torch file"),
+        ("list.pth", lambda path: torch.save([1], path), "expected named tensors, found list"),
         ("other.pth", lambda path: torch.save({"weight": torch.ones(2)}, path), "not the weights of"),
         ("text.safetensors", lambda path: path.write_text("x"), "neither safetensors nor a torch file"),
     ):

@@ -43,6 +43,17 @@ def test_wronskians():
 
 
 @PATHS
+def test_snr_is_that_of_the_state(path):
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    signal, noise = (
+        path.interpolate(torch.ones(4), torch.zeros(4), t),
+        path.interpolate(torch.zeros(4), torch.ones(4), t),
+    )
+    torch.testing.assert_close(path.snr(t), signal.square() / noise.square())
+    assert path.snr(t)[0] == torch.inf and path.snr(t)[-1].item() == pytest.approx(0, abs=1e-30)
+
+
+@PATHS
 @pytest.mark.parametrize("pair", list(itertools.permutations(("velocity", "x0", "noise", "score"), 2)))
 def test_every_conversion(path, pair, stream):
     t = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)

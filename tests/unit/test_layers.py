@@ -1,6 +1,7 @@
 """A room imports only from lower floors, heavy packages stay where they belong, option definitions stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ FLOORS = dict(
     enumerate(
         [
             ("errors",),
-            ("files", "options", "interpolant", "rng", "precision", "processes", "compiler"),
+            ("files", "foreign_weights", "options", "interpolant", "rng", "precision", "processes", "compiler"),
             ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
             (
                 "objective",
@@ -75,6 +76,14 @@ def test_imports_lead_downstairs(module):
             below, other = home(inner)
             assert below < floor or other == room, f"{module} (floor {floor}) imports {name} (floor {below})"
         assert floor >= LOWEST_FLOOR.get(package, 0), f"{module} (floor {floor}) imports {package}"
+
+
+def test_the_documents_show_the_same_floors():
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    shown = {
+        int(floor): set(re.findall(r"`([\w.]+)`", rooms)) for floor, rooms in re.findall(r"\| (\d) \| (.*) \|", page)
+    }
+    assert shown == {floor: set(rooms) for floor, rooms in FLOORS.items() if rooms != ("__main__", "__init__")}
 
 
 def test_option_definitions_import_no_torch():

@@ -5,9 +5,11 @@ python tests/unit/test_option_surface.py --write
 
 import dataclasses
 import json
+import runpy
 import sys
 from pathlib import Path
 
+from stablevm import cli
 from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.importing.config import ImportConfig
@@ -69,6 +71,13 @@ def surface():
 def test_options_are_the_frozen_ones():
     # Paths have another repr on another system; types are compared as their text.
     assert json.loads(json.dumps(surface(), default=str)) == json.loads(FROZEN.read_text())
+
+
+def test_no_command_is_forgotten():
+    """Neither here nor in docs/options.md."""
+    known = {value for value in vars(cli).values() if dataclasses.is_dataclass(value)}
+    page = runpy.run_path(Path(__file__).parents[2] / "docs" / "options.py")
+    assert known == set(COMMANDS.values()) == set(page["COMMANDS"].values())
 
 
 def test_every_option_is_documented():

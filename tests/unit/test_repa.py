@@ -183,6 +183,18 @@ def test_damaged_files_are_named(tmp_path, case):
     assert "00000003" in one_line(error)
 
 
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_first_image_that_tells_no_size_is_named(tmp_path, content):
+    folder = write_repa(tmp_path)
+    first = folder / "images" / RepaDataset(folder).image_names[0]
+    first.unlink()
+    if content is not None:
+        first.write_bytes(content)
+    with pytest.raises(UserError, match=f"{first}: can't be read .*; convert it again") as error:
+        RepaDataset(folder)
+    one_line(error)
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     folder = write_repa(tmp_path / "a", {"latent": {"shape": [4, 4, 4], "scale": 1, "shift": 0, "autoencoder": "x"}})
     with pytest.raises(UserError, match="are announced"):

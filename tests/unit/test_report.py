@@ -56,7 +56,7 @@ def report(folder: Path, **changes: object) -> str:
         "commands": ["stablevm evaluate samples.npz \\\n  --reference data"],
         "protocol": {"seed": 0},
     }
-    write_report(folder / "report.html", **(content | changes))  # type: ignore[arg-type]
+    write_report(folder / "report.html", **(content | changes))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

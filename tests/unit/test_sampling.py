@@ -1,5 +1,6 @@
 """Guidance, labels, options, claims and the archive of the sampling room."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -393,3 +394,9 @@ def test_files_of_others_are_not_taken_for_archives(tmp_path):
     for name in ("foreign.npz", "text.npz"):
         with pytest.raises(UserError, match=f"{name} exists and was not made by this command"):
             read_protocol(tmp_path / name)
+
+
+def test_samplers_and_the_command_have_the_same_defaults():
+    options = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    for setting in dataclasses.fields(SamplerSettings):
+        assert setting.default == options[setting.name], setting.name

@@ -20,7 +20,7 @@ from stablevm.snapshot import ModelCard, load_model
 
 
 @dataclass(frozen=True)
-class Painter:
+class ImageSampler:
     """Draws images of a configuration by their indices."""
 
     config: GenerateConfig
@@ -30,7 +30,7 @@ class Painter:
     device: torch.device
 
     @classmethod
-    def load(cls, config: GenerateConfig, card: ModelCard, device: torch.device) -> "Painter":
+    def load(cls, config: GenerateConfig, card: ModelCard, device: torch.device) -> "ImageSampler":
         model = load_model(config.ckpt, card, weights=config.weights, device=device)
         if config.compile:
             model.compile_blocks()

@@ -16,9 +16,7 @@ from stablevm.evaluation.statistics import Moments
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # ours, and the second array of ADM's sampling script
-_LOCAL_HEADER = (
-    30  # bytes before the name in a ZIP archive's member; the name's length is at 26, the extra field's at 28
-)
+_LOCAL_HEADER = 30  # bytes of a ZIP member before its name; at 26 the name's length, at 28 that of the extra field
 
 
 class Archive:

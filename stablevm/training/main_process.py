@@ -1,4 +1,4 @@
-"""What one process does while the others wait for it."""
+"""What the main process does while the others wait for it."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -28,7 +28,7 @@ from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance
 from stablevm.models.digits_net import IMAGE_SIZE
 
 
-def judge(
+def judge_digits(
     images: Tensor,
     labels: Tensor,
     reference: PreparedDataset,
@@ -49,14 +49,8 @@ def judge(
     UserError for images or labels of another type, shape or range, for too few of them, and for data sets that the
     extractor is not made for.
     """
-    for dataset in (reference, train):
-        check_digits(dataset)
+    _check_data(reference, train, extractor)
     _check_samples(images, labels, reference.num_classes)
-    if data_checksum(train) != extractor.data_sha256:
-        raise UserError(
-            f"{train.folder}: not the data on which the extractor was trained, so it may have seen the test digits; "
-            "train an extractor on it"
-        )
     samples, test_images, train_images = images.permute(0, 3, 1, 2), all_images(reference), all_images(train)
     features, classes = extractor.read(samples)
     test_features, _ = extractor.read(test_images)
@@ -78,8 +72,8 @@ def judge(
     }
 
 
-def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int, str]]:
-    """What `judge` returned as rows (measure, value, meaning), the column names first."""
+def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int, str]]:
+    """What `judge_digits` returned as rows (measure, value, meaning), the column names first."""
     nearest, nearest_test = results["nearest_train"], results["nearest_train_of_test"]
     return [
         ("measure", "value", "meaning"),
@@ -103,6 +97,16 @@ def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int
 def _nearest(queries: Tensor, points: Tensor) -> dict[str, float]:
     distances = nearest_distance(to_grey(queries).flatten(1), to_grey(points).flatten(1))
     return {"min": float(distances.min()), "median": float(distances.median())}
+
+
+def _check_data(reference: PreparedDataset, train: PreparedDataset, extractor: DigitsExtractor) -> None:
+    for dataset in (reference, train):
+        check_digits(dataset)
+    if data_checksum(train) != extractor.data_sha256:
+        raise UserError(
+            f"{train.folder}: not the data on which the extractor was trained, so it may have seen the test digits; "
+            "train an extractor on it"
+        )
 
 
 def _check_samples(images: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
@@ -25,8 +26,8 @@ from stablevm.evaluation.digits_extractor import (
     save_extractor,
     train_extractor,
 )
+from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
 from stablevm.evaluation.evaluate import evaluate
-from stablevm.evaluation.judge import judge, result_rows
 
 FEW_STEPS = 60  # of 1,500: enough to recognise most digits
 
@@ -103,18 +104,25 @@ def test_a_damaged_extractor_is_named(extractor: DigitsExtractor, tmp_path: Path
     (tmp_path / WEIGHTS_FILE).write_bytes(weights[:1000])
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is damaged"):
         load_extractor(tmp_path)
+    save_file({"layer": torch.zeros(2)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is another network"):
+        load_extractor(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is missing"):
         load_extractor(tmp_path)
     (tmp_path / CARD_FILE).write_text('{"format_version": 99}')
     with pytest.raises(UserError, match="format version 99"):
         load_extractor(tmp_path)
+    save_extractor(tmp_path, extractor)
+    (tmp_path / CARD_FILE).write_text('{"format_version": 1, "name": "digits-cnn"}')
+    with pytest.raises(UserError, match=f"{CARD_FILE} has no 'test_accuracy'"):
+        load_extractor(tmp_path)
 
 
 def test_the_reference_itself_is_perfect(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
-    results = judge(channels_last(test), test.labels(), test, train, extractor)
+    results = judge_digits(channels_last(test), test.labels(), test, train, extractor)
     assert results["accuracy"] == pytest.approx(extractor.test_accuracy)
     assert results["frechet_test"] < 1e-6 < results["frechet_floor"]
     assert results["precision"] == results["recall"] == results["coverage"] == 1
@@ -129,22 +137,22 @@ def test_copies_of_training_images_are_found(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
     images, labels = channels_last(train)[:50].clone(), train.labels()[:50]
-    results = judge(images, labels, test, train, extractor)
+    results = judge_digits(images, labels, test, train, extractor)
     assert results["nearest_train"] == {"min": 0, "median": 0}
     images[:, 0, 0] = 255 - images[:, 0, 0]  # one pixel, black in nearly all images: by 2 where black
-    assert judge(images, labels, test, train, extractor)["nearest_train"]["median"] == pytest.approx(2)
+    assert judge_digits(images, labels, test, train, extractor)["nearest_train"]["median"] == pytest.approx(2)
 
 
 def test_noise_and_wrong_labels_are_bad(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
-    real = judge(channels_last(train), train.labels(), test, train, extractor)
-    wrong = judge(channels_last(train), (train.labels() + 1) % 10, test, train, extractor)
+    real = judge_digits(channels_last(train), train.labels(), test, train, extractor)
+    wrong = judge_digits(channels_last(train), (train.labels() + 1) % 10, test, train, extractor)
     assert real["accuracy"] > 0.9 > 0.1 > wrong["accuracy"]
     assert real["frechet_test"] == real["frechet_floor"] == wrong["frechet_test"]
     stream = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (200, 8, 8, 3), generator=stream, dtype=torch.uint8)
-    results = judge(noise, torch.arange(200) % 10, test, train, extractor)
+    results = judge_digits(noise, torch.arange(200) % 10, test, train, extractor)
     assert results["frechet_test"] > 10 * results["frechet_floor"]
     assert results["accuracy"] < 0.3
     assert results["coverage"] < 0.2
@@ -154,12 +162,12 @@ def test_a_judge_trained_on_other_data_is_refused(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
     with pytest.raises(UserError, match="not the data on which the extractor was trained"):
-        judge(channels_last(test), test.labels(), test, test, extractor)
+        judge_digits(channels_last(test), test.labels(), test, test, extractor)
 
 
 def command(data: Path, extractor: DigitsExtractor, folder: Path, **arrays: np.ndarray) -> EvaluateConfig:
     save_extractor(folder / "extractor", extractor)
-    np.savez(folder / "samples.npz", **arrays)  # type: ignore[arg-type]
+    np.savez(folder / "samples.npz", **arrays)
     return EvaluateConfig(samples=folder / "samples.npz", reference=data, extractor=folder / "extractor")
 
 
@@ -169,7 +177,7 @@ def test_evaluate_prints_a_table_and_writes_json(
     config = command(data, extractor, tmp_path, arr_0=channels_last(train).numpy(), labels=train.labels().numpy())
     results = evaluate(config)
     printed = capsys.readouterr().out
-    for name, *_ in result_rows(results):
+    for name, *_ in digits_rows(results):
         assert name in printed
     assert f"{results['frechet_test']:.6g}" in printed
     written = json.loads((tmp_path / "samples.json").read_text())

@@ -1,0 +1,47 @@
+"""A checkpoint's card and weights: what is wrong with them is one line that names the folder."""
+
+import json
+
+import pytest
+from checkpoints import save_checkpoint, tiny_card
+from data_sets import one_line
+
+from stablevm.errors import UserError
+from stablevm.snapshot import CARD_FILE, load_card, load_model
+
+
+def without_latent(card):
+    del card["latent"]
+
+
+def with_an_unknown_field(card):
+    card["model"]["colour"] = "blue"
+
+
+def of_another_version(card):
+    card["format_version"] = 99
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_latent, "is damaged .KeyError: 'latent'.; use another checkpoint"),
+        (with_an_unknown_field, "is damaged .TypeError: .*colour"),
+        (of_another_version, "format version 99, this program reads 1"),
+    ],
+)
+def test_damaged_cards(damage, message, tmp_path):
+    folder = save_checkpoint(tmp_path, tiny_card())
+    card = json.loads((folder / CARD_FILE).read_text())
+    damage(card)
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    with pytest.raises(UserError, match=f"^{folder}: .*{message}") as error:
+        load_card(folder)
+    one_line(error)
+
+
+def test_weights_of_another_network(tmp_path):
+    folder = save_checkpoint(tmp_path, tiny_card(num_classes=4))
+    with pytest.raises(UserError, match=r"ema.safetensors holds other tensors than the SiT-XXS/4") as error:
+        load_model(folder, tiny_card(num_classes=5))
+    one_line(error)
