@@ -151,20 +151,20 @@ def read(dataset: PreparedDataset, side: Side, workload: Workload, workers: int,
 
 
 def rates(side: Side, workload: Workload, workers: int, device: torch.device) -> tuple[float, float]:
-    """Samples/s, cold and warm: medians of pairs, each of a pass after the files left memory and of the next one."""
-    dataset, found = open_dataset(side.folder), []
-    for _ in range(workload.repeats):
-        drop_cache(side.folder)
-        pair = []
-        for _ in ("cold", "warm"):
-            samples: list[int] = []
-            elapsed = timed(
-                lambda samples=samples: samples.append(read(dataset, side, workload, workers, device)), device
-            )
-            pair.append(samples[0] / elapsed)
-        found.append(pair)
-    cold, warm = zip(*found, strict=True)
+    """Samples/s, cold and warm: medians of pairs."""
+    cold, warm = zip(*(cold_and_warm(side, workload, workers, device) for _ in range(workload.repeats)), strict=True)
     return median(cold), median(warm)
+
+
+def cold_and_warm(side: Side, workload: Workload, workers: int, device: torch.device) -> list[float]:
+    """Samples/s of a pass after the files left memory, and of the next one. Opened anew: mapped pages can't leave."""
+    drop_cache(side.folder)
+    dataset, found = open_dataset(side.folder), []
+    for _ in ("cold", "warm"):
+        samples: list[int] = []
+        elapsed = timed(lambda samples=samples: samples.append(read(dataset, side, workload, workers, device)), device)
+        found.append(samples[0] / elapsed)
+    return found
 
 
 def drop_cache(folder: Path) -> None:
