@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import describe_machine
 
+from stablevm.benchmark.machine import describe_machine
 from stablevm.sampling.archive import write_archive
 from stablevm.sampling.parts import PartFolder
 

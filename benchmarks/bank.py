@@ -10,10 +10,11 @@ from typing import Literal
 
 import torch
 import tyro
-from common import GIBIBYTE, MEBIBYTE, DeviceName, allocated_bytes, choose_device, describe_machine, medians
+from common import GIBIBYTE, MEBIBYTE, DeviceName, allocated_bytes, choose_device, medians
 from torch import Tensor
 
 from stablevm.bank import ClassBank
+from stablevm.benchmark.machine import describe_machine
 from stablevm.objective import POOL_SIZE
 
 

@@ -1,17 +1,15 @@
-"""What the benchmarks share: the device, timing, memory, and the lines that say on what they ran."""
+"""What the benchmarks share: the device, timing and memory."""
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from stablevm.benchmark.machine import CPU, synchronize
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 Run = Callable[[], object]
-CPU = torch.device("cpu")
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 
 
@@ -40,26 +38,21 @@ def seconds(run: Run, *, repeats: int = 7, device: torch.device = CPU) -> float:
 
 def timed(run: Run, device: torch.device = CPU) -> float:
     """Seconds of one run, until the device has done what it was given."""
-    _synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     run()
-    _synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(run: Run, device: torch.device = CPU) -> int:
     """The most memory that torch held on the device at one time during `run`, beyond what it held before."""
     if device.type == "cuda":
-        _synchronise(device)
+        synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        _synchronise(device)
+        synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     held = peak = 0
     for change in _memory_changes(run):
@@ -90,19 +83,3 @@ def copy_bandwidth(device: torch.device, size: int = 2 * GIBIBYTE) -> float:
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), device=device)
-
-
-def describe_machine(device: torch.device = CPU) -> str:
-    name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else _processor()
-    return (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"load {os.getloadavg()[0]:.1f}"
-    )
-
-
-def _processor() -> str:
-    """The model's name, where Linux tells it."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()

@@ -16,10 +16,11 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
-from common import CPU, DeviceName, choose_device, copy_bandwidth, describe_machine, timed
+from common import DeviceName, choose_device, copy_bandwidth, timed
 from PIL import Image
 
 from stablevm.autoencoder import LatentSpec
+from stablevm.benchmark.machine import CPU, describe_machine
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import training_loader
 from stablevm.data.manifest import Manifest

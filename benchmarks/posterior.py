@@ -25,13 +25,13 @@ from common import (
     DeviceName,
     choose_device,
     copy_bandwidth,
-    describe_machine,
     medians,
     peak_bytes,
 )
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from stablevm.benchmark.machine import describe_machine
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import tyro
-from common import Run, describe_machine, timed
+from common import Run, timed
 from PIL import Image
 
+from stablevm.benchmark.machine import describe_machine
 from stablevm.preparation import folders, shards
 from stablevm.preparation.config import ConvertConfig, ConvertShardsConfig
 from stablevm.preparation.pictures import dhariwal

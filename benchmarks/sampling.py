@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from common import describe_machine
 from torch import Tensor
 
 from stablevm import snapshot
 from stablevm.autoencoder import IDENTITY, LatentSpec
+from stablevm.benchmark.machine import describe_machine
 from stablevm.models.config import sit_config
 from stablevm.models.sit import SiT
 from stablevm.sampling.config import GenerateConfig

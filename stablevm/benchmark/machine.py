@@ -3,23 +3,34 @@
 import os
 import platform
 import time
+from pathlib import Path
 
 import torch
 
 from stablevm import rng
 from stablevm.precision import DTYPES
 
+CPU = torch.device("cpu")
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of square matrices, large enough for the full rate
 PRODUCT_REPEATS = 10
 
 
-def describe_machine(device: torch.device, processes: int = 1) -> str:
-    """One line: hardware, processes, threads and versions."""
+def describe_machine(device: torch.device = CPU, processes: int = 1) -> str:
+    """One line: hardware, threads, versions, and how much else the machine is doing."""
     if device.type == "cuda":
-        hardware = f"{processes} x {torch.cuda.get_device_name(device)}"
+        hardware = f"{processes} x {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        hardware = f"{processes} x {torch.get_num_threads()} threads of {os.cpu_count()} cores ({platform.machine()})"
-    return f"{hardware}, torch {torch.__version__}, Python {platform.python_version()}"
+        hardware = f"{_processor()}, {processes} x {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{hardware}, {versions}, load {os.getloadavg()[0]:.1f}"
+
+
+def _processor() -> str:
+    """The model's name, where Linux tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
 
 
 def product_rate(device: torch.device, mixed_precision: str) -> float:

@@ -1,0 +1,45 @@
+"""The scripts in benchmarks/ run, at sizes too small to mean anything: their figures are looked at by people."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RUNS = {
+    "assembly": ("{folder}", "--images=8", "--side=8"),
+    "bank": ("--classes=4", "--capacity=8", "--batch=8", "--shape", "1", "4", "4", "--repeats=1"),
+    "evaluation": ("--samples=64", "--reference=64", "--no-peers"),
+    "loader": ("--rows=64", "--large-rows=64", "--image-rows=16", "--batch=16", "--workers", "0", "--repeats=1"),
+    "posterior": (
+        *("--samples", "4", "--references", "8", "--dimensions", "16", "--dtypes", "float32", "--classes=2"),
+        "--repeats=1",
+    ),
+    "preparation": ("--images=8", "--classes=2"),
+    "sampling": ("--model=SiT-XXS/2", "--side=8", "--images=2", "--num-steps=4"),
+    "training_step": ("--model=SiT-XXS/2", "--steps=6", "--batch-size=2"),
+}
+
+
+def scripts():
+    return sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_it_says_how_it_is_run_and_on_what(name):
+    text = (BENCHMARKS / f"{name}.py").read_text()
+    if name != "common":
+        assert f"python benchmarks/{name}.py" in text.split('"""')[1]
+        assert "describe_machine(" in text
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_it_runs(name, tmp_path, monkeypatch, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script = BENCHMARKS / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *(part.format(folder=tmp_path) for part in RUNS[name])])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(script), run_name="__main__")
+    assert "torch " in capsys.readouterr().out
