@@ -74,7 +74,7 @@ def full_bank(sizes: Sizes, classes: int, feed: Feed) -> ClassBank:
 def compare_insertion(sizes: Sizes, bank: ClassBank, feed: Feed) -> None:
     queues, small = Concatenated(bank), full_bank(sizes, max(1, sizes.classes // 10), feed)
     storage = bank.entries.data_ptr()
-    slots = torch.randperm(sizes.classes * sizes.capacity, device=feed.device)[: sizes.batch]
+    slots = torch.randperm(sizes.classes * sizes.capacity, generator=feed.stream, device=feed.device)[: sizes.batch]
     rows = bank.entries.flatten(0, 1)
     sides = {
         "ClassBank.insert": lambda: bank.insert(feed.samples, feed.labels(), feed.ids()),

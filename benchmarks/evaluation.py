@@ -3,18 +3,29 @@
 python benchmarks/evaluation.py [--samples 50000] [--reference 10000] [--no-peers]
 """
 
-import argparse
 import resource
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 import torch
+import tyro
 
+from stablevm.benchmark.machine import describe_machine
 from stablevm.evaluation.neighbours import precision_recall
 from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance, inception_score
 
 WIDTH, CLASSES = 2048, 1008
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of synthetic features; `peers` measures torch-fidelity and scipy too."""
+
+    samples: int = 50_000
+    reference: int = 10_000
+    peers: bool = True
 
 
 def features(count, seed):
@@ -85,17 +96,13 @@ def scipy_root(samples, reference, table):
     timed("FID", fid, table, "scipy")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--reference", type=int, default=10_000)
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args()
+def main(options):
+    print(describe_machine())
     samples, reference = features(options.samples, 1), features(options.reference, 2).mul_(1.05)
     table = {}
     before = memory()
     timed("precision, recall", lambda: precision_recall(reference, samples), table, "stablevm")
-    print(f"memory: {before:.2f} GB with the features, at most {memory():.2f} GB; {torch.get_num_threads()} threads")
+    print(f"memory: {before:.2f} GB with the features, at most {memory():.2f} GB")
     logits = 3 * torch.randn(options.samples, CLASSES, generator=torch.Generator().manual_seed(3))
     ours(samples, reference, logits, table)
     if options.peers:
@@ -112,4 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Sizes))

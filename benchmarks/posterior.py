@@ -169,7 +169,7 @@ def measure(batch: Batch, grid: Grid, bandwidth: float, device: torch.device) ->
     sides = {name: lambda way=way: way(batch) for name, way in fits.items()}
     times = medians(sides, repeats=1 if rows * n * d >= WIDE_VALUES else grid.repeats, device=device)
     memory = {name: peak_bytes(run, device) for name, run in sides.items()}
-    few = batch.late(CHECKED_ROWS)
+    few = batch.late(min(rows, CHECKED_ROWS))
     needed = len(batch.groups.unique()) * batch.bank[0].numel() * batch.bank.element_size()
     floor = needed / bandwidth
     ours = times["stablevm"]

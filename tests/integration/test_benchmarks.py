@@ -19,7 +19,7 @@ RUNS = {
     ),
     "preparation": ("--images=8", "--classes=2"),
     "sampling": ("--model=SiT-XXS/2", "--side=8", "--images=2", "--num-steps=4"),
-    "training_step": ("--model=SiT-XXS/2", "--steps=6", "--batch-size=2"),
+    "training_step": ("--model=SiT-XXS/2", "--steps=6", "--batch-size=2", "--no-compiled"),
 }
 
 
@@ -28,11 +28,10 @@ def scripts():
 
 
 @pytest.mark.parametrize("name", scripts())
-def test_it_says_how_it_is_run_and_on_what(name):
+def test_it_says_how_it_is_run(name):
     text = (BENCHMARKS / f"{name}.py").read_text()
     if name != "common":
         assert f"python benchmarks/{name}.py" in text.split('"""')[1]
-        assert "describe_machine(" in text
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
