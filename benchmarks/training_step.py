@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import tyro
 from torch import nn
+from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.benchmark.machine import describe_machine, synchronize
@@ -105,7 +106,7 @@ def main(options: Comparison) -> None:
         sides[f"stablevm, {options.mixed_precision}{', compiled' if config.compile else ''}"] = Ours(engine, config)
     times: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
-    for number, batch in enumerate(engines[0].loader(options.steps)):
+    for number, batch in enumerate(tqdm(engines[0].loader(options.steps), total=options.steps, unit="step")):
         for name, side in sides.items():
             synchronize(accelerator.device)
             started = time.perf_counter()
