@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stablevm import rng
@@ -14,6 +15,8 @@ IMAGENET_IMAGES = 1_281_167
 DISTINCT = 512  # samples that differ: more would only take memory
 CHANNELS, PIXELS_PER_LATENT = 4, 8  # of Stable Diffusion's autoencoder
 SCALE = 0.18215  # of its latents
+COARSENESS = 2  # latents of images are smooth: here, over so many places
+DEVIATION = 0.3  # of the autoencoder's posterior, small beside its means' 1 / SCALE
 
 
 class RandomDataset(PreparedDataset):
@@ -28,7 +31,10 @@ class RandomDataset(PreparedDataset):
         self.resolution = resolution
         self.has_images, self.has_flips = True, False
         stream = rng.generator("random data")
-        self._moments = torch.randn(DISTINCT, 2 * CHANNELS, side, side, generator=stream).abs().half()
+        coarse = torch.randn(DISTINCT, CHANNELS, side // COARSENESS, side // COARSENESS, generator=stream)
+        means = F.interpolate(coarse, size=(side, side), mode="bilinear")
+        means *= 1 / (SCALE * means.std())  # the network sees unit variance
+        self._moments = torch.cat([means, torch.full_like(means, DEVIATION)], dim=1).half()
         self._images = torch.randint(0, 256, (DISTINCT, 3, resolution, resolution), dtype=torch.uint8, generator=stream)
 
     def __len__(self) -> int:
