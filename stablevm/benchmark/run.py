@@ -65,7 +65,7 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
         exp_name=name,
         output_dir=scratch,
         data_dir=config.data_dir or Path("random data"),
-        report_to="tensorboard",
+        report_to="none",
         model=config.model or MODELS[place],
         batch_size=config.batch_size or BATCH_SIZES[place],
         gradient_accumulation_steps=config.gradient_accumulation_steps,
