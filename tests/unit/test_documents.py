@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stablevm import encoders, interpolant
-from stablevm.sampling import solvers
+from stablevm.sampling import sampler, solvers
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md")})
@@ -68,8 +68,12 @@ def test_the_path_that_is_shown_is_one():
     assert torch.allclose(path.time_at_ratio(at.sigma / at.alpha), t)
 
 
-def test_the_solver_that_is_shown_has_order_two():
+def test_the_solver_that_is_shown_has_order_two(monkeypatch):
     midpoint = shown("midpoint", solvers)["midpoint"]
+    monkeypatch.setitem(sampler._FIXED_STEPS, "midpoint", midpoint)
+    settings = sampler.SamplerSettings("ode", num_steps=20, solver="midpoint")
+    end = sampler.integrate(lambda x, t: x, lambda: torch.ones(1, dtype=torch.float64), interpolant.LINEAR, settings)
+    assert end.item() == pytest.approx(math.exp(-1), rel=1e-3)
     start = torch.ones(1, dtype=torch.float64)
     errors = [(midpoint(lambda x, t: x, start, solvers.ode_times(n)) - math.exp(-1)).abs().item() for n in (10, 20)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
