@@ -47,7 +47,7 @@ def test_order_of_convergence(path, solver, order):
         [(solver(gaussian_velocity(path), start, ode_times(int(n))) - solution).abs().max() for n in steps]
     )
     slopes = -(errors.log()[1:] - errors.log()[:-1]) / steps.log().diff()
-    assert slopes.sub(order).abs().max() < 0.12, slopes
+    assert slopes.min() > order - 0.12, slopes  # a field as smooth as this one may give more: 3 for the midpoint method
     assert errors[-1] < (2e-2, 1e-4)[order - 1]
 
 
