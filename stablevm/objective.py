@@ -9,7 +9,7 @@ Model-free: a draw knows neither the network nor the trainer, so it fits into an
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from stablevm.bank import NO_ID, ClassBank
 from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import posterior, posterior_over_blocks
-from stablevm.rng import AnyGenerator, rand, randn
+from stablevm.rng import AnyGenerator, RowGenerators, rand, randn
 from stablevm.schedules import TimeName, draw_times
 
 Prediction = Literal["v", "x"]
@@ -65,6 +65,10 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.prediction not in ("v", "x"):
             raise UserError(f"--prediction {self.prediction}: expected v or x")
+        if not isinstance(self.path, Interpolant):
+            raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
+        if self.weighting not in get_args(TimeName):
+            raise UserError(f"--weighting {self.weighting}: expected one of {', '.join(get_args(TimeName))}")
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"--cfg-prob {self.label_dropout}: expected a chance in [0, 1]")
         if self.label_dropout and self.null_class is None:
@@ -78,7 +82,11 @@ class FlowMatching:
         self.protocol = protocol or Protocol()
 
     def draw(self, latents: Tensor, labels: Tensor, stream: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
-        """latents (B, *shape), labels (B,) int64; stream: where the times, noise and dropped labels come from."""
+        """latents (B, *shape), labels (B,) int64; stream: where the times, noise and dropped labels come from.
+
+        UserError for labels or ids of another shape or type.
+        """
+        _check_batch(latents, labels, stream, ids)
         noisy = _perturb(self.protocol, latents, stream)
         labels, _ = _drop_labels(self.protocol, labels, stream)
         return _finish(self.protocol, noisy, labels, _ids_or_none(ids, labels), None)
@@ -105,8 +113,10 @@ class StableTargetField:
         """references (n, *shape) with labels (n,), or None for data of one class; anchors: positions (B,) in the set
         that are perturbed (all if None).
 
-        The anchors must be chosen independently of the references' values, or the target is biased.
+        The anchors must be chosen independently of the references' values, or the target is biased. UserError for
+        labels or ids of another shape or type.
         """
+        _check_batch(references, labels, stream, ids, unlabelled=True)
         count, device = references.shape[0], references.device
         chosen = torch.arange(count, device=device) if anchors is None else anchors
         noisy = _perturb(self.protocol, references[chosen], stream)
@@ -158,9 +168,18 @@ class StableVM:
             raise UserError(f"--bank-anchors {anchors}: expected bank or batch")
         if pool_size < 1:
             raise UserError(f"a pool of {pool_size} references: expected at least 1")
+        if class_shares is not None and class_shares.shape != (bank.num_classes,):
+            raise UserError(
+                f"class_shares are {tuple(class_shares.shape)}: expected ({bank.num_classes},), one per class"
+            )
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
         self.class_shares = None if class_shares is None else class_shares.to(bank.device, torch.float32)
         self.protocol = protocol or Protocol()
+        if self.protocol.null_class in range(bank.num_classes):
+            raise UserError(
+                f"null class {self.protocol.null_class} is one of the bank's classes, 0 to {bank.num_classes - 1}: "
+                f"give {bank.num_classes}"
+            )
 
     def draw(
         self,
@@ -172,14 +191,22 @@ class StableVM:
         slots: Tensor | None = None,
         pool_stream: torch.Generator | None = None,
     ) -> Draw:
-        """Insert fresh latents (B, *shape) of classes labels (B,) into the bank, then draw B samples to regress on.
+        """Insert fresh latents (B, *shape) of classes labels (B,) int64 into the bank, then draw B to regress on.
+
+        With the bank's anchors (the default) these are not the fresh samples: whatever else the network is given about
+        a sample belongs to the rows `ids` of the draw. The draw is float32, and no gradient flows to the latents.
+        UserError where the batch does not fit the bank. Values are looked at on a CPU only, a GPU would be waited for:
+        there a label out of range ends in an assertion of the device, and what is not finite stays in the bank.
 
         ids: dataset rows of the latents, by which copies are recognised. slots: where the caller has inserted them
         already (with the other processes' ones). pool_stream: where the shared pool comes from, if not from `stream`
         (needed when that holds one stream per row).
         """
-        ids = _ids_or_none(ids, labels)
+        _check_batch(latents, labels, stream, ids)
+        _check_against_bank(self.bank, latents, labels)
+        latents, ids = latents.detach().float(), _ids_or_none(ids, labels)
         if slots is None:
+            _check_finite(latents)
             slots = self.bank.insert(latents, labels, ids)
         if self.anchors == "bank":
             labels, slots = draw_anchors(self.bank, latents.shape[0], stream)
@@ -242,7 +269,11 @@ def draw_anchors(bank: ClassBank, rows: int, stream: AnyGenerator) -> tuple[Tens
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample: (B,), float32."""
+    """Mean squared error per sample: (B,), float32. UserError where the shapes differ: broadcasting hides mistakes."""
+    if prediction.shape != target.shape:
+        raise UserError(
+            f"the prediction is {tuple(prediction.shape)}, the target {tuple(target.shape)}: expected the same"
+        )
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
@@ -261,6 +292,59 @@ def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Nois
     t = host_t.to(device, non_blocking=True)
     noise = randn(latents.shape, stream, device)
     return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t), host_t)
+
+
+def _check_batch(
+    latents: Tensor, labels: Tensor | None, stream: AnyGenerator, ids: Tensor | None, *, unlabelled: bool = False
+) -> None:
+    """UserError unless these are a batch: shapes and types, which a GPU tells without being waited for."""
+    for name, values in (("latents", latents), ("labels", labels), ("ids", ids)):
+        if values is not None and not isinstance(values, Tensor):
+            raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")
+    if labels is None and not unlabelled:
+        raise UserError(
+            "labels are None: for data without classes give zeros, torch.int64 (B,), and the bank one class"
+        )
+    if not latents.is_floating_point() or not len(latents):
+        raise UserError(f"latents are {_described(latents)}: expected floating point numbers, one sample or more")
+    for name, values, remedy in (
+        (
+            "labels",
+            labels,
+            "; give class indices (of one-hot labels, labels.argmax(1)), or zeros for data without classes",
+        ),
+        ("ids", ids, "; give rows of the data set"),
+    ):
+        if values is not None and (values.dtype != torch.int64 or values.shape != latents.shape[:1]):
+            raise UserError(f"{name} are {_described(values)}: expected torch.int64 ({len(latents)},){remedy}")
+    if not isinstance(stream, torch.Generator | RowGenerators):
+        raise UserError(f"stream {stream!r}: expected a torch.Generator, such as torch.Generator().manual_seed(0)")
+
+
+def _check_against_bank(bank: ClassBank, latents: Tensor, labels: Tensor) -> None:
+    """UserError unless the bank can hold the batch; where labels are on a GPU their range is not looked at."""
+    if latents.shape[1:] != bank.shape:
+        raise UserError(f"latents are {tuple(latents.shape)}: this bank holds samples of shape {bank.shape}")
+    if not latents.device == labels.device == bank.device:
+        raise UserError(
+            f"latents are on {latents.device}, labels on {labels.device}, the bank on {bank.device}: expected one "
+            "device (the bank's is ClassBank(..., device=...))"
+        )
+    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < bank.num_classes:
+        raise UserError(
+            f"labels reach from {labels.min()} to {labels.max()}: this bank has classes 0 to {bank.num_classes - 1}"
+        )
+
+
+def _check_finite(latents: Tensor) -> None:
+    """UserError for what would spoil targets for as long as it stays in the bank; on a GPU it is not looked at."""
+    if latents.device.type == "cpu" and not (finite := latents.flatten(1).isfinite().all(dim=1)).all():
+        row = int(finite.int().argmin())
+        raise UserError(f"latents hold NaN or infinity, first in row {row} of the batch: they would stay in the bank")
+
+
+def _described(values: Tensor) -> str:
+    return f"{values.dtype} {tuple(values.shape)}"
 
 
 def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tuple[Tensor, Tensor]:

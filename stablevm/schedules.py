@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablevm.errors import UserError
-from stablevm.interpolant import Interpolant
+from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.rng import AnyGenerator, rand, randn
 
 WeightName = Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"]
@@ -23,11 +23,11 @@ class AlignmentSchedule:
     """The weight w(t) of VA-REPA (Yang et al., 2026): 1 where the input is clear, fading towards the prior.
 
     name: one of hard, hard_high (ablation), sigmoid, cosine, snr, constant (plain REPA).
-    tau: the time around which it fades, in (0, 1]; steepness: k of the sigmoid.
+    path: for snr. tau: the time around which it fades, in (0, 1]; steepness: k of the sigmoid.
     """
 
     name: WeightName
-    path: Interpolant
+    path: Interpolant = LINEAR
     tau: float = 0.7
     steepness: float = 20.0
 
@@ -35,6 +35,8 @@ class AlignmentSchedule:
         if self.name not in get_args(WeightName):
             expected = ", ".join(get_args(WeightName))
             raise UserError(f"--proj-weight-schedule {self.name}: expected one of {expected}")
+        if not isinstance(self.path, Interpolant):
+            raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         if not 0 < self.tau <= 1:
             raise UserError(f"--proj-tau {self.tau}: expected a time in (0, 1]")
 

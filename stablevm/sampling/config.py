@@ -127,7 +127,11 @@ class GenerateConfig:
         reason = "--edm-schedule" if self.mode == "ode" else f"--mode {self.mode}"
         return [
             ("num_steps", not two_steps or self.num_steps >= 2, f"at least 2 with {reason}"),
-            ("solver", self.mode == "ode" or self.solver != "dopri5", f"euler or heun with --mode {self.mode}"),
+            (
+                "solver",
+                self.mode == "ode" or self.solver in ("euler", "heun"),
+                f"euler or heun with --mode {self.mode}",
+            ),
             ("heun", not self.heun or self.solver != "dopri5", "no --solver dopri5 with it"),
             (
                 "trajectory",

@@ -48,6 +48,11 @@ class SamplerSettings:
     precision: Precision = "fp32"
 
 
+# Solvers with a given number of steps, by the word of --solver. A solver of the ODE alone stands in the first only.
+_FIXED_STEPS = {"euler": euler, "heun": heun}
+_FIXED_STEPS_SDE = {"euler": euler_maruyama, "heun": stochastic_heun}
+
+
 class Field(Protocol):
     """A velocity at states x (n, ...) and a scalar time, or at times (n,) for the rows (n,) of a batch."""
 
@@ -116,10 +121,8 @@ def _fixed_steps(
 ) -> Tensor:
     kind = settings.above_split if settings.mode == "stablevs" else settings.mode
     if kind == "sde":
-        solve_sde = {"euler": euler_maruyama, "heun": stochastic_heun}[settings.solver]
-        return solve_sde(velocity, x, times, path, noise, settings.diffusion_scale)
-    solve_ode = {"euler": euler, "heun": heun}[settings.solver]
-    return solve_ode(velocity, x, times)
+        return _FIXED_STEPS_SDE[settings.solver](velocity, x, times, path, noise, settings.diffusion_scale)
+    return _FIXED_STEPS[settings.solver](velocity, x, times)
 
 
 def _times(path: Interpolant, settings: SamplerSettings) -> Tensor:

@@ -31,6 +31,12 @@ def test_two_moons(example, tmp_path):
     assert stablevm.mean() < 0.7 * cfm.mean() and (tmp_path / "moons.png").stat().st_size > 10_000
 
 
+def test_alignment(example):
+    results = torch.tensor(example("alignment").main(steps=40, encoder_steps=20))
+    (velocity, cosine), (velocity_after, cosine_after) = results[:5].mean(0), results[-5:].mean(0)
+    assert velocity_after < 0.7 * velocity and cosine_after > 0.65 > 0.4 > cosine
+
+
 def test_noise_and_data(example):
     distances = example("noise_and_data").main(steps=100)
     assert max(distances.values()) < 1, "right ones: 0.02 to 0.39; predictions read as another kind: 1.4 to 10"

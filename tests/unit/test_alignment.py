@@ -63,3 +63,18 @@ def test_spatial_normalisation():
     deviation = (((torch.tensor([1.0, 3.0, 8.0]) - 4) ** 2).sum() / 2).sqrt()
     torch.testing.assert_close(normalised[0, :, 0], (torch.tensor([1.0, 3.0, 8.0]) - 2) / (deviation + 1e-6))
     torch.testing.assert_close(normalised[0, :, 1], torch.full((3,), 2.0 / 1e-6))
+
+
+@pytest.mark.parametrize(
+    "projected, features", [((4, 9, 5), (4, 9, 6)), ((4, 9, 5), (1, 9, 5)), ((4, 9, 5), (4, 1, 5)), ((4, 5, 3, 3),) * 2]
+)
+def test_tokens_of_other_shapes_are_refused(projected, features):
+    """Three of these would broadcast, or be read as something else, without a word."""
+    with pytest.raises(UserError, match=r"expected the same \(B, T, D\) of both"):
+        alignment_loss(torch.ones(projected), torch.ones(features))
+
+
+def test_weights_of_another_shape_are_refused():
+    for losses, weights in ((torch.tensor(1.0), torch.ones(4)), (torch.ones(4), torch.ones(4, 1))):
+        with pytest.raises(UserError, match=r"losses are .* expected"):
+            weighted_alignment(losses, weights)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import stablevm
 from stablevm import encoders, interpolant
-from stablevm.sampling import solvers
+from stablevm.sampling import sampler, solvers
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md")})
@@ -68,8 +69,12 @@ def test_the_path_that_is_shown_is_one():
     assert torch.allclose(path.time_at_ratio(at.sigma / at.alpha), t)
 
 
-def test_the_solver_that_is_shown_has_order_two():
+def test_the_solver_that_is_shown_has_order_two(monkeypatch):
     midpoint = shown("midpoint", solvers)["midpoint"]
+    monkeypatch.setitem(sampler._FIXED_STEPS, "midpoint", midpoint)
+    settings = sampler.SamplerSettings("ode", num_steps=20, solver="midpoint")
+    end = sampler.integrate(lambda x, t: x, lambda: torch.ones(1, dtype=torch.float64), interpolant.LINEAR, settings)
+    assert end.item() == pytest.approx(math.exp(-1), rel=1e-3)
     start = torch.ones(1, dtype=torch.float64)
     errors = [(midpoint(lambda x, t: x, start, solvers.ode_times(n)) - math.exp(-1)).abs().item() for n in (10, 20)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
@@ -91,3 +96,25 @@ def test_the_schedule_and_the_encoder_that_are_shown():
     finally:
         encoders.SHORT_NAMES.clear()
         encoders.SHORT_NAMES.update(before)
+
+
+def test_the_loop_that_is_shown_runs():
+    """The blocks of docs/own-loop.md, one after the other, with networks that know nothing."""
+    training, sampling = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "own-loop.md").read_text(), flags=re.DOTALL
+    )
+    stream, rows, scale = torch.Generator().manual_seed(0), torch.arange(6), torch.nn.Parameter(torch.zeros(()))
+    images = torch.randn(20, 4, 8, generator=stream)
+    names = {name: getattr(stablevm, name) for name in stablevm.__all__}
+    names |= {"torch": torch, "images": images, "rows": rows, "latents": images[rows], "labels": rows % 3}
+    names |= {"objective": stablevm.StableVM(stablevm.ClassBank(3, 8, shape=(4, 8))), "generator": stream}
+    names |= {"model": lambda x, t, labels: (scale * x, scale + x), "encoder": lambda seen: seen}
+    exec(training, names)
+    assert names["loss"].isfinite() and names["alignment"].requires_grad
+    names |= {"model": lambda x, t, labels: x, "shape": images[rows].shape}  # dx/dt = x, from t = 1 to 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noise = torch.randn(images[rows].shape)
+        torch.manual_seed(0)
+        exec(sampling, names)
+    torch.testing.assert_close(names["samples"], noise * math.exp(-1), rtol=1e-3, atol=1e-4)

@@ -237,7 +237,7 @@ PUBLISHED = {
 
 
 def test_short_names_are_what_they_say():
-    assert set(SHORT_NAMES) == set(PUBLISHED)
+    assert set(SHORT_NAMES) >= set(PUBLISHED)
     for name, facts in PUBLISHED.items():
         spec = SHORT_NAMES[name]
         with torch.device("meta"):

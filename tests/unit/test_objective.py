@@ -221,3 +221,76 @@ def test_mistakes_are_told(batch):
         ClassBank(0, 2, SHAPE)
     with pytest.raises(ValueError, match="give pool_stream"):
         StableVM(bank).draw(latents, labels, RowGenerators.for_keys("x", positions=range(ROWS)))
+
+
+def spoiled(values, row, value):
+    values = values.clone()
+    values[row] = value
+    return values
+
+
+MISTAKES = {
+    "one-hot labels": (lambda x, y: (x, torch.nn.functional.one_hot(y)), r"int64 \(12, 3\).*argmax"),
+    "labels as numbers": (lambda x, y: (x, y.float()), r"float32 \(12,\): expected torch.int64"),
+    "short integers": (lambda x, y: (x, y.to(torch.uint8)), "labels are torch.uint8"),
+    "too few labels": (lambda x, y: (x, y[:5]), r"\(5,\): expected torch.int64 \(12,\)"),
+    "no labels": (lambda x, y: (x, None), "labels are None: .* zeros"),
+    "a list": (lambda x, y: (x, y.tolist()), "labels are a list"),
+    "a class too many": (lambda x, y: (x, y + 1), "labels reach from 1 to 3: this bank has classes 0 to 2"),
+    "a negative class": (lambda x, y: (x, y - 1), "labels reach from -1 to 1"),
+    "another device": (lambda x, y: (x, y.to("meta")), "latents are on cpu, labels on meta, the bank on cpu"),
+    "other latents": (lambda x, y: (x[:, :1], y), r"latents are \(12, 1, 3, 3\): .* shape \(2, 3, 3\)"),
+    "bytes": (lambda x, y: (x.byte(), y), "latents are torch.uint8"),
+    "nothing": (lambda x, y: (x[:0], y[:0]), "one sample or more"),
+    "NaN": (lambda x, y: (spoiled(x, 4, torch.nan), y), "NaN or infinity, first in row 4"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_batch_that_does_not_fit_is_refused_and_leaves_the_bank_alone(spoil, message, batch):
+    bank = ClassBank(CLASSES, 4, SHAPE)
+    with pytest.raises(UserError, match=message):
+        StableVM(bank).draw(*spoil(*batch), same_stream())
+    assert not bank.counts.any() and not bank.entries.any()
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), StableTargetField(), StableVM(ClassBank(CLASSES, 4, SHAPE))])
+def test_labels_ids_and_streams_of_another_kind_are_refused(objective, batch):
+    latents, labels = batch
+    with pytest.raises(UserError, match=r"labels are torch.float32"):
+        objective.draw(latents, labels.float(), same_stream())
+    with pytest.raises(UserError, match=r"ids are torch.int64 \(3,\)"):
+        objective.draw(latents, labels, same_stream(), ids=torch.arange(3))
+    with pytest.raises(UserError, match=r"stream None: expected a torch.Generator"):
+        objective.draw(latents, labels, None)
+
+
+def test_objectives_that_contradict_themselves_are_refused():
+    with pytest.raises(UserError, match="path 'linear': expected an Interpolant"):
+        Protocol(path="linear")
+    with pytest.raises(UserError, match="--weighting lognorm: expected one of uniform"):
+        Protocol(weighting="lognorm")
+    bank = ClassBank(CLASSES, 4, SHAPE)
+    with pytest.raises(UserError, match="null class 0 is one of the bank's classes, 0 to 2: give 3"):
+        StableVM(bank, Protocol(null_class=0))
+    with pytest.raises(UserError, match=r"class_shares are \(2,\): expected \(3,\)"):
+        StableVM(bank, class_shares=torch.ones(2))
+
+
+@pytest.mark.parametrize("anchors", ["bank", "batch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_latents_of_any_precision_make_float32_draws(anchors, dtype, batch):
+    """As autoencoders under autocast give them; gradients, which would stay in the bank from step to step, are cut."""
+    latents, labels = batch[0].to(dtype), batch[1]
+    objective = StableVM(ClassBank(CLASSES, 4, SHAPE), anchors=anchors)
+    draw = objective.draw(latents.requires_grad_(), labels, same_stream())
+    expected = StableVM(ClassBank(CLASSES, 4, SHAPE), anchors=anchors).draw(latents.float(), labels, same_stream())
+    for name in ("x_t", "target", "x0"):
+        value = getattr(draw, name)
+        assert value.dtype == torch.float32 and not value.requires_grad and torch.equal(value, getattr(expected, name))
+    assert not objective.bank.entries.requires_grad
+
+
+def test_errors_of_other_shapes_are_refused():
+    with pytest.raises(UserError, match=r"prediction is \(8,\), the target \(8, 1\)"):
+        squared_error(torch.zeros(8), torch.zeros(8, 1))

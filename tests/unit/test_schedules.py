@@ -49,8 +49,8 @@ def test_weights_are_shares_at_the_ends_for_any_split(name, path, dtype):
 
 
 def test_bad_schedules_are_refused():
-    with pytest.raises(UserError, match="--proj-weight-schedule linear: expected one of hard"):
-        AlignmentSchedule("linear", LINEAR)
+    with pytest.raises(UserError, match="--proj-weight-schedule slow: expected one of hard"):
+        AlignmentSchedule("slow", LINEAR)
     with pytest.raises(UserError, match=r"--proj-tau 0: expected a time in \(0, 1\]"):
         AlignmentSchedule("hard", LINEAR, tau=0)
 
@@ -82,3 +82,9 @@ def test_a_row_has_its_own_times():
 def test_unknown_distribution(stream):
     with pytest.raises(UserError, match="--weighting beta: expected one of uniform, lognormal"):
         draw_times("beta", LINEAR, 2, stream)
+
+
+def test_a_schedule_takes_a_path_not_its_name():
+    assert AlignmentSchedule("snr").path is LINEAR
+    with pytest.raises(UserError, match="path 'cosine': expected an Interpolant"):
+        AlignmentSchedule("snr", "cosine")
