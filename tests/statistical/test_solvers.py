@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchdiffeq import odeint
 
-from stablevm.interpolant import INTERPOLANTS
+from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
 from stablevm.sampling.dopri5 import dopri5
 from stablevm.sampling.solvers import (
     edm_times,
@@ -47,7 +47,9 @@ def test_order_of_convergence(path, solver, order):
         [(solver(gaussian_velocity(path), start, ode_times(int(n))) - solution).abs().max() for n in steps]
     )
     slopes = -(errors.log()[1:] - errors.log()[:-1]) / steps.log().diff()
-    assert slopes.min() > order - 0.12, slopes  # a field as smooth as this one may give more: 3 for the midpoint method
+    assert slopes.min() > order - 0.12, slopes
+    if solver in (euler, heun):  # another may do better on a field as smooth as this one
+        assert slopes.max() < order + 0.12, slopes
     assert errors[-1] < (2e-2, 1e-4)[order - 1]
 
 
@@ -153,8 +155,9 @@ def test_dopri5_errors_follow_the_tolerance(path):
     errors = [
         (dopri5(gaussian_velocity(path), start, rtol, rtol / 100) - solution).abs().max() for rtol in (1e-2, 1e-4, 1e-6)
     ]
-    # A hundredth of the tolerance each time; two decades of error on these paths, one or so on a harder one.
-    assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5 and errors[2] < 5e-5, errors
+    # Our own paths are held to what was measured of them; another may be harder.
+    factor, last = (10, 1e-5) if path in (LINEAR, COSINE) else (5, 5e-5)
+    assert errors[1] < errors[0] / factor and errors[2] < errors[1] / factor and errors[2] < last, errors
 
 
 @pytest.mark.parametrize("solver, expected", [(euler, 7), (heun, 13)])
