@@ -1,6 +1,6 @@
 """The memory bank of StableVM: for each class, the most recent samples, as one preallocated ring."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,13 @@ class ClassBank:
         device: torch.device | str = "cpu",
     ) -> None:
         """shape: of one sample. dtype: of storage; float16 halves the memory and rounds the references."""
-        if num_classes < 1 or capacity < 1:
-            raise UserError(f"a bank needs classes and capacity, got {num_classes} and {capacity}")
+        for name, count in (("classes", num_classes), ("a capacity", capacity)):
+            if not isinstance(count, int) or count < 1:
+                raise UserError(f"a bank of {count!r} as {name}: expected a whole number, 1 or more")
+        if not isinstance(shape, Sequence) or not dtype.is_floating_point:
+            raise UserError(
+                f"a bank of {dtype} {shape!r}: expected a shape such as (4, 32, 32) of floating point numbers"
+            )
         self.num_classes, self.capacity, self.shape = num_classes, capacity, tuple(shape)
         slots = num_classes * capacity
         # One slot beyond the last takes the writes that no queue keeps: no shape then depends on the data.

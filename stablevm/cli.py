@@ -35,6 +35,7 @@ from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
+UNREAD_STATUS = 141  # 128 + SIGPIPE
 SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has ended
 # Faults of the machine that a user can mend, not bugs: no space, no permission, a disk that fails or is gone.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -235,6 +236,9 @@ def _guarded(run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted; run the same command again to go on")
         return INTERRUPTED_STATUS
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write
+        return UNREAD_STATUS
     except OSError as error:
         if error.errno not in SYSTEM_LIMITS:
             raise

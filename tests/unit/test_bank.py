@@ -197,3 +197,18 @@ def test_references_exclude_the_anchor_its_copies_and_empty_slots():
         [True, True, False, False],  # not in the bank by slot, but a copy of it by id
         [False, False, False, False],  # the only one of its class
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, 4, (2,)), "a bank of 0 as classes: expected a whole number, 1 or more"),
+        ((3, 2.0, (2,)), "a bank of 2.0 as a capacity"),
+        ((3, 4, 2), r"a bank of torch.float32 2: expected a shape such as \(4, 32, 32\)"),
+        ((3, 4, (2,), torch.int64), "a bank of torch.int64"),
+    ],
+)
+def test_a_bank_that_cannot_be(arguments, message):
+    options = {"dtype": arguments[3]} if len(arguments) > 3 else {}
+    with pytest.raises(UserError, match=message):
+        ClassBank(*arguments[:3], **options)

@@ -119,3 +119,10 @@ def test_public_names_exist():
         assert getattr(stablevm, name) is not None
     with pytest.raises(AttributeError):
         stablevm.nothing  # noqa: B018
+
+
+def test_help_into_a_pipe_that_nobody_reads_is_no_traceback():
+    program = "import sys; from stablevm.cli import main; sys.exit(main(['train', '--help']))"
+    command = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
