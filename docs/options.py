@@ -5,8 +5,9 @@ import dataclasses
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
@@ -69,15 +70,38 @@ def default(field: "dataclasses.Field[Any]") -> str:
     return f"`{as_typed(field.name, field.default)}`" if isinstance(field.default, bool) else f"`{field.default}`"
 
 
-def section(command: str, config: type) -> str:
-    purpose = " ".join(inspect.cleandoc(config.__doc__ or "").split())
-    text = docstrings(config)
-    rows = []
+KINDS: dict[Any, str] = {bool: "switch", int: "whole number", float: "number", str: "text", Path: "path"}
+
+
+def values(hint: Any) -> str:
+    """What an option takes: the words of a Literal, or a kind; either, where it takes both."""
+    if hint in KINDS:
+        return KINDS[hint]
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{word}`" for word in get_args(hint))
+    parts = [part for part in get_args(hint) if part not in (type(None), ...)]
+    return " or ".join(dict.fromkeys(values(part) for part in parts if part in KINDS or get_origin(part)))
+
+
+def rows(config: type) -> Iterator[str]:
+    """A line for each option, those of a dataclass within this one in their place."""
+    text, hints = docstrings(config), get_type_hints(config)
     for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from rows(hint)
+            continue
         positional = "Positional" in str(field.type)
         name = field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
-        rows.append(f"| `{name}` | {default(field)} | {text[field.name].replace('|', chr(92) + '|')} |")
-    return "\n".join([f"## {command}", "", purpose, "", "| option | default | |", "| --- | --- | --- |", *rows])
+        cells = (f"`{name}`", values(hint), default(field), text[field.name].replace("|", "\\|"))
+        yield f"| {' | '.join(cells)} |"
+
+
+def section(command: str, config: type) -> str:
+    purpose = " ".join(inspect.cleandoc(config.__doc__ or "").split())
+    head = ["| option | takes | default | |", "| --- | --- | --- | --- |"]
+    return "\n".join([f"## {command}", "", purpose, "", *head, *rows(config)])
 
 
 def page() -> str:
