@@ -85,6 +85,9 @@ class ClassBank:
         local = torch.where(known, known_slot, slot)
         stays = torch.where(known, ~overtaken, stays)
         target = torch.where(stays, labels * self.capacity + local, self.discarded_slot)
+        # A known sample that comes twice at once: the last one stays, as a GPU writes to one place in any order.
+        again = torch.triu(target[:, None] == target, diagonal=1).any(dim=1)
+        target.masked_fill_(again, self.discarded_slot)
         self._data.index_copy_(0, target, samples.to(self._data))
         self._ids.index_copy_(0, target, ids)
         self._heads.add_(added[:-1]).remainder_(self.capacity)

@@ -9,7 +9,11 @@ from stablevm.errors import UserError
 
 
 def check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile would find no C++ compiler, which it needs for code of a CPU."""
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"--compile: no C++ compiler {compiler} here; install one, name one in CXX, or leave it out")
+    """UserError where torch.compile would find no compiler: of C++ for a CPU's code, of C for what starts a GPU's."""
+    language, variable, known = ("C", "CC", ("gcc", "clang")) if device.type == "cuda" else ("C++", "CXX", ("g++",))
+    names = (os.environ[variable],) if variable in os.environ else known
+    if not any(shutil.which(name) for name in names):
+        raise UserError(
+            f"--compile: no {language} compiler {' or '.join(names)} here; install one, name one in {variable}, or "
+            "leave it out"
+        )

@@ -172,18 +172,26 @@ def load_encoder(
 
 
 def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, dtype: torch.dtype) -> Encoder:
-    """The encoder called `name` with random weights, for measuring what it costs. UserError for an unknown name."""
+    """The encoder called `name` with random weights, for measuring what it costs.
+
+    UserError for an unknown name, or a network whose tokens are not as many.
+    """
     if name == DIGITS:
+        _check_digits_grid(grid_size)
         return DigitsEncoder(DigitsNet(), dtype).to(device)
     return TimmEncoder(_create(name, _spec_of(name), grid_size, pretrained=False), dtype).to(device)
 
 
-def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
+def _check_digits_grid(grid_size: int | None) -> None:
     if grid_size not in (None, GRID_SIZE):
         raise UserError(
             f"--enc-type {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has {grid_size} x {grid_size}; "
             f"choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
         )
+
+
+def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
+    _check_digits_grid(grid_size)
     if weights is None:
         raise UserError(f"--enc-type {DIGITS}: give its weights with --encoder-weights FILE.safetensors")
     network = DigitsNet()

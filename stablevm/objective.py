@@ -18,7 +18,7 @@ from stablevm.bank import NO_ID, ClassBank
 from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import posterior, posterior_over_blocks
-from stablevm.rng import AnyGenerator, RowGenerators, rand, randn
+from stablevm.rng import AnyGenerator, RowGenerators, rand, randn, to_device
 from stablevm.schedules import TimeName, draw_times
 
 Prediction = Literal["v", "x"]
@@ -125,7 +125,7 @@ class StableTargetField:
             keep = torch.ones(len(chosen), count, dtype=torch.bool, device=device)
         else:
             own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
-            keep = (labels[chosen, None] == labels) | dropped.to(device, non_blocking=True)[:, None]
+            keep = (labels[chosen, None] == labels) | to_device(dropped, device)[:, None]
         keep[torch.arange(len(chosen), device=device), chosen] = False
         found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=keep)
         own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
@@ -234,7 +234,7 @@ class StableVM:
         for is_pool, rows in ((False, (~dropped).nonzero()), (True, dropped.nonzero())):
             if not len(rows):
                 continue
-            rows = rows.squeeze(1).to(noisy.x0.device, non_blocking=True)
+            rows = to_device(rows.squeeze(1), noisy.x0.device)
             references = self._pool(labels[rows], slots[rows], ids[rows], pool_stream) if is_pool else None
             x0, noise, t = noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
             if references is None:
@@ -289,7 +289,7 @@ class _Noisy:
 def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Noisy:
     device = latents.device
     host_t = draw_times(protocol.weighting, protocol.path, latents.shape[0], stream)
-    t = host_t.to(device, non_blocking=True)
+    t = to_device(host_t, device)
     noise = randn(latents.shape, stream, device)
     return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t), host_t)
 
@@ -352,7 +352,7 @@ def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tu
     if protocol.null_class is None:
         return labels, torch.zeros(len(labels), dtype=torch.bool)
     dropped = rand((len(labels),), stream) < protocol.label_dropout
-    return torch.where(dropped.to(labels.device, non_blocking=True), protocol.null_class, labels), dropped
+    return torch.where(to_device(dropped, labels.device), protocol.null_class, labels), dropped
 
 
 def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:

@@ -29,21 +29,31 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     The product switches are global to the process: do not share them with another thread that multiplies.
     """
-    switches = _switches()
+    switches, common = _switches(), _common_precision()
     before = [switch.fp32_precision for switch in switches]
-    legacy = None if switches else torch.get_float32_matmul_precision()
     with without_autocast(device):
         try:
+            if common is not None:
+                torch.set_float32_matmul_precision("highest")
             for switch in switches:
                 switch.fp32_precision = "ieee"
-            if legacy is not None:
-                torch.set_float32_matmul_precision("highest")
             yield
         finally:
+            if common is not None:
+                torch.set_float32_matmul_precision(common)
             for switch, value in zip(switches, before, strict=True):
                 switch.fp32_precision = value
-            if legacy is not None:
-                torch.set_float32_matmul_precision(legacy)
+
+
+def _common_precision() -> str | None:
+    """torch's older switch for all products, which must agree with the newer ones wherever something reads it.
+
+    None where it can't be read, because somebody has set the newer ones apart.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -51,7 +51,6 @@ def rand(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str 
 def _fill(
     sample: Callable[..., Tensor], shape: Sequence[int], stream: AnyGenerator, device: torch.device | str
 ) -> Tensor:
-    # From page-locked memory the copy to a GPU runs beside other work; from other memory it waits for its turn.
     pinned = torch.device(device).type == "cuda"
     if isinstance(stream, torch.Generator):
         pinned = pinned and stream.device.type == "cpu"
@@ -67,5 +66,11 @@ def _fill(
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """A copy to a GPU that nobody waits for; the way back to the host is waited for, as values are read there."""
-    return values.to(device, non_blocking=values.device.type == "cpu")
+    """A copy to a GPU that the host does not wait for; the way back is waited for, as values are read there.
+
+    It goes by page-locked memory: from any other, the driver may wait until the GPU has done what is in its queue.
+    """
+    from_host = values.device.type == "cpu"
+    if from_host and torch.device(device).type == "cuda" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=from_host)

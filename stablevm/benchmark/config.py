@@ -32,8 +32,8 @@ class BenchmarkConfig:
     """SiT-{S,B,L,XL}/{2,4,8}. Default: SiT-XL/2 on a GPU, SiT-S/2 on a CPU."""
     batch_size: int | None = None
     """Samples per step over all processes. Default: 256 on a GPU, 16 on a CPU."""
-    gradient_accumulation_steps: int = 1
-    """Parts into which each process splits its share of a step, to save memory."""
+    gradient_accumulation_steps: int | None = None
+    """Parts into which each process splits its share of a step. Default: as few of 1, 2, 4, ... as fit into memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Arithmetic of the network and the encoder."""
     compile: bool = False
@@ -48,16 +48,18 @@ class BenchmarkConfig:
     """How alignment fades with time; samples of weight 0 are not encoded."""
     bank_capacity_per_class: int = 256
     """References that the bank keeps of each class."""
-    num_classes: int = 1000
-    """Classes of the random data."""
-    resolution: int = 256
-    """Side of the random images in pixels, a multiple of 16; their latents are 4 x an eighth of it squared."""
+    num_classes: int | None = None
+    """Classes of the random data. Default: 1000."""
+    resolution: int | None = None
+    """Side of the random images in pixels, a multiple of 16; their latents are 4 x an eighth of it squared. Default:
+    256."""
     data_dir: Path | None = None
     """Prepared data set to read from, in place of random values."""
-    num_workers: int = 0
-    """Processes that read data."""
-    steps: int = 20
-    """Steps that are measured, in 5 rounds of which the medians are shown; a multiple of 5."""
+    num_workers: int | None = None
+    """Processes that read data. Default: 4 on a GPU, as in training; 0 on a CPU."""
+    steps: int | None = None
+    """Steps that are measured, in 5 rounds of which the medians are shown; a multiple of 5. Default: 50 on a GPU, 20 on
+    a CPU."""
     warmup: int = 3
     """Steps before them that are not."""
     output_dir: Path = Path("benchmark-steps")
@@ -65,15 +67,18 @@ class BenchmarkConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        counts = ("gradient_accumulation_steps", "bank_capacity_per_class", "num_classes", "warmup")
+        optional = ("gradient_accumulation_steps", "num_classes", "batch_size")
         require(
             self,
             [
-                *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
-                ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"),
-                ("resolution", self.resolution >= 16 and self.resolution % 16 == 0, "a positive multiple of 16"),
-                ("num_workers", self.num_workers >= 0, "0 or more"),
-                ("steps", self.steps >= ROUNDS and self.steps % ROUNDS == 0, f"a positive multiple of {ROUNDS}"),
+                *((name, getattr(self, name) >= 1, "at least 1") for name in ("bank_capacity_per_class", "warmup")),
+                *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in optional),
+                ("resolution", _multiple(self.resolution, 16), "a positive multiple of 16"),
+                ("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more"),
+                ("steps", _multiple(self.steps, ROUNDS), f"a positive multiple of {ROUNDS}"),
+                ("num_classes", self.num_classes is None or self.data_dir is None, "none with --data-dir"),
+                ("resolution", self.resolution is None or self.data_dir is None, "none with --data-dir"),
+                ("output_dir", self.output_dir.is_dir() or not self.output_dir.exists(), "a folder"),
                 ("objectives", set(self.objective_names) <= set(OBJECTIVES),
                  f"some of {', '.join(OBJECTIVES)}, comma-separated"),
             ],
@@ -84,3 +89,8 @@ class BenchmarkConfig:
     @property
     def objective_names(self) -> list[str]:
         return [name.strip() for name in self.objectives.split(",")]
+
+
+def _multiple(value: int | None, factor: int) -> bool:
+    """Whether it is a positive multiple, or not given."""
+    return value is None or (value >= factor and value % factor == 0)

@@ -4,15 +4,15 @@ import os
 import platform
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from stablevm import rng
 from stablevm.precision import DTYPES
 
 CPU = torch.device("cpu")
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of square matrices, large enough for the full rate
-PRODUCT_REPEATS = 10
+PRODUCT_REPEATS = {"cuda": 300, "cpu": 5}  # about half a second
 
 
 def describe_machine(device: torch.device = CPU, processes: int = 1) -> str:
@@ -34,13 +34,14 @@ def _processor() -> str:
 
 
 def product_rate(device: torch.device, mixed_precision: str) -> float:
-    """Operations per second (a multiplication and an addition are two) of large matrix products: the best of
-    `PRODUCT_REPEATS`, in the precision that accelerate calls `mixed_precision`.
+    """Operations per second (a multiplication and an addition are two) of large matrix products, in the precision that
+    accelerate calls `mixed_precision`: after some, as a GPU slows down under load, the median of as many.
     """
     side, dtype = PRODUCT_SIDE[device.type], DTYPES[mixed_precision]
-    left, right = torch.randn(2, side, side, generator=rng.generator("product")).to(device, dtype)
-    best = min(_seconds(left, right) for _ in range(1 + PRODUCT_REPEATS))
-    return 2 * side**3 / best
+    stream = torch.Generator(device).manual_seed(0)
+    left, right = torch.randn(2, side, side, generator=stream, device=device).to(dtype)
+    times = [_seconds(left, right) for _ in range(2 * PRODUCT_REPEATS[device.type])]
+    return 2 * side**3 / median(times[len(times) // 2 :])
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -1,23 +1,26 @@
 """Steps of a real engine, timed by the trainer's own journal."""
 
+import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import median
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.encoders import Encoder
+from stablevm.models.sit import SiT
 from stablevm.objective import StableVM
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.journal import Journal
 from stablevm.training.main_process import on_main
+from stablevm.training.setup import choose_rows
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 FILL_ROWS = 4096  # of the bank, at a time
@@ -32,7 +35,8 @@ class Measurement:
 
     name: str
     batch_size: int  # over all processes
-    seconds: dict[str, float]  # of each phase of a step
+    parts: int  # into which each process split its share of a step
+    seconds: dict[str, float]  # of each phase of a step: the median over rounds
     step_seconds: list[float]  # of a step, in each round
     gpu_gib: float | None  # that were held at most
     host_gib: float  # by the main process, trainings before this one included
@@ -40,8 +44,8 @@ class Measurement:
 
     @property
     def step(self) -> float:
-        """Seconds of a step, in the median round."""
-        return sum(self.seconds.values())
+        """Seconds of a step: the median over rounds."""
+        return median(self.step_seconds)
 
     @property
     def images_per_second(self) -> float:
@@ -79,31 +83,34 @@ def measure(
         journal.add(engine.train_step(batch, config.learning_rate, journal.clock))
         if step == 0:
             journal.flush(0, config.learning_rate)
-            journal.clock.read()
         elif step > 0 and step % config.log_steps == 0:
             journal.flush(step, config.learning_rate)
         journal.clock.end("logging")
+        if step == 0:
+            journal.clock.read()  # so that no round holds the flush of the warm-up
     journal.close()
-    operations = operations_per_image(engine)
-    del engine
+    return _summary(name, config, operations_per_image(engine)) if accelerator.is_main_process else None
+
+
+def free_memory(accelerator: Accelerator, encoders: Sequence[Encoder]) -> None:
+    """Give back what a training held that is over, or that did not fit."""
     accelerator.free_memory()
+    for encoder in encoders:
+        encoder.cpu()
     gc.collect()
-    if device.type == "cuda":
+    if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not accelerator.is_main_process:
-        return None
-    return _summary(name, config, operations)
 
 
 def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
     """From the rows that the journal wrote, without that of the warm-up."""
     rows = [row for row in read_metrics(config.folder / METRICS_FILE) if row["step"] > 0]
     phases = [{key.removeprefix(PHASE): row[key] for key in row if key.startswith(PHASE)} for row in rows]
-    phases.sort(key=lambda row: sum(row.values()))
     return Measurement(
         name=name,
         batch_size=config.batch_size,
-        seconds=phases[len(phases) // 2],
+        parts=config.gradient_accumulation_steps,
+        seconds={phase: median(row[phase] for row in phases) for phase in phases[0]},
         step_seconds=[sum(row.values()) for row in phases],
         gpu_gib=rows[-1].get("memory/gpu_peak_gib"),
         host_gib=rows[-1]["memory/host_peak_gib"],
@@ -112,44 +119,32 @@ def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
 
 
 def fill(bank: ClassBank, labels: Tensor) -> None:
-    """Fill each class with random values in place of the first rows of that class; labels (N,) of the data set."""
-    order = labels.argsort(stable=True)
-    counts = torch.bincount(labels, minlength=bank.num_classes)
-    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    """Fill each class with random values in place of samples of that class; labels (N,) of the data set."""
     stream = torch.Generator(bank.device).manual_seed(0)
-    for rows in order[rank < bank.capacity].split(FILL_ROWS):
-        bank.insert(
-            torch.randn(len(rows), *bank.shape, generator=stream, device=bank.device),
-            labels[rows].to(bank.device),
-            rows.to(bank.device),
-        )
-
-
-def _attention_on_cpu(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Operations of a kernel that torch's counter does not know."""
-    count: int = sdpa_flop_count(query, key, value)
-    return count
-
-
-UNCOUNTED: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+    counts = torch.bincount(labels, minlength=bank.num_classes)
+    for rows in choose_rows(labels, counts, bank.capacity, seed=0).split(FILL_ROWS):
+        values = torch.randn(len(rows), *bank.shape, generator=stream, device=bank.device)
+        bank.insert(values, labels[rows].to(bank.device), rows.to(bank.device))
 
 
 @torch.no_grad()
 def operations_per_image(engine: Engine) -> float:
     """Of the products of a training step: the network's, forward and backward, and the encoders' on the share of images
-    that they see.
+    that they see. Counted on torch's "meta" device, which computes nothing.
     """
-    network, model = engine.whole_average(), engine.card.model
-    device = engine.accelerator.device
-    latent = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=device)
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        network(latent, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device), features=True)
+    model, data = engine.card.model, engine.dataset
+    with torch.device("meta"):
+        network = SiT(model)
+        latent = torch.empty(1, model.in_channels, model.input_size, model.input_size)
+        time, label = torch.empty(1), torch.empty(1, dtype=torch.int64)
+        image = torch.empty(1, 3, data.resolution, data.resolution, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        network.to("meta")(latent, time, label, features=True)
     operations = STEP_PER_FORWARD * float(counter.get_total_flops())
     if engine.alignment is None:
         return operations
-    image = torch.zeros(1, 3, engine.dataset.resolution, engine.dataset.resolution, dtype=torch.uint8, device=device)
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+    with FlopCounterMode(display=False) as counter:
         for encoder in engine.alignment.encoders:
-            encoder(image)
+            copy.deepcopy(encoder).to("meta")(image)
     seen = (engine.alignment.schedule(torch.linspace(0, 1, WEIGHT_GRID)) != 0).float().mean()
     return operations + float(seen) * counter.get_total_flops()

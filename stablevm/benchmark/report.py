@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from stablevm.benchmark.measure import Measurement
-from stablevm.benchmark.random_data import IMAGENET_IMAGES
 from stablevm.files import write_json
 from stablevm.plotting import panels, save_figure, style
 
-EPOCHS = (80, 800)  # of ImageNet, after which papers report
+EPOCHS = (80, 800)  # after which papers report on ImageNet
 PHASES = ("data_wait", "draw", "encoder", "forward", "backward", "optimizer", "ema", "logging")
 # Told apart by hue and lightness; the phases that this library adds to a plain step stand out.
 COLOURS = ("#9aa5b1", "#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#616e7c")
@@ -22,14 +21,21 @@ class Report:
 
     machine: str
     settings: str  # network, batch, precision
+    options: dict[str, Any]  # as the command was given them
+    images: int  # of the data set, for what an epoch takes
     product_rate: float  # operations per second of large products
     measurements: Sequence[Measurement]
 
     def table(self) -> str:
         """For people; one row per training."""
-        lines = [self.machine, self.settings, f"large matrix products: {self.product_rate / 1e12:.3g} TFLOP/s", ""]
+        lines = [
+            self.machine,
+            self.settings,
+            f"large matrix products: {_figures(self.product_rate / 1e12)} TFLOP/s",
+            "",
+        ]
         header = f"{'':18}{'images/s':>9}{'ms/step':>9}{'TFLOP/s':>9}{'of best':>8}{'GPU GiB':>9}{'host GiB':>9}"
-        lines.append(header + "".join(f"{f'h to {epochs}':>10}" for epochs in EPOCHS))
+        lines.append(header + "".join(f"{f'h to {epochs}':>10}" for epochs in EPOCHS) + f" epochs of {self.images:,}")
         lines += [self._row(measured) for measured in self.measurements]
         lines += ["", f"{'ms per step':18}" + "".join(f"{phase:>10}" for phase in PHASES)]
         for measured in self.measurements:
@@ -40,10 +46,11 @@ class Report:
     def _row(self, measured: Measurement) -> str:
         gpu = "-" if measured.gpu_gib is None else f"{measured.gpu_gib:.2f}"
         row = (
-            f"{measured.name:18}{measured.images_per_second:9.3g}{1e3 * measured.step:9.1f}{measured.rate / 1e12:9.3g}"
+            f"{measured.name:18}{_figures(measured.images_per_second):>9}{1e3 * measured.step:9.1f}"
+            f"{_figures(measured.rate / 1e12):>9}"
             f"{measured.rate / self.product_rate:8.0%}{gpu:>9}{measured.host_gib:9.2f}"
         )
-        hours = (epochs * IMAGENET_IMAGES / measured.images_per_second / 3600 for epochs in EPOCHS)
+        hours = (epochs * self.images / measured.images_per_second / 3600 for epochs in EPOCHS)
         return row + "".join(f"{count:10,.0f}" for count in hours)
 
     def _extras(self) -> list[str]:
@@ -86,7 +93,7 @@ class Report:
                 axes.barh(names, widths, left=left, color=colour, label=phase.replace("_", " "))
                 left = [start + width for start, width in zip(left, widths, strict=True)]
             for row, (end, measured) in enumerate(zip(left, self.measurements, strict=True)):
-                axes.text(end, row, f"  {measured.images_per_second:.3g} images/s", va="center")
+                axes.text(end, row, f"  {_figures(measured.images_per_second)} images/s", va="center")
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             axes.set_xlim(0, 1.18 * max(left))
@@ -94,3 +101,8 @@ class Report:
             axes.set_title(self.settings)
             figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize=9)
             save_figure(figure, path)
+
+
+def _figures(value: float) -> str:
+    """Three significant figures, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

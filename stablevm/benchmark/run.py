@@ -1,66 +1,121 @@
 """`stablevm benchmark`: what steps of each training cost on this machine."""
 
+import sys
 import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from stablevm.benchmark.config import OBJECTIVES, ROUNDS, BenchmarkConfig
 from stablevm.benchmark.machine import describe_machine, product_rate
-from stablevm.benchmark.measure import measure
+from stablevm.benchmark.measure import Measurement, free_memory, measure
 from stablevm.benchmark.random_data import RandomDataset
 from stablevm.benchmark.report import Report
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.encoders import Encoder, untrained_encoder
-from stablevm.precision import DTYPES
+from stablevm.errors import UserError
+from stablevm.precision import DTYPES, tf32
 from stablevm.training.config import TrainConfig
 from stablevm.training.launch import make_accelerator
-from stablevm.training.main_process import on_main
 from stablevm.training.setup import model_config
 
+# Where nothing else is asked for, on a GPU and on a CPU.
 MODELS = {"cuda": "SiT-XL/2", "cpu": "SiT-S/2"}
 BATCH_SIZES = {"cuda": 256, "cpu": 16}
+WORKERS = {"cuda": TrainConfig.num_workers, "cpu": 0}
+STEPS = {"cuda": ROUNDS * TrainConfig.log_steps, "cpu": 20}  # a GPU's queue runs dry when metrics are read
+NUM_CLASSES, RESOLUTION = 1000, 256
 
 
 def benchmark(config: BenchmarkConfig) -> Path:
     """Measure, print a table, write OUTPUT_DIR/steps.json and steps.png; returns the folder.
 
-    Raises UserError for options that do not fit the machine, the data or each other.
+    Raises UserError for options that do not fit the machine, the data or each other, and for a batch that does not fit
+    into memory; trainings measured before that are told all the same.
     """
     config.validate()
     with tempfile.TemporaryDirectory() as scratch:
         trainings = {name: _training(config, name, Path(scratch)) for name in config.objective_names}
-        first = next(iter(trainings.values()))
+        first, *_ = trainings.values()
         for training in trainings.values():
             training.validate()
         accelerator = make_accelerator(first)
-        random = RandomDataset(config.num_classes, config.resolution)
-        dataset = random if config.data_dir is None else open_dataset(config.data_dir)
-        encoders = {name: _encoders(training, dataset) for name, training in trainings.items()}
-        found = [
-            measure(name, training, dataset, accelerator, encoders[name], warmup=config.warmup)
-            for name, training in trainings.items()
-        ]
+        dataset = (
+            RandomDataset(config.num_classes or NUM_CLASSES, config.resolution or RESOLUTION)
+            if config.data_dir is None
+            else open_dataset(config.data_dir)
+        )
+        encoders = _encoders(trainings.values(), dataset)
+        found: list[Measurement] = []
+        try:
+            for name, training in trainings.items():
+                own = encoders if training.use_proj_loss else []
+                with tf32(training.allow_tf32):
+                    measured = _measure_what_fits(config, name, training, dataset, accelerator, own)
+                found += [] if measured is None else [measured]
+        finally:
+            if found:
+                _tell(config, first, dataset, accelerator, found)
+    return config.output_dir
+
+
+def _measure_what_fits(
+    config: BenchmarkConfig,
+    name: str,
+    training: TrainConfig,
+    dataset: PreparedDataset,
+    accelerator: Accelerator,
+    encoders: Sequence[Encoder],
+) -> Measurement | None:
+    """`measure`, with more accumulation steps where memory is short and the user asked for no number of them."""
+    while True:
+        try:
+            return measure(name, training, dataset, accelerator, encoders, warmup=config.warmup)
+        except torch.OutOfMemoryError:
+            parts = 2 * training.gradient_accumulation_steps
+            # Of several processes only some may have met it; the others wait for them.
+            alone = accelerator.num_processes == 1 and config.gradient_accumulation_steps is None
+            if not alone or training.batch_size % parts:
+                raise UserError(
+                    f"--batch-size {training.batch_size}: {name} does not fit into the GPU's memory; lower it, or "
+                    f"give --gradient-accumulation-steps {parts}"
+                ) from None
+        finally:
+            free_memory(accelerator, encoders)
+        print(f"{name}: out of memory; trying {parts} accumulation steps", file=sys.stderr)
+        training = replace(training, gradient_accumulation_steps=parts)
+
+
+def _tell(
+    config: BenchmarkConfig,
+    first: TrainConfig,
+    dataset: PreparedDataset,
+    accelerator: Accelerator,
+    found: Sequence[Measurement],
+) -> None:
+    """Print the table, then write it; on the main process, which alone has measurements."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     report = Report(
         machine=describe_machine(accelerator.device, accelerator.num_processes),
         settings=_settings(first),
-        product_rate=accelerator.num_processes * product_rate(accelerator.device, first.mixed_precision or "no"),
-        measurements=[measured for measured in found if measured is not None],
+        options=options,
+        images=len(dataset),
+        product_rate=accelerator.num_processes * product_rate(accelerator.device, config.mixed_precision),
+        measurements=found,
     )
-
-    def tell() -> None:
-        report.write(config.output_dir)
-        print(report.table())
-
-    on_main(accelerator, tell)
-    return config.output_dir
+    print(report.table(), flush=True)
+    report.write(config.output_dir)
 
 
 def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
     """The options of a training of that name; its folder, below `scratch`, is for the journal."""
     loss, aligned = OBJECTIVES[name]
     place = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = config.steps or STEPS[place]
     return TrainConfig(
         exp_name=name,
         output_dir=scratch,
@@ -68,7 +123,7 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
         report_to="none",
         model=config.model or MODELS[place],
         batch_size=config.batch_size or BATCH_SIZES[place],
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
         mixed_precision=config.mixed_precision,
         compile=config.compile,
         fused_attn=config.fused_attn,
@@ -78,16 +133,30 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
         encoder_depth=config.encoder_depth,
         enc_type=config.enc_type,
         proj_weight_schedule=config.proj_weight_schedule,
-        num_workers=config.num_workers,
-        max_train_steps=config.warmup + config.steps,
-        log_steps=config.steps // ROUNDS,
+        num_workers=WORKERS[place] if config.num_workers is None else config.num_workers,
+        max_train_steps=config.warmup + steps,
+        log_steps=steps // ROUNDS,
     )
 
 
-def _encoders(training: TrainConfig, dataset: PreparedDataset) -> list[Encoder]:
-    """On the host, with random weights; UserError, before anything is measured, where they do not fit the network."""
-    grid_size, dtype = model_config(training, dataset).grid_size, DTYPES[training.mixed_precision or "no"]
-    return [untrained_encoder(name, grid_size=grid_size, device="cpu", dtype=dtype) for name in training.encoder_names]
+def _encoders(trainings: Iterable[TrainConfig], dataset: PreparedDataset) -> list[Encoder]:
+    """Of the aligned trainings, which share them: on the host, with random weights.
+
+    UserError, before anything is measured, where they, the network and the data do not fit.
+    """
+    grids = {training: model_config(training, dataset).grid_size for training in trainings}
+    for training, grid_size in grids.items():
+        if training.use_proj_loss:
+            dataset.check_images()
+            dtype = DTYPES[training.mixed_precision or "no"]
+            found = [
+                untrained_encoder(each, grid_size=grid_size, device="cpu", dtype=dtype)
+                for each in training.encoder_names
+            ]
+            for encoder in found:
+                encoder(dataset.images([0]))  # some read images of one size only
+            return found
+    return []
 
 
 def _settings(training: TrainConfig) -> str:

@@ -134,7 +134,7 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
             f"({shown}), so their bank would stay empty; prepare the data with them or lower --num-classes"
         )
     fully = config.prefill_bank_fully or config.bank_is_fixed
-    rows = _choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
+    rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
     if show and config.bank_is_fixed:
         print(_cost(bank, len(rows), config))
     workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
@@ -160,7 +160,7 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:
+def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:
     """At most `per_class` rows of each class, which has `counts` of them, at random, in the order of the file."""
     shuffled = torch.randperm(len(labels), generator=rng.generator(seed, "prefill"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]

@@ -69,11 +69,11 @@ class _Aim:
     def at(cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment) -> "_Aim":
         """images (b, 3, H, W) on the device; weights (b,) on the host, so that nobody waits to learn which are 0."""
         active = weights.nonzero().squeeze(1)
-        rows = active.to(images.device, non_blocking=True)
+        rows = rng.to_device(active, images.device)
         seen = images[rows]
         return cls(
             rows=rows,
-            weights=weights[active].to(images.device, non_blocking=True),
+            weights=rng.to_device(weights[active], images.device),
             total=total,
             features=[alignment.features(encoder, seen) for encoder in alignment.encoders] if len(active) else [],
         )
@@ -109,8 +109,8 @@ class BatchDrawer:
         device, seed = self.accelerator.device, self.config.seed
         posterior_streams = rng.RowGenerators.for_keys(seed, "latent", step, positions=self.positions)
         streams = objective_streams(seed, step, self.positions)
-        moments = batch.moments.to(device, non_blocking=True)
-        labels, ids = batch.labels.to(device, non_blocking=True), batch.rows.to(device, non_blocking=True)
+        moments = rng.to_device(batch.moments, device)
+        labels, ids = rng.to_device(batch.labels, device), rng.to_device(batch.rows, device)
         noise = rng.randn((len(labels), *self.dataset.latent.shape), posterior_streams, device)
         latents = self.dataset.latent.from_moments(moments, noise)
         if isinstance(self.objective, FlowMatching):
@@ -134,9 +134,9 @@ class BatchDrawer:
         """The images (B, 3, H, W) uint8 of the draw's anchors, on the device."""
         assert batch.images is not None and batch.image_rows is not None
         device = self.accelerator.device
-        as_planned = (draw.ids == batch.image_rows.to(device, non_blocking=True)).all()
+        as_planned = (draw.ids == rng.to_device(batch.image_rows, device)).all()
         torch._assert_async(as_planned, "the bank drew other anchors than those whose images were read")
-        return batch.images.to(device, non_blocking=True)
+        return rng.to_device(batch.images, device)
 
     def _from_all(self, part: Tensor) -> Tensor:
         gathered = self.accelerator.gather(part)
@@ -190,7 +190,7 @@ class StepRunner:
         alignment = self.alignment
         if alignment is not None:  # weights are functions of t, whose zeros are looked for on the host
             weights = alignment.schedule(draw.host_t)
-            total = self.accelerator.reduce(weights.sum().to(draw.t.device, non_blocking=True), reduction="sum")
+            total = self.accelerator.reduce(rng.to_device(weights.sum(), draw.t.device), reduction="sum")
         for rows in torch.arange(len(draw.t)).chunk(self.config.gradient_accumulation_steps):
             span = slice(int(rows[0]), int(rows[-1]) + 1)
             if alignment is None:
@@ -233,4 +233,4 @@ class StepRunner:
 
 def on_device(draw: Draw, device: torch.device) -> Draw:
     names = [field.name for field in fields(draw) if field.name != "host_t"]
-    return replace(draw, **{name: getattr(draw, name).to(device, non_blocking=True) for name in names})
+    return replace(draw, **{name: rng.to_device(getattr(draw, name), device) for name in names})

@@ -1,6 +1,8 @@
 """`stablevm benchmark` at a tiny size: what it measures, writes and refuses."""
 
 import json
+from dataclasses import replace
+from statistics import median
 
 import pytest
 import runs
@@ -19,8 +21,6 @@ from stablevm.training.launch import make_accelerator
 
 TINY = (
     "--model=SiT-XXS/2",
-    "--resolution=32",
-    "--num-classes=10",
     "--bank-capacity-per-class=4",
     "--batch-size=4",
     "--steps=5",
@@ -29,6 +29,7 @@ TINY = (
     "--enc-type=vit_tiny_patch16_224",
     "--encoder-depth=1",
 )
+RANDOM = ("--resolution=32", "--num-classes=10")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def run(folder, *options):
 
 
 def test_all_trainings_on_random_data(tmp_path, capsys):
-    assert run(tmp_path) == 0
+    assert run(tmp_path, *RANDOM) == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "steps.json").read_text())
     assert [row["name"] for row in found["measurements"]] == list(OBJECTIVES)
@@ -49,7 +50,7 @@ def test_all_trainings_on_random_data(tmp_path, capsys):
         aligned = "repa" in row["name"]
         assert set(row["seconds"]) == set(PHASES) - (set() if aligned else {"encoder"})
         assert all(value >= 0 for value in row["seconds"].values()) and len(row["step_seconds"]) == 5
-        assert row["images_per_second"] == pytest.approx(4 / sum(row["seconds"].values()))
+        assert row["images_per_second"] == pytest.approx(4 / median(row["step_seconds"])) and row["parts"] == 1
         assert f"{row['images_per_second']:.3g}" in said
     plain, _, repa, ours = found["measurements"]
     assert repa["operations"] == ours["operations"] > plain["operations"]
@@ -60,8 +61,41 @@ def test_all_trainings_on_random_data(tmp_path, capsys):
 def test_a_data_set_of_the_users(tmp_path, capsys):
     data = runs.write_data(tmp_path / "data")
     assert run(tmp_path / "out", "--objectives=stablevm+va-repa", f"--data-dir={data}", "--enc-type=digits") == 0
-    (row,) = json.loads((tmp_path / "out" / "steps.json").read_text())["measurements"]
-    assert row["seconds"]["encoder"] > 0 and "stablevm draws" not in capsys.readouterr().out
+    found, said = json.loads((tmp_path / "out" / "steps.json").read_text()), capsys.readouterr().out
+    (row,) = found["measurements"]
+    assert row["seconds"]["encoder"] > 0 and "stablevm draws" not in said
+    assert "epochs of 40" in said and found["options"]["data_dir"] == str(data)
+
+
+def test_more_accumulation_where_memory_is_short(tmp_path, capsys, monkeypatch):
+    step = Engine.train_step
+
+    def short_of_memory(engine, *arguments):
+        if engine.config.gradient_accumulation_steps < 4:
+            raise torch.OutOfMemoryError("no room")
+        return step(engine, *arguments)
+
+    monkeypatch.setattr(Engine, "train_step", short_of_memory)
+    assert run(tmp_path / "auto", *RANDOM, "--objectives=si") == 0
+    assert json.loads((tmp_path / "auto" / "steps.json").read_text())["measurements"][0]["parts"] == 4
+    assert "si: out of memory; trying 2 accumulation steps" in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run(tmp_path / "given", *RANDOM, "--objectives=si", "--gradient-accumulation-steps=2") == 2
+    assert "--batch-size 4: si does not fit into the GPU's memory; lower it, or give" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_error_is_told(tmp_path, capsys, monkeypatch):
+    step = Engine.train_step
+
+    def interrupted(engine, *arguments):
+        if engine.config.loss_type == "stablevm":
+            raise KeyboardInterrupt
+        return step(engine, *arguments)
+
+    monkeypatch.setattr(Engine, "train_step", interrupted)
+    assert run(tmp_path / "out", *RANDOM) == 130
+    assert [row["name"] for row in json.loads((tmp_path / "out" / "steps.json").read_text())["measurements"]] == ["si"]
+    assert "images/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -73,11 +107,14 @@ def test_a_data_set_of_the_users(tmp_path, capsys):
         ("--resolution=40", "--resolution 40: expected a positive multiple of 16"),
         ("--encoder-depth=3", "--encoder-depth 3: SiT-XXS/2 has 2 blocks; give 1 to 2"),
         ("--enc-type=nobody", "--enc-type nobody: expected one of"),
+        ("--enc-type=digits", "--enc-type digits: it gives"),
+        ("--data-dir=nowhere", "--num-classes 10: expected none with --data-dir"),
+        (f"--output-dir={__file__}", "expected a folder"),
         ("--gradient-accumulation-steps=3", "--batch-size 4: not a multiple of 1 processes x 3 accumulation steps"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(tmp_path, capsys, option, message):
-    assert run(tmp_path / "out", option) == 2
+    assert run(tmp_path / "out", *RANDOM, option) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
     assert not (tmp_path / "out").exists()
@@ -102,13 +139,16 @@ def test_the_bank_is_full_of_rows_of_the_right_class():
 def test_the_report_does_its_sums():
     def measured(name, draw):
         seconds = {"draw": draw, "forward": 0.1, "backward": 0.3}
-        return Measurement(name, 40, seconds, [0.5], gpu_gib=1.5, host_gib=2.0, operations=1e10)
+        return Measurement(name, 40, 1, seconds, [sum(seconds.values())], gpu_gib=1.5, host_gib=2.0, operations=1e10)
 
     plain, ours = measured("si", 0.1), measured("stablevm", 0.105)
-    report = Report("a machine", "a network", product_rate=4e12, measurements=[plain, ours])
+    report = Report("a machine", "a network", {}, IMAGENET_IMAGES, product_rate=4e12, measurements=[plain, ours])
     assert plain.images_per_second == pytest.approx(80) and plain.rate == pytest.approx(8e11)
     hours = 80 * IMAGENET_IMAGES / 80 / 3600
     first = next(line for line in report.table().splitlines() if line.startswith("si "))
     assert first.split() == ["si", "80", "500.0", "0.8", "20%", "1.50", "2.00", f"{hours:.0f}", f"{10 * hours:,.0f}"]
     assert report.extra(plain, ours) == pytest.approx(0.01)
+    fast = replace(plain, batch_size=4000, operations=1e11)
+    row = Report("", "", {}, 1, 1e15, [fast]).table().splitlines()[5]
+    assert row.split()[1:5] == ["8,000", "500.0", "800", "80%"]
     assert "stablevm draws 5.00 ms longer than si: 1.00% of its step" in report.table()

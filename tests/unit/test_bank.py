@@ -199,6 +199,15 @@ def test_references_exclude_the_anchor_its_copies_and_empty_slots():
     ]
 
 
+def test_of_a_known_sample_that_comes_twice_at_once_the_last_one_stays():
+    """Writes to one slot in one call have no order on a GPU: all but the last go where nothing is kept."""
+    bank = ClassBank(2, 3, (1,))
+    bank.insert(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1]), torch.tensor([7, 8]))
+    slots = bank.insert(torch.tensor([[3.0], [4.0], [5.0]]), torch.tensor([0, 1, 0]), torch.tensor([7, 8, 7]))
+    assert slots.tolist() == [bank.discarded_slot, 3, 0]
+    assert bank.entries[:, 0, 0].tolist() == [5.0, 4.0] and bank.counts.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
