@@ -106,11 +106,12 @@ def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
     """From the rows that the journal wrote, without that of the warm-up."""
     rows = [row for row in read_metrics(config.folder / METRICS_FILE) if row["step"] > 0]
     phases = [{key.removeprefix(PHASE): row[key] for key in row if key.startswith(PHASE)} for row in rows]
+    names = dict.fromkeys(phase for row in phases for phase in row)
     return Measurement(
         name=name,
         batch_size=config.batch_size,
         parts=config.gradient_accumulation_steps,
-        seconds={phase: median(row[phase] for row in phases) for phase in phases[0]},
+        seconds={phase: median(row.get(phase, 0.0) for row in phases) for phase in names},
         step_seconds=[sum(row.values()) for row in phases],
         gpu_gib=rows[-1].get("memory/gpu_peak_gib"),
         host_gib=rows[-1]["memory/host_peak_gib"],

@@ -1,4 +1,4 @@
-"""The switches of float32 products, which torch has two generations of: they must agree wherever something reads them."""
+"""torch has two generations of switches of float32 products: they must agree wherever something reads them."""
 
 import pytest
 import torch
