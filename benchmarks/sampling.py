@@ -21,9 +21,10 @@ from torch import Tensor
 
 from stablevm import snapshot
 from stablevm.autoencoder import IDENTITY, LatentSpec
-from stablevm.benchmark.machine import describe_machine
+from stablevm.benchmark.machine import describe_machine, synchronize
 from stablevm.models.config import sit_config
 from stablevm.models.sit import SiT
+from stablevm.processes import Process
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.solvers import sde_times
@@ -57,10 +58,10 @@ class Meter:
         forward = SiT.forward
 
         def timed(model: SiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            synchronize(x.device)  # what is still in the queue is not the network's
             started = time.perf_counter()
             prediction = forward(model, x, t, y)
-            if x.is_cuda:
-                torch.cuda.synchronize()
+            synchronize(x.device)
             self.seconds += time.perf_counter() - started
             self.rows += len(x)
             return prediction
@@ -99,7 +100,8 @@ def main(workload: Workload) -> None:
                 generate(config)
             total = time.perf_counter() - started
     guided = int((sde_times(config.num_steps, config.last_time)[:-1] <= config.guidance_high).sum())
-    print(f"{workload.model}, latent {workload.channels} x {workload.side} x {workload.side}; {describe_machine()}")
+    print(f"{workload.model}, latent {workload.channels} x {workload.side} x {workload.side}")
+    print(describe_machine(Process.from_environment().device))
     print(
         f"network evaluations per image: {meter.rows / workload.images:g}; the least is {config.num_steps + guided}, "
         f"one for each of {config.num_steps} steps and one more for the {guided} with guidance"

@@ -1,4 +1,4 @@
-"""The host never waits for the device within a step.
+"""The host does not wait for the device where a step draws, computes the network, and follows it with the average.
 
 Shown on the "meta" device, whose tensors have no values: whoever reads one, or asks how many are not 0, fails.
 """
