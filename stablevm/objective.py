@@ -7,7 +7,8 @@ Model-free: a draw knows neither the network nor the trainer, so it fits into an
     loss = squared_error(model(draw.x_t, draw.t, draw.labels), draw.target).mean()
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,6 +27,8 @@ Anchors = Literal["bank", "batch"]
 
 # References drawn over all classes for the samples whose label was dropped; the number of the published toy study.
 POOL_SIZE = 2048
+# Values of them that are gathered at once on a CPU, where a large new tensor takes longer to map than to fill.
+GATHERED_VALUES_CPU = 2**20
 
 
 @dataclass(frozen=True)
@@ -235,24 +238,29 @@ class StableVM:
             if not len(rows):
                 continue
             rows = to_device(rows.squeeze(1), noisy.x0.device)
-            references = self._pool(labels[rows], slots[rows], ids[rows], pool_stream) if is_pool else None
-            x0, noise, t = noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
-            if references is None:
-                keep = self.bank.is_reference(labels[rows], slots[rows], ids[rows])
-                found = posterior(self.protocol.path, x0, noise, t, self.bank.entries, groups=labels[rows], keep=keep)
+            path, x0, noise, t = self.protocol.path, noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
+            if is_pool:
+                pool = self._pool(labels[rows], slots[rows], ids[rows], pool_stream)
+                found = posterior_over_blocks(path, x0, noise, t, pool)
             else:
-                found = posterior(self.protocol.path, x0, noise, t, references[0], keep=references[1])
+                keep = self.bank.is_reference(labels[rows], slots[rows], ids[rows])
+                found = posterior(path, x0, noise, t, self.bank.entries, groups=labels[rows], keep=keep)
             offset[rows], ess[rows] = found.offset, found.ess
         return offset, ess
 
-    def _pool(self, labels: Tensor, slots: Tensor, ids: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        """References (n, *shape) over all classes, and their log prior odds against each row's anchor (R, n)."""
+    def _pool(
+        self, labels: Tensor, slots: Tensor, ids: Tensor, stream: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of references (n, *shape) over all classes, and of their log prior odds against each anchor (R, n)."""
         picked, filled = self.bank.draw_pool(self.pool_size, stream)
         log_prior = (self._shares() / self.bank.counts).log()
         odds = log_prior[picked // self.bank.capacity] - log_prior[labels, None]
         copies = (self.bank.ids_at(picked) == ids[:, None]) & (ids != NO_ID)[:, None]
         takes_part = filled & ~copies & (picked != slots[:, None])
-        return self.bank.gather(picked), odds.masked_fill(~takes_part, -torch.inf)
+        odds = odds.masked_fill(~takes_part, -torch.inf)
+        together = max(1, GATHERED_VALUES_CPU // math.prod(self.bank.shape)) if picked.is_cpu else len(picked)
+        for part, prior in zip(picked.split(together), odds.split(together, dim=1), strict=True):
+            yield self.bank.gather(part), prior
 
     def _shares(self) -> Tensor:
         """Of each class among the anchors, up to a factor."""
