@@ -53,11 +53,13 @@ class Command(Protocol):
 Table = dict[str, tuple[Command, str]]  # by its name, a command with its purpose
 
 
-def _command(kind: type[Config], program: str, target: str, *, returns_status: bool = False) -> Command:
+def _command(
+    kind: type[Config], program: str, target: str, *, returns_status: bool = False, resumes: bool = True
+) -> Command:
     """A command of the options `kind` that calls `target` ("module:function"); see `_run`."""
 
     def command(arguments: Sequence[str] | None = None) -> int:
-        return _run(kind, program, _given(arguments), target, returns_status=returns_status)
+        return _run(kind, program, _given(arguments), target, returns_status=returns_status, resumes=resumes)
 
     return command
 
@@ -84,8 +86,8 @@ reference = _command(ReferenceConfig, "stablevm reference", "stablevm.evaluation
 import_checkpoint = _command(ImportConfig, "stablevm import", "stablevm.importing.command:import_checkpoint")
 quickstart = _command(QuickstartConfig, "stablevm quickstart", "stablevm.quickstart.run:quickstart")
 extractor = _command(ExtractorConfig, "stablevm extractor", "stablevm.quickstart.run:extractor")
-variance = _command(VarianceConfig, "stablevm variance", "stablevm.study.command:measure_variance")
-benchmark = _command(BenchmarkConfig, "stablevm benchmark", "stablevm.benchmark.run:benchmark")
+variance = _command(VarianceConfig, "stablevm variance", "stablevm.study.command:measure_variance", resumes=False)
+benchmark = _command(BenchmarkConfig, "stablevm benchmark", "stablevm.benchmark.run:benchmark", resumes=False)
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:
@@ -202,10 +204,11 @@ def _run(
     target: str,
     default: Callable[[], Config | None] = lambda: None,
     returns_status: bool = False,
+    resumes: bool = True,
 ) -> int:
     """Parse the arguments into a `kind` and call `target` ("module:function") with it; returns the exit status.
 
-    The status is 0, or what the target returns if it `returns_status`. The module is imported last, so that help and
+    The status is 0, or what the target returns if it `returns_status`; resumes: as for `_guarded`. The module is imported last, so that help and
     mistakes are answered without waiting for torch.
     """
 
@@ -218,7 +221,7 @@ def _run(
         result = _load(target)(config)
         return result if returns_status else None
 
-    return _guarded(run)
+    return _guarded(run, resumes)
 
 
 def _load(target: str) -> Callable[..., object]:
@@ -226,15 +229,18 @@ def _load(target: str) -> Callable[..., object]:
     return getattr(importlib.import_module(module), name)
 
 
-def _guarded(run: Callable[[], object]) -> int:
-    """Run a command; returns its exit status, the one that `run` returns if it is a number."""
+def _guarded(run: Callable[[], object], resumes: bool = True) -> int:
+    """Run a command; returns its exit status, the one that `run` returns if it is a number.
+
+    resumes: whether it goes on where it stopped when it is run again.
+    """
     try:
         status = run()
     except UserError as error:
         _tell(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to go on")
+        _tell("interrupted; run the same command again to " + ("go on" if resumes else "begin anew"))
         return INTERRUPTED_STATUS
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stablevm.errors import UserError
-from stablevm.options import require
+from stablevm.options import idle_warnings, require
 
 ROUNDS = 5  # of the measured steps: a disturbance of one leaves the median alone
 # Each by its --loss-type and whether it is aligned.
@@ -21,9 +21,9 @@ OBJECTIVES: dict[str, tuple[Literal["si", "stablevm"], bool]] = {
 class BenchmarkConfig:
     """Measure training steps on this machine, phase by phase, with the code that trains.
 
-    Prints images per second, memory, the share of the machine's arithmetic, and hours to 80 and 800 epochs of ImageNet;
+    Prints images per second, memory, the share of the machine's arithmetic, and hours to 80 and 800 epochs of the data;
     writes steps.json and steps.png. Nothing is downloaded: the encoder has random weights, and without --data-dir the
-    data are random values of ImageNet's shape. Start it as train.py is started to measure several processes.
+    data are random values of ImageNet's shape and number. To measure several processes, start it as train.py is.
     """
 
     objectives: str = "si,stablevm,si+repa,stablevm+va-repa"
@@ -85,6 +85,17 @@ class BenchmarkConfig:
         )  # fmt: skip
         if len(set(self.objective_names)) < len(self.objective_names):
             raise UserError(f"--objectives {self.objectives}: one is named twice")
+
+    def warnings(self) -> list[str]:
+        """One line for each option that was given and has no effect with the others."""
+        idle: dict[str, str] = {}
+        losses, aligned = zip(*(OBJECTIVES[name] for name in self.objective_names), strict=True)
+        if not any(aligned):
+            options = ("enc_type", "encoder_depth", "proj_weight_schedule")
+            idle |= dict.fromkeys(options, f"--objectives {self.objectives}")
+        if "stablevm" not in losses:
+            idle["bank_capacity_per_class"] = f"--objectives {self.objectives}"
+        return idle_warnings(self, idle)
 
     @property
     def objective_names(self) -> list[str]:

@@ -78,17 +78,17 @@ def measure(
         fill(engine.objective.bank, dataset.labels())
     trackers = on_main(accelerator, lambda: Trackers(config.folder, config.trackers, config.to_dict()))
     journal = Journal(config, accelerator, trackers, engine.guard, step=0, total_steps=steps)
-    for step, batch in enumerate(engine.loader(steps), start=1 - warmup):
-        journal.clock.end("data_wait")
-        journal.add(engine.train_step(batch, config.learning_rate, journal.clock))
-        if step == 0:
-            journal.flush(0, config.learning_rate)
-        elif step > 0 and step % config.log_steps == 0:
-            journal.flush(step, config.learning_rate)
-        journal.clock.end("logging")
-        if step == 0:
-            journal.clock.read()  # so that no round holds the flush of the warm-up
-    journal.close()
+    try:
+        for step, batch in enumerate(engine.loader(steps), start=1 - warmup):
+            journal.clock.end("data_wait")
+            journal.add(engine.train_step(batch, config.learning_rate, journal.clock))
+            if step >= 0 and step % config.log_steps == 0:
+                journal.flush(step, config.learning_rate)
+            journal.clock.end("logging")
+            if step == 0:
+                journal.clock.read()  # so that no round holds the flush of the warm-up
+    finally:
+        journal.close()
     return _summary(name, config, operations_per_image(engine)) if accelerator.is_main_process else None
 
 

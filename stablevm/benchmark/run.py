@@ -44,6 +44,9 @@ def benchmark(config: BenchmarkConfig) -> Path:
         for training in trainings.values():
             training.validate()
         accelerator = make_accelerator(first)
+        if accelerator.is_main_process:
+            for line in config.warnings():
+                print(f"warning: {line}", file=sys.stderr)
         dataset = (
             RandomDataset(config.num_classes or NUM_CLASSES, config.resolution or RESOLUTION)
             if config.data_dir is None

@@ -95,7 +95,17 @@ def test_what_was_measured_before_an_error_is_told(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(Engine, "train_step", interrupted)
     assert run(tmp_path / "out", *RANDOM) == 130
     assert [row["name"] for row in json.loads((tmp_path / "out" / "steps.json").read_text())["measurements"]] == ["si"]
-    assert "images/s" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "images/s" in captured.out and "interrupted; run the same command again to begin anew" in captured.err
+
+
+def test_options_without_effect_are_told(tmp_path, capsys):
+    assert run(tmp_path, *RANDOM, "--objectives=si") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert told == [
+        f"warning: {option} has no effect with --objectives si"
+        for option in ("--enc-type vit_tiny_patch16_224", "--encoder-depth 1", "--bank-capacity-per-class 4")
+    ]
 
 
 @pytest.mark.parametrize(
