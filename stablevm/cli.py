@@ -208,8 +208,8 @@ def _run(
 ) -> int:
     """Parse the arguments into a `kind` and call `target` ("module:function") with it; returns the exit status.
 
-    The status is 0, or what the target returns if it `returns_status`; resumes: as for `_guarded`. The module is imported last, so that help and
-    mistakes are answered without waiting for torch.
+    The status is 0, or what the target returns if it `returns_status`; resumes: as for `_guarded`. The module is
+    imported last, so that help and mistakes are answered without waiting for torch.
     """
 
     def run() -> object:
