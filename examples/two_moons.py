@@ -64,11 +64,11 @@ def main(steps=1500, picture="two_moons.png"):
         mine = states[:, moons == moon]
         left.plot(*mine[:, :60].unbind(-1), color=colour, alpha=0.25, linewidth=0.8)
         left.scatter(*mine[-1].T, s=6, color=colour, zorder=2)
-    left.set(title="From noise to the moons", aspect="equal")
+    left.set(title="From noise to the moons", xlabel="x", ylabel="y", aspect="equal")
     tenth = steps // 10
     right.plot(cfm.unfold(0, tenth, 1).mean(1), color="#616e7c", label="flow matching")
     right.plot(stablevm.unfold(0, tenth, 1).mean(1), color="#009E73", label="StableVM")
-    right.set(title="Training loss (moving average)", xlabel="step", ylim=(0, None))
+    right.set(title="Training loss (moving average)", xlabel="step", ylabel="squared error per value", ylim=(0, None))
     right.legend()
     figure.savefig(picture, dpi=100)
     print(f"last tenth: CFM {cfm[-tenth:].mean():.3f}, StableVM {stablevm[-tenth:].mean():.3f}; see {picture}")
