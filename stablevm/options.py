@@ -1,6 +1,6 @@
 """What the commands' configurations share: ranges, choices, and options that have no effect. Free of torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,6 +32,11 @@ def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
         for option, reason in idle.items()
         if getattr(config, option) != defaults[option]
     ]
+
+
+def some_of(values: Sequence[object], most: int = 10) -> str:
+    """The first of several values for a message, and a sign that there are more."""
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def distinct_indices(text: str) -> tuple[int, ...] | None:

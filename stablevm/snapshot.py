@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,31 @@ class ModelCard:
     prediction: Literal["v", "x"]
     class_names: tuple[str, ...]
     step: int
+    # Facts of the training that cards of earlier versions and imported ones do not tell (None).
+    class_counts: tuple[int, ...] | None = None  # samples of each class in the training data
+    label_dropout: float | None = None  # chance that a sample was trained without its label
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """The classes that the training data had samples of; all where the card does not tell."""
+        if self.class_counts is None:
+            return tuple(range(self.model.num_classes))
+        return tuple(label for label, count in enumerate(self.class_counts) if count)
+
+    def agrees_with(self, other: "ModelCard") -> bool:
+        """Whether both are of one training, whatever the step; what one of them does not tell is no difference."""
+        other = replace(
+            other,
+            step=self.step,
+            class_counts=self.class_counts if other.class_counts is None else other.class_counts,
+            label_dropout=self.label_dropout if other.label_dropout is None else other.label_dropout,
+        )
+        told = replace(
+            self,
+            class_counts=other.class_counts if self.class_counts is None else self.class_counts,
+            label_dropout=other.label_dropout if self.label_dropout is None else self.label_dropout,
+        )
+        return told == other
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -43,6 +68,8 @@ class ModelCard:
             "prediction": self.prediction,
             "class_names": list(self.class_names),
             "step": self.step,
+            "class_counts": None if self.class_counts is None else list(self.class_counts),
+            "label_dropout": self.label_dropout,
         }
 
     @classmethod
@@ -54,6 +81,8 @@ class ModelCard:
             prediction=values["prediction"],
             class_names=tuple(values["class_names"]),
             step=values["step"],
+            class_counts=None if values.get("class_counts") is None else tuple(values["class_counts"]),
+            label_dropout=values.get("label_dropout"),
         )
 
 

@@ -1,6 +1,5 @@
 """What a prepared data set holds: a table, and a picture of examples with their classes' names."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset
 from stablevm.data.shards import ShardDataset
 from stablevm.images import tile
+from stablevm.options import some_of
 from stablevm.plotting import PAGE_WIDTH, new_figure, save_figure, style
 from stablevm.preparation.config import InfoConfig
 from stablevm.preparation.verify import split_folders
@@ -52,7 +52,7 @@ def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
         ("data set", f"{dataset.folder}, {_layout(dataset)}"),
         ("images", f"{len(dataset):,} of {dataset.resolution} x {dataset.resolution} pixels"),
         ("classes", f"{dataset.num_classes:,} with {counts.min():,} to {counts.max():,} images"),
-        ("class names", _shortened(dataset.class_names)),
+        ("class names", some_of(dataset.class_names, 6)),
         ("latents", f"{' x '.join(map(str, latent.shape))}, by {latent.autoencoder}"),
         ("normalised", f"(latent - {latent.shift:g}) x {latent.scale:g}"),
         ("", f"mean {latents.mean():.3f}, standard deviation {latents.std():.3f} ({len(chosen):,} rows)"),
@@ -126,10 +126,6 @@ def _facts(dataset: PreparedDataset) -> list[tuple[str, str]]:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _cut(name: str) -> str:

@@ -53,7 +53,7 @@ class GenerateConfig:
     label_sampling: Literal["equal", "random"] = "equal"
     """equal: as many images of each class, exact to one. random: each image's class is drawn uniformly."""
     classes: str | None = None
-    """Only these classes: indices separated by commas, such as 207,360. Default: all."""
+    """Only these classes: indices separated by commas, such as 207,360. Default: all that had samples in training."""
     unconditional: bool = False
     """Images of no class in particular, from the network's null class."""
     global_seed: int = 0

@@ -119,7 +119,7 @@ def _prepare(config: GenerateConfig, process: Process) -> Run:
 
 
 def _num_classes(config: GenerateConfig, card: ModelCard) -> int:
-    return 1 if config.unconditional else len(config.class_indices() or range(card.model.num_classes))
+    return 1 if config.unconditional else len(config.class_indices() or card.trained_classes)
 
 
 def _make(run: Run, missing: list[range]) -> None:

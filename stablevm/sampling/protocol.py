@@ -12,7 +12,7 @@ from torch import Tensor
 from stablevm import files
 from stablevm.autoencoder import IDENTITY, full_name, latent_spec_of
 from stablevm.errors import UserError
-from stablevm.options import as_typed
+from stablevm.options import as_typed, some_of
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.sampler import SamplerSettings
@@ -58,10 +58,24 @@ def check_claims(config: GenerateConfig, card: ModelCard) -> None:
 
 
 def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:
-    """One line for each claim about something that the checkpoint has not."""
-    if config.encoder_depth is None or card.model.projector_dims:
-        return []
-    return [f"{as_typed('encoder_depth', config.encoder_depth)} has no effect: the checkpoint has no projectors"]
+    """One line for each claim about something that the checkpoint has not, or was not trained on."""
+    lines = []
+    if config.encoder_depth is not None and not card.model.projector_dims:
+        lines.append(
+            f"{as_typed('encoder_depth', config.encoder_depth)} has no effect: the checkpoint has no projectors"
+        )
+    if config.unconditional:
+        return lines
+    asked = config.class_indices()
+    unseen = sorted(set(asked or range(card.model.num_classes)) - set(card.trained_classes))
+    if unseen and asked is None:
+        lines.append(
+            f"{len(unseen):,} of {card.model.num_classes:,} classes had no sample in training "
+            f"({some_of(unseen)}): none is drawn of them"
+        )
+    elif unseen:
+        lines.append(f"--classes: no sample of class {some_of(unseen)} was in training, its images mean nothing")
+    return lines
 
 
 def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
@@ -94,7 +108,7 @@ def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
     """The class of each image, int64 (num_fid_samples,); the null class for all with `unconditional`."""
     if config.unconditional:
         return torch.full((config.num_fid_samples,), card.model.null_class)
-    classes = config.class_indices() or range(card.model.num_classes)
+    classes = config.class_indices() or card.trained_classes
     draw = balanced_labels if config.label_sampling == "equal" else random_labels
     return draw(config.num_fid_samples, classes, config.global_seed)
 

@@ -28,7 +28,7 @@ from stablevm.training.config import TrainConfig
 from stablevm.training.ema import MovingAverage
 from stablevm.training.guard import Guard, GuardedAdamW
 from stablevm.training.initial import initial_weights
-from stablevm.training.setup import class_names, make_objective, model_config
+from stablevm.training.setup import class_counts, class_names, make_objective, model_config
 from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from stablevm.training.step import Alignment, BatchDrawer, StepMetrics, StepRunner
 
@@ -115,7 +115,7 @@ class Engine:
 
     def restore(self, state: TrainingState) -> None:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
-        if dataclasses.replace(state.card, step=0) != self.card:
+        if not state.card.agrees_with(self.card):
             raise UserError(f"{self.config.folder}: its checkpoint is of another network or data set than the options'")
         load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
         load_model_tensors(self.model, state.model)
@@ -178,6 +178,8 @@ def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequenc
         prediction=config.prediction,
         class_names=class_names(config, dataset),
         step=0,
+        class_counts=class_counts(config, dataset),
+        label_dropout=config.cfg_prob,
     )
 
 

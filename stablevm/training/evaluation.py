@@ -41,7 +41,7 @@ class Evaluation:
 
     def run(self, model: nn.Module, card: ModelCard) -> dict[str, float]:
         """Numbers by name: a Fréchet distance (see `DISTANCES`), precision, recall, and perhaps others."""
-        labels = balanced_labels(self._config.eval_samples, range(card.model.num_classes), self._config.seed)
+        labels = balanced_labels(self._config.eval_samples, card.trained_classes, self._config.seed)
         images = []
         for rows in torch.arange(len(labels)).split(BATCH):
             streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())

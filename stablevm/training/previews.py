@@ -19,15 +19,14 @@ MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
 
 
 class Previews:
-    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes."""
+    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes that the data has samples of."""
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
         self.folder, self.autoencoder, self.seed = folder, autoencoder, seed
 
     def draw(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
         """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
-        classes = min(CLASSES, card.model.num_classes)
-        labels = torch.arange(classes).repeat_interleave(PER_CLASS)
+        labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
         streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
         latents, _ = draw_latents(model, card, labels, streams, SETTINGS, device)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()

@@ -19,6 +19,7 @@ from stablevm.errors import UserError
 from stablevm.interpolant import get_interpolant
 from stablevm.models.config import SiTConfig, sit_config
 from stablevm.objective import FlowMatching, Protocol, StableVM
+from stablevm.options import some_of
 from stablevm.training.config import TrainConfig
 
 GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take: activations need the rest
@@ -43,6 +44,24 @@ def class_names(config: TrainConfig, dataset: PreparedDataset) -> tuple[str, ...
     """Names of all classes that the network knows; those beyond the data set's are called by their number."""
     extra = range(dataset.num_classes, config.num_classes or dataset.num_classes)
     return (*dataset.class_names, *map(str, extra))
+
+
+def class_counts(config: TrainConfig, dataset: PreparedDataset) -> tuple[int, ...]:
+    """Samples of each class that the network knows, in the whole data set."""
+    counts = torch.bincount(dataset.labels(), minlength=config.num_classes or dataset.num_classes)
+    return tuple(counts.tolist())
+
+
+def empty_classes_warning(config: TrainConfig, dataset: PreparedDataset) -> list[str]:
+    """One line where the network knows classes that the data has no sample of (StableVM refuses those: `prefill`)."""
+    counts, names = class_counts(config, dataset), class_names(config, dataset)
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if not empty:
+        return []
+    return [
+        f"--data-dir {config.data_dir} has no sample of {len(empty):,} of {len(counts):,} classes ({some_of(empty)}): "
+        "the network learns nothing of them"
+    ]
 
 
 def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
@@ -128,10 +147,9 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
     counts = torch.bincount(labels, minlength=bank.num_classes)
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing:
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise UserError(
             f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
-            f"({shown}), so their bank would stay empty; prepare the data with them or lower --num-classes"
+            f"({some_of(missing)}), so their bank would stay empty; prepare the data with them or lower --num-classes"
         )
     fully = config.prefill_bank_fully or config.bank_is_fixed
     rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)

@@ -23,6 +23,7 @@ from stablevm.training.main_process import on_main
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import (
+    empty_classes_warning,
     load_encoders,
     model_config,
     open_data,
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> int:
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     if accelerator.is_main_process:
-        for line in config.warnings():
+        for line in [*config.warnings(), *empty_classes_warning(config, dataset)]:
             print(f"warning: {line}", file=sys.stderr)
     trainer = Trainer(config, dataset, accelerator)
     if start:

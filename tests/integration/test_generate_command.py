@@ -57,6 +57,22 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.parametrize("sampling", ["equal", "random"])
+def test_only_trained_classes_are_drawn(sampling, command, tmp_path, capsys):
+    card = replace(tiny_card(num_classes=6), class_counts=(0, 5, 0, 0, 9, 0))
+    ckpt = save_checkpoint(tmp_path / "ckpt", card)
+    assert command("--num-fid-samples", "8", "--label-sampling", sampling, ckpt=ckpt) == 0
+    labels = loaded(tmp_path / "run.npz")["labels"]
+    assert set(labels.tolist()) == {1, 4}
+    if sampling == "equal":
+        assert sorted(labels.tolist()) == [1] * 4 + [4] * 4
+    assert "warning: 4 of 6 classes had no sample in training (0, 2, 3, 5): none is drawn of them" in (
+        capsys.readouterr().err
+    )
+    assert command("--num-fid-samples", "2", "--classes", "2,4", ckpt=ckpt, name="asked") == 0
+    assert "no sample of class 2 was in training" in capsys.readouterr().err
+
+
 def test_published_options_and_either_spelling(command, tmp_path, capsys):
     assert command(*PUBLISHED) == 0
     assert capsys.readouterr().err.count("warning") == 0

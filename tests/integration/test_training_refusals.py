@@ -10,6 +10,7 @@ import runs
 import torch
 
 from stablevm import cli
+from stablevm.snapshot import load_card
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,8 +74,11 @@ def test_a_class_that_the_data_lacks(root, tmp_path, capsys):
     runs.write_data(tmp_path / "data", labels)
     settings = runs.config(root, "lacking", data_dir=tmp_path / "data", loss_type="stablevm")
     assert "no sample of 1 of 3 classes (1)" in refusal(runs.as_arguments(settings), capsys, root)
-    settings = runs.config(root, "lacking", data_dir=tmp_path / "data", max_train_steps=1)
+    settings = runs.config(root, "lacking", data_dir=tmp_path / "data", max_train_steps=1, cfg_prob=0.2)
     assert len(runs.losses(runs.run(settings))) == 1, "flow matching needs no bank"
+    assert "warning: " in (told := capsys.readouterr().err) and "no sample of 1 of 3 classes (one)" in told
+    card = load_card(settings.folder / "checkpoints" / "0000001")
+    assert card.class_counts == (8, 0, 8) and card.label_dropout == 0.2
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "stablevm", "train"]], ids=" ".join)

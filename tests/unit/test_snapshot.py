@@ -1,6 +1,7 @@
 """A checkpoint's card and weights: what is wrong with them is one line that names the folder."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from checkpoints import save_checkpoint, tiny_card
@@ -45,3 +46,23 @@ def test_weights_of_another_network(tmp_path):
     with pytest.raises(UserError, match=r"ema.safetensors holds other tensors than the SiT-XXS/4") as error:
         load_model(folder, tiny_card(num_classes=5))
     one_line(error)
+
+
+def test_a_card_tells_which_classes_were_trained(tmp_path):
+    card = replace(tiny_card(num_classes=4), class_counts=(0, 7, 0, 2), label_dropout=0.1)
+    assert load_card(save_checkpoint(tmp_path, card)) == card
+    assert card.trained_classes == (1, 3)
+    assert tiny_card(num_classes=4).trained_classes == (0, 1, 2, 3)  # not told
+
+
+def test_cards_of_earlier_versions_are_read_and_resumed(tmp_path):
+    card = replace(tiny_card(), class_counts=(5, 5, 5, 5), label_dropout=0.1)
+    folder = save_checkpoint(tmp_path, card)
+    values = json.loads((folder / CARD_FILE).read_text())
+    del values["class_counts"], values["label_dropout"]
+    (folder / CARD_FILE).write_text(json.dumps(values))
+    old = load_card(folder)
+    assert old.class_counts is None and old.label_dropout is None
+    assert old.agrees_with(card) and card.agrees_with(old)
+    assert not replace(card, class_counts=(5, 5, 5, 4)).agrees_with(card)
+    assert not replace(old, prediction="x").agrees_with(card)
