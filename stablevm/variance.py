@@ -1,5 +1,6 @@
 """How noisy the targets are: the variance of CFM's and StableVM's about the exact velocity, over time."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,29 @@ class VarianceCurve:
             [_band(values) for values in stablevm],
             [values.double().mean().item() for values in ess],
             references,
+        )
+
+    def of_noise(self, path: Interpolant) -> "VarianceCurve":
+        """The curve of targets for the noise, which is -sigma times the score; this one is of velocities.
+
+        At a given x_t the noise is affine in the velocity, `noise = (alpha v - alpha' x_t) / wronskian`, so that each
+        squared error is multiplied by `(alpha / wronskian)^2`: `(1 - t)^2` on the linear path.
+        """
+        c = path.coefficients(torch.tensor(self.t, dtype=torch.float64))
+        factors = (c.alpha / c.wronskian).square().tolist()
+
+        def scaled(values: list[float]) -> list[float]:
+            return [factor * value for factor, value in zip(factors, values, strict=True)]
+
+        def scaled_band(band: list[tuple[float, float]]) -> list[tuple[float, float]]:
+            return [(factor * low, factor * high) for factor, (low, high) in zip(factors, band, strict=True)]
+
+        return dataclasses.replace(
+            self,
+            cfm=scaled(self.cfm),
+            stablevm=scaled(self.stablevm),
+            cfm_band=scaled_band(self.cfm_band),
+            stablevm_band=scaled_band(self.stablevm_band),
         )
 
     def split_point(self) -> float:

@@ -14,14 +14,17 @@ LEGEND_ROOM = 1.6  # height of a panel in terms of its highest curve
 DASHES, DOTS = (0, (4, 3)), (0, (1, 1.5))
 
 
-def variance_figure(curves: Mapping[str, VarianceCurve], path: Path, taus: Mapping[str, float] | None = None) -> None:
+def variance_figure(
+    curves: Mapping[str, VarianceCurve], path: Path, taus: Mapping[str, float] | None = None, target: str = ""
+) -> None:
     """One row per distribution, by its title: variances with their bands, the split point and, where given, tau; beside
-    them the effective sample size.
+    them the effective sample size. target: what the variance is of, where it is not the velocity.
     """
     with style():
         figure, axes = panels(2, len(curves), row_height=2.9)
         for row, (title, curve) in enumerate(curves.items()):
             _variance_panel(axes[2 * row], title, curve, (taus or {}).get(title))
+            axes[2 * row].set_ylabel("variance per dimension" + (f" of {target}" if target else ""))
             _ess_panel(axes[2 * row + 1], curve)
         for panel in axes[-2:]:
             panel.set_xlabel("time t  (0 data, 1 noise)")
@@ -42,7 +45,7 @@ def _variance_panel(panel: "Axes", title: str, curve: VarianceCurve, tau: float 
     if tau is not None:
         panel.axvline(tau, color=GREEN, linestyle=DOTS, linewidth=1.4, label=f"half the variance open, τ = {tau:.2f}")
     highest = max(high for _, high in curve.cfm_band)
-    panel.set(title=title, ylabel="variance per dimension", xlim=(0, 1), ylim=(0, LEGEND_ROOM * highest))
+    panel.set(title=title, xlim=(0, 1), ylim=(0, LEGEND_ROOM * highest))
     panel.legend(loc="upper left", fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none")
 
 

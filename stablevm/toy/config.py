@@ -15,7 +15,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 # What a result depends on; the rest chooses what is run and drawn.
 RESULT_FIELDS = (
     "vector_field", "components", "dimension", "batch_size", "references", "updates", "learning_rate", "max_grad_norm",
-    "ema_decay", "width", "depth", "eval_every", "eval_samples", "eval_times",
+    "ema_decay", "ema_warmup", "network", "width", "depth", "dropout", "loss_reduction", "eval_every", "eval_samples",
+    "eval_times",
 )  # fmt: skip
 
 
@@ -68,10 +69,18 @@ class ToyConfig:
     """Gradients are scaled down to this norm, for all methods alike."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average, which is what is evaluated; in [0, 1)."""
+    ema_warmup: bool = False
+    """Let the moving average forget its first updates sooner, as in train.py; the published study does not."""
+    network: Literal["adaptive", "perceptron"] = "adaptive"
+    """The published network, modulated by the time (14,634 parameters in 10 dimensions), or a plain perceptron."""
     width: int = 32
     """Width of the network's hidden layers."""
-    depth: int = 3
+    depth: int = 4
     """Number of the network's hidden layers."""
+    dropout: float = 0.1
+    """Share of hidden values that training sets to 0; in [0, 1)."""
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    """Sum squared errors over dimensions, as published, or average them; Adam hides the factor, clipping does not."""
     eval_every: int = 500
     """Updates between evaluations; there is one before the first update as well."""
     eval_samples: int = 10_000
@@ -110,6 +119,7 @@ class ToyConfig:
                 ("learning_rate", self.learning_rate > 0, "a positive number"),
                 ("max_grad_norm", self.max_grad_norm > 0, "a positive number"),
                 ("ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)"),
+                ("dropout", 0 <= self.dropout < 1, "a number in [0, 1)"),
                 ("eval_times", bool(self.eval_times) and all(0 < t <= 1 for t in self.eval_times), "times in (0, 1]"),
                 ("variance_dimensions", all(d >= 1 for d in self.variance_dimensions), "dimensions from 1"),
                 ("dimension", self.dimension >= 2 or not self.enable_visualization, "at least 2 to draw a plane"),

@@ -10,9 +10,9 @@ from stablevm.errors import UserError
 from stablevm.files import write_json, write_text
 from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
-from stablevm.toy.figures import divergence_figure
+from stablevm.toy.figures import FIELD_NAMES, divergence_figure
 from stablevm.toy.training import train_method
-from stablevm.toy.variance import curve_jobs
+from stablevm.toy.variance import curve_jobs, in_field
 from stablevm.toy.visualization import visualize
 from stablevm.training.tracker import Trackers
 from stablevm.variance import VarianceCurve
@@ -71,15 +71,18 @@ def _compare(config: ToyConfig) -> None:
 
 
 def _draw_variance(config: ToyConfig, jobs: dict[str, Callable[[], VarianceCurve]]) -> None:
-    curves = {title: job() for title, job in tqdm(jobs.items(), desc="variance curves", unit="curve")}
+    bar = tqdm(jobs.items(), desc="variance curves", unit="curve")
+    curves = {title: in_field(config, job()) for title, job in bar}
     values = {
         title: {**dataclasses.asdict(curve), "split_point": curve.split_point()} for title, curve in curves.items()
     }
-    write_json(config.output_dir / "data" / "variance.json", values)
-    variance_figure(curves, config.output_dir / "variance.png")
+    figure = config.output_dir / f"variance-{config.vector_field}.png"
+    write_json(config.output_dir / "data" / f"variance-{config.vector_field}.json", values)
+    target = "" if config.vector_field == "velocity" else FIELD_NAMES[config.vector_field]
+    variance_figure(curves, figure, target=target)
     for title, curve in curves.items():
         print(f"split point of {title}: {curve.split_point():.2f}")
-    print(f"figure: {config.output_dir / 'variance.png'}")
+    print(f"figure: {figure}")
 
 
 def _visualize(config: ToyConfig) -> None:

@@ -1,27 +1,104 @@
-"""The small network of the toy study: a multilayer perceptron on (x, t)."""
+"""The small networks of the toy study: vectors x_t and times in, the field out."""
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from stablevm.toy.config import ToyConfig
+
+TIME_FEATURES = 32  # of the published network: half sines, half cosines
+LOWEST_FREQUENCY = 1 / 1000  # of the sines, relative to the highest, which has one period over t in [0, 1]
+
+
+class AdaptiveNetwork(nn.Module):
+    """The network of the published study: hidden layers whose layer norms are modulated by the time (AdaLN).
+
+    Sines and cosines of the time enter beside x, and modulate each of the `depth` blocks: layer norm, scale and shift,
+    linear, GELU, dropout. With 10 dimensions, width 32 and depth 4 it has 14,634 parameters.
+    """
+
+    def __init__(self, dimension: int, width: int, depth: int, dropout: float, stream: torch.Generator) -> None:
+        """dropout: share of hidden values in [0, 1) that training sets to 0; stream: where the first weights come from.
+
+        Linear layers begin uniform within +-fan_in**-0.5, which is PyTorch's default; the modulations begin at zero.
+        """
+        super().__init__()
+        self.dropout = dropout
+        self.enter = _linear(dimension + TIME_FEATURES, width, stream)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.modulations = nn.ModuleList(_zero_linear(TIME_FEATURES, 2 * width) for _ in range(depth))
+        self.layers = nn.ModuleList(_linear(width, width, stream) for _ in range(depth))
+        self.leave = _linear(width, dimension, stream)
+
+    def forward(self, x: Tensor, t: Tensor, dropped: torch.Generator | None = None) -> Tensor:
+        """x (B, d), t (B,) in [0, 1] to (B, d). Hidden values are dropped only where `dropped` says which."""
+        features = time_features(t)
+        h = self.enter(torch.cat([x, features], dim=1))
+        for norm, modulation, layer in zip(self.norms, self.modulations, self.layers, strict=True):
+            scale, shift = modulation(features).chunk(2, dim=1)
+            h = nn.functional.gelu(layer(norm(h) * (1 + scale) + shift))
+            h = _drop(h, self.dropout, dropped)
+        return self.leave(h)
+
 
 class Perceptron(nn.Module):
     """`depth` hidden layers of `width` with SiLU; input (x, t), output a vector like x."""
 
-    def __init__(self, dimension: int, width: int, depth: int, stream: torch.Generator) -> None:
-        """stream: where the first weights come from (Kaiming-uniform over the fan-in, zero biases)."""
+    def __init__(self, dimension: int, width: int, depth: int, dropout: float, stream: torch.Generator) -> None:
+        """The arguments of `AdaptiveNetwork`; first weights uniform within +-fan_in**-0.5, zero biases."""
         super().__init__()
+        self.dropout = dropout
         sizes = [dimension + 1] + [width] * depth + [dimension]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
-            layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
-            bound = fan_in**-0.5
-            nn.init.uniform_(layer.weight, -bound, bound, generator=stream)
-            nn.init.zeros_(layer.bias)
-            layers += [layer, nn.SiLU()]
-        self.layers = nn.Sequential(*layers[:-1])
+        self.layers = nn.ModuleList(_linear(*ends, stream, zero_bias=True) for ends in pairwise(sizes))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, d), t (B,) in [0, 1] to (B, d)."""
-        return self.layers(torch.cat([x, t[:, None]], dim=1))
+    def forward(self, x: Tensor, t: Tensor, dropped: torch.Generator | None = None) -> Tensor:
+        """x (B, d), t (B,) in [0, 1] to (B, d). Hidden values are dropped only where `dropped` says which."""
+        *hidden, last = self.layers
+        h = torch.cat([x, t[:, None]], dim=1)
+        for layer in hidden:
+            h = _drop(nn.functional.silu(layer(h)), self.dropout, dropped)
+        return last(h)
+
+
+ToyNetwork = AdaptiveNetwork | Perceptron
+NETWORKS: dict[str, type[AdaptiveNetwork] | type[Perceptron]] = {"adaptive": AdaptiveNetwork, "perceptron": Perceptron}
+
+
+def make_network(config: ToyConfig, stream: torch.Generator) -> ToyNetwork:
+    """The network that the options describe, with first weights from `stream`."""
+    return NETWORKS[config.network](config.dimension, config.width, config.depth, config.dropout, stream)
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Times (B,) to sines, then cosines, of `2 pi t f`: (B, TIME_FEATURES), frequencies f from 1 towards the lowest."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(math.log(LOWEST_FREQUENCY) / half * torch.arange(half, device=t.device))
+    angles = 2 * math.pi * t[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _drop(h: Tensor, rate: float, stream: torch.Generator | None) -> Tensor:
+    """Inverted dropout, from a stream of its own: PyTorch's draws from the global generator."""
+    if stream is None or rate == 0:
+        return h
+    return h * torch.empty_like(h).bernoulli_(1 - rate, generator=stream).div_(1 - rate)
+
+
+def _linear(fan_in: int, fan_out: int, stream: torch.Generator, zero_bias: bool = False) -> nn.Linear:
+    layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+    bound = fan_in**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound, generator=stream)
+    if zero_bias:
+        nn.init.zeros_(layer.bias)
+    else:
+        nn.init.uniform_(layer.bias, -bound, bound, generator=stream)
+    return layer
+
+
+def _zero_linear(fan_in: int, fan_out: int) -> nn.Linear:
+    layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

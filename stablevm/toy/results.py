@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stablevm import rng
 from stablevm.files import read_json, replacing, write_json
 from stablevm.toy.config import METHODS, Method, ToyConfig
-from stablevm.toy.network import Perceptron
+from stablevm.toy.network import ToyNetwork, make_network
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def save(
     method: Method,
     seed: int,
     rows: list[dict[str, Any]],
-    network: Perceptron,
+    network: ToyNetwork,
     seconds: dict[str, float],
 ) -> None:
     """Write the network's weights, then the result: where the second is, the first is too."""
@@ -65,8 +65,8 @@ def load(config: ToyConfig, method: Method, seed: int) -> Result:
     return Result(**{name: values[name] for name in Result.__dataclass_fields__})
 
 
-def load_network(config: ToyConfig, method: Method, seed: int) -> Perceptron:
-    network = Perceptron(config.dimension, config.width, config.depth, rng.generator(seed, "network"))
+def load_network(config: ToyConfig, method: Method, seed: int) -> ToyNetwork:
+    network = make_network(config, rng.generator(seed, "network"))
     network.load_state_dict(load_file(result_path(config, method, seed).with_suffix(".safetensors")))
     return network.requires_grad_(False)
 

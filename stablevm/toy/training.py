@@ -14,7 +14,7 @@ from stablevm.interpolant import LINEAR
 from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, squared_error
 from stablevm.toy.config import Method, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
-from stablevm.toy.network import Perceptron
+from stablevm.toy.network import ToyNetwork, make_network
 from stablevm.training.ema import MovingAverage
 from stablevm.training.tracker import Trackers
 
@@ -122,13 +122,15 @@ class Draws:
 
 def train_method(
     method: Method, config: ToyConfig, seed: int, trackers: Trackers
-) -> tuple[list[dict[str, Any]], Perceptron, dict[str, float]]:
+) -> tuple[list[dict[str, Any]], ToyNetwork, dict[str, float]]:
     """Rows {"update", "divergence" (one value per time)}, the averaged network, and the seconds of each part."""
     mixture = mixture_of(config, seed)
     examination = Examination.of(config, mixture, seed)
-    network = Perceptron(config.dimension, config.width, config.depth, rng.generator(seed, "network"))
-    average = MovingAverage(network, config.ema_decay)
+    network = make_network(config, rng.generator(seed, "network"))
+    average = MovingAverage(network, config.ema_decay, warm_up=config.ema_warmup)
+    dropped = rng.generator(seed, "dropout")
     parameters = list(network.parameters())
+    reduction = config.dimension if config.loss_reduction == "sum" else 1  # squared_error is a mean over dimensions
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
     clock = {"draw": 0.0, "network": 0.0, "evaluation": 0.0}
     rows: list[dict[str, Any]] = []
@@ -148,7 +150,7 @@ def train_method(
         draw = next(draws)
         target = to_field(config, draw.target, draw.x_t, draw.t)
         drawn = time.perf_counter()
-        loss = squared_error(network(draw.x_t, draw.t), target).mean()
+        loss = reduction * squared_error(network(draw.x_t, draw.t, dropped), target).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
         optimizer.step()
@@ -158,5 +160,5 @@ def train_method(
         clock["network"] += time.perf_counter() - drawn
         if update % config.eval_every == 0 or update == config.updates:
             examine(update, loss.item())
-    assert isinstance(average.model, Perceptron)
+    assert isinstance(average.model, ToyNetwork)
     return rows, average.model, clock

@@ -45,6 +45,11 @@ def curve_jobs(config: ToyConfig) -> dict[str, Callable[[], VarianceCurve]]:
     return jobs
 
 
+def in_field(config: ToyConfig, curve: VarianceCurve) -> VarianceCurve:
+    """A curve of velocities as one of the field that is learnt: itself, or that of sigma times the score."""
+    return curve if config.vector_field == "velocity" else curve.of_noise(LINEAR)
+
+
 def mixture_curve(config: ToyConfig, mixture: GaussianMixture) -> VarianceCurve:
     """Errors about the closed-form velocity; each time has its own set of references, shared by its samples."""
     rows, references = config.variance_samples, config.references

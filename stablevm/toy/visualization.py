@@ -16,7 +16,7 @@ from stablevm.sampling.solvers import ode_times
 from stablevm.toy.config import ToyConfig
 from stablevm.toy.figures import FIELD_NAMES
 from stablevm.toy.mixture import GaussianMixture
-from stablevm.toy.network import Perceptron
+from stablevm.toy.network import ToyNetwork
 from stablevm.toy.training import mixture_of, to_field
 
 FRAME_TIMES = np.linspace(0.95, 0.1, 18)
@@ -25,7 +25,7 @@ PATHS, PATH_STEPS, SHOWN_STEPS = 400, 200, 25
 FRAME_MILLISECONDS = 160
 
 
-def visualize(config: ToyConfig, network: Perceptron, name: str, seed: int) -> list[Path]:
+def visualize(config: ToyConfig, network: ToyNetwork, name: str, seed: int) -> list[Path]:
     """Write `NAME/field-*.png` with `NAME-field.gif`, and `NAME/path-*.png` with `NAME-paths.gif`; returns the GIFs."""
     mixture = mixture_of(config, seed)
     folder = config.output_dir / name
@@ -52,7 +52,7 @@ def _plane(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _field_frame(config: ToyConfig, network: Perceptron, mixture: GaussianMixture, t: float, path: Path) -> None:
+def _field_frame(config: ToyConfig, network: ToyNetwork, mixture: GaussianMixture, t: float, path: Path) -> None:
     grid, points = _plane(mixture)
     time = torch.full((len(points),), t)
     predicted = network(points, time).double()
@@ -76,7 +76,7 @@ def _field_frame(config: ToyConfig, network: Perceptron, mixture: GaussianMixtur
 
 @torch.no_grad()
 def _trajectories(
-    config: ToyConfig, network: Perceptron, mixture: GaussianMixture, seed: int
+    config: ToyConfig, network: ToyNetwork, mixture: GaussianMixture, seed: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Times, and samples of the network's and of the exact ODE (PATHS, d) from the same noise, by Euler's method.
 

@@ -48,10 +48,10 @@ def test_streamed_learns_as_plain(finished):
 
 def test_figures_and_table(finished):
     assert (finished / "divergence-velocity.md").read_text().count("(2) |") == 4
-    for name in ("divergence-velocity.png", "variance.png"):
+    for name in ("divergence-velocity.png", "variance-velocity.png"):
         with Image.open(finished / name) as picture:
             assert picture.width == 2000
-    curves = json.loads((finished / "data" / "variance.json").read_text())
+    curves = json.loads((finished / "data" / "variance-velocity.json").read_text())
     assert list(curves) == ["Mixture, d = 2", "Mixture, d = 5", "Handwritten digits"]
     assert list((finished / "logs").rglob("metrics.jsonl")) and list((finished / "logs").rglob("events.out*"))
 
@@ -64,9 +64,9 @@ def test_finished_results_are_not_computed_again(finished, capsys):
 
 
 def test_only_plot(finished, tmp_path, capsys):
-    (finished / "variance.png").unlink()
+    (finished / "variance-velocity.png").unlink()
     assert toy(finished, "--only_plot") == 0
-    assert (finished / "variance.png").exists()
+    assert (finished / "variance-velocity.png").exists()
     assert toy(tmp_path, "--only_plot", "--no_plot_variance") == 0
     assert "no finished result" in capsys.readouterr().out
 
@@ -92,7 +92,7 @@ def test_cifar10(tmp_path):
         bytes_ = torch.randint(256, (4, 3073), generator=stream).to(torch.uint8).numpy().tobytes()
         (files / f"data_batch_{number}.bin").write_bytes(bytes_)
     assert toy(tmp_path / "out", "--exp=cfm", f"--cifar10-data-path={files}") == 0
-    assert "CIFAR-10" in json.loads((tmp_path / "out" / "data" / "variance.json").read_text())
+    assert "CIFAR-10" in json.loads((tmp_path / "out" / "data" / "variance-velocity.json").read_text())
 
 
 @pytest.mark.parametrize(

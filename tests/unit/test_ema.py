@@ -38,6 +38,13 @@ def test_follows_the_formula(layers, decay):
             assert torch.equal(average.model.weight, layer.weight)
 
 
+def test_without_warm_up_the_decay_is_the_same_from_the_first_step_on(layers):
+    average = MovingAverage(layers[0], 0.999, warm_up=False)
+    average.update(layers[1], 0)
+    expected = 0.999 * layers[0].weight.detach().double() + 0.001 * layers[1].weight.detach().double()
+    assert torch.allclose(average.model.weight.double(), expected, rtol=1e-6, atol=1e-8)
+
+
 def test_the_warmup_ends_where_the_decay_is_reached(layers):
     """(1 + n) / (10 + n) = 0.8 at n = 35."""
     average = MovingAverage(nn.ParameterList([torch.zeros(1)]), 0.8)

@@ -9,15 +9,18 @@ import pytest
 import torch
 from mixtures import make_mixture
 
+from stablevm import rng
 from stablevm.errors import UserError
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
 from stablevm.posterior import posterior
 from stablevm.toy import training
 from stablevm.toy.config import METHODS, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
+from stablevm.toy.network import _drop, make_network
 from stablevm.toy.results import result_path
 from stablevm.toy.training import Draws, Examination, mixture_of, to_field
-from stablevm.toy.variance import TIMES, cifar10_files, mixture_curve
+from stablevm.toy.variance import TIMES, cifar10_files, in_field, mixture_curve
+from stablevm.variance import VarianceCurve
 
 SMALL = ToyConfig(batch_size=16, references=64, components=5, dimension=3, eval_samples=50, variance_samples=20)
 
@@ -143,6 +146,64 @@ def test_curves_of_mixtures():
     assert curve.cfm[-1] > 5 * curve.stablevm[-1], "at the prior StableVM's variance is far below"
     assert all(low <= high for low, high in curve.cfm_band + curve.stablevm_band)
     assert 1 <= curve.ess[0] < curve.ess[-1] == pytest.approx(64) and 0 <= curve.split_point() < 1
+
+
+def test_the_published_network_by_its_formula():
+    """14,634 parameters, and the output re-derived in float64 with modulations that are not zero."""
+    network = make_network(ToyConfig(), rng.generator(0, "network")).double()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 14_634
+    stream = torch.Generator().manual_seed(1)
+    for modulation in network.modulations:
+        assert not modulation.weight.any() and not modulation.bias.any(), "it begins as a plain network"
+        modulation.weight.data.copy_(torch.randn(modulation.weight.shape, generator=stream))
+    x, t = torch.randn(5, 10, generator=stream).double(), torch.rand(5, generator=stream).double()
+    angles = 2 * math.pi * t[:, None] * torch.tensor([1000 ** (-i / 16) for i in range(16)]).double()
+    time = torch.cat([angles.sin(), angles.cos()], 1)
+    h = torch.cat([x, time], 1) @ network.enter.weight.T + network.enter.bias
+    for norm, modulation, layer in zip(network.norms, network.modulations, network.layers, strict=True):
+        scale, shift = (time @ modulation.weight.T + modulation.bias).split(32, 1)
+        h = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        h = (h * (1 + scale) + shift) @ layer.weight.T + layer.bias
+        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    expected = h @ network.leave.weight.T + network.leave.bias
+    torch.testing.assert_close(network(x, t), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "perceptron"])
+def test_dropout_is_drawn_from_its_own_stream(name):
+    """The same stream drops the same values, none is dropped without one, and the global stream stays."""
+    network = make_network(replace(ToyConfig(), network=name), rng.generator(0, "network"))
+    x, t = torch.randn(1, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3])
+    before = torch.random.get_rng_state()
+    one, again = (network(x, t, rng.generator(0, "dropout")) for _ in range(2))
+    assert torch.equal(one, again) and not torch.equal(one, network(x, t))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_dropout_keeps_the_mean():
+    """Of 100,000 ones a share of 0.1 is dropped (z < 4, seed 0), and the others are scaled up by 1 / 0.9."""
+    dropped = _drop(torch.ones(100_000), 0.1, rng.generator(0, "dropout"))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert abs((dropped == 0).float().mean().item() - 0.1) < 4 * (0.09 / 100_000) ** 0.5
+
+
+def test_the_score_has_variance_curves_of_its_own():
+    """Errors of sigma times the score, computed from converted targets, are the velocity's times (1 - t)^2."""
+    mixture, stream = mixture_of(SMALL, 0), torch.Generator().manual_seed(0)
+    x0, noise, t = mixture.sample(40, stream), torch.randn(40, 3, generator=stream), torch.full((40,), 0.3)
+    x_t = LINEAR.interpolate(x0, noise, t)
+    exact, target = mixture.field(LINEAR, x_t, 0.3).float(), LINEAR.velocity(x0, noise, t)
+    score = replace(SMALL, vector_field="score")
+    errors = [
+        (to_field(config, target, x_t, t) - to_field(config, exact, x_t, t)).square().mean().item()
+        for config in (SMALL, score)
+    ]
+    assert errors[1] == pytest.approx(0.7**2 * errors[0], rel=1e-5)
+    curve = VarianceCurve([0.3, 1.0], errors[:1] * 2, [1.0] * 2, [(0.5, 2.0)] * 2, [(0.5, 2.0)] * 2, [1.0] * 2, 64)
+    found = in_field(score, curve)
+    assert found.cfm[0] == pytest.approx(errors[1], rel=1e-5) and found.cfm[1] == pytest.approx(0, abs=1e-12)
+    assert found.stablevm[0] == pytest.approx(0.49) and found.cfm_band[0] == pytest.approx((0.245, 0.98))
+    assert in_field(SMALL, curve) is curve and found.ess == curve.ess
 
 
 def test_results_have_names_of_their_own():

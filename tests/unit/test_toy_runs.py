@@ -19,7 +19,9 @@ TINY = ToyConfig(
 )  # fmt: skip
 CHANGED = {
     "vector_field": "score", "components": 4, "dimension": 4, "batch_size": 9, "references": 17, "updates": 7,
-    "learning_rate": 2e-2, "max_grad_norm": 1e-3, "ema_decay": 0.1, "width": 16, "depth": 2, "eval_every": 3,
+    "learning_rate": 2e-2, "max_grad_norm": 1e-3, "ema_decay": 0.1, "ema_warmup": True,
+    "network": "perceptron", "width": 16, "depth": 2,
+    "dropout": 0.5, "loss_reduction": "mean", "eval_every": 3,
     "eval_samples": 21, "eval_times": (0.3,),
 }  # fmt: skip
 
