@@ -44,6 +44,16 @@ class ModelCard:
             return tuple(range(self.model.num_classes))
         return tuple(label for label, count in enumerate(self.class_counts) if count)
 
+    @property
+    def null_is_trained(self) -> bool:
+        """Whether the null class, which guidance and unconditional images need, was seen; assumed where not told."""
+        return self.label_dropout != 0
+
+    @property
+    def classes_are_trained(self) -> bool:
+        """Whether the classes were seen: not where every label was dropped; assumed where not told."""
+        return self.label_dropout != 1
+
     def agrees_with(self, other: "ModelCard") -> bool:
         """Whether both are of one training, whatever the step; what one of them does not tell is no difference."""
         other = replace(

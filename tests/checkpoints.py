@@ -8,12 +8,12 @@ from stablevm.models.sit import SiT
 from stablevm.snapshot import ModelCard, save
 
 
-def tiny_card(num_classes=4, prediction="v", path_type="linear", **model_options):
+def tiny_card(num_classes=4, prediction="v", path_type="linear", label_dropout=None, **model_options):
     """A card for grey images of 8 x 8."""
     model = sit_config("SiT-XXS/4", input_size=8, in_channels=1, num_classes=num_classes, **model_options)
     latent = LatentSpec(shape=(1, 8, 8), scale=1.0, shift=0.0, autoencoder=IDENTITY)
     names = tuple(f"class {index}" for index in range(num_classes))
-    return ModelCard(model, latent, path_type, prediction, names, step=120)
+    return ModelCard(model, latent, path_type, prediction, names, step=120, label_dropout=label_dropout)
 
 
 def random_weights(card, seed):

@@ -1,7 +1,7 @@
 """`stablevm import`: from a published file to a checkpoint folder."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -44,6 +44,7 @@ def import_checkpoint(config: ImportConfig) -> Path:
         prediction=_prediction(config, published),
         class_names=tuple(map(str, range(model.num_classes))),
         step=published.steps or 0,
+        label_dropout=_label_dropout(published.options),
     )
     converted = {name: _convert(state, model, turned) for name, state in sets.items()}
     snapshot.save(config.output, card, converted)
@@ -140,6 +141,12 @@ def _fact(config: ImportConfig, published: PublishedCheckpoint, option: str) -> 
 
 def _prediction(config: ImportConfig, published: PublishedCheckpoint) -> Literal["v", "x"]:
     return "v" if _fact(config, published, "prediction") == "v" else "x"
+
+
+def _label_dropout(options: dict[str, Any]) -> float | None:
+    """The chance of a dropped label where the training's options record it, as REPA's and StableVelocity's do."""
+    chance = options.get("cfg_prob")
+    return float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
 
 
 def _typed(option: str) -> str:

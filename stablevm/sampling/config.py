@@ -43,7 +43,8 @@ class GenerateConfig:
     noise_factor: float = 0.0
     """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (as much as the path permits)."""
     cfg_scale: float = 1.0
-    """Classifier-free guidance, 0 or more: 1 is no guidance, more than 1 pulls towards the class."""
+    """Classifier-free guidance, 0 or more: 1 is no guidance, more than 1 pulls towards the class. It needs a
+    network that was trained with --cfg-prob above 0."""
     guidance_low: float = 0.0
     """Guide from this time on, in [0, 1]; 0 is the image and 1 is noise."""
     guidance_high: float = 1.0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stablevm.rng import generator
+from stablevm.snapshot import ModelCard
 
 
 def balanced_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor:
@@ -26,3 +27,8 @@ def random_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor
     """`num_samples` int64 labels, each drawn uniformly from `classes`."""
     pool = torch.tensor(classes, dtype=torch.int64)
     return pool[torch.randint(len(pool), (num_samples,), generator=generator("labels", "random", seed))]
+
+
+def trained_labels(labels: Tensor, card: ModelCard) -> Tensor:
+    """The labels, or the null class for all where training dropped every label, so that no class was ever seen."""
+    return labels if card.classes_are_trained else torch.full_like(labels, card.model.null_class)

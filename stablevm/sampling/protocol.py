@@ -52,9 +52,25 @@ def check_claims(config: GenerateConfig, card: ModelCard) -> None:
                 "leave the option out"
             )
     _check_autoencoder(config, card)
+    _check_trained(config, card)
     unknown = [index for index in config.class_indices() or () if index >= card.model.num_classes]
     if unknown:
         raise UserError(f"--classes {config.classes}: the checkpoint knows 0 to {card.model.num_classes - 1}")
+
+
+def _check_trained(config: GenerateConfig, card: ModelCard) -> None:
+    """UserError where the images need a label that was never trained; see `ModelCard.label_dropout`."""
+    if not card.null_is_trained and (config.unconditional or config.cfg_scale != 1):
+        asked = "--unconditional" if config.unconditional else f"--cfg-scale {config.cfg_scale:g}"
+        raise UserError(
+            f"{asked}: the checkpoint {config.ckpt} was trained with --cfg-prob 0, so its null class is untrained; "
+            "leave the option out, or train with --cfg-prob 0.1"
+        )
+    if not card.classes_are_trained and not config.unconditional:
+        raise UserError(
+            f"the checkpoint {config.ckpt} was trained with --cfg-prob 1, so its classes are untrained; "
+            "give --unconditional"
+        )
 
 
 def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:

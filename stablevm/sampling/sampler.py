@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from stablevm.errors import UserError
 from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.rng import RowGenerators, randn
 from stablevm.sampling.dopri5 import dopri5
@@ -75,7 +76,9 @@ def draw_latents(
     initial one and each step's, comes from row i of `streams` alone, so how images are batched does not change them.
     `watch(x, t, v)` is called with each state, its time and its velocity on the way; not with dopri5, where each image
     has times of its own. Its evaluations are a mean over the images, rounded.
+    UserError for labels, or guidance, of which the card says that they were never trained.
     """
+    _check_trained(card, labels, settings)
     shape = (len(labels), *card.latent.shape)
     path = get_interpolant(card.path_type)
     velocity = GuidedVelocity(
@@ -102,6 +105,22 @@ def draw_latents(
 
     latents = integrate(watched, noise, path, settings)
     return latents.float(), round(velocity.evaluations)
+
+
+def _check_trained(card: ModelCard, labels: Tensor, settings: SamplerSettings) -> None:
+    """UserError where the network is to be asked about labels that its training never showed it."""
+    null = labels == card.model.null_class
+    if not card.null_is_trained and (settings.cfg_scale != 1 or null.any()):
+        asked = "labels of the null class" if null.any() else f"cfg_scale {settings.cfg_scale:g}"
+        raise UserError(
+            f"{asked}: the network was trained with label_dropout 0, so its null class is untrained; "
+            "draw classes with cfg_scale 1"
+        )
+    if not card.classes_are_trained and not null.all():
+        raise UserError(
+            "labels: the network was trained with label_dropout 1, so its classes are untrained; "
+            f"draw the null class, {card.model.null_class}"
+        )
 
 
 def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:

@@ -19,7 +19,7 @@ from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.samples import Reference, open_reference
 from stablevm.processes import Process
 from stablevm.rng import RowGenerators
-from stablevm.sampling.labels import balanced_labels
+from stablevm.sampling.labels import balanced_labels, trained_labels
 from stablevm.sampling.sampler import SamplerSettings, draw_latents
 from stablevm.snapshot import ModelCard
 from stablevm.training.config import TrainConfig
@@ -45,7 +45,8 @@ class Evaluation:
         images = []
         for rows in torch.arange(len(labels)).split(BATCH):
             streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())
-            latents, _ = draw_latents(model, card, labels[rows], streams, SETTINGS, self._device)
+            asked = trained_labels(labels[rows], card)
+            latents, _ = draw_latents(model, card, asked, streams, SETTINGS, self._device)
             images.append(self._autoencoder.decode(latents))
         return self._judge(torch.cat(images), labels)
 

@@ -1,5 +1,6 @@
 """Grids of samples during training, always of the same noise, so that one sees the network learn."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from stablevm.autoencoder import Autoencoder
 from stablevm.images import save_png, tile
 from stablevm.rng import RowGenerators
+from stablevm.sampling.labels import trained_labels
 from stablevm.sampling.sampler import SamplerSettings, draw_latents
 from stablevm.snapshot import ModelCard
 
@@ -19,7 +21,9 @@ MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
 
 
 class Previews:
-    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes that the data has samples of."""
+    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes that the data has samples of, guided where
+    the null class is trained.
+    """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
         self.folder, self.autoencoder, self.seed = folder, autoencoder, seed
@@ -28,7 +32,8 @@ class Previews:
         """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
         labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
         streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
-        latents, _ = draw_latents(model, card, labels, streams, SETTINGS, device)
+        settings = SETTINGS if card.null_is_trained and card.classes_are_trained else replace(SETTINGS, cfg_scale=1.0)
+        latents, _ = draw_latents(model, card, trained_labels(labels, card), streams, settings, device)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
         grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
         save_png(self.folder / f"step-{card.step:07d}.png", grid)

@@ -128,6 +128,24 @@ def test_unconditional_and_seed(command, tmp_path, capsys):
     assert set(ours["labels"]) == {4} and not np.array_equal(ours["arr_0"], theirs["arr_0"])
 
 
+def test_what_was_never_trained_is_not_drawn(command, tmp_path, capsys):
+    conditional = save_checkpoint(tmp_path / "conditional", tiny_card(label_dropout=0.0))
+    for options in (
+        ["--cfg-scale=1.5"],
+        ["--unconditional"],
+        ["--unconditional", "--cfg-scale=1.5"],
+        ["--cfg-scale=0"],
+    ):
+        assert command(*options, ckpt=conditional) == 2
+        told = capsys.readouterr().err
+        assert "was trained with --cfg-prob 0, so its null class is untrained" in told and options[0][:11] in told
+    assert command("--num-fid-samples=1", ckpt=conditional) == 0
+    plain = save_checkpoint(tmp_path / "plain", tiny_card(label_dropout=1.0))
+    assert command("--num-fid-samples=1", ckpt=plain, name="other") == 2
+    assert "--cfg-prob 1, so its classes are untrained; give --unconditional" in capsys.readouterr().err
+    assert command("--num-fid-samples=1", "--unconditional", ckpt=plain, name="other") == 0
+
+
 def test_decoding_by_an_autoencoder(command, tmp_path, capsys):
     """The folder given stands for the recorded autoencoder, which can't be fetched here."""
     latent = LatentSpec(shape=(4, 8, 8), scale=0.18215, shift=0.0, autoencoder="stabilityai/sd-vae-ft-mse")

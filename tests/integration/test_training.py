@@ -18,7 +18,9 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.models.sit import SiT
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
+from stablevm.sampling.sampler import draw_latents
 from stablevm.snapshot import load_card
+from stablevm.training import previews
 from stablevm.training.anchors import AnchorPlan, objective_streams
 from stablevm.training.step import Alignment, StepRunner
 
@@ -144,6 +146,22 @@ def test_what_a_run_leaves(root):
         ckpt=folder / "checkpoints" / "0000006", num_fid_samples=6, num_steps=2, sample_dir=root / "samples", name="x"
     )
     assert generate(samples).is_file()
+
+
+@pytest.mark.parametrize(
+    ("chance", "scale", "labels"), [(0.0, 1.0, {0, 1, 2}), (0.1, 1.5, {0, 1, 2}), (1.0, 1.0, {3})], ids=str
+)
+def test_previews_ask_for_what_was_trained(chance, scale, labels, root, monkeypatch):
+    asked = []
+
+    def draw(model, card, wanted, streams, settings, device):
+        asked.append((card.label_dropout, settings.cfg_scale, set(wanted.tolist())))
+        return draw_latents(model, card, wanted, streams, settings, device)
+
+    monkeypatch.setattr(previews, "draw_latents", draw)
+    folder = runs.run(runs.config(root, f"chance-{chance}", cfg_prob=chance, sampling_steps=1, max_train_steps=1))
+    assert asked == [(chance, scale, labels)]
+    assert load_card(folder / "checkpoints" / "0000001").label_dropout == chance
 
 
 def test_without_any_alignment_weight_training_goes_on(root):

@@ -49,6 +49,30 @@ def at(value):
 # Guidance
 
 
+@pytest.mark.parametrize(
+    ("dropout", "label", "scale", "told"),
+    [
+        (0.0, 1, 1.5, r"cfg_scale 1.5: .* label_dropout 0, .* null class is untrained; draw classes with cfg_scale 1"),
+        (0.0, 4, 1.0, "labels of the null class: .* label_dropout 0"),
+        (1.0, 1, 1.0, "labels: .* label_dropout 1, so its classes are untrained; draw the null class, 4"),
+    ],
+)
+def test_labels_that_training_never_showed_are_refused(dropout, label, scale, told):
+    card = tiny_card(label_dropout=dropout)
+    settings = SamplerSettings(mode="ode", num_steps=1, cfg_scale=scale)
+    streams = RowGenerators.for_keys("x", positions=[0])
+    with pytest.raises(UserError, match=told):
+        draw_latents(Recorder(), card, torch.tensor([label]), streams, settings, "cpu")
+
+
+@pytest.mark.parametrize("dropout", [None, 0.1])
+def test_cards_that_do_not_know_their_label_dropout_are_guided_as_before(dropout):
+    settings = SamplerSettings(mode="ode", num_steps=1, cfg_scale=1.5)
+    streams = RowGenerators.for_keys("x", positions=[0])
+    drawn = draw_latents(Recorder(), tiny_card(label_dropout=dropout), torch.tensor([1]), streams, settings, "cpu")
+    assert drawn[1] == 2, "evaluations of a guided step"
+
+
 def test_guidance_extrapolates_from_the_null_class_inside_the_interval_alone():
     model = Recorder()
     velocity = guided(model, scale=1.8, low=0.2, high=0.7)

@@ -66,3 +66,16 @@ def test_cards_of_earlier_versions_are_read_and_resumed(tmp_path):
     assert old.agrees_with(card) and card.agrees_with(old)
     assert not replace(card, class_counts=(5, 5, 5, 4)).agrees_with(card)
     assert not replace(old, prediction="x").agrees_with(card)
+
+
+def test_the_label_dropout_is_recorded_and_unknown_in_old_cards(tmp_path):
+    folder = save_checkpoint(tmp_path, tiny_card(label_dropout=0.0))
+    known = load_card(folder)
+    assert known.label_dropout == 0.0 and not known.null_is_trained
+    values = json.loads((folder / CARD_FILE).read_text())
+    del values["label_dropout"]
+    (folder / CARD_FILE).write_text(json.dumps(values))
+    old = load_card(folder)
+    assert old.label_dropout is None and old.null_is_trained and old.classes_are_trained
+    assert known.agrees_with(old) and known.agrees_with(replace(known, step=3))
+    assert not known.agrees_with(replace(known, label_dropout=0.1)) and not known.agrees_with(tiny_card(num_classes=5))
