@@ -3,6 +3,7 @@
 This is the one home of `(z - shift) * scale` and of the conversion between uint8 pixels and [-1, 1].
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from stablevm.errors import UserError
 
 IDENTITY = "identity"
+LARGEST_SIDE = 65_536  # of a latent: a file that says more is damaged
 SHORT_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 
 
@@ -27,9 +29,12 @@ class LatentSpec:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "LatentSpec":
-        return cls(**{**values, "shape": tuple(values["shape"])})
+    def __post_init__(self) -> None:
+        """UserError for a latent that can't be."""
+        if len(self.shape) != 3 or not all(1 <= length <= LARGEST_SIDE for length in self.shape):
+            raise UserError(f"latent shape {list(self.shape)}, expected 3 lengths of 1 to {LARGEST_SIDE:,}")
+        if not (math.isfinite(self.shift) and math.isfinite(self.scale) and self.scale):
+            raise UserError(f"latent scale {self.scale} and shift {self.shift}, expected finite numbers, no scale of 0")
 
     def from_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Draw latents: moments (B, 2C, h, w) hold mean and standard deviation, noise is (B, C, h, w) of N(0, 1)."""

@@ -16,7 +16,6 @@ from stablevm import __version__
 from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
-from stablevm.files import read_json
 from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -286,6 +285,6 @@ def _resumed(arguments: Sequence[str]) -> TrainConfig | None:
     name, folder = value("--exp-name", None), value("--output-dir", str(TrainConfig.output_dir))
     if name is None or folder is None or not (Path(folder) / name / CONFIG_FILE).exists():
         return None
-    saved = TrainConfig.from_dict(read_json(Path(folder) / name / CONFIG_FILE, "run"))
+    saved = TrainConfig.read(Path(folder) / name)
     # The folder may have been moved since: it is where it is.
     return replace(saved, resume=True, resume_step=0, exp_name=name, output_dir=Path(folder))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import Any
 from stablevm.errors import UserError
 
 _TEMPORARY = ".tmp-"
+LARGEST_JSON = 64 * 2**20  # bytes; what describes something is small, and whoever parses it needs ten times as much
+_DEEPEST_JSON = 64
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # Python's form of bytes in a file's name that are no UTF-8
 
 
 @contextmanager
@@ -70,7 +74,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold, whatever bytes the names in it are made of; `parse_json` gives them back."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _HALF_CHARACTERS.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def write_with(path: str | Path, writer: Callable[[Path], Any]) -> None:
@@ -79,15 +89,43 @@ def write_with(path: str | Path, writer: Callable[[Path], Any]) -> None:
         writer(temporary)
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file; `what` names it in the message when it is absent or damaged."""
+def read_json(path: str | Path, what: str, *, largest: int = LARGEST_JSON) -> Any:
+    """Parse a JSON file; `what` names it in the message when it is absent, damaged or larger than `largest` bytes."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
     except FileNotFoundError:
         raise UserError(f"{what}: no file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what}: {path} is not valid JSON ({error}); restore or remake it") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{what}: {path} is not a file") from None
+    if len(content) > largest:
+        raise UserError(f"{what}: {path} has more than {largest:,} bytes, so it is not what it should be; remake it")
+    return parse_json(content, f"{what}: {path}")
+
+
+def parse_json(content: str | bytes, where: str) -> Any:
+    """Parse JSON that others wrote; UserError, which begins with `where`, for what is none or nested without end."""
+    try:
+        values = json.loads(content)
+        if _is_deeper(values, _DEEPEST_JSON):
+            raise RecursionError
+    except RecursionError:
+        raise UserError(f"{where} is nested more than {_DEEPEST_JSON} deep; restore or remake it") from None
+    except ValueError as error:  # also for integers of thousands of digits, and text that is no UTF-8
+        raise UserError(f"{where} is not valid JSON ({error}); restore or remake it") from None
+    return values
+
+
+def _is_deeper(values: Any, depth: int) -> bool:
+    """Whether lists and objects lie in one another more than `depth` deep: whoever walks through them recurses."""
+    level = [values]
+    for _ in range(depth + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [value for each in inner for value in each if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def sha256(path: str | Path) -> str:

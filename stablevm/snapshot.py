@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stablevm.autoencoder import LatentSpec
+from stablevm.cards import read_card
 from stablevm.errors import UserError
-from stablevm.files import read_json, replacing, write_json
+from stablevm.files import replacing, write_json
 from stablevm.models.config import SiTConfig
 from stablevm.models.sit import SiT
 
 CARD_FILE = "model.json"
 FORMAT_VERSION = 1
+_REMEDY = "use another checkpoint"
 Weights = Literal["ema", "model"]
 
 
@@ -36,6 +38,21 @@ class ModelCard:
     # Facts of the training that cards of earlier versions and imported ones do not tell (None).
     class_counts: tuple[int, ...] | None = None  # samples of each class in the training data
     label_dropout: float | None = None  # chance that a sample was trained without its label
+
+    def __post_init__(self) -> None:
+        """UserError for facts that contradict each other."""
+        side, channels = self.model.input_size, self.model.in_channels
+        if self.latent.shape != (channels, side, side):
+            raise UserError(f"the latent is {list(self.latent.shape)}, but the network takes {[channels, side, side]}")
+        if len(self.class_names) > self.model.num_classes:
+            raise UserError(f"{len(self.class_names)} class_names, but num_classes is {self.model.num_classes}")
+        if self.step < 0:
+            raise UserError(f"step {self.step}, expected 0 or more")
+        counts = self.class_counts
+        if counts is not None and (len(counts) > self.model.num_classes or not all(count >= 0 for count in counts)):
+            raise UserError(f"class_counts of {len(counts)} classes, expected {self.model.num_classes} of 0 or more")
+        if self.label_dropout is not None and not 0 <= self.label_dropout <= 1:
+            raise UserError(f"label_dropout {self.label_dropout}, expected a chance in [0, 1]")
 
     @property
     def trained_classes(self) -> tuple[int, ...]:
@@ -82,19 +99,6 @@ class ModelCard:
             "label_dropout": self.label_dropout,
         }
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelCard":
-        return cls(
-            model=SiTConfig.from_dict(values["model"]),
-            latent=LatentSpec.from_dict(values["latent"]),
-            path_type=values["path_type"],
-            prediction=values["prediction"],
-            class_names=tuple(values["class_names"]),
-            step=values["step"],
-            class_counts=None if values.get("class_counts") is None else tuple(values["class_counts"]),
-            label_dropout=values.get("label_dropout"),
-        )
-
 
 def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> None:
     """Write each set of weights as `NAME.safetensors`, then the card; an existing file is replaced whole."""
@@ -122,16 +126,7 @@ def load_card(folder: str | Path) -> ModelCard:
     folder = Path(folder)
     if not (folder / CARD_FILE).is_file():
         raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
-    values = read_json(folder / CARD_FILE, "checkpoint")
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{folder}: format version {version}, this program reads {FORMAT_VERSION}")
-    try:
-        return ModelCard.from_dict(values)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}: {CARD_FILE} is damaged ({type(error).__name__}: {error}); use another checkpoint"
-        ) from None
+    return read_card(folder / CARD_FILE, ModelCard, "checkpoint", version=FORMAT_VERSION, remedy=_REMEDY)
 
 
 def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:

@@ -8,10 +8,13 @@ import numpy as np
 
 from stablevm import files
 from stablevm.autoencoder import LatentSpec
+from stablevm.cards import card_of, check_version, read_object
 from stablevm.errors import UserError
+from stablevm.text import shown
 
 MANIFEST_FILE = "dataset.json"
 FORMAT_VERSION = 1
+_DERIVED = ("format_version", "count")  # in the file, for people and other programs
 REMEDY = "restore it, or remove the folder and prepare the data again"
 ShardKind = Literal["latents", "images"]
 
@@ -44,15 +47,6 @@ class Shard:
 
     def file(self, kind: ShardKind) -> ShardFile | None:
         return self.latents if kind == "latents" else self.images
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Shard":
-        images = values["images"]
-        return cls(
-            rows=values["rows"],
-            latents=ShardFile(**values["latents"]),
-            images=None if images is None else ShardFile(**images),
-        )
 
 
 @dataclass(frozen=True)
@@ -104,19 +98,12 @@ class Manifest:
                 f"--data-dir {folder}: no {MANIFEST_FILE} in it, so it is no prepared data set or its preparation "
                 "was interrupted; run the preparation again"
             )
-        values = files.read_json(folder / MANIFEST_FILE, f"--data-dir {folder}")
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"--data-dir {folder}: {MANIFEST_FILE} has format version {version}, this program reads "
-                f"{FORMAT_VERSION}; prepare the data again or use the program that wrote it"
-            )
-        try:
-            return cls.from_dict(values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"--data-dir {folder}: {MANIFEST_FILE} is damaged ({type(error).__name__}: {error}); {REMEDY}"
-            ) from None
+        where = f"--data-dir {folder}: {MANIFEST_FILE}"
+        values = read_object(folder / MANIFEST_FILE, f"--data-dir {folder}", remedy=REMEDY)
+        check_version(values, FORMAT_VERSION, where)
+        manifest = card_of(cls, {k: v for k, v in values.items() if k not in _DERIVED}, where, remedy=REMEDY)
+        manifest._check_complete(values.get("count"), where)
+        return manifest
 
     def check_files(self, folder: Path, kind: ShardKind) -> None:
         """UserError for the first file of `kind` that is absent or has not the recorded size."""
@@ -140,30 +127,21 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "count": self.count, **asdict(self)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Manifest":
-        """Raises KeyError, TypeError or ValueError for values that `to_dict` can't have made."""
-        manifest = cls(
-            class_names=tuple(values["class_names"]),
-            resolution=values["resolution"],
-            crop=values["crop"],
-            latent=LatentSpec.from_dict(values["latent"]),
-            has_flips=values["has_flips"],
-            has_images=values["has_images"],
-            precision=values.get("precision", cls.precision),
-            compressed=values.get("compressed", cls.compressed),
-            class_counts=tuple(values["class_counts"]),
-            shards=tuple(map(Shard.from_dict, values["shards"])),
-        )
-        if not manifest.shards:
-            raise ValueError("no shards")
-        if not values["count"] == manifest.count == sum(manifest.class_counts):
-            raise ValueError(
-                f"count {values['count']}, rows of shards {manifest.count}, sum of class_counts "
-                f"{sum(manifest.class_counts)} are not equal"
+    def _check_complete(self, count: Any, where: str) -> None:
+        """UserError for a manifest of which `write` made no part, or only one; `count` is the one in the file."""
+        fault = None
+        if not self.shards:
+            fault = "no shards"
+        elif not count == self.count == sum(self.class_counts):
+            fault = (
+                f"count {shown(count)}, rows of shards {self.count}, sum of class_counts {sum(self.class_counts)} "
+                "are not equal"
             )
-        if len(manifest.class_counts) != len(manifest.class_names):
-            raise ValueError(f"{len(manifest.class_names)} class_names, {len(manifest.class_counts)} class_counts")
-        if any((shard.images is not None) != manifest.has_images for shard in manifest.shards):
-            raise ValueError(f"has_images is {manifest.has_images}, but the shards say otherwise")
-        return manifest
+        elif len(self.class_counts) != len(self.class_names):
+            fault = f"{len(self.class_names)} class_names, {len(self.class_counts)} class_counts"
+        elif any((shard.images is not None) != self.has_images for shard in self.shards):
+            fault = f"has_images is {str(self.has_images).lower()}, but the shards say otherwise"
+        elif any(shard.latents is None for shard in self.shards):
+            fault = "a shard without latents"
+        if fault:
+            raise UserError(f"{where} is damaged ({fault}); {REMEDY}")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from stablevm.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
+from stablevm.cards import card_of
 from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
 from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
@@ -171,13 +172,8 @@ class RepaDataset(PreparedDataset):
         return spec
 
     def _recorded_spec(self, recorded: Any) -> LatentSpec:
-        try:
-            return LatentSpec.from_dict(recorded)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{self._latents.root}/{LISTING_FILE}: its latent {recorded} is not a shape, scale, shift and "
-                f"autoencoder ({error}); correct or remove the entry"
-            ) from None
+        where = f"{self._latents.root}/{LISTING_FILE}: latent"
+        return card_of(LatentSpec, recorded, where, remedy="correct or remove the entry")
 
     def _side(self, recorded: Any) -> int:
         match recorded:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from stablevm import rng
 from stablevm.autoencoder import pixels_to_unit
+from stablevm.cards import read_card
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.errors import UserError
-from stablevm.files import read_json, sha256, write_json, write_with
+from stablevm.files import sha256, write_json, write_with
 from stablevm.models.digits_net import CLASSES, IMAGE_SIZE, DigitsNet
 
 NAME = "digits-cnn"
 WEIGHTS_FILE = "extractor.safetensors"
 CARD_FILE = "extractor.json"
 FORMAT_VERSION = 1
+_REMEDY = "train the extractor again"
 
 # The recipe, measured over three seeds (docs/experiments.md).
 BATCH_SIZE = 64
@@ -37,6 +40,17 @@ SHIFT = 0.2  # where the image is 2 wide: 0.8 of its 8 pixels
 NOISE = 0.1  # standard deviation, for pixels in [-1, 1]
 
 READ_BLOCK = 1024  # images per forward pass
+
+
+@dataclass(frozen=True)
+class _Card:
+    """The file beside the weights."""
+
+    name: Literal["digits-cnn"]
+    test_accuracy: float
+    seed: int
+    steps: int
+    data_sha256: str
 
 
 @dataclass(frozen=True)
@@ -117,13 +131,7 @@ def save_extractor(folder: str | Path, extractor: DigitsExtractor) -> None:
 def load_extractor(folder: str | Path) -> DigitsExtractor:
     """Read what `save_extractor` wrote; UserError when a file is absent, damaged or of another format version."""
     folder = Path(folder)
-    card = read_json(folder / CARD_FILE, "--extractor")
-    found = (card.get("name"), card.get("format_version")) if isinstance(card, dict) else (None, None)
-    if found != (NAME, FORMAT_VERSION):
-        raise UserError(
-            f"--extractor {folder}: extractor {found[0]} of format version {found[1]}, "
-            f"this program reads {NAME} of {FORMAT_VERSION}"
-        )
+    card = read_card(folder / CARD_FILE, _Card, "--extractor", version=FORMAT_VERSION, remedy=_REMEDY)
     net = DigitsNet()
     try:
         net.load_state_dict(load_file(folder / WEIGHTS_FILE))
@@ -138,10 +146,7 @@ def load_extractor(folder: str | Path) -> DigitsExtractor:
             f"--extractor {folder}: {WEIGHTS_FILE} is another network's; train the extractor again"
         ) from None
     net.eval().requires_grad_(False)
-    try:
-        return DigitsExtractor(net, card["test_accuracy"], card["seed"], card["steps"], card["data_sha256"])
-    except KeyError as error:
-        raise UserError(f"--extractor {folder}: {CARD_FILE} has no {error}; train the extractor again") from None
+    return DigitsExtractor(net, card.test_accuracy, card.seed, card.steps, card.data_sha256)
 
 
 def check_digits(dataset: PreparedDataset) -> None:

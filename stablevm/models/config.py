@@ -36,6 +36,23 @@ PATCH_SIZES = {
 MODEL_NAMES = tuple(f"{size}/{patch}" for size in SIZES for patch in PATCH_SIZES[size])
 
 
+# Far above any network of this kind: a file that says more is damaged, or made to occupy the machine.
+_LARGEST = {
+    "input_size": 4096,
+    "in_channels": 4096,
+    "patch_size": 4096,
+    "depth": 512,
+    "hidden_size": 65_536,
+    "num_heads": 1024,
+    "num_classes": 10_000_000,
+    "encoder_depth": 512,
+    "projector_hidden": 262_144,
+}
+_MOST_PROJECTORS = 64
+PROJECTOR_KINDS = ("mlp", "conv")  # REPA's and iREPA's
+_LARGEST_POSITIONS = 2**28  # values of the table of positions
+
+
 @dataclass(frozen=True)
 class SiTConfig:
     """Everything that the network's shape and arithmetic depend on; saved in each checkpoint."""
@@ -67,12 +84,35 @@ class SiTConfig:
         """Tokens per side."""
         return self.input_size // self.patch_size
 
+    def __post_init__(self) -> None:
+        """UserError for a network that can't be, or that nobody has: building it would take the machine down."""
+        for name, largest in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise UserError(f"{name} {getattr(self, name)}, expected 1 to {largest:,}")
+        widths = self.projector_dims
+        if len(widths) > _MOST_PROJECTORS or not all(1 <= width <= _LARGEST["hidden_size"] for width in widths):
+            raise UserError(
+                f"projector_dims {list(widths[:4])}, expected at most {_MOST_PROJECTORS} of 1 to "
+                f"{_LARGEST['hidden_size']:,}"
+            )
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise UserError(
+                f"hidden_size {self.hidden_size}, expected a multiple of 4 and of num_heads {self.num_heads}"
+            )
+        if self.input_size % self.patch_size or self.grid_size**2 * self.hidden_size > _LARGEST_POSITIONS:
+            raise UserError(
+                f"input_size {self.input_size} with patch_size {self.patch_size}, expected a multiple of it, and at "
+                f"most {_LARGEST_POSITIONS // self.hidden_size:,} patches"
+            )
+        if not 0 < self.mlp_ratio <= 64 or not 0 < self.time_scale <= 1e6:
+            raise UserError(
+                f"mlp_ratio {self.mlp_ratio}, time_scale {self.time_scale}: expected positive, small numbers"
+            )
+        if self.projector_kind not in PROJECTOR_KINDS:
+            raise UserError(f"projector_kind {self.projector_kind}, expected one of {', '.join(PROJECTOR_KINDS)}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SiTConfig":
-        return cls(**{**values, "projector_dims": tuple(values["projector_dims"])})
 
 
 def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any) -> SiTConfig:
@@ -85,6 +125,10 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
     if name not in MODEL_NAMES:
         raise UserError(f"--model {name}: expected one of {', '.join(MODEL_NAMES)}")
     size = SIZES[size_name]
+    if input_size % int(patch):
+        raise UserError(
+            f"--model {name}: a patch of {patch} does not divide the data's latent of {input_size} x {input_size}"
+        )
     values: dict[str, Any] = {**asdict(size), **options}
     config = SiTConfig(
         name=name,
@@ -94,10 +138,6 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
         num_classes=num_classes,
         **values,
     )
-    if input_size % config.patch_size:
-        raise UserError(
-            f"--model {name}: a patch of {patch} does not divide the data's latent of {input_size} x {input_size}"
-        )
     if config.projector_dims and not 1 <= config.encoder_depth <= config.depth:
         raise UserError(
             f"--encoder-depth {config.encoder_depth}: {name} has {config.depth} blocks; give 1 to {config.depth}"

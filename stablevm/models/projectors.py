@@ -8,13 +8,11 @@ def build_projector(
 ) -> nn.Module:
     """A module that maps tokens (B, grid_size^2, hidden_size) to (B, grid_size^2, feature_dim).
 
-    Raises ValueError when `kind` is neither "mlp" nor "conv".
+    kind: one of `stablevm.models.config.PROJECTOR_KINDS`.
     """
     if kind == "mlp":
         return mlp_projector(hidden_size, projector_hidden, feature_dim)
-    if kind == "conv":
-        return ConvProjector(hidden_size, feature_dim, grid_size)
-    raise ValueError(f"projector kind {kind!r}: expected 'mlp' or 'conv'")
+    return ConvProjector(hidden_size, feature_dim, grid_size)
 
 
 def mlp_projector(hidden_size: int, projector_hidden: int, feature_dim: int) -> nn.Sequential:

@@ -18,11 +18,11 @@ from stablevm.data.listing import LISTING_FILE, format_listing
 from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
 from stablevm.errors import UserError
-from stablevm.files import read_json, replacing, sync, write_json, write_text
+from stablevm.files import replacing, sync, write_json, write_text
 from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
-from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
+from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, read_problems
 from stablevm.preparation.sources import Source, open_source, printable
 from stablevm.preparation.work import (
     PART_LENGTH,
@@ -181,7 +181,7 @@ def _finish(
     """dataset.json, then the report, which says that the result is complete."""
     records = [job.path(part) for part in job.parts()]
     job.wait(records)
-    report = make_report(plan, source, problems_of(read_json(record, str(dest)) for record in records))
+    report = make_report(plan, source, (each for record in records for each in read_problems(record)))
     skipped = {problem.index for problem in report.problems if problem.action == "skipped"}
     kept = ((names[index], int(source.labels[index])) for index in range(len(source)) if index not in skipped)
     write_text(dest / LISTING_FILE, format_listing(kept, {"class_names": list(source.class_names), **facts}))

@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stablevm.cards import card_of, read_card
 from stablevm.data.manifest import ShardFile, ShardKind
 from stablevm.data.streaming import StreamedTensor, join_files, write_streamed
 from stablevm.data.writer import shard_name
-from stablevm.files import read_json, write_json
+from stablevm.errors import UserError
+from stablevm.files import parse_json, write_json
+from stablevm.preparation.report import REDO, Problem
 from stablevm.preparation.work import Job
 
 # Images of the source per shard: up to a third of them may be bad before a shard has fewer than 8,192 rows.
@@ -26,12 +29,11 @@ class ShardRecord:
     rows: int
     labels: list[int]
     files: dict[ShardKind, ShardFile]
-    problems: list[dict[str, Any]]
+    problems: list[Problem]
 
     @classmethod
     def read(cls, path: Path) -> "ShardRecord":
-        values = read_json(path, str(path.parent))
-        return cls(**{**values, "files": {kind: ShardFile(**file) for kind, file in values["files"].items()}})
+        return read_card(path, cls, "record of a shard", remedy="remove the folder and begin anew")
 
     @classmethod
     def read_all(cls, folder: Path) -> list["ShardRecord"]:
@@ -78,11 +80,15 @@ class ShardJob:
 
     def _join(self, number: int, parts: list[Path]) -> None:
         labels: list[int] = []
-        problems = []
+        problems: list[Problem] = []
         for path in parts:
-            with safe_open(path, framework="pt") as part:
-                labels += part.get_tensor("labels").tolist()
-                problems += json.loads(part.metadata()["problems"])
+            try:
+                with safe_open(path, framework="pt") as part:
+                    labels += part.get_tensor("labels").tolist()
+                    text = (part.metadata() or {}).get("problems", "")
+            except SafetensorError as error:
+                raise UserError(f"{path}: damaged ({error}); {REDO}") from None
+            problems += card_of(list[Problem], parse_json(text, str(path)), str(path), remedy=REDO)
         written: dict[ShardKind, ShardFile] = {}
         for kind, names in self.kinds.items() if labels else ():
             target = self.dest / shard_name(kind, number)

@@ -12,7 +12,7 @@ from stablevm.data.repa import RepaDataset
 from stablevm.errors import UserError
 from stablevm.preparation.config import PackConfig
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
-from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude, problems_of
+from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude
 from stablevm.preparation.shards import image_tensors, pack_images
 from stablevm.preparation.sources import fingerprint, printable
 from stablevm.preparation.work import WORK_FOLDER, Job, begin, clear, shared
@@ -76,7 +76,7 @@ def _finish(
     config: PackConfig, dataset: RepaDataset, manifest: Manifest, plan: dict[str, Any], records: list[ShardRecord]
 ) -> Report:
     """The manifest makes the folder a data set; the report says that the work is complete."""
-    problems = problems_of(record.problems for record in records)
+    problems = [problem for record in records for problem in record.problems]
     filled = [record for record in records if record.rows]
     if not filled:
         raise UserError(f"{config.source}: none of its {len(dataset):,} latents can be read: {problems[0].cause}")

@@ -1,10 +1,11 @@
 """What a command says of a source's images when it is done: `report.json`, the last line and the exit status."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stablevm.cards import card_of, read_object
 from stablevm.errors import UserError
 from stablevm.files import read_json, write_json
 from stablevm.preparation.sources import Source, printable
@@ -12,6 +13,9 @@ from stablevm.processes import Process
 
 REPORT_FILE = "report.json"
 SKIPPED_STATUS = 3
+_LARGEST = 2**30  # bytes: a line for each of millions of images
+_REMEDY = "remove the folder and begin anew"
+REDO = "remove it and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,8 @@ class Report:
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """UserError for a file that `write` can't have made."""
-        values = read_json(folder / REPORT_FILE, f"report of {folder}")
-        try:
-            return cls(**{**values, "problems": tuple(Problem(**problem) for problem in values["problems"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / REPORT_FILE}: not a report ({error}); remove the folder and begin anew"
-            ) from None
+        values = read_object(folder / REPORT_FILE, "report", largest=_LARGEST, remedy=_REMEDY)
+        return card_of(cls, values, f"report: {folder / REPORT_FILE}", remedy=_REMEDY)
 
 
 def strays(source: Source) -> list[Problem]:
@@ -85,6 +84,7 @@ def conclude(report: Report | None, dest: Path, verb: str, process: Process) -> 
     return report.status
 
 
-def problems_of(records: Iterable[Sequence[dict[str, Any]]]) -> list[Problem]:
-    """The problems in the records of parts, as they were written."""
-    return [Problem(**problem) for record in records for problem in record]
+def read_problems(record: Path) -> list[Problem]:
+    """The problems in the record of a part; UserError for a damaged one."""
+    what = f"record of a part: {record}"
+    return card_of(list[Problem], read_json(record, "record of a part"), what, remedy=REDO)

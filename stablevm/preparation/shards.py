@@ -23,7 +23,7 @@ from stablevm.preparation.config import ConvertShardsConfig, EncodeShardsConfig
 from stablevm.preparation.crops import make_cropper, merged
 from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
-from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, problems_of
+from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report
 from stablevm.preparation.sources import open_source
 from stablevm.preparation.work import (
     WORK_FOLDER,
@@ -68,7 +68,7 @@ def convert(config: ConvertShardsConfig) -> int:
             shards.write(part, rows | pack_images(cropped.images, width, config.compress), cropped.problems)
         shards.join(wait=True)
         if process.is_first:
-            report = make_report(plan, source, problems_of(record.problems for record in shards.records()))
+            report = make_report(plan, source, (problem for record in shards.records() for problem in record.problems))
             report.write(config.dest)
     return conclude(report, config.dest, "converted", process)
 

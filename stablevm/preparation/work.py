@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from stablevm.cards import read_object
 from stablevm.data.workers import Calls
 from stablevm.errors import UserError
-from stablevm.files import is_temporary, read_json, write_json
+from stablevm.files import is_temporary, write_json
 from stablevm.preparation.report import REPORT_FILE, Report
 from stablevm.processes import Process, wait_for_files
 
@@ -125,7 +126,9 @@ def begin_step(folder: Path, plan: dict[str, Any]) -> None:
     """Record the plan of unfinished work in its folder; UserError if that was begun with another plan."""
     record = folder / PLAN_FILE
     if record.exists():
-        _check_same(folder, plan, read_json(record, str(folder)))
+        _check_same(
+            folder, plan, read_object(record, "plan of unfinished work", remedy="remove the folder and begin anew")
+        )
     else:
         write_json(record, plan)
 

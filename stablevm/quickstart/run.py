@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from stablevm import __version__, rng
+from stablevm.cards import read_card, read_object
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
@@ -20,7 +21,7 @@ from stablevm.evaluation.digits_metrics import digits_rows
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.evaluation.figures import samples_beside_real, training_curves
 from stablevm.evaluation.report import Figure, write_report
-from stablevm.files import read_json, write_json
+from stablevm.files import write_json
 from stablevm.interpolant import get_interpolant
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
@@ -88,6 +89,11 @@ def extractor(config: ExtractorConfig) -> DigitsExtractor:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Seconds:
+    seconds: float
+
+
 class Clock:
     """Seconds of work over all commands that it took to finish, kept in FOLDER/seconds.json."""
 
@@ -97,7 +103,7 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self) -> "Clock":
-        self.seconds = read_json(self._path, "quickstart")["seconds"] if self._path.exists() else 0.0
+        self.seconds = read_card(self._path, _Seconds, "quickstart").seconds if self._path.exists() else 0.0
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -109,7 +115,7 @@ def _claim_folder(config: QuickstartConfig) -> None:
     path = config.output_dir / CONFIG_FILE
     mine = {"seed": config.seed, "loss_type": config.loss_type, "steps": config.steps}
     if path.exists():
-        theirs = read_json(path, "quickstart")
+        theirs = read_object(path, "quickstart", remedy="give another folder")
         for option, value in mine.items():
             if theirs.get(option) != value:
                 raise UserError(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from stablevm.cards import read_object
 from stablevm.errors import UserError
-from stablevm.files import read_json, remove_temporary, write_json, write_with
+from stablevm.files import remove_temporary, write_json, write_with
 from stablevm.sampling.archive import write_npy
 from stablevm.sampling.protocol import Protocol, check_same
 
@@ -29,7 +30,7 @@ class PartFolder:
         """Make the folder, or go on in it; UserError when its images follow another protocol."""
         record = self.folder / PROTOCOL_FILE
         if record.exists():
-            check_same(protocol, read_json(record, "--sample-dir"), self.folder)
+            check_same(protocol, read_object(record, "--sample-dir", remedy="move the folder away"), self.folder)
         elif self.folder.exists() and any(self.folder.glob("*.npy")):
             raise UserError(f"{self.folder} holds parts without {PROTOCOL_FILE}; move the folder away")
         else:

@@ -4,16 +4,22 @@ import hashlib
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stablevm import rng
-from stablevm.files import read_json, replacing, write_json
+from stablevm.cards import read_card
+from stablevm.errors import UserError
+from stablevm.files import replacing, write_json
+from stablevm.text import shown
 from stablevm.toy.config import METHODS, Method, ToyConfig
 from stablevm.toy.network import ToyNetwork, make_network
+
+_REMEDY = "remove it and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,18 @@ class Result:
     times: list[float]
     divergence: list[list[float]]
     seconds: dict[str, float]
+    settings: dict[str, Any] = field(default_factory=dict)  # the options that it depends on
+
+    def __post_init__(self) -> None:
+        """UserError for a table with holes."""
+        whole = len(self.divergence) == len(self.updates) and all(
+            len(row) == len(self.times) for row in self.divergence
+        )
+        if not (whole and self.times and self.updates):
+            raise UserError(
+                f"{len(self.divergence)} rows of divergence for {len(self.updates)} updates, each of "
+                f"{len(self.times)} times"
+            )
 
 
 def result_path(config: ToyConfig, method: Method, seed: int) -> Path:
@@ -61,13 +79,16 @@ def save(
 
 
 def load(config: ToyConfig, method: Method, seed: int) -> Result:
-    values = read_json(result_path(config, method, seed), "toy result")
-    return Result(**{name: values[name] for name in Result.__dataclass_fields__})
+    return read_card(result_path(config, method, seed), Result, "toy result", finite=False, remedy=_REMEDY)
 
 
 def load_network(config: ToyConfig, method: Method, seed: int) -> ToyNetwork:
     network = make_network(config, rng.generator(seed, "network"))
-    network.load_state_dict(load_file(result_path(config, method, seed).with_suffix(".safetensors")))
+    path = result_path(config, method, seed).with_suffix(".safetensors")
+    try:
+        network.load_state_dict(load_file(path))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: not the weights of this network ({shown(str(error))}); {_REMEDY}") from None
     return network.requires_grad_(False)
 
 

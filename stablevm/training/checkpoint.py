@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from stablevm import snapshot
+from stablevm.cards import read_card
 from stablevm.errors import UserError
-from stablevm.files import read_json, sha256, sync, write_json, write_text
+from stablevm.files import sha256, sync, write_json, write_text
 from stablevm.snapshot import ModelCard
 
 CHECKPOINTS = "checkpoints"
@@ -40,6 +41,13 @@ class TrainingState:
     optimizer: dict[str, Tensor]  # "NAME.exp_avg" and the like, by the names of the model's parameters
     bank: dict[str, Tensor]  # empty without a bank
     scaler: dict[str, Any]  # of the fp16 gradient scaler; empty otherwise
+
+
+@dataclass(frozen=True)
+class _SmallState:
+    """The file beside the tensors."""
+
+    scaler: dict[str, float | int]
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ def keep_if_best(run: Path, record: Record) -> bool:
 def best_record(run: Path) -> Record | None:
     """What `checkpoints/best` is the best of; None when there is none."""
     path = run / CHECKPOINTS / BEST / RECORD_FILE
-    return Record(**read_json(path, "best checkpoint")) if path.exists() else None
+    remedy = f"remove the folder {path.parent}: the next better checkpoint takes its place"
+    return read_card(path, Record, "best checkpoint", remedy=remedy) if path.exists() else None
 
 
 def load(run: Path, step: int) -> TrainingState:
@@ -121,7 +130,7 @@ def load(run: Path, step: int) -> TrainingState:
         ema=snapshot.load_weights(folder, "ema"),
         optimizer=snapshot.load_weights(folder, "optimizer"),
         bank=snapshot.load_weights(folder, "bank") if has_bank else {},
-        scaler=read_json(folder / STATE_FILE, f"checkpoint {folder}")["scaler"],
+        scaler=read_card(folder / STATE_FILE, _SmallState, "checkpoint", remedy="use an earlier checkpoint").scaler,
     )
 
 

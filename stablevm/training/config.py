@@ -1,14 +1,16 @@
 """The options of `train`. Free of torch, so that `--help` stays quick."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stablevm.cards import card_of, read_card
 from stablevm.errors import UserError
 from stablevm.options import as_typed, idle_warnings, require
 
 CONFIG_FILE = "config.json"
+_REMEDY = "restore it, or begin anew under another --exp-name"
 TRACKERS = ("tensorboard", "wandb", "none")
 
 # May differ between a run and its continuation: they change neither the batches nor the network.
@@ -253,14 +255,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """UserError for a field that this version does not know."""
-        unknown = values.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise UserError(f"{CONFIG_FILE}: unknown options {', '.join(sorted(unknown))}, of another version")
-        folders = {name: Path(values[name]) for name in ("data_dir", "output_dir")}
-        if values.get("init_from") is not None:
-            folders["init_from"] = Path(values["init_from"])
-        return cls(**{**values, **folders})
+        """UserError for a field of another type, or that this version does not know; `validate` knows the ranges."""
+        return card_of(cls, values, CONFIG_FILE, finite=False, remedy=_REMEDY)
+
+    @classmethod
+    def read(cls, run: Path) -> "TrainConfig":
+        """The options that the run in the folder `run` was begun with; UserError for a damaged file."""
+        return read_card(run / CONFIG_FILE, cls, "run", finite=False, remedy=_REMEDY)
 
     def check_continues(self, earlier: "TrainConfig") -> None:
         """UserError naming the first option that contradicts the run which this one continues."""

@@ -160,9 +160,9 @@ class TestFaults:
         [
             (lambda text: text[:200], "not valid JSON"),
             (lambda text: text.replace('"format_version": 1', '"format_version": 7'), "version 7.*reads 1"),
-            (lambda text: json.dumps({"labels": []}), "version None"),
-            (lambda text: "[1]", "version None"),
-            (lambda text: text.replace('"crop"', '"crap"'), "KeyError: 'crop'"),
+            (lambda text: json.dumps({"labels": []}), "version null"),
+            (lambda text: "[1]", "expected an object"),
+            (lambda text: text.replace('"crop"', '"crap"'), "crap: unknown"),
             (lambda text: text.replace('"scale"', '"scala"'), "scala"),
             (lambda text: text.replace('"count": 20000', '"count": 20001'), "count 20001"),
             (lambda text: text.replace('"owl"', '"owl", "yak"'), "4 class_names, 3 class_counts"),

@@ -115,7 +115,7 @@ def test_a_damaged_extractor_is_named(extractor: DigitsExtractor, tmp_path: Path
         load_extractor(tmp_path)
     save_extractor(tmp_path, extractor)
     (tmp_path / CARD_FILE).write_text('{"format_version": 1, "name": "digits-cnn"}')
-    with pytest.raises(UserError, match=f"{CARD_FILE} has no 'test_accuracy'"):
+    with pytest.raises(UserError, match=f"{CARD_FILE}: test_accuracy: missing"):
         load_extractor(tmp_path)
 
 

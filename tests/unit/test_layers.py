@@ -14,9 +14,9 @@ PACKAGE = Path(stablevm.__file__).parent
 FLOORS = dict(
     enumerate(
         [
-            ("errors",),
+            ("errors", "text"),
             ("files", "foreign_weights", "options", "interpolant", "rng", "precision", "processes", "compiler"),
-            ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting"),
+            ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting", "cards"),
             (
                 "objective",
                 "encoders",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from stablevm.errors import UserError
 from stablevm.models.config import MODEL_NAMES, SiTConfig, sit_config
 from stablevm.models.digits_net import DigitsNet
 from stablevm.models.sit import SiT
@@ -336,8 +337,8 @@ def test_only_the_convolution_sees_neighbours(kind, reached):
 
 
 def test_unknown_projector_kind():
-    with pytest.raises(ValueError, match="'linear': expected 'mlp' or 'conv'"):
-        SiT(tiny(projector_dims=(16,), projector_kind="linear"))
+    with pytest.raises(UserError, match="projector_kind linear, expected one of mlp, conv"):
+        tiny(projector_dims=(16,), projector_kind="linear")
 
 
 # --- DigitsNet ---

@@ -84,8 +84,8 @@ def test_what_the_folder_says_of_itself_counts(tmp_path):
     [
         ({"resolution": []}, "its resolution [] is not [WIDTH, HEIGHT]"),
         ({"resolution": "256x256"}, "is not [WIDTH, HEIGHT]"),
-        ({"latent": {"shape": [4, 2, 2]}}, "is not a shape, scale, shift and autoencoder"),
-        ({"latent": "sd"}, "is not a shape, scale, shift and autoencoder"),
+        ({"latent": {"shape": [4, 2, 2]}}, "latent: scale: missing"),
+        ({"latent": "sd"}, 'latent: "sd", expected an object'),
     ],
 )
 def test_faulty_facts_are_one_clear_line(tmp_path, facts, message):

@@ -26,8 +26,8 @@ def of_another_version(card):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_latent, "is damaged .KeyError: 'latent'.; use another checkpoint"),
-        (with_an_unknown_field, "is damaged .TypeError: .*colour"),
+        (without_latent, r"model\.json: latent: missing; use another checkpoint"),
+        (with_an_unknown_field, r"model\.colour: unknown to this version"),
         (of_another_version, "format version 99, this program reads 1"),
     ],
 )
@@ -36,7 +36,7 @@ def test_damaged_cards(damage, message, tmp_path):
     card = json.loads((folder / CARD_FILE).read_text())
     damage(card)
     (folder / CARD_FILE).write_text(json.dumps(card))
-    with pytest.raises(UserError, match=f"^{folder}: .*{message}") as error:
+    with pytest.raises(UserError, match=f"^checkpoint: {folder}/.*{message}") as error:
         load_card(folder)
     one_line(error)
 

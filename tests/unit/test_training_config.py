@@ -122,7 +122,7 @@ def test_saved_and_read_again():
 
 
 def test_a_field_of_another_version_is_refused():
-    with pytest.raises(UserError, match="unknown options velvet, of another version"):
+    with pytest.raises(UserError, match="velvet: unknown to this version"):
         TrainConfig.from_dict({**PLAIN.to_dict(), "velvet": 1})
 
 
