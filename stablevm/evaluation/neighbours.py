@@ -1,71 +1,26 @@
-"""Sets of features compared by distances: precision and recall, coverage, nearest neighbours. Blocked, and exact.
+"""Sets of features compared by distances: precision and recall, density and coverage, nearest neighbours.
 
-`|a|^2 + |b|^2 - 2ab` needs one matrix product for many distances at once, but it cancels: equal rows would lie apart,
-and the radii of near copies would be noise. So the product only sorts out. Its rounding error has a bound (Higham,
-2002, section 3.1): what the bound decides is decided, and the few pairs that it leaves open are settled by differences
-in float64. The result is that of comparing all pairs one by one, with points on the edge of a ball inside.
+Blocked, and exact: bounds (points.py) sort out, and the few pairs that they leave open are settled by differences in
+float64. The result is that of comparing all pairs one by one, with points on the edge of a ball inside.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stablevm.errors import UserError
+from stablevm.evaluation.points import BLOCK_ROWS, Bounds, Points, about, bounds_between, points, squared_distances
 from stablevm.evaluation.statistics import check_features
-from stablevm.precision import full_precision
 
 PRECISION_RECALL_K = 3  # Kynkäänniemi et al., 2019, "Improved precision and recall metric"
 COVERAGE_K = 5  # Naeem et al., 2020, "Reliable fidelity and diversity metrics": equal sets then get 1 - 2^-5 = 0.97
-BLOCK_ROWS = 4096  # a block of products is 64 MiB
-PAIRS_AT_ONCE = 512  # settled by differences: 8 MiB of float64 where features are 2,048 wide
 SPARE_CANDIDATES = 5  # beyond the k nearest by the bounds: enough to prove nearly every row
-
-
-@dataclass(frozen=True)
-class Points:
-    """Rows to compare, as they are and prepared for the products: float32, all on one device."""
-
-    rows: Tensor  # (n, width)
-    factors: Tensor  # (n, width + 2): the rows about a common mean, 1, and `low`
-    low: Tensor  # (n,) squared norms about that mean, less what rounding may add to a squared distance
-    spread: Tensor  # (n,) a squared distance is at most both spreads above its lower bound
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def blocks(self) -> Iterator[tuple[int, "Points"]]:
-        for start in range(0, len(self), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
-            yield start, Points(self.rows[part], self.factors[part], self.low[part], self.spread[part])
-
-
-def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
-    """The sets (n, width) prepared for comparison with one another; UserError if not finite or not equally wide."""
-    for features in sets:
-        check_features(features)
-        if features.shape[1] != sets[0].shape[1]:
-            raise UserError(
-                f"features are {sets[0].shape[1]} and {features.shape[1]} wide: take both from the same extractor"
-            )
-    device = device or sets[0].device
-    rows = [features.detach().to(device, torch.float32) for features in sets]
-    centre = rows[0].mean(0)
-    return [_prepared(each, centre) for each in rows]
-
-
-def _prepared(rows: Tensor, centre: Tensor) -> Points:
-    count, width = rows.shape
-    # A sum of n + 4 products is off by (n + 4) u of its terms' sizes, which add up to twice the norms; the rest is for
-    # centring and for rounding what is stored.
-    relative = (2 * (width + 4) + 16) * torch.finfo(torch.float32).eps / 2
-    factors = torch.ones(count, width + 2, device=rows.device)
-    torch.sub(rows, centre, out=factors[:, :width])
-    norms = torch.cat([block.double().square().sum(1) for block in factors[:, :width].split(BLOCK_ROWS)])
-    factors[:, -1] = norms * (1 - relative)
-    spread = (norms * 2 * relative * (1 + relative)).float()
-    return Points(rows, factors, factors[:, -1].clone(), spread)
+PAIRS_MARKED = 512  # measured before those are left out whose row is inside by then
+ROWS_COMPARED_WITH_ALL = BLOCK_ROWS // 8  # their candidates are listed before they are measured
+MEMORISED_SHARE = 0.01  # of real images that count as copies of another: the yardstick of memorisation
 
 
 @dataclass(frozen=True)
@@ -84,6 +39,65 @@ class Membership:
         return float(self.reference.double().mean())
 
 
+@dataclass(frozen=True)
+class Neighbourhood(Membership):
+    """Membership by `PRECISION_RECALL_K`, and what else the same distances tell."""
+
+    holding: Tensor  # (samples,) in how many of the reference's balls of `COVERAGE_K` neighbours each sample lies
+    covered: Tensor  # (references,) whether that ball holds a sample
+    to_reference: Tensor  # (samples,) distance to the nearest reference image, float64
+    within_reference: Tensor  # (references,) distance to the nearest other one, float64
+
+    @property
+    def density(self) -> float:
+        """Mean number of the reference's balls that hold a sample, over k (Naeem et al., 2020, equation 4)."""
+        return float(self.holding.double().mean()) / COVERAGE_K
+
+    @property
+    def coverage(self) -> float:
+        """Share of the reference's balls that hold a sample (Naeem et al., 2020, equation 5)."""
+        return float(self.covered.double().mean())
+
+    @property
+    def memorisation(self) -> float:
+        """`memorised_share` of the samples, with the reference's own distances as the yardstick."""
+        return memorised_share(self.to_reference, self.within_reference)
+
+
+def memorised_share(samples: Tensor, unseen: Tensor) -> float:
+    """Share of samples that lie nearer to a training image than 99 of 100 real images that were not trained on.
+
+    Both are distances to the nearest training image: `samples` (n,) of generated images, `unseen` (m,) of real ones.
+    These are test images; or the training images themselves, each without itself, since a training image that is left
+    out is to the others what a test image is. With q the ceil(m / 100)-th smallest of `unseen`, the share of `samples`
+    that are at most q is returned: about 0.01 for a generator that draws new images, 1 for one that copies. Lower is
+    better down to 0.01. It finds copies of the images that the distances are to, and of no others.
+    """
+    rank = max(1, math.ceil(MEMORISED_SHARE * len(unseen)))
+    return float((samples <= unseen.kthvalue(rank).values).double().mean())
+
+
+def neighbourhood(reference: Tensor, samples: Tensor, device: torch.device | None = None) -> Neighbourhood:
+    """All that distances between features (n, width) tell; UserError for a reference of `COVERAGE_K` rows or fewer.
+
+    A ball reaches to the k-th nearest neighbour of its centre, itself excluded, and is closed.
+    """
+    check_counts(reference, samples, PRECISION_RECALL_K)
+    check_counts(reference, reference, COVERAGE_K)
+    real, fake = points(reference, samples, device=device)
+    closest, real_radii, wide = radii_of(real, (1, PRECISION_RECALL_K, COVERAGE_K))
+    found = _Crossing(real, fake, real_radii, radii(fake, PRECISION_RECALL_K), wide)
+    to_reference = _settled(fake, real, found.bounds, found.indices, 1, exclude_self=False)[1]
+    return Neighbourhood(
+        samples=found.in_real.cpu(),
+        reference=found.in_fake.cpu(),
+        holding=found.holding.cpu(),
+        covered=found.covered.cpu(),
+        to_reference=to_reference.sqrt().cpu(),
+        within_reference=closest.sqrt().cpu(),
+    )
+
+
 def membership(
     reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K, device: torch.device | None = None
 ) -> Membership:
@@ -94,8 +108,8 @@ def membership(
     """
     check_counts(reference, samples, k)
     real, fake = points(reference, samples, device=device)
-    in_real, in_fake = _inside(real, radii(real, k), fake, radii(fake, k))
-    return Membership(samples=in_real.cpu(), reference=in_fake.cpu())
+    found = _Crossing(real, fake, radii(real, k), radii(fake, k))
+    return Membership(samples=found.in_real.cpu(), reference=found.in_fake.cpu())
 
 
 def precision_recall(reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K) -> tuple[float, float]:
@@ -125,21 +139,24 @@ def nearest_distance(queries: Tensor, among: Tensor) -> Tensor:
 
 def radii(among: Points, k: int) -> Tensor:
     """Squared distance of each point to its k-th nearest neighbour, itself excluded by position: float64 (n,)."""
-    kept = min(k + SPARE_CANDIDATES, len(among) - 1)
-    bounds = torch.full((len(among), kept), torch.inf, device=among.rows.device)
-    indices = torch.zeros((len(among), kept), dtype=torch.int64, device=among.rows.device)
+    return radii_of(among, (k,))[0]
+
+
+def radii_of(among: Points, ks: Sequence[int]) -> list[Tensor]:
+    """`radii` for several k; the bounds are computed once."""
+    among = about(among.rows.mean(0), among.rows)
+    bounds, indices = _no_candidates(len(among), min(max(ks) + SPARE_CANDIDATES, len(among) - 1), among)
     for start, block in among.blocks():
+        mine = slice(start, start + len(block))
         for other_start, other in among.blocks():
             if other_start < start:  # a block and its mirror image come from one product
                 continue
-            lower = _lower_bounds(block, other)
-            if start == other_start:
-                lower.fill_diagonal_(torch.inf)
-            _keep_smallest(bounds[start : start + len(block)], indices[start : start + len(block)], lower, other_start)
+            lower = bounds_between(block, other, same=start == other_start).lower
+            _keep_smallest(bounds[mine], indices[mine], lower, other_start)
             if start != other_start:
-                mine = slice(other_start, other_start + len(other))
-                _keep_smallest(bounds[mine], indices[mine], lower.T.contiguous(), start)
-    return _settled(among, among, bounds, indices, k, exclude_self=True)[1]
+                theirs = slice(other_start, other_start + len(other))
+                _keep_smallest(bounds[theirs], indices[theirs], lower.T.contiguous(), start)
+    return [_settled(among, among, bounds, indices, k, exclude_self=True)[1] for k in ks]
 
 
 def check_counts(reference: Tensor, samples: Tensor, k: int) -> None:
@@ -152,24 +169,18 @@ def check_counts(reference: Tensor, samples: Tensor, k: int) -> None:
 
 def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:
     """Position and squared distance of the nearest of `among`, (n,) each."""
-    kept = min(1 + SPARE_CANDIDATES, len(among))
-    bounds = torch.full((len(queries), kept), torch.inf, device=among.rows.device)
-    indices = torch.zeros((len(queries), kept), dtype=torch.int64, device=among.rows.device)
+    bounds, indices = _no_candidates(len(queries), min(1 + SPARE_CANDIDATES, len(among)), among)
     for start, block in queries.blocks():
         mine = slice(start, start + len(block))
         for other_start, other in among.blocks():
-            _keep_smallest(bounds[mine], indices[mine], _lower_bounds(block, other), other_start)
+            _keep_smallest(bounds[mine], indices[mine], bounds_between(block, other).lower, other_start)
     return _settled(queries, among, bounds, indices, 1, exclude_self=False)
 
 
-def _lower_bounds(a: Points, b: Points) -> Tensor:
-    """|a|^2 - 2ab + |b|^2 of all pairs (len(a), len(b)), less what rounding may add: no squared distance is below it.
-
-    One product gives the whole sum; float32 whatever the global switches say.
-    """
-    left = torch.cat([-2 * a.factors[:, :-2], a.low[:, None], torch.ones_like(a.low)[:, None]], 1)
-    with full_precision(left.device):
-        return left @ b.factors.T
+def _no_candidates(count: int, kept: int, among: Points) -> tuple[Tensor, Tensor]:
+    """Lower bounds and positions, (count, kept) each, for `_keep_smallest` to fill."""
+    bounds = torch.full((count, kept), torch.inf, device=among.rows.device)
+    return bounds, torch.zeros((count, kept), dtype=torch.int64, device=among.rows.device)
 
 
 def _keep_smallest(bounds: Tensor, indices: Tensor, lower: Tensor, start: int) -> None:
@@ -187,60 +198,90 @@ def _settled(
     """The k-th nearest of each query, position and squared distance (n,), from the nearest by lower bounds (n, kept).
 
     Only candidates whose bounds leave it open whether they are the k-th are measured. A row is proven when the k-th
-    distance is at most the largest bound kept: everything else is at least as far. The others, of many near copies, are
-    compared with all.
+    distance is at most the largest bound kept: everything else is at least as far. The others are compared with all.
     """
     upper = (bounds + queries.spread[:, None] + among.spread[indices]) * (1 + torch.finfo(torch.float32).eps)
     kth_lower, kth_upper = (each.kthvalue(k, dim=1, keepdim=True).values for each in (bounds, upper))
     squared = torch.where(upper < kth_lower, -torch.inf, torch.inf).double()
     rows, columns = ((upper >= kth_lower) & (bounds <= kth_upper)).nonzero().T
-    squared[rows, columns] = _squared_distances(queries, among, rows, indices[rows, columns])
+    squared[rows, columns] = squared_distances(queries, among, rows, indices[rows, columns])
     kth, place = squared.kthvalue(k, dim=1)
     position = indices.gather(1, place[:, None])[:, 0]
     complete = indices.shape[1] == len(among) - exclude_self
-    for row in (~(complete | (kth <= bounds.amax(1)) | (kth == 0))).nonzero().flatten().tolist():
-        every = torch.arange(len(among), device=indices.device)
-        distances = _squared_distances(queries, among, torch.full_like(every, row), every)
-        if exclude_self:
-            distances[row] = torch.inf
-        kth[row], position[row] = distances.kthvalue(k)
+    unproven = (~(complete | (kth <= bounds.amax(1)) | (kth == 0))).nonzero().flatten()
+    for rows in unproven.split(ROWS_COMPARED_WITH_ALL) if len(unproven) else ():
+        position[rows], kth[rows] = _kth_of_all(queries, among, rows, kth[rows], k, exclude_self=exclude_self)
     return position, kth
 
 
-def _inside(a: Points, a_radii: Tensor, b: Points, b_radii: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each b, whether it lies in a ball around an a; of each a, whether in a ball around a b. Radii are squared."""
-    b_in, a_in = (torch.zeros(len(each), dtype=torch.bool, device=each.rows.device) for each in (b, a))
-    for start, block in a.blocks():
-        for other_start, other in b.blocks():
-            mine, theirs = slice(start, start + len(block)), slice(other_start, other_start + len(other))
-            lower = _lower_bounds(block, other)
-            _mark(a_in[mine], lower, block, other, b_radii[theirs])
-            _mark(b_in[theirs], lower.T, other, block, a_radii[mine])
-    return b_in, a_in
+def _kth_of_all(
+    queries: Points, among: Points, rows: Tensor, at_most: Tensor, k: int, *, exclude_self: bool
+) -> tuple[Tensor, Tensor]:
+    """Of these `rows` of the queries, the k-th nearest of all, which is `at_most` so far: position and distance."""
+    found_rows, found_columns = [], []
+    for start, block in among.blocks():
+        near = bounds_between(queries[rows], block)
+        some, columns = near.pairs_within(at_most[:, None])
+        found_rows.append(some)
+        found_columns.append(columns + start)
+    some, columns = torch.cat(found_rows), torch.cat(found_columns)
+    if exclude_self:
+        others = rows[some] != columns
+        some, columns = some[others], columns[others]
+    squared = squared_distances(queries, among, rows[some], columns)
+    order = squared.argsort()
+    order = order[some[order].argsort(stable=True)]  # row by row, the nearest first
+    first = torch.searchsorted(some[order], torch.arange(len(rows), device=order.device))
+    chosen = order[first + k - 1]
+    return columns[chosen], squared[chosen]
 
 
-def _mark(inside: Tensor, lower: Tensor, queries: Points, balls: Points, squared_radii: Tensor) -> None:
-    """Set `inside` for the queries (rows of `lower`) that lie in one of the balls (columns)."""
-    down, up = (torch.tensor(sign * torch.inf, device=lower.device) for sign in (-1, 1))
-    surely = squared_radii - balls.spread.double() - queries.spread.max().double()
-    inside |= (lower <= surely.float().nextafter(down)).any(1)
-    undecided = (~inside).nonzero().flatten()
-    open_pairs = lower[undecided] <= squared_radii.float().nextafter(up)
-    for part in open_pairs.nonzero().split(PAIRS_AT_ONCE):
-        rows, columns = undecided[part[:, 0]], part[:, 1]
-        waiting = ~inside[rows]
-        rows, columns = rows[waiting], columns[waiting]
-        hits = _squared_distances(queries, balls, rows, columns) <= squared_radii[columns]
-        inside[rows[hits]] = True
+class _Crossing:
+    """Two sets compared in one pass over their blocks; all radii are squared.
 
-
-def _squared_distances(a: Points, b: Points, rows: Tensor, columns: Tensor) -> Tensor:
-    """Of the pairs (rows[i], columns[i]), by differences in float64: (pairs,).
-
-    One pair has one value in whatever company and order it is computed, so that a point on the edge of a ball is in it.
+    `wide` are the reference's radii for density and coverage; without them only the first two results are computed.
     """
-    blocks = []
-    for some_rows, some_columns in zip(rows.split(PAIRS_AT_ONCE), columns.split(PAIRS_AT_ONCE), strict=True):
-        difference = a.rows[some_rows].double() - b.rows[some_columns].double()
-        blocks.append(torch.linalg.vecdot(difference, difference))
-    return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.float64, device=a.rows.device)
+
+    def __init__(
+        self, real: Points, fake: Points, real_radii: Tensor, fake_radii: Tensor, wide: Tensor | None = None
+    ) -> None:
+        device = real.rows.device
+        self.in_real = torch.zeros(len(fake), dtype=torch.bool, device=device)  # in a ball around a real one
+        self.in_fake = torch.zeros(len(real), dtype=torch.bool, device=device)
+        self.holding = torch.zeros(len(fake), dtype=torch.int64, device=device)
+        self.covered = torch.zeros(len(real), dtype=torch.bool, device=device)
+        # of each fake one, the real ones that may be nearest
+        self.bounds, self.indices = _no_candidates(len(fake), min(1 + SPARE_CANDIDATES, len(real)), real)
+        for start, block in real.blocks():
+            mine = slice(start, start + len(block))
+            for other_start, other in fake.blocks():
+                theirs = slice(other_start, other_start + len(other))
+                near = bounds_between(block, other)
+                _mark(self.in_fake[mine], near, fake_radii[theirs])
+                near = near.mirrored
+                _mark(self.in_real[theirs], near, real_radii[mine])
+                if wide is not None:
+                    _count(self.holding[theirs], self.covered[mine], near, wide[mine])
+                    _keep_smallest(self.bounds[theirs], self.indices[theirs], near.lower.contiguous(), start)
+
+
+def _mark(inside: Tensor, near: Bounds, squared_radii: Tensor) -> None:
+    """Set `inside` for the rows of `near.a` that lie in one of the balls around the rows of `near.b`."""
+    inside |= near.any_surely_within(squared_radii)
+    rows, columns = near.pairs_within(squared_radii, rows=(~inside).nonzero().flatten())
+    for some, balls in zip(rows.split(PAIRS_MARKED), columns.split(PAIRS_MARKED), strict=True):
+        waiting = ~inside[some]
+        some, balls = some[waiting], balls[waiting]
+        hits = squared_distances(near.a, near.b, some, balls) <= squared_radii[balls]
+        inside[some[hits]] = True
+
+
+def _count(holding: Tensor, covered: Tensor, near: Bounds, squared_radii: Tensor) -> None:
+    """Add to `holding` how many balls hold each row of `near.a`, and set `covered` for balls that hold one."""
+    rows, balls = near.pairs_within(squared_radii)
+    inside = near.upper(rows, balls) <= squared_radii[balls]
+    undecided = (~inside).nonzero().flatten()
+    squared = squared_distances(near.a, near.b, rows[undecided], balls[undecided])
+    inside[undecided] = squared <= squared_radii[balls[undecided]]
+    holding.index_add_(0, rows[inside], torch.ones_like(rows[inside]))
+    covered[balls[inside]] = True

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from stablevm import __version__
 from stablevm.evaluation.comparison import TITLES, Comparison
 from stablevm.evaluation.curves import SUBSETS, metric_curves
-from stablevm.evaluation.neighbours import nearest, points, radii
+from stablevm.evaluation.neighbours import nearest, radii
+from stablevm.evaluation.points import points
 from stablevm.evaluation.report import Figure, Value, write_report
 from stablevm.evaluation.sample_figures import (
     GRID_COLUMNS,
