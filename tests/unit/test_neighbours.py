@@ -14,12 +14,14 @@ from stablevm.evaluation.adm_distances import membership_adm
 from stablevm.evaluation.neighbours import (
     coverage,
     membership,
+    memorised_share,
     nearest,
     nearest_distance,
+    neighbourhood,
     precision_recall,
     radii,
 )
-from stablevm.evaluation.points import points
+from stablevm.evaluation.points import Points, points, squared_distances
 
 
 def brute_force(reference: Tensor, samples: Tensor, k: int) -> tuple[float, float, float]:
@@ -173,3 +175,116 @@ def test_bad_features_are_named() -> None:
         precision_recall(good, good[:, :3])
     with pytest.raises(UserError, match="samples: 3 images, but 3 nearest neighbours need at least 4"):
         precision_recall(good, good[:3])
+
+
+def by_all_pairs(reference: Tensor, samples: Tensor) -> tuple[Tensor, ...]:
+    """What a neighbourhood holds, each squared distance by differences in float64."""
+
+    def squared(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([torch.linalg.vecdot(row - b.double(), row - b.double()) for row in a.double()])
+
+    def squared_radii(points: Tensor, k: int) -> Tensor:
+        return squared(points, points).fill_diagonal_(torch.inf).kthvalue(k, dim=1).values
+
+    cross = squared(samples, reference)
+    wide = cross <= squared_radii(reference, 5)
+    return (
+        (cross <= squared_radii(reference, 3)).any(1),
+        (cross <= squared_radii(samples, 3)[:, None]).any(0),
+        wide.sum(1),
+        wide.any(0),
+        cross.amin(1).sqrt(),
+        squared_radii(reference, 1).sqrt(),
+    )
+
+
+def near_copies(kind: str, stream: torch.Generator, count: int = 130, width: int = 24) -> Tensor:
+    """Sets in which |a|^2 + |b|^2 - 2ab in float32 has no digit of the distances left."""
+
+    def noise(rows: int, size: float) -> Tensor:
+        return size * torch.randn(rows, width, generator=stream)
+
+    rows = torch.arange(count)
+    centres = torch.randn(10, width, generator=torch.Generator().manual_seed(8))
+    if kind == "distinct":
+        return noise(count, 1)
+    if kind == "collapsed":
+        return centres[:1] + noise(count, 1e-3)
+    if kind == "modes":
+        return centres[rows % 7] + noise(count, 1e-4)
+    if kind == "crowds in crowds":
+        return centres[rows % 3] + 1e-2 * centres[rows % 5] + 1e-4 * centres[rows % 4] + noise(count, 1e-6)
+    if kind == "duplicates":
+        return centres[rows % 7]
+    if kind == "last digit":
+        up = torch.rand(count, width, generator=stream) > 0.5
+        return torch.where(up, centres[0].nextafter(torch.tensor(9.0)), centres[0])
+    assert kind == "equidistant"  # no k-th neighbour is nearer than the others
+    return torch.eye(count)
+
+
+KINDS = ("distinct", "collapsed", "modes", "crowds in crowds", "duplicates", "last digit", "equidistant")
+
+
+@pytest.mark.parametrize("block", [48, 4096])
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_copies_are_compared_exactly(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stablevm.evaluation.points.BLOCK_ROWS", block)
+    stream = torch.Generator().manual_seed(3)
+    samples = near_copies(kind, stream)
+    for reference in (near_copies(kind, stream), near_copies("distinct", stream, width=samples.shape[1])):
+        found = neighbourhood(reference, samples)
+        computed = (found.samples, found.reference, found.holding, found.covered, found.to_reference,
+                    found.within_reference)  # fmt: skip
+        for ours, expected in zip(computed, by_all_pairs(reference, samples), strict=True):
+            assert torch.equal(ours, expected)
+        members = membership(reference, samples)
+        assert torch.equal(members.samples, found.samples) and torch.equal(members.reference, found.reference)
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_near_copies_cost_no_comparison_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of 400 has 160,000 pairs; differences are for some per row."""
+    measured = []
+
+    def counted(a: Points, b: Points, rows: Tensor, columns: Tensor) -> Tensor:
+        measured.append(len(rows))
+        return squared_distances(a, b, rows, columns)
+
+    for module in ("neighbours", "points"):
+        monkeypatch.setattr(f"stablevm.evaluation.{module}.squared_distances", counted)
+    stream = torch.Generator().manual_seed(3)
+    samples = near_copies(kind, stream, count=400, width=128)
+    membership(torch.randn(100, 128, generator=stream), samples)
+    assert sum(measured) < 25 * 400
+
+
+def test_density_and_coverage_by_their_definitions() -> None:
+    reference, samples = normal(60, 3, 7), 0.8 * normal(50, 3, 8, shift=0.2)
+    found = neighbourhood(reference, samples)
+    *_, holding, covered, _, _ = by_all_pairs(reference, samples)
+    assert found.density == pytest.approx(float(holding.sum()) / (5 * 50))
+    assert found.coverage == coverage(reference, samples) == float(covered.double().mean())
+    assert 0 < found.coverage < 1 and found.density > 0
+    with pytest.raises(UserError, match="reference: 5 images, but 5 nearest neighbours need at least 6"):
+        neighbourhood(reference[:5], samples)
+
+
+def test_memorisation_finds_copies() -> None:
+    """New draws of the same distribution get 0.01 (seeds 0 to 9, z below 4); a tenth of copies adds a tenth."""
+    streams = [torch.Generator().manual_seed(seed) for seed in range(10)]
+    found, copied = [], []
+    for stream in streams:
+        training, drawn = torch.randn(2, 1000, 6, generator=stream)
+        found.append(neighbourhood(training, drawn).memorisation)
+        drawn[:100] = training[:100] + 1e-6
+        copied.append(neighbourhood(training, drawn).memorisation)
+    values = np.array(found)
+    assert abs(values.mean() - 0.01) < 4 * values.std(ddof=1) / len(values) ** 0.5
+    assert np.mean(copied) == pytest.approx(0.1 + 0.9 * values.mean(), abs=0.003)
+
+
+def test_memorised_share_by_its_definition() -> None:
+    unseen = torch.arange(1.0, 201)  # the second smallest of 200 is the yardstick
+    assert memorised_share(torch.tensor([0.0, 1.9, 2.0, 2.1]), unseen) == 0.75
+    assert memorised_share(torch.tensor([0.0, 0.5]), torch.tensor([0.0])) == 0.5, "copies count where q is 0"
