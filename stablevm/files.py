@@ -62,6 +62,15 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(_TEMPORARY)
 
 
+def remove_temporary_of(*paths: Path) -> None:
+    """Remove what interrupted `replacing` of just these files left beside them; nobody may be writing them."""
+    for path in paths:
+        leftover = re.compile(rf"{_TEMPORARY}\d+-[0-9a-f]{{8}}-{re.escape(path.name)}")
+        for other in path.parent.glob(f"{_TEMPORARY}*"):
+            if leftover.fullmatch(other.name):
+                other.unlink(missing_ok=True)
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the leftovers of interrupted `replacing` anywhere below `folder`, which nobody may be writing to."""
     for path in folder.rglob(f"{_TEMPORARY}*"):

@@ -9,6 +9,7 @@ from stablevm.benchmark.measure import Measurement
 from stablevm.files import write_json
 from stablevm.plotting import panels, save_figure, style
 
+FILES = ("steps.json", "steps.png")
 EPOCHS = (80, 800)  # after which papers report on ImageNet
 PHASES = ("data_wait", "draw", "encoder", "forward", "backward", "optimizer", "ema", "logging")
 # Told apart by hue and lightness; the phases that this library adds to a plain step stand out.
@@ -79,8 +80,9 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """steps.json and steps.png."""
-        write_json(folder / "steps.json", self.to_dict())
-        self.draw(folder / "steps.png")
+        numbers, picture = (folder / name for name in FILES)
+        write_json(numbers, self.to_dict())
+        self.draw(picture)
 
     def draw(self, path: Path) -> None:
         """A bar for each training, of the phases of its step."""

@@ -13,11 +13,13 @@ from stablevm.benchmark.config import OBJECTIVES, ROUNDS, BenchmarkConfig
 from stablevm.benchmark.machine import describe_machine, product_rate
 from stablevm.benchmark.measure import Measurement, free_memory, measure
 from stablevm.benchmark.random_data import RandomDataset
-from stablevm.benchmark.report import Report
+from stablevm.benchmark.report import FILES, Report
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.encoders import Encoder, untrained_encoder
 from stablevm.errors import UserError
+from stablevm.files import remove_temporary_of
+from stablevm.locks import owned
 from stablevm.precision import DTYPES, tf32
 from stablevm.training.config import TrainConfig
 from stablevm.training.launch import make_accelerator
@@ -38,6 +40,12 @@ def benchmark(config: BenchmarkConfig) -> Path:
     into memory; trainings measured before that are told all the same.
     """
     config.validate()
+    with owned(config.output_dir, FILES[0]):
+        remove_temporary_of(*(config.output_dir / name for name in FILES))
+        return _benchmark(config)
+
+
+def _benchmark(config: BenchmarkConfig) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         trainings = {name: _training(config, name, Path(scratch)) for name in config.objective_names}
         first, *_ = trainings.values()

@@ -8,11 +8,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stablevm import files
 from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardKind
 from stablevm.data.writer import ShardWriter, shard_name
 from stablevm.errors import UserError
+from stablevm.locks import is_foreign, owned
 
 SPLITS = ("train", "test")
 TEST_FRACTION = 0.25  # 1,347 digits for training, 450 for the test
@@ -33,7 +33,11 @@ def prepare_digits(folder: str | Path) -> str:
     Interrupted and called again it completes; called on complete data it changes nothing. Raises UserError, and
     changes nothing, if `folder` holds anything else.
     """
-    folder = Path(folder)
+    with owned(folder):
+        return _prepare(Path(folder))
+
+
+def _prepare(folder: Path) -> str:
     splits = _digits()
     for name in SPLITS:
         _check_ours(folder / name, splits[name])
@@ -87,7 +91,7 @@ def _check_names(folder: Path, expected: set[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise _foreign(folder)
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name not in expected and not files.is_temporary(path):
+        if path.name not in expected and is_foreign(path):
             raise _foreign(path)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stablevm.compiler import check_compiler
 from stablevm.evaluation.config import EvaluateCheckpointConfig
-from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits
+from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits, results_owned
 from stablevm.evaluation.samples import Samples
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
@@ -69,12 +69,12 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     source = CheckpointSource(sampling, card, protocol_of(sampling, card), process.device)
     name = sampling.name or default_name(source.protocol)
     output = config.judging.output or sampling.sample_dir / f"{name}.json"
-    if config.judging.extractor is not None:
-        if not process.is_first:
-            return {}
-        images = torch.from_numpy(source.images(range(len(source))))
-        return finish_digits(images, source.labels, str(sampling.ckpt), config.judging, output)
-    labels = None if sampling.unconditional else source.labels.numpy()
-    return compare(
-        Samples(str(sampling.ckpt), source, (source.side, source.side), labels), config.judging, process, output
-    )
+    with results_owned(output, process):
+        if config.judging.extractor is not None:
+            if not process.is_first:
+                return {}
+            images = torch.from_numpy(source.images(range(len(source))))
+            return finish_digits(images, source.labels, str(sampling.ckpt), config.judging, output)
+        labels = None if sampling.unconditional else source.labels.numpy()
+        samples = Samples(str(sampling.ckpt), source, (source.side, source.side), labels)
+        return compare(samples, config.judging, process, output)

@@ -1,7 +1,8 @@
 """The command `stablevm evaluate`: from images to a table, a JSON file and a report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
-from stablevm.files import write_json
+from stablevm.files import remove_temporary_of, write_json
+from stablevm.locks import owned
 from stablevm.processes import Process
 
 Results = dict[str, Any]
@@ -35,11 +37,21 @@ def evaluate(config: EvaluateConfig) -> Results:
     """
     process = begin(config, config.warnings())
     output = config.output or config.samples.with_suffix(".json")
-    if config.extractor is None:
-        return compare(open_samples(config.samples), config, process, output)
-    if not process.is_first:
-        return {}
-    return finish_digits(*read_samples(config.samples), str(config.samples), config, output)
+    with results_owned(output, process):
+        if config.extractor is None:
+            return compare(open_samples(config.samples), config, process, output)
+        if not process.is_first:
+            return {}
+        return finish_digits(*read_samples(config.samples), str(config.samples), config, output)
+
+
+@contextmanager
+def results_owned(output: Path, process: Process) -> Iterator[None]:
+    """Keep other commands away from the results, and remove what interrupted ones left half-written."""
+    with owned(output.parent, output.name):
+        if process.is_first:
+            remove_temporary_of(output, output.with_suffix(".html"))
+        yield
 
 
 def compare(samples: Samples, config: JudgeConfig, process: Process, output: Path) -> Results:

@@ -27,7 +27,8 @@ from stablevm.evaluation.config import ReferenceConfig
 from stablevm.evaluation.features import FeatureCache, Features, ImageSource, extract, pixels_key
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.statistics import FeatureStatistics
-from stablevm.files import write_with
+from stablevm.files import remove_temporary_of, write_with
+from stablevm.locks import owned
 from stablevm.preparation.crops import first_size
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture
 from stablevm.preparation.sources import Source, open_source
@@ -94,6 +95,13 @@ def reference(config: ReferenceConfig) -> Path:
     """Write the file, on the first of several processes, and return its path. UserError for a source without images."""
     config.validate()
     process = Process.from_environment()
+    with owned(config.output.parent, config.output.name):
+        if process.is_first:
+            remove_temporary_of(config.output)
+        return _reference(config, process)
+
+
+def _reference(config: ReferenceConfig, process: Process) -> Path:
     if process.is_first:
         for line in config.warnings():
             print(f"warning: {line}", file=sys.stderr)

@@ -8,10 +8,10 @@ from torch import Tensor
 from stablevm import snapshot
 from stablevm.autoencoder import SHORT_NAMES, LatentSpec, full_name, latent_spec_of
 from stablevm.errors import UserError
-from stablevm.files import is_temporary
 from stablevm.importing import conversion
 from stablevm.importing.config import ImportConfig
 from stablevm.importing.reader import PublishedCheckpoint, read_published
+from stablevm.locks import is_foreign, owned
 from stablevm.models.config import SiTConfig
 from stablevm.options import as_typed
 from stablevm.snapshot import ModelCard, Weights
@@ -33,6 +33,11 @@ def import_checkpoint(config: ImportConfig) -> Path:
     """
     config.validate()
     _check_free(config.output)
+    with owned(config.output):
+        return _import(config)
+
+
+def _import(config: ImportConfig) -> Path:
     published = read_published(config.checkpoint)
     turned = _source(config, published) == "sit"
     sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
@@ -63,7 +68,7 @@ def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: a file; give a new folder")
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name not in ours and not is_temporary(path):
+        if path.name not in ours and is_foreign(path):
             raise UserError(f"--output {folder}: holds {path.name}; give a new folder")
 
 

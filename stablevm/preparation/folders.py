@@ -19,6 +19,7 @@ from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
 from stablevm.errors import UserError
 from stablevm.files import replacing, sync, write_json, write_text
+from stablevm.locks import owned
 from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
@@ -47,10 +48,11 @@ def convert(config: ConvertConfig) -> int:
     source = open_source(config.source)
     cropper = make_cropper(config, source)
     plan = {"step": "convert", **cropper.plan}
-    report = begin(config.dest, plan)
-    with shared(config.dest, REPORT_FILE, process):
+    with owned(config.dest):
+        report = begin(config.dest, plan, process)
         if report is None:
-            report = _convert(config, cropper, plan, process)
+            with shared(config.dest, REPORT_FILE, process):
+                report = _convert(config, cropper, plan, process)
     return conclude(report, config.dest, "converted", process)
 
 
@@ -81,11 +83,12 @@ def encode(config: EncodeConfig) -> int:
     cropper = Cropper(source, "none", size)
     plan = {"step": "encode", **cropper.plan, "vae": full_name(config.vae), "precision": config.precision,
             "batch size": config.batch_size}  # fmt: skip
-    report = begin(config.dest, plan)
-    with shared(config.dest, REPORT_FILE, process):
+    with owned(config.dest):
+        report = begin(config.dest, plan, process)
         if report is None:
-            encoder = make_encoder(latent, config.precision, process)
-            report = _encode(config, cropper, encoder, plan, process)
+            with shared(config.dest, REPORT_FILE, process):
+                encoder = make_encoder(latent, config.precision, process)
+                report = _encode(config, cropper, encoder, plan, process)
     return conclude(report, config.dest, "encoded", process)
 
 

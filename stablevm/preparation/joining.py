@@ -63,9 +63,10 @@ class ShardJob:
         """Join the shards that fall to this process: the first ones whose parts are all there, or with `wait` all."""
         process = self.job.process
         for number in range(process.rank, len(self.job.groups), process.world_size):
-            if self._record(number).exists():
-                continue
             paths = [self.job.path(part) for part in self.job.parts(self.job.groups[number])]
+            if self._record(number).exists():
+                _remove(paths)  # a kill may have come between
+                continue
             if wait:
                 self.job.wait(paths)
             elif not all(path.exists() for path in paths):
@@ -95,14 +96,18 @@ class ShardJob:
             join_files(parts, names, target)
             written[kind] = ShardFile.of(target)
         write_json(self._record(number), asdict(ShardRecord(len(labels), labels, written, problems)))
-        for path in parts:
-            path.unlink()
+        _remove(parts)
 
     def _record(self, number: int) -> Path:
         return self.job.folder / f"shard-{number:05d}.json"
 
     def _number(self, part: range) -> int:
         return next(number for number, group in enumerate(self.job.groups) if part.start in group)
+
+
+def _remove(parts: list[Path]) -> None:
+    for path in parts:
+        path.unlink(missing_ok=True)
 
 
 def shard_groups(count: int) -> list[range]:

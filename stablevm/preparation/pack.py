@@ -10,6 +10,7 @@ from torch import Tensor
 from stablevm.data.manifest import Manifest, Shard, ShardKind
 from stablevm.data.repa import RepaDataset
 from stablevm.errors import UserError
+from stablevm.locks import owned
 from stablevm.preparation.config import PackConfig
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude
@@ -35,10 +36,11 @@ def pack(config: PackConfig) -> int:
         "compress": config.compress,
         "latent": dataset.latent.to_dict(),
     }
-    report = begin(config.dest, plan)
-    with shared(config.dest, REPORT_FILE, process):
+    with owned(config.dest):
+        report = begin(config.dest, plan, process)
         if report is None:
-            report = _pack(config, dataset, plan, process)
+            with shared(config.dest, REPORT_FILE, process):
+                report = _pack(config, dataset, plan, process)
     return conclude(report, config.dest, "packed", process)
 
 

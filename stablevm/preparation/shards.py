@@ -18,13 +18,14 @@ from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard
 from stablevm.data.png import encode_png
 from stablevm.data.shards import ShardDataset
 from stablevm.errors import UserError
+from stablevm.locks import owned
 from stablevm.options import as_typed
 from stablevm.preparation.config import ConvertShardsConfig, EncodeShardsConfig
-from stablevm.preparation.crops import make_cropper, merged
+from stablevm.preparation.crops import Cropper, make_cropper, merged
 from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report
-from stablevm.preparation.sources import open_source
+from stablevm.preparation.sources import Source, open_source
 from stablevm.preparation.work import (
     WORK_FOLDER,
     Job,
@@ -34,6 +35,7 @@ from stablevm.preparation.work import (
     clear,
     encoding_part_length,
     shared,
+    sweep,
 )
 from stablevm.processes import Process
 
@@ -57,20 +59,28 @@ def convert(config: ConvertShardsConfig) -> int:
         "side": width,
         "class names": list(source.class_names),
     }
-    report = begin(config.dest, plan)
-    if report is None:
-        job = Job("convert", config.dest / WORK_FOLDER / _IMAGES, shard_groups(len(source)), process)
-        shards = ShardJob(job, config.dest, {"images": image_tensors(config.compress)})
-        for part, outcomes in job.run(cropper, config.batch_size, config.num_workers, shards.is_done):
-            cropped = merged(outcomes)
-            index = torch.tensor(cropped.indices, dtype=torch.int64)
-            rows = {"index": index, "labels": torch.from_numpy(source.labels)[index]}
-            shards.write(part, rows | pack_images(cropped.images, width, config.compress), cropped.problems)
-        shards.join(wait=True)
-        if process.is_first:
-            report = make_report(plan, source, (problem for record in shards.records() for problem in record.problems))
-            report.write(config.dest)
+    with owned(config.dest):
+        report = begin(config.dest, plan, process) or _convert(config, source, cropper, plan, process)
     return conclude(report, config.dest, "converted", process)
+
+
+def _convert(
+    config: ConvertShardsConfig, source: Source, cropper: Cropper, plan: dict[str, Any], process: Process
+) -> Report | None:
+    job = Job("convert", config.dest / WORK_FOLDER / _IMAGES, shard_groups(len(source)), process)
+    shards = ShardJob(job, config.dest, {"images": image_tensors(config.compress)})
+    for part, outcomes in job.run(cropper, config.batch_size, config.num_workers, shards.is_done):
+        cropped = merged(outcomes)
+        index = torch.tensor(cropped.indices, dtype=torch.int64)
+        rows = {"index": index, "labels": torch.from_numpy(source.labels)[index]}
+        shards.write(part, rows | pack_images(cropped.images, plan["side"], config.compress), cropped.problems)
+    shards.join(wait=True)
+    if not process.is_first:
+        return None
+    report = make_report(plan, source, (problem for record in shards.records() for problem in record.problems))
+    report.write(config.dest)
+    sweep(config.dest)
+    return report
 
 
 def encode(config: EncodeShardsConfig) -> int:
@@ -80,6 +90,13 @@ def encode(config: EncodeShardsConfig) -> int:
     folder = config.data_dir
     if not (folder / REPORT_FILE).exists():
         raise UserError(f"{folder}: holds no converted shards, or their conversion was interrupted; run convert first")
+    with owned(folder):
+        report = _encode(config, folder, process)
+    conclude(report, folder, "in the data set", process)
+    return 0  # what convert skipped is no news
+
+
+def _encode(config: EncodeShardsConfig, folder: Path, process: Process) -> Report:
     report = Report.read(folder)
     if report.plan.get("step") != "shards":
         raise UserError(
@@ -92,8 +109,7 @@ def encode(config: EncodeShardsConfig) -> int:
     else:
         with shared(folder, MANIFEST_FILE, process):
             _Encoding(config, report.plan, process).run()
-    conclude(report, folder, "in the data set", process)
-    return 0  # what convert skipped is no news
+    return report
 
 
 class _Encoding:

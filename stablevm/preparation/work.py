@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from stablevm.cards import read_object
+from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 from stablevm.files import is_temporary, write_json
+from stablevm.locks import is_foreign
 from stablevm.preparation.report import REPORT_FILE, Report
 from stablevm.processes import Process, wait_for_files
 
@@ -95,8 +97,8 @@ class Job:
         wait_for_files(paths, tell)
 
 
-def begin(dest: Path, plan: dict[str, Any]) -> Report | None:
-    """Start or go on in `dest`; its report where the job is done already.
+def begin(dest: Path, plan: dict[str, Any], process: Process) -> Report | None:
+    """Start or go on in `dest`; its report where the job is done already, and what kills left of it swept up.
 
     `plan` holds all that decides the result. Raises UserError, naming the first difference, where `dest` holds the
     result of another plan, begun or complete, and where it holds anything else.
@@ -107,10 +109,12 @@ def begin(dest: Path, plan: dict[str, Any]) -> Report | None:
     if (dest / REPORT_FILE).exists():
         report = Report.read(dest)
         _check_same(dest, plan, report.plan)
+        if process.is_first:
+            sweep(dest) if _goes_on(dest, plan) else clear(dest)
         return report
     if not (dest / WORK_FOLDER / PLAN_FILE).exists() and dest.exists():
         for path in dest.iterdir():
-            if path.name != WORK_FOLDER and not is_temporary(path):
+            if path.name != WORK_FOLDER and is_foreign(path):
                 raise UserError(f"{dest}: not empty ({path.name}), nothing was changed; give an empty or new folder")
     begin_step(dest / WORK_FOLDER, plan)
     return None
@@ -152,8 +156,18 @@ def shared(dest: Path, marker: str, process: Process) -> Iterator[None]:
 def clear(dest: Path) -> None:
     """Remove what only an unfinished job needs."""
     shutil.rmtree(dest / WORK_FOLDER, ignore_errors=True)
-    for path in filter(is_temporary, dest.iterdir()):
+    sweep(dest)
+
+
+def sweep(dest: Path) -> None:
+    """Remove what interrupted writers left; of the folders of a result none holds any."""
+    for path in filter(is_temporary, (*dest.iterdir(), *(dest / WORK_FOLDER).rglob("*"))):
         path.unlink(missing_ok=True)
+
+
+def _goes_on(dest: Path, plan: dict[str, Any]) -> bool:
+    """Whether another step, the encoding of image shards, still needs the folder of the work."""
+    return plan["step"] == "shards" and not (dest / MANIFEST_FILE).exists()
 
 
 def _check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from stablevm.evaluation.figures import samples_beside_real, training_curves
 from stablevm.evaluation.report import Figure, write_report
 from stablevm.files import write_json
 from stablevm.interpolant import get_interpolant
+from stablevm.locks import is_foreign, owned
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.quickstart.recipe import Guidance
@@ -43,6 +44,11 @@ HEADLINE = recipe.GUIDANCES[0]
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Everything from data to report; returns the summary. UserError for a folder that holds another quickstart."""
     config.validate()
+    with owned(config.output_dir):
+        return _quickstart(config)
+
+
+def _quickstart(config: QuickstartConfig) -> dict[str, Any]:
     clock = Clock(config.output_dir)
     _claim_folder(config)
     with clock:
@@ -69,6 +75,11 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 def extractor(config: ExtractorConfig) -> DigitsExtractor:
     """The extractor in the output folder, trained first if it is not there. UserError if it is of another seed."""
+    with owned(config.output_dir):
+        return _extractor(config)
+
+
+def _extractor(config: ExtractorConfig) -> DigitsExtractor:
     folder = config.output_dir
     if (folder / "extractor.json").exists():
         found = load_extractor(folder)
@@ -122,7 +133,7 @@ def _claim_folder(config: QuickstartConfig) -> None:
                     f"--output-dir {config.output_dir}: holds a quickstart with {option} {theirs.get(option)}, "
                     f"this one has {value}; give another folder"
                 )
-    elif config.output_dir.exists() and any(config.output_dir.iterdir()):
+    elif config.output_dir.exists() and any(map(is_foreign, config.output_dir.iterdir())):
         raise UserError(f"--output-dir {config.output_dir}: holds other files; give an empty or a new folder")
     write_json(path, mine)
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablevm.compiler import check_compiler
-from stablevm.files import replacing
+from stablevm.files import remove_temporary_of, replacing
 from stablevm.images import save_gif, save_png
 from stablevm.interpolant import get_interpolant
+from stablevm.locks import owned
 from stablevm.processes import Process
 from stablevm.sampling import pictures
 from stablevm.sampling.archive import read_protocol, write_archive
@@ -89,7 +90,14 @@ def generate(config: GenerateConfig) -> Path:
     config.validate()
     process = Process.from_environment()
     run = _prepare(config, process)
+    with owned(config.sample_dir, run.name):
+        if process.is_first:
+            remove_temporary_of(*map(run.file, (".npz", ".png", ".gif")))
+        _generate(run, process)
+    return run.target
 
+
+def _generate(run: Run, process: Process) -> None:
     # In this order: the result appears before the first part goes, so parts that are gone mean that it is there.
     missing = run.parts.missing(process.rank, process.world_size)
     complete = run.target.exists()
@@ -102,7 +110,6 @@ def generate(config: GenerateConfig) -> Path:
         _make(run, missing)
     if run.config.trajectory and process.is_first and not (complete and run.file(".gif").exists()):
         _make_film(run)
-    return run.target
 
 
 def _prepare(config: GenerateConfig, process: Process) -> Run:

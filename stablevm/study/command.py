@@ -12,12 +12,14 @@ from stablevm import rng
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
-from stablevm.files import write_json
+from stablevm.files import remove_temporary_of, write_json
 from stablevm.interpolant import get_interpolant
+from stablevm.locks import owned
 from stablevm.study.config import VarianceConfig
 from stablevm.variance import class_variance_curve
 from stablevm.variance_figure import variance_figure
 
+FILES = ("variance.json", "variance.png")
 DEFAULT_CLASSES = 10
 BLOCK_ROWS = 1024  # latents that are read at a time
 
@@ -29,6 +31,12 @@ def measure_variance(config: VarianceConfig) -> Path:
     the data lacks or holds too few samples of.
     """
     config.validate()
+    with owned(config.output_dir, FILES[0]):
+        remove_temporary_of(*(config.output_dir / name for name in FILES))
+        return _measure(config)
+
+
+def _measure(config: VarianceConfig) -> Path:
     dataset = open_dataset(config.data_dir)
     labels = dataset.labels()
     counts = torch.bincount(labels, minlength=dataset.num_classes).tolist()

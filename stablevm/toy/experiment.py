@@ -1,13 +1,16 @@
 """`gmm_exp.py`: train what is asked for and not there yet, then draw and tabulate what there is."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
 from stablevm.errors import UserError
-from stablevm.files import write_json, write_text
+from stablevm.files import is_temporary, remove_temporary_of, write_json, write_text
+from stablevm.locks import owned
 from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
 from stablevm.toy.figures import FIELD_NAMES, divergence_figure
@@ -31,11 +34,21 @@ def run(config: ToyConfig) -> None:
         for seed in range(config.seed, config.seed + config.seeds):
             for method in config.methods:
                 _train(config, method, seed)
-    _compare(config)
-    if jobs:
-        _draw_variance(config, jobs)
-    if config.enable_visualization:
-        _visualize(config)
+    with owned(config.output_dir, "figures", patience=math.inf):
+        _sweep(config.output_dir)
+        _compare(config)
+        if jobs:
+            _draw_variance(config, jobs)
+        if config.enable_visualization:
+            _visualize(config)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what interrupted commands left of figures, frames and curves, but nothing of results in the making."""
+    remove_temporary_of(folder / "data" / "variance.json")
+    for path in (*folder.glob("*"), *folder.glob("*/*.png")):
+        if is_temporary(path):
+            path.unlink()
 
 
 def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
@@ -43,6 +56,12 @@ def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
     if path.exists():
         print(f"{path}: is there already")
         return
+    with owned(path.parent, path.name):  # others may train other methods, or with other seeds
+        remove_temporary_of(path, path.with_suffix(".safetensors"))
+        _train_anew(config, method, seed, path)
+
+
+def _train_anew(config: ToyConfig, method: results.Method, seed: int, path: Path) -> None:
     names = [name for name, wanted in (("wandb", config.use_wandb), ("tensorboard", config.use_tensorboard)) if wanted]
     folder = config.output_dir / "logs" / path.stem
     trackers = Trackers(folder, names, config.result_settings(), first_step=FROM_THE_START)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from stablevm.errors import UserError
-from stablevm.files import is_temporary
+from stablevm.locks import is_foreign
 from stablevm.training.checkpoint import checkpoint_folder, damage, existing_folder, saved_steps
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
@@ -19,7 +19,7 @@ def find_start(config: TrainConfig, *, show: bool) -> int:
     saved = config.folder / CONFIG_FILE
     if saved.exists():
         config.check_continues(TrainConfig.read(config.folder))
-    elif config.folder.exists() and not all(map(is_temporary, config.folder.iterdir())):
+    elif config.folder.exists() and any(map(is_foreign, config.folder.iterdir())):
         raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
     if config.resume_step:
         return _asked_for(config, steps)

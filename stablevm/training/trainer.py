@@ -9,6 +9,7 @@ from stablevm.autoencoder import load_autoencoder
 from stablevm.data.dataset import PreparedDataset
 from stablevm.encoders import Encoder
 from stablevm.files import remove_temporary, write_json
+from stablevm.locks import owned
 from stablevm.objective import StableVM
 from stablevm.precision import DTYPES, tf32
 from stablevm.training import checkpoint
@@ -40,6 +41,11 @@ def train(config: TrainConfig) -> int:
     SIGTERM end the step, write a checkpoint and leave with 128 plus the signal's number.
     """
     config.validate()
+    with owned(config.folder):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
     accelerator = make_accelerator(config)
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)

@@ -16,7 +16,18 @@ FLOORS = dict(
         [
             ("errors", "text"),
             ("files", "foreign_weights", "options", "interpolant", "rng", "precision", "processes", "compiler"),
-            ("posterior", "schedules", "bank", "alignment", "models", "autoencoder", "images", "plotting", "cards"),
+            (
+                "locks",
+                "posterior",
+                "schedules",
+                "bank",
+                "alignment",
+                "models",
+                "autoencoder",
+                "images",
+                "plotting",
+                "cards",
+            ),
             (
                 "objective",
                 "encoders",
