@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import tyro
 
@@ -16,6 +16,7 @@ from stablevm import __version__
 from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
+from stablevm.files import check_output
 from stablevm.importing.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -29,6 +30,7 @@ from stablevm.preparation.config import (
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
+from stablevm.text import printable, printable_streams, usable_streams
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
@@ -38,7 +40,12 @@ UNREAD_STATUS = 141  # 128 + SIGPIPE
 SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has ended
 # Faults of the machine that a user can mend, not bugs: no space, no permission, a disk that fails or is gone.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-SYSTEM_LIMITS = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
+# Names that can't be: below a file, a folder for a file, too long, a link to itself.
+NO_SUCH_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+SYSTEM_LIMITS = (
+    *NO_SPACE, *NO_SUCH_NAME, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+    errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 
 Config = TypeVar("Config")
 
@@ -47,6 +54,13 @@ class Command(Protocol):
     """Takes the arguments given, or those of the program that is running; returns the exit status."""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Options that know their ranges: they are checked before the command's module is imported."""
+
+    def validate(self) -> None: ...
 
 
 Table = dict[str, tuple[Command, str]]  # by its name, a command with its purpose
@@ -111,7 +125,9 @@ def _digits(arguments: Sequence[str] | None = None) -> int:
         Args:
             folder: Folder for the splits train and test.
         """
-        print(_load("stablevm.data.digits:prepare_digits")(folder))
+        check_output(f"FOLDER {folder}", folder, is_folder=True)
+        with printable_streams():
+            print(_load("stablevm.data.digits:prepare_digits")(folder))
 
     return _guarded(lambda: tyro.cli(digits, prog="stablevm prepare digits", args=_given(arguments)))
 
@@ -217,7 +233,10 @@ def _run(
             config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags)
         else:
             config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags, default=given)
-        result = _load(target)(config)
+        if isinstance(config, Checked):
+            config.validate()
+        with printable_streams():
+            result = _load(target)(config)
         return result if returns_status else None
 
     return _guarded(run, resumes)
@@ -233,6 +252,11 @@ def _guarded(run: Callable[[], object], resumes: bool = True) -> int:
 
     resumes: whether it goes on where it stopped when it is run again.
     """
+    with usable_streams():
+        return _status(run, resumes)
+
+
+def _status(run: Callable[[], object], resumes: bool) -> int:
     try:
         status = run()
     except UserError as error:
@@ -248,7 +272,8 @@ def _guarded(run: Callable[[], object], resumes: bool = True) -> int:
         if error.errno not in SYSTEM_LIMITS:
             raise
         remedy = "; make space and run the same command again" if error.errno in NO_SPACE else ""
-        _tell(f"error: {error.strerror}: {error.filename or 'while writing'}{remedy}")
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
+        _tell(f"error: {error.strerror}: {name}{remedy}")
         return USER_ERROR_STATUS
     return status if isinstance(status, int) else 0
 
@@ -263,7 +288,7 @@ def _tell(line: str) -> None:
     if rank:
         time.sleep(SECONDS_FOR_THE_FIRST)
         line = f"{line} (process {rank})"
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:

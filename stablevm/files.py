@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 from stablevm.errors import UserError
 
 _TEMPORARY = ".tmp-"
+_LONGEST_NAME = 255  # bytes, on all common file systems
+_LONGEST_OWN_NAME = 200  # bytes: file systems take 255, and the temporary name is longer
 LARGEST_JSON = 64 * 2**20  # bytes; what describes something is small, and whoever parses it needs ten times as much
 _DEEPEST_JSON = 64
-_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # Python's form of bytes in a file's name that are no UTF-8
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = 
     path = Path(path)
     for folder in {path.parent, scratch or path.parent}:
         folder.mkdir(parents=True, exist_ok=True)
-    name = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
+    name = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{_own_name(path)}"
     temporary = (scratch or path.parent) / name
     try:
         yield temporary
@@ -43,6 +45,11 @@ def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = 
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _own_name(path: Path) -> str:
+    """What of its name a file keeps in the temporary one: the suffix at least."""
+    return path.name if len(os.fsencode(path.name)) <= _LONGEST_OWN_NAME else path.suffix[-_LONGEST_OWN_NAME:]
 
 
 def sync(path: Path) -> None:
@@ -65,7 +72,7 @@ def is_temporary(path: Path) -> bool:
 def remove_temporary_of(*paths: Path) -> None:
     """Remove what interrupted `replacing` of just these files left beside them; nobody may be writing them."""
     for path in paths:
-        leftover = re.compile(rf"{_TEMPORARY}\d+-[0-9a-f]{{8}}-{re.escape(path.name)}")
+        leftover = re.compile(rf"{_TEMPORARY}\d+-[0-9a-f]{{8}}-{re.escape(_own_name(path))}")
         for other in path.parent.glob(f"{_TEMPORARY}*"):
             if leftover.fullmatch(other.name):
                 other.unlink(missing_ok=True)
@@ -78,24 +85,47 @@ def remove_temporary(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8; bytes of a file's name that are none stand in it as "\\udcff", from which JSON restores them."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names: JSON's form of them too
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json_text(value, indent=2) + "\n")
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold, whatever bytes the names in it are made of; `parse_json` gives them back."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return _HALF_CHARACTERS.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_with(path: str | Path, writer: Callable[[Path], Any]) -> None:
     """Let `writer(temporary_path)` write the file."""
     with replacing(path) as temporary:
         writer(temporary)
+
+
+def output_fault(path: Path, *, is_folder: bool) -> str | None:
+    """Why nothing can be written at `path`, a folder or a file that may be there already; None where it can."""
+    if "\0" in str(path):
+        return "a name can't hold the character NUL"
+    if long := next((part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
+        return f"a name of {len(os.fsencode(long))} bytes, a disk takes {_LONGEST_NAME}"
+    try:
+        nearest = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
+        kind = nearest.stat().st_mode
+    except OSError as error:  # a link to itself or to nothing, a path of thousands of characters
+        return f"{error.strerror}: {error.filename}"
+    if nearest == path and not is_folder:
+        if stat.S_ISDIR(kind):
+            return f"{path} is a folder"
+        if not stat.S_ISREG(kind):
+            return f"{path} is no plain file"
+        nearest = path.absolute().parent
+    elif not stat.S_ISDIR(kind):
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} can't be written to"
+
+
+def check_output(what: str, path: Path, *, is_folder: bool) -> None:
+    """UserError, which begins with `what`, where nothing can be written at `path`."""
+    if fault := output_fault(path, is_folder=is_folder):
+        raise UserError(f"{what}: expected a {'folder' if is_folder else 'file'} that can be written; {fault}")
 
 
 def read_json(path: str | Path, what: str, *, largest: int = LARGEST_JSON) -> Any:

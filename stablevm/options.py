@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.errors import UserError
+from stablevm.files import output_fault
 
 Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
 
@@ -22,6 +24,12 @@ def require(config: Any, expectations: Iterable[Expectation]) -> None:
     for option, met, expected in [*_choices(config), *expectations]:
         if not met:
             raise UserError(f"{as_typed(option, getattr(config, option))}: expected {expected}")
+
+
+def writable(option: str, path: Path | None, *, is_folder: bool = True) -> Expectation:
+    """That the folder or file which an option names can be written, as far as it can be told before; None can."""
+    fault = None if path is None else output_fault(path, is_folder=is_folder)
+    return option, fault is None, f"a {'folder' if is_folder else 'file'} that can be written; {fault}"
 
 
 def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:

@@ -1,32 +1,36 @@
 """Foreign text, such as names of files and classes, for people: nothing in it reaches a terminal raw."""
 
 import json
+import os
+import re
+import sys
 import unicodedata
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 _LONGEST = 60  # characters of a value in a message
-# Controls (C0, C1, escape), marks that reorder what follows or are not seen, halves of characters, separators of lines.
+# Controls (C0, C1, escape), marks that reorder what follows or are not seen, halves of characters, breaks of lines.
 _UNPRINTED = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
+_JOINERS = "\u200c\u200d"  # of the category of marks, but part of words and of pictures
+_MOVES = re.compile(r"[\r\n]*(?:\x1b\[A)*")  # what a progress bar writes by itself to move about
 
 
-def printable(text: str, *, lines: bool = False) -> str:
+def printable(text: str, *, kept: str = "") -> str:
     """The text with each character that a terminal would obey, or could not show, written as an escape.
 
-    lines: keep line breaks and tabs, for text of more than one line. Bytes of a file's name that are no UTF-8 are
-    written as such: \\xff.
+    kept: such characters that stay, as "\\n" in text of several lines. Bytes of a file's name that are no UTF-8 are
+    written as such, "\\xff".
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    kept = "\n\t" if lines else ""
-    return "".join(character if character in kept else _printable(character) for character in text)
+    return "".join(each if each in kept else _printable(each) for each in text)
 
 
-def shown(value: Any, longest: int = _LONGEST, *, quoted: bool = True) -> str:
+def shown(value: Any, *, quoted: bool = True) -> str:
     """A value of JSON in a message: on one line, printable, and cut to a length."""
     if isinstance(value, str):
-        text = value[: longest + 1]
-        cut = len(value) > longest
-        text = printable(text[:longest]) + ("…" if cut else "")
+        text = printable(value[:_LONGEST]) + ("…" if len(value) > _LONGEST else "")
         return f'"{text}"' if quoted else text
     if isinstance(value, dict | list | tuple):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
@@ -36,17 +40,70 @@ def shown(value: Any, longest: int = _LONGEST, *, quoted: bool = True) -> str:
 
 
 def caption(text: str, longest: int = 80) -> str:
-    """Foreign text as a caption: one line, without characters that have no picture, and not longer than `longest`."""
+    """Foreign text as a caption: one line without characters that have no picture, of at most `longest` characters."""
     head = text[: 4 * longest]
-    seen = "".join(" " if character.isspace() else character for character in head)
-    clean = " ".join("".join(each for each in seen if unicodedata.category(each) not in _UNPRINTED).split())
-    return clean if len(clean) <= longest and len(head) == len(text) else f"{clean[:longest].rstrip()}…"
+    spaced = "".join(" " if each.isspace() else each for each in head)
+    clean = " ".join("".join(each for each in spaced if _has_picture(each)).split())
+    return clean if len(clean) <= longest and len(head) == len(text) else f"{clean[: longest - 1].rstrip()}…"
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Standard streams that take any text: a service has none, and a terminal's encoding may lack characters."""
+    with _streams(lambda stream: _Stream(stream, clean=False)):
+        yield
+
+
+@contextmanager
+def printable_streams() -> Iterator[None]:
+    """Standard streams that write what a terminal would obey as escapes, whoever prints: us, a bar or a library."""
+    with _streams(lambda stream: _Stream(stream, clean=True)):
+        yield
+
+
+@contextmanager
+def _streams(wrap: Any) -> Iterator[None]:
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = wrap(out), wrap(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+class _Stream:
+    """A standard stream; None, which a process without a terminal may have, takes everything and shows nothing."""
+
+    def __init__(self, stream: TextIO | None, *, clean: bool) -> None:
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115, PTH123
+        self._clean = clean
+
+    def write(self, text: str) -> int:
+        shown = text
+        if self._clean:
+            moves = _MOVES.match(text)
+            start = moves.end() if moves is not None else 0
+            shown = text[:start] + printable(text[start:], kept="\n\t")
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _has_picture(character: str) -> bool:
+    return character in _JOINERS or unicodedata.category(character) not in _UNPRINTED
 
 
 def _printable(character: str) -> str:
-    if unicodedata.category(character) not in _UNPRINTED:
+    if character == " " or _has_picture(character):
         return character
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte, as Python keeps it in a file's name
         return f"\\x{code - 0xDC00:02x}"
-    return character.encode("ascii", "backslashreplace").decode() if code > 0x7F else f"\\x{code:02x}"
+    return character.encode("unicode_escape").decode() if code < 0xD800 or code > 0xDFFF else f"\\u{code:04x}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stablevm.errors import UserError
-from stablevm.options import idle_warnings, require
+from stablevm.options import idle_warnings, require, writable
 
 ROUNDS = 5  # of the measured steps: a disturbance of one leaves the median alone
 # Each by its --loss-type and whether it is aligned.
@@ -78,7 +78,7 @@ class BenchmarkConfig:
                 ("steps", _multiple(self.steps, ROUNDS), f"a positive multiple of {ROUNDS}"),
                 ("num_classes", self.num_classes is None or self.data_dir is None, "none with --data-dir"),
                 ("resolution", self.resolution is None or self.data_dir is None, "none with --data-dir"),
-                ("output_dir", self.output_dir.is_dir() or not self.output_dir.exists(), "a folder"),
+                writable("output_dir", self.output_dir),
                 ("objectives", set(self.objective_names) <= set(OBJECTIVES),
                  f"some of {', '.join(OBJECTIVES)}, comma-separated"),
             ],

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from stablevm.errors import UserError
-from stablevm.options import idle_warnings, require
+from stablevm.options import idle_warnings, require, writable
 from stablevm.sampling.config import GenerateConfig
 
 
@@ -50,6 +50,8 @@ class JudgeConfig:
             [
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("cache_gigabytes", self.cache_gigabytes >= 0, "0 or more"),
+                writable("cache_dir", self.cache_dir),
+                writable("output", self.output, is_folder=False),
                 ("inception", self.inception or bool(self.enc_type or self.extractor), "an --enc-type to judge with"),
             ],
         )
@@ -90,6 +92,11 @@ class EvaluateCheckpointConfig:
     """What the images are compared with, and how."""
     sampling: tyro.conf.OmitArgPrefixes[GenerateConfig]
     """How they are generated."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        self.judging.validate()
+        self.sampling.validate()
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
@@ -141,6 +148,8 @@ class ReferenceConfig:
                 ("seed", self.seed >= 0, "0 or more"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("cache_gigabytes", self.cache_gigabytes >= 0, "0 or more"),
+                writable("cache_dir", self.cache_dir),
+                writable("output", self.output, is_folder=False),
             ],
         )
         if self.output.suffix != ".npz":

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from stablevm.options import require
+from stablevm.options import require, writable
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,5 @@ class ImportConfig:
         """Raise UserError for the first option outside its range."""
         numbers = ("encoder_depth", "num_classes", "resolution")
         given = [(name, getattr(self, name)) for name in numbers if getattr(self, name) is not None]
-        require(self, [(name, value >= 1, "at least 1") for name, value in given])
+        numbers_expected = [(name, value >= 1, "at least 1") for name, value in given]
+        require(self, [*numbers_expected, writable("output", self.output)])

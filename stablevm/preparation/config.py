@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from stablevm.errors import UserError
-from stablevm.options import require
+from stablevm.options import require, writable
 
 Transform = Literal["center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
 
@@ -53,6 +53,7 @@ class ConvertConfig:
             [
                 ("num_workers", self.num_workers >= 0, "0 or more"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
+                writable("dest", self.dest),
                 ("resolution", size is None or min(size) >= 1, "a positive width and height"),
                 ("resolution", size is not None or self.transform == "none",
                  f"a size such as 256x256 with --transform {self.transform}"),
@@ -99,7 +100,8 @@ class EncodeConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
-                       ("batch_size", self.batch_size >= 1, "at least 1")])  # fmt: skip
+                       ("batch_size", self.batch_size >= 1, "at least 1"),
+                       writable("dest", self.dest)])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class EncodeShardsConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
-                       ("batch_size", self.batch_size >= 1, "at least 1")])  # fmt: skip
+                       ("batch_size", self.batch_size >= 1, "at least 1"),
+                       writable("data_dir", self.data_dir)])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class PackConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("num_workers", self.num_workers >= 0, "0 or more")])
+        require(self, [("num_workers", self.num_workers >= 0, "0 or more"), writable("dest", self.dest)])
 
 
 @dataclass(frozen=True)
@@ -181,4 +184,5 @@ class InfoConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("classes", self.classes >= 1, "at least 1"), ("per_class", self.per_class >= 1, "at least 1")])
+        require(self, [("classes", self.classes >= 1, "at least 1"), ("per_class", self.per_class >= 1, "at least 1"),
+                       writable("picture", self.picture, is_folder=False)])  # fmt: skip

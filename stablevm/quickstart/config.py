@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stablevm.options import require
+from stablevm.options import require, writable
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class ExtractorConfig:
     """Folder for extractor.safetensors and extractor.json."""
     seed: int = 0
     """Seed of weights, batches and augmentation."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("seed", self.seed >= 0, "0 or more"), writable("output_dir", self.output_dir)])
 
 
 @dataclass(frozen=True)
@@ -35,4 +39,5 @@ class QuickstartConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("steps", self.steps >= 1, "at least 1"), ("seed", self.seed >= 0, "0 or more")])
+        numbers = [("steps", self.steps >= 1, "at least 1"), ("seed", self.seed >= 0, "0 or more")]
+        require(self, [*numbers, writable("output_dir", self.output_dir)])

@@ -1,11 +1,14 @@
 """The options of `generate`. Free of torch, so that `--help` stays quick."""
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from stablevm.errors import UserError
-from stablevm.options import Expectation, distinct_indices, idle_warnings, require
+from stablevm.options import Expectation, distinct_indices, idle_warnings, require, writable
+
+_LONGEST_STEM = 240  # bytes: a disk takes 255, with the suffix
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ class GenerateConfig:
         """Raise UserError for the first option outside its range."""
         low, high = self.guidance_low, self.guidance_high
         expectations = [
+            writable("sample_dir", self.sample_dir),
+            (
+                "name",
+                self.name is None or len(os.fsencode(self.name)) <= _LONGEST_STEM,
+                f"at most {_LONGEST_STEM} bytes",
+            ),
             ("num_fid_samples", self.num_fid_samples >= 1, "at least 1"),
             ("per_proc_batch_size", self.per_proc_batch_size >= 1, "at least 1"),
             ("num_steps", self.num_steps >= 1, "at least 1"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stablevm.errors import UserError
-from stablevm.options import distinct_indices, require
+from stablevm.options import distinct_indices, require, writable
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class VarianceConfig:
                 ("rows", self.rows >= 2, "at least 2"),
                 ("times", self.times >= 2, "at least 2"),
                 ("seed", self.seed >= 0, "0 or more"),
+                writable("output_dir", self.output_dir),
             ],
         )
         self.class_indices()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from stablevm.errors import UserError
-from stablevm.options import idle_warnings, require
+from stablevm.options import idle_warnings, require, writable
 
 Method = Literal["cfm", "stf", "stable_vm", "stable_vm_efficient"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -122,6 +122,7 @@ class ToyConfig:
                 ("dropout", 0 <= self.dropout < 1, "a number in [0, 1)"),
                 ("eval_times", bool(self.eval_times) and all(0 < t <= 1 for t in self.eval_times), "times in (0, 1]"),
                 ("variance_dimensions", all(d >= 1 for d in self.variance_dimensions), "dimensions from 1"),
+                writable("output_dir", self.output_dir),
                 ("dimension", self.dimension >= 2 or not self.enable_visualization, "at least 2 to draw a plane"),
             ],
         )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from stablevm.cards import card_of, read_card
 from stablevm.errors import UserError
-from stablevm.options import as_typed, idle_warnings, require
+from stablevm.options import as_typed, idle_warnings, require, writable
 
 CONFIG_FILE = "config.json"
 _REMEDY = "restore it, or begin anew under another --exp-name"
@@ -200,6 +200,8 @@ class TrainConfig:
             [
                 ("exp_name", self.exp_name not in ("", "..") and Path(self.exp_name).name == self.exp_name,
                  "a folder's name"),
+                writable("output_dir", self.output_dir),
+                writable("exp_name", self.folder),
                 ("report_to", set(self.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}, comma-separated"),
                 *((name, getattr(self, name) >= 1, "at least 1") for name in counts + more_counts),
                 *((name, getattr(self, name) >= 0, "0 or more") for name in naturals),

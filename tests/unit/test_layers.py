@@ -15,7 +15,7 @@ FLOORS = dict(
     enumerate(
         [
             ("errors", "text"),
-            ("files", "foreign_weights", "options", "interpolant", "rng", "precision", "processes", "compiler"),
+            ("files", "foreign_weights", "interpolant", "rng", "precision", "processes", "compiler"),
             (
                 "locks",
                 "posterior",
@@ -27,6 +27,7 @@ FLOORS = dict(
                 "images",
                 "plotting",
                 "cards",
+                "options",
             ),
             (
                 "objective",
