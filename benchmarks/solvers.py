@@ -161,7 +161,9 @@ def _evaluations(folder: Path, settings: dict[str, Any]) -> int:
     card = load_card(config.ckpt)
     streams = RowGenerators.for_keys("generate", config.global_seed, positions=range(50))
     labels = labels_of(config, card)[:50]
-    return draw_latents(load_model(config.ckpt, card), card, labels, streams, sampler_settings(config), "cpu")[1]
+    return draw_latents(
+        load_model(config.ckpt, card), card, labels, streams, sampler_settings(config.effective()), "cpu"
+    )[1]
 
 
 def _print_table(by_evaluations: dict[int, dict[str, dict[str, Any]]], distances: Any, digits: int) -> None:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from stablevm.interpolant import COSINE, LINEAR, Interpolant
     from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, StableVM, squared_error
     from stablevm.posterior import Posterior
-    from stablevm.sampling.sampler import SamplerSettings, integrate
+    from stablevm.sampling.sampler import integrate
     from stablevm.sampling.scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
+    from stablevm.sampling.settings import SamplerSettings
     from stablevm.sampling.solvers import stable_velocity_step
     from stablevm.schedules import AlignmentSchedule, draw_times
     from stablevm.variance import VarianceCurve, variance_curve
@@ -42,8 +43,9 @@ _HOMES = {
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
     "objective": ("Draw", "FlowMatching", "Protocol", "StableTargetField", "StableVM", "squared_error"),
     "posterior": ("Posterior",),
-    "sampling.sampler": ("SamplerSettings", "integrate"),
+    "sampling.sampler": ("integrate",),
     "sampling.scheduler": ("StableVSFlowMatchScheduler",),
+    "sampling.settings": ("SamplerSettings",),
     "sampling.solvers": ("stable_velocity_step",),
     "schedules": ("AlignmentSchedule", "draw_times"),
     "variance": ("VarianceCurve", "variance_curve"),

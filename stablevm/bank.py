@@ -45,6 +45,12 @@ class ClassBank:
         self.counts = torch.zeros_like(self._heads)  # filled slots per class; they are the first ones of each class
         self.seen = torch.zeros_like(self._heads)  # samples ever inserted per class
 
+    def __repr__(self) -> str:
+        return (
+            f"ClassBank({self.num_classes} classes of {self.capacity}, shape {self.shape}, {self._data.dtype} on "
+            f"{self.device})"
+        )
+
     @property
     def discarded_slot(self) -> int:
         """The flat slot that `insert` reports for a sample that did not stay."""

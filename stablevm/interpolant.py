@@ -6,19 +6,20 @@ Time runs from data (`t = 0`) to the prior N(0, I) (`t = 1`). A path is `x_t = a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stablevm.errors import UserError
+from stablevm.shapes import ShownByShape
 
 Kind = Literal["velocity", "x0", "noise", "score"]
 
 
-@dataclass(frozen=True)
-class Coefficients:
+@dataclass(frozen=True, repr=False)
+class Coefficients(ShownByShape):
     """alpha, sigma and their derivatives by t, each of the shape of the times that they were asked for."""
 
     alpha: Tensor
@@ -37,8 +38,8 @@ class Interpolant:
     """One path. `x0`, `noise` and `x_t` have shape (B, ...); `t` has shape (B,) or is a scalar tensor, in [0, 1]."""
 
     name: str
-    _coefficients: Callable[[Tensor], Coefficients]
-    _time_at_ratio: Callable[[Tensor], Tensor]
+    _coefficients: Callable[[Tensor], Coefficients] = field(repr=False)
+    _time_at_ratio: Callable[[Tensor], Tensor] = field(repr=False)
 
     def coefficients(self, t: Tensor, like: Tensor | None = None) -> Coefficients:
         """Coefficients at `t`; with `like` (B, ...), shaped to broadcast against it."""
@@ -124,9 +125,18 @@ def _cosine(t: Tensor) -> Coefficients:
     return Coefficients(cosine, sine, -quarter * sine, quarter * cosine)
 
 
-LINEAR = Interpolant("linear", _linear, lambda ratio: ratio / (1 + ratio))
+def _linear_time(ratio: Tensor) -> Tensor:
+    return ratio / (1 + ratio)
+
+
+def _cosine_time(ratio: Tensor) -> Tensor:
+    return torch.atan(ratio) * (2 / math.pi)
+
+
+# Functions with names, not lambdas: a path is pickled with all that holds one.
+LINEAR = Interpolant("linear", _linear, _linear_time)
 """`x_t = (1 - t) x0 + t noise`."""
-COSINE = Interpolant("cosine", _cosine, lambda ratio: torch.atan(ratio) * (2 / math.pi))
+COSINE = Interpolant("cosine", _cosine, _cosine_time)
 """`x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise`."""
 INTERPOLANTS = {path.name: path for path in (LINEAR, COSINE)}
 

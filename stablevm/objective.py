@@ -21,6 +21,7 @@ from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import posterior, posterior_over_blocks
 from stablevm.rng import AnyGenerator, RowGenerators, rand, randn, to_device
 from stablevm.schedules import TimeName, draw_times
+from stablevm.shapes import ShownByShape, described
 
 Prediction = Literal["v", "x"]
 Anchors = Literal["bank", "batch"]
@@ -31,8 +32,8 @@ POOL_SIZE = 2048
 GATHERED_VALUES_CPU = 2**20
 
 
-@dataclass(frozen=True)
-class Draw:
+@dataclass(frozen=True, repr=False)
+class Draw(ShownByShape):
     """One batch to regress on. All tensors are on the latents' device; images have shape (B, *shape).
 
     labels holds the null class where the label was dropped. ids are the dataset rows of the anchors (NO_ID where
@@ -83,6 +84,9 @@ class FlowMatching:
 
     def __init__(self, protocol: Protocol | None = None) -> None:
         self.protocol = protocol or Protocol()
+
+    def __repr__(self) -> str:
+        return f"FlowMatching({self.protocol})"
 
     def draw(self, latents: Tensor, labels: Tensor, stream: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
         """latents (B, *shape), labels (B,) int64; stream: where the times, noise and dropped labels come from.
@@ -314,7 +318,7 @@ def _check_batch(
             "labels are None: for data without classes give zeros, torch.int64 (B,), and the bank one class"
         )
     if not latents.is_floating_point() or not len(latents):
-        raise UserError(f"latents are {_described(latents)}: expected floating point numbers, one sample or more")
+        raise UserError(f"latents are {described(latents)}: expected floating point numbers, one sample or more")
     for name, values, remedy in (
         (
             "labels",
@@ -324,7 +328,7 @@ def _check_batch(
         ("ids", ids, "; give rows of the data set"),
     ):
         if values is not None and (values.dtype != torch.int64 or values.shape != latents.shape[:1]):
-            raise UserError(f"{name} are {_described(values)}: expected torch.int64 ({len(latents)},){remedy}")
+            raise UserError(f"{name} are {described(values)}: expected torch.int64 ({len(latents)},){remedy}")
     if not isinstance(stream, torch.Generator | RowGenerators):
         raise UserError(f"stream {stream!r}: expected a torch.Generator, such as torch.Generator().manual_seed(0)")
 
@@ -349,10 +353,6 @@ def _check_finite(latents: Tensor) -> None:
     if latents.device.type == "cpu" and not (finite := latents.flatten(1).isfinite().all(dim=1)).all():
         row = int(finite.int().argmin())
         raise UserError(f"latents hold NaN or infinity, first in row {row} of the batch: they would stay in the bank")
-
-
-def _described(values: Tensor) -> str:
-    return f"{values.dtype} {tuple(values.shape)}"
 
 
 def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tuple[Tensor, Tensor]:

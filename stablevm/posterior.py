@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stablevm.interpolant import Interpolant
 from stablevm.precision import full_precision
+from stablevm.shapes import ShownByShape
 
 # Logits this far below the largest get the weight 0: e^-43 is 2e-19, and the square of anything smaller is below
 # float32's normal numbers, which makes a CPU slow.
@@ -37,8 +38,8 @@ class _Limits:
 _CPU, _ACCELERATOR = _Limits(values=2**21, logits=2**17), _Limits(values=2**26, logits=2**22)
 
 
-@dataclass(frozen=True)
-class Posterior:
+@dataclass(frozen=True, repr=False)
+class Posterior(ShownByShape):
     """`offset` is `x0 - m`, shaped like the anchors; `ess` (B,) is the effective sample size `1 / sum_k w_k^2`."""
 
     offset: Tensor

@@ -29,6 +29,9 @@ class RowGenerators:
     def __init__(self, streams: Sequence[torch.Generator]) -> None:
         self.streams = list(streams)
 
+    def __repr__(self) -> str:
+        return f"RowGenerators({len(self.streams)} rows)"
+
     @classmethod
     def for_keys(cls, *prefix: int | str, positions: Sequence[int]) -> "RowGenerators":
         """Row i gets the stream named (*prefix, positions[i])."""
@@ -54,14 +57,14 @@ def _fill(
     pinned = torch.device(device).type == "cuda"
     if isinstance(stream, torch.Generator):
         pinned = pinned and stream.device.type == "cpu"
-        values = sample(tuple(shape), generator=stream, device=stream.device, pin_memory=pinned)
+        values = sample(tuple(shape), generator=stream, dtype=torch.float32, device=stream.device, pin_memory=pinned)
         return to_device(values, device)
     rows, *rest = shape
     if rows != len(stream.streams):
         raise ValueError(f"{rows} rows asked of {len(stream.streams)} row generators")
-    values = torch.empty(tuple(shape), pin_memory=pinned)
+    values = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=pinned)
     for row, row_stream in zip(values, stream.streams, strict=True):
-        row.copy_(sample(tuple(rest), generator=row_stream))
+        row.copy_(sample(tuple(rest), generator=row_stream, dtype=torch.float32))
     return to_device(values, device)
 
 

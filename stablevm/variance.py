@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablevm.interpolant import Interpolant, align
 from stablevm.posterior import posterior, posterior_over_blocks
+from stablevm.rng import rand, randn
 
 BAND = (0.15, 0.85)  # quantiles over samples, as published
 # Up to the split point fewer references than this take part, on average: x_t still tells which sample it came from.
@@ -111,12 +112,12 @@ def variance_curve(
 
     def samples_at(time: float) -> tuple[Tensor, Tensor, Tensor]:
         anchors = torch.randint(len(latents), (rows,), generator=stream)
-        noise = torch.randn(rows, *latents.shape[1:], generator=stream)
+        noise = randn((rows, *latents.shape[1:]), stream)
         parts = []
         for label in labels[anchors].unique().tolist():
             mine = (labels[anchors] == label).nonzero().squeeze(1)
             group, others = members[label], anchors[mine][:, None] != members[label]
-            x0, eps, t = latents[anchors[mine]], noise[mine], torch.full((len(mine),), time)
+            x0, eps, t = latents[anchors[mine]], noise[mine], torch.full((len(mine),), time, dtype=torch.float32)
             exact = posterior(path, x0, eps, t, latents[group], keep=others)
             few = posterior(path, x0, eps, t, latents[group], keep=_choose(others, references - 1, stream))
             parts.append(_errors(path, t, exact.offset, few.offset, few.ess))
@@ -182,7 +183,7 @@ def _streamed_errors(
     anchors = torch.randint(count, (rows,), generator=stream)
     subset = torch.randperm(count, generator=stream)[: references - 1]
     x0, few = (_pick(blocks(), rows_) for rows_ in (anchors, subset))
-    noise = torch.randn(len(times), *x0.shape, generator=stream)
+    noise = randn((len(times), *x0.shape), stream)
     t = times.repeat_interleave(rows)
     every_x0, every_noise = x0.repeat(len(times), *[1] * (x0.ndim - 1)), noise.flatten(0, 1)
     own = anchors.repeat(len(times))[:, None]
@@ -215,7 +216,7 @@ def _band(values: Tensor) -> tuple[float, float]:
 
 def _choose(allowed: Tensor, count: int, stream: torch.Generator) -> Tensor:
     """A mask of at most `count` of each row's allowed columns, at random."""
-    keys = torch.rand(allowed.shape, generator=stream).masked_fill(~allowed, -1.0)
+    keys = rand(allowed.shape, stream).masked_fill(~allowed, -1.0)
     best = keys.topk(min(count, keys.shape[1]), dim=1).indices
     return torch.zeros_like(allowed).scatter_(1, best, True) & allowed
 
@@ -226,7 +227,7 @@ def _pick(blocks: Iterable[Tensor], rows: Tensor) -> Tensor:
     start = 0
     for block in blocks:
         if found is None:
-            found = torch.empty(len(rows), *block.shape[1:])
+            found = torch.empty(len(rows), *block.shape[1:], dtype=torch.float32)
         here = (rows >= start) & (rows < start + len(block))
         found[here] = block[rows[here] - start].float()
         start += len(block)

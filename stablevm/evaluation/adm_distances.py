@@ -43,7 +43,7 @@ def membership_adm(
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Squared distance of each to its k-th neighbour, (n,)."""
-    best = torch.full((len(features), k + 1), torch.inf, device=features.device)
+    best = torch.full((len(features), k + 1), torch.inf, dtype=torch.float32, device=features.device)
     for start in range(0, len(features), BLOCK):
         for other_start in range(0, len(features), BLOCK):
             block = _squared_distances(features[start : start + BLOCK], features[other_start : other_start + BLOCK])

@@ -179,7 +179,7 @@ def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:
 
 def _no_candidates(count: int, kept: int, among: Points) -> tuple[Tensor, Tensor]:
     """Lower bounds and positions, (count, kept) each, for `_keep_smallest` to fill."""
-    bounds = torch.full((count, kept), torch.inf, device=among.rows.device)
+    bounds = torch.full((count, kept), torch.inf, dtype=torch.float32, device=among.rows.device)
     return bounds, torch.zeros((count, kept), dtype=torch.int64, device=among.rows.device)
 
 

@@ -64,7 +64,7 @@ def about(centre: Tensor, rows: Tensor) -> Points:
     # A sum of n + 4 products is off by (n + 4) u of its terms' sizes, which add up to twice the norms; the rest is for
     # centring and for rounding what is stored. Products below float32's smallest number are lost.
     relative = (2 * (width + 4) + 16) * kind.eps / 2
-    factors = torch.ones(count, width + 2, device=rows.device)
+    factors = torch.ones(count, width + 2, dtype=torch.float32, device=rows.device)
     torch.sub(rows, centre, out=factors[:, :width])
     norms = torch.cat([block.double().square().sum(1) for block in factors[:, :width].split(BLOCK_ROWS)])
     lost = 4 * (width + 4) * kind.tiny * (norms > 0)  # copies of the centre are exactly there
@@ -96,7 +96,7 @@ class Bounds:
     def pairs_within(self, squared: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The pairs that may be as near as `squared` (len(b),) or (len(a), 1) allows; of these `rows` of `a` alone."""
         lower = self.lower if rows is None else self.lower[rows]
-        up = torch.tensor(torch.inf, device=lower.device)
+        up = lower.new_tensor(torch.inf)
         found, columns = (lower <= squared.float().nextafter(up)).nonzero().T
         return found if rows is None else rows[found], columns
 
@@ -125,7 +125,7 @@ def bounds_between(a: Points, b: Points, *, same: bool = False) -> Bounds:
 def _rounded_down(values: Tensor) -> Tensor:
     """The largest float32 not above each of the float64 values."""
     nearest = values.float()
-    below = nearest.nextafter(torch.tensor(-torch.inf, device=values.device))
+    below = nearest.nextafter(nearest.new_tensor(-torch.inf))
     return torch.where(nearest.double() > values, below, nearest)
 
 
@@ -162,7 +162,7 @@ def _sharpen(lower: Tensor, upper: Tensor, vague: Tensor, a: Points, b: Points, 
         counts[rows] = vague[rows].sum(1)
     rows, columns = vague.nonzero().T
     exact = squared_distances(a, b, rows, columns).float()
-    down, up = (torch.tensor(sign * torch.inf, device=exact.device) for sign in (-1, 1))
+    down, up = (exact.new_tensor(sign * torch.inf) for sign in (-1, 1))
     lower[rows, columns], upper[rows, columns] = exact.nextafter(down), exact.nextafter(up)
 
 

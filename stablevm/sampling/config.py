@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stablevm.errors import UserError
-from stablevm.options import Expectation, distinct_indices, idle_warnings, require, writable
+from stablevm.options import Expectation, as_typed, distinct_indices, idle_warnings, require, writable
+from stablevm.sampling.settings import expectations, without_effect
 
 _LONGEST_STEM = 240  # bytes: a disk takes 255, with the suffix
 
@@ -108,7 +109,7 @@ class GenerateConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         low, high = self.guidance_low, self.guidance_high
-        expectations = [
+        expected = [
             writable("sample_dir", self.sample_dir),
             (
                 "name",
@@ -117,48 +118,26 @@ class GenerateConfig:
             ),
             ("num_fid_samples", self.num_fid_samples >= 1, "at least 1"),
             ("per_proc_batch_size", self.per_proc_batch_size >= 1, "at least 1"),
-            ("num_steps", self.num_steps >= 1, "at least 1"),
             *self._solver_expectations(),
             ("cfg_scale", 0 <= self.cfg_scale < float("inf"), "0 or more; 1 is no guidance"),
             ("guidance_low", 0 <= low <= 1, "a time in [0, 1]"),
             ("guidance_high", 0 <= high <= 1, "a time in [0, 1]"),
             ("guidance_high", low <= high, f"at least --guidance-low {low}"),
             ("global_seed", self.global_seed >= 0, "0 or more"),
-            ("diffusion_scale", 0 <= self.diffusion_scale < float("inf"), "0 or more"),
-            ("last_time", 0 < self.last_time < 1, "a time between 0 and 1"),
             ("name", self.name is None or _is_file_stem(self.name), "a file name without folder and .npz"),
         ]
-        require(self, expectations)
+        require(self, expected)
         self.class_indices()
 
     def _solver_expectations(self) -> list[Expectation]:
-        stablevs = self.mode == "stablevs"
-        two_steps = self.mode != "ode" or (self.edm_schedule and self.solver != "dopri5")
-        reason = "--edm-schedule" if self.mode == "ode" else f"--mode {self.mode}"
         return [
-            ("num_steps", not two_steps or self.num_steps >= 2, f"at least 2 with {reason}"),
-            (
-                "solver",
-                self.mode == "ode" or self.solver in ("euler", "heun"),
-                f"euler or heun with --mode {self.mode}",
-            ),
+            *expectations(self, as_typed),
             ("heun", not self.heun or self.solver != "dopri5", "no --solver dopri5 with it"),
             (
                 "trajectory",
                 not self.trajectory or self.solver != "dopri5",
                 "no --solver dopri5 with it: each image has steps of its own",
             ),
-            ("rtol", 0 < self.rtol < float("inf"), "more than 0"),
-            ("atol", 0 < self.atol < float("inf"), "more than 0"),
-            ("edm_schedule", not stablevs or not self.edm_schedule, "--mode ode or sde: stablevs has times of its own"),
-            ("split_time", 0 < self.split_time < 1, "a time between 0 and 1"),
-            ("steps_below", self.steps_below >= 1, "at least 1"),
-            (
-                "steps_below",
-                not stablevs or self.steps_below < self.num_steps,
-                f"fewer than --num-steps {self.num_steps}",
-            ),
-            ("noise_factor", 0 <= self.noise_factor <= 1, "a number in [0, 1]"),
         ]
 
     def class_indices(self) -> tuple[int, ...] | None:
@@ -193,24 +172,11 @@ class GenerateConfig:
         return idle
 
     def _idle_solver_options(self) -> dict[str, str]:
-        mode, idle = f"--mode {self.mode}", {}
-        if self.mode == "stablevs":
-            idle = {"last_time": mode}
-            unused = "diffusion_scale" if self.above_split == "ode" else "heun"
-            idle[unused] = f"--above-split {self.above_split}"
-        else:
-            idle |= dict.fromkeys(("split_time", "steps_below", "above_split", "noise_factor"), mode)
+        idle = without_effect(replace(self, solver="heun") if self.heun else self, as_typed)
         if self.mode == "sde":
-            idle["heun"] = mode
-            if self.edm_schedule:
-                idle["last_time"] = "--edm-schedule"
-        if self.mode == "ode":
-            idle |= dict.fromkeys(("diffusion_scale", "last_time"), mode)
-        if self.solver == "dopri5":
-            idle |= dict.fromkeys(("num_steps", "edm_schedule"), "--solver dopri5")
-        else:
-            method = "heun" if self.heun else self.solver
-            idle |= dict.fromkeys(("rtol", "atol"), f"--solver {method}")
+            idle["heun"] = "--mode sde"
+        if self.mode == "stablevs" and self.above_split == "sde":
+            idle["heun"] = "--above-split sde"
         return idle
 
 

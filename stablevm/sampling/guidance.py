@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from stablevm.interpolant import Interpolant
 from stablevm.precision import DTYPES, autocast
+from stablevm.sampling.settings import Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
 LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide these and leave the others to the class alone
 
 

@@ -14,7 +14,7 @@ from stablevm.models.sit import SiT
 from stablevm.precision import tf32
 from stablevm.rng import RowGenerators
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.protocol import sampler_settings
+from stablevm.sampling.protocol import guidance_settings, sampler_settings
 from stablevm.sampling.sampler import draw_latents
 from stablevm.snapshot import ModelCard, load_model
 
@@ -47,9 +47,11 @@ class ImageSampler:
         Raises UserError for values that are not finite.
         """
         streams = RowGenerators.for_keys("generate", self.config.global_seed, positions=indices)
-        settings = sampler_settings(self.config)
+        settings, guidance = sampler_settings(self.config), guidance_settings(self.config)
         with tf32(self.config.tf32):
-            latents, evaluations = draw_latents(self.model, self.card, labels, streams, settings, self.device, watch)
+            latents, evaluations = draw_latents(
+                self.model, self.card, labels, streams, settings, self.device, watch, guidance=guidance
+            )
             self._check_finite(latents, indices)
             return self.decode(latents), evaluations
 

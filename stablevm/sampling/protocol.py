@@ -15,7 +15,7 @@ from stablevm.errors import UserError
 from stablevm.options import as_typed, some_of
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.labels import balanced_labels, random_labels
-from stablevm.sampling.sampler import SamplerSettings
+from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
 from stablevm.snapshot import ModelCard, load_card
 
 Protocol = dict[str, Any]
@@ -117,7 +117,12 @@ def autoencoder_name(config: GenerateConfig, card: ModelCard) -> str:
 
 
 def sampler_settings(config: GenerateConfig) -> SamplerSettings:
+    """UserError where the configuration is not an `effective` one."""
     return SamplerSettings(**{field.name: getattr(config, field.name) for field in fields(SamplerSettings)})
+
+
+def guidance_settings(config: GenerateConfig) -> GuidanceSettings:
+    return GuidanceSettings(**{field.name: getattr(config, field.name) for field in fields(GuidanceSettings)})
 
 
 def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
@@ -142,6 +147,7 @@ def protocol_of(config: GenerateConfig, card: ModelCard) -> Protocol:
         "classes": None if classes is None else list(classes),
         "unconditional": config.unconditional,
         **asdict(sampler_settings(config)),
+        **asdict(guidance_settings(config)),
         "tf32": config.tf32,
         "compile": config.compile,
         "fused_attn": card.model.fused_attn,

@@ -1,8 +1,7 @@
 """Draw latents from a trained network: the one place where training's previews and generation meet the solvers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,8 @@ from stablevm.errors import UserError
 from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.rng import RowGenerators, randn
 from stablevm.sampling.dopri5 import dopri5
-from stablevm.sampling.guidance import GuidedVelocity, Precision
+from stablevm.sampling.guidance import GuidedVelocity
+from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
 from stablevm.sampling.solvers import (
     edm_times,
     euler,
@@ -23,31 +23,10 @@ from stablevm.sampling.solvers import (
     stable_velocity,
     stochastic_heun,
 )
+from stablevm.shapes import described
 from stablevm.snapshot import ModelCard
 
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How to get from noise to a latent; `GenerateConfig` documents each field."""
-
-    mode: Literal["ode", "sde", "stablevs"] = "sde"
-    num_steps: int = 250
-    solver: Literal["euler", "heun", "dopri5"] = "euler"
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    edm_schedule: bool = False
-    diffusion_scale: float = 1.0
-    last_time: float = 0.04
-    split_time: float = 0.85
-    steps_below: int = 9
-    above_split: Literal["ode", "sde"] = "ode"
-    noise_factor: float = 0.0
-    cfg_scale: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    legacy: bool = False
-    precision: Precision = "fp32"
-
+UNGUIDED = GuidanceSettings()
 
 # Solvers with a given number of steps, by the word of --solver. A solver of the ODE alone stands in the first only.
 _FIXED_STEPS = {"euler": euler, "heun": heun}
@@ -69,6 +48,8 @@ def draw_latents(
     settings: SamplerSettings,
     device: torch.device | str,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    *,
+    guidance: GuidanceSettings = UNGUIDED,
 ) -> tuple[Tensor, int]:
     """One latent per label: float32 (B, C, h, w) in the network's space, and the network evaluations per image.
 
@@ -78,7 +59,7 @@ def draw_latents(
     has times of its own. Its evaluations are a mean over the images, rounded.
     UserError for labels, or guidance, of which the card says that they were never trained.
     """
-    _check_trained(card, labels, settings)
+    _check_trained(card, labels, guidance.cfg_scale)
     shape = (len(labels), *card.latent.shape)
     path = get_interpolant(card.path_type)
     velocity = GuidedVelocity(
@@ -87,11 +68,11 @@ def draw_latents(
         card.prediction,
         labels.to(device),
         card.model.null_class,
-        scale=settings.cfg_scale,
-        low=settings.guidance_low,
-        high=settings.guidance_high,
-        legacy=settings.legacy,
-        precision=settings.precision,
+        scale=guidance.cfg_scale,
+        low=guidance.guidance_low,
+        high=guidance.guidance_high,
+        legacy=guidance.legacy,
+        precision=guidance.precision,
     )
 
     def watched(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -107,11 +88,11 @@ def draw_latents(
     return latents.float(), round(velocity.evaluations)
 
 
-def _check_trained(card: ModelCard, labels: Tensor, settings: SamplerSettings) -> None:
+def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:
     """UserError where the network is to be asked about labels that its training never showed it."""
     null = labels == card.model.null_class
-    if not card.null_is_trained and (settings.cfg_scale != 1 or null.any()):
-        asked = "labels of the null class" if null.any() else f"cfg_scale {settings.cfg_scale:g}"
+    if not card.null_is_trained and (cfg_scale != 1 or null.any()):
+        asked = "labels of the null class" if null.any() else f"cfg_scale {cfg_scale:g}"
         raise UserError(
             f"{asked}: the network was trained with label_dropout 0, so its null class is untrained; "
             "draw classes with cfg_scale 1"
@@ -124,8 +105,38 @@ def _check_trained(card: ModelCard, labels: Tensor, settings: SamplerSettings) -
 
 
 def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
-    """What the sampler of `settings` makes at t = 0 of `noise()` at t = 1; later noise comes from there too."""
-    x = noise()
+    """What the sampler of `settings` makes at t = 0 of `noise()` at t = 1, a floating point tensor (B, ...); later
+    noise, of the same shape, comes from there too.
+
+    Hundreds of small steps are added up in float32 or wider: a bfloat16 or float16 state would not move. The velocity
+    is asked at states of the dtype that the noise came in, and the result has that dtype too. UserError where noise
+    or velocities are of another shape than the state.
+    """
+    if not isinstance(path, Interpolant) or not isinstance(settings, SamplerSettings):
+        raise UserError(f"path {path!r}, settings {settings!r}: expected an Interpolant and SamplerSettings")
+    first = noise()
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
+        shown = described(first) if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        raise UserError(f"noise() is {shown}: expected floating point numbers (B, ...), a row for each sample")
+    dtype = torch.promote_types(first.dtype, torch.float32)
+
+    def wide(name: str, value: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            shown = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"the {name} is {shown}, the state {tuple(x.shape)}: expected the same")
+        return value.to(dtype)
+
+    def slope(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        given = x.to(first.dtype)
+        return wide("velocity", velocity(given, t) if rows is None else velocity(given, t, rows), x)
+
+    end = _integrate(slope, first.to(dtype), lambda: wide("noise", noise(), first), path, settings)
+    return end.to(first.dtype)
+
+
+def _integrate(
+    velocity: Field, x: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
+) -> Tensor:
     if settings.mode == "stablevs":
         above, below = split_times(settings.num_steps, settings.split_time, settings.steps_below)
         x = _fixed_steps(velocity, x, above, noise, path, settings)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from stablevm.errors import UserError
 from stablevm.interpolant import Interpolant
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -156,13 +157,20 @@ def stable_velocity_step(
         x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I).
 
     Given x0 it has the marginal of the path for every `noise_factor` in [0, 1]. On the linear path and with
-    `noise_factor` 0 it is x + (tau - t) v.
+    `noise_factor` 0 it is x + (tau - t) v. Computed in float32 or wider, and returned in x's dtype. UserError for a
+    velocity of another shape than x.
     """
+    if v.shape != x.shape:
+        raise UserError(f"the velocity is {tuple(v.shape)}, the state {tuple(x.shape)}: expected the same")
+    if not 0 <= noise_factor <= 1:
+        raise UserError(f"noise_factor {noise_factor}: expected a number in [0, 1]")
+    given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    v, x = v.to(dtype), x.to(dtype)
     at = path.coefficients(t_next)
     beta = noise_factor * at.sigma
     x0, direction = path.convert(v, x, t, "velocity", "x0"), path.convert(v, x, t, "velocity", "noise")
     x = at.alpha * x0 + (at.sigma**2 - beta**2).sqrt() * direction
-    return x + beta * noise() if beta > 0 else x
+    return (x + beta * noise() if beta > 0 else x).to(given)
 
 
 def _steps(times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,6 +1,5 @@
 """Grids of samples during training, always of the same noise, so that one sees the network learn."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ from stablevm.autoencoder import Autoencoder
 from stablevm.images import save_png, tile
 from stablevm.rng import RowGenerators
 from stablevm.sampling.labels import trained_labels
-from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.sampling.sampler import UNGUIDED, draw_latents
+from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
 from stablevm.snapshot import ModelCard
 
-SETTINGS = SamplerSettings(mode="ode", num_steps=40, cfg_scale=1.5)
+SETTINGS, GUIDANCE = SamplerSettings(mode="ode", num_steps=40), GuidanceSettings(cfg_scale=1.5)
 CLASSES, PER_CLASS = 10, 6
 MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
 
@@ -32,8 +32,9 @@ class Previews:
         """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
         labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
         streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
-        settings = SETTINGS if card.null_is_trained and card.classes_are_trained else replace(SETTINGS, cfg_scale=1.0)
-        latents, _ = draw_latents(model, card, trained_labels(labels, card), streams, settings, device)
+        guidance = GUIDANCE if card.null_is_trained and card.classes_are_trained else UNGUIDED
+        shown = trained_labels(labels, card)
+        latents, _ = draw_latents(model, card, shown, streams, SETTINGS, device, guidance=guidance)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
         grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
         save_png(self.folder / f"step-{card.step:07d}.png", grid)

@@ -19,7 +19,8 @@ from stablevm.sampling import generation, image_sampler
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.parts import PART_LENGTH, PartFolder
-from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.sampling.sampler import draw_latents
+from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
 from stablevm.snapshot import load_card, load_model, save
 
 COUNT = 70  # four full parts and one of six
@@ -91,8 +92,8 @@ def test_pixels_are_latents_rounded_to_the_nearest_level(options, checkpoint):
     card = load_card(checkpoint)
     model = load_model(checkpoint, card)
     streams = RowGenerators.for_keys("generate", 0, positions=range(PART_LENGTH))
-    settings = SamplerSettings(mode="ode", num_steps=4, cfg_scale=1.5, guidance_high=0.7)
-    latents, _ = draw_latents(model, card, labels, streams, settings, "cpu")
+    settings, guidance = SamplerSettings(mode="ode", num_steps=4), GuidanceSettings(cfg_scale=1.5, guidance_high=0.7)
+    latents, _ = draw_latents(model, card, labels, streams, settings, "cpu", guidance=guidance)
     levels = ((latents.double() + 1) * 127.5).clamp(0, 255)[:, 0].numpy()
     assert np.abs(levels - images_of(target)[..., 0]).max() <= 0.5 + 1e-3
 

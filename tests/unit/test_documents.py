@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_the_path_that_is_shown_is_one():
 def test_the_solver_that_is_shown_has_order_two(monkeypatch):
     midpoint = shown("midpoint", solvers)["midpoint"]
     monkeypatch.setitem(sampler._FIXED_STEPS, "midpoint", midpoint)
+    monkeypatch.setitem(sampler.SamplerSettings.__annotations__, "solver", Literal["midpoint"])
     settings = sampler.SamplerSettings("ode", num_steps=20, solver="midpoint")
     end = sampler.integrate(lambda x, t: x, lambda: torch.ones(1, dtype=torch.float64), interpolant.LINEAR, settings)
     assert end.item() == pytest.approx(math.exp(-1), rel=1e-3)

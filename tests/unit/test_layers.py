@@ -14,7 +14,7 @@ PACKAGE = Path(stablevm.__file__).parent
 FLOORS = dict(
     enumerate(
         [
-            ("errors", "text"),
+            ("errors", "text", "shapes"),
             ("files", "foreign_weights", "interpolant", "rng", "precision", "processes", "compiler"),
             (
                 "locks",

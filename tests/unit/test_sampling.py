@@ -22,7 +22,8 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import GuidedVelocity
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.protocol import check_claims
-from stablevm.sampling.sampler import SamplerSettings, draw_latents
+from stablevm.sampling.sampler import UNGUIDED, draw_latents
+from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
 
 
 class Recorder(nn.Module):
@@ -59,17 +60,19 @@ def at(value):
 )
 def test_labels_that_training_never_showed_are_refused(dropout, label, scale, told):
     card = tiny_card(label_dropout=dropout)
-    settings = SamplerSettings(mode="ode", num_steps=1, cfg_scale=scale)
+    settings, guidance = SamplerSettings(mode="ode", num_steps=1), GuidanceSettings(cfg_scale=scale)
     streams = RowGenerators.for_keys("x", positions=[0])
     with pytest.raises(UserError, match=told):
-        draw_latents(Recorder(), card, torch.tensor([label]), streams, settings, "cpu")
+        draw_latents(Recorder(), card, torch.tensor([label]), streams, settings, "cpu", guidance=guidance)
 
 
 @pytest.mark.parametrize("dropout", [None, 0.1])
 def test_cards_that_do_not_know_their_label_dropout_are_guided_as_before(dropout):
-    settings = SamplerSettings(mode="ode", num_steps=1, cfg_scale=1.5)
+    settings, guidance = SamplerSettings(mode="ode", num_steps=1), GuidanceSettings(cfg_scale=1.5)
     streams = RowGenerators.for_keys("x", positions=[0])
-    drawn = draw_latents(Recorder(), tiny_card(label_dropout=dropout), torch.tensor([1]), streams, settings, "cpu")
+    drawn = draw_latents(
+        Recorder(), tiny_card(label_dropout=dropout), torch.tensor([1]), streams, settings, "cpu", guidance=guidance
+    )
     assert drawn[1] == 2, "evaluations of a guided step"
 
 
@@ -111,7 +114,12 @@ def test_legacy_guides_three_channels():
 
 def test_the_null_class_is_the_checkpoints():
     model = Recorder()
-    draw(model, SamplerSettings(mode="ode", num_steps=1, cfg_scale=2), tiny_card(num_classes=7))
+    draw(
+        model,
+        SamplerSettings(mode="ode", num_steps=1),
+        tiny_card(num_classes=7),
+        guidance=GuidanceSettings(cfg_scale=2),
+    )
     assert model.labels == [1, 1, 1, 7, 7, 7]
 
 
@@ -127,34 +135,38 @@ def test_network_runs_in_the_precision_asked_whatever_surrounds_it(precision, au
 # Drawing
 
 
-def draw(model, settings, card=None, positions=(0, 1, 2), label=1):
+def draw(model, settings, card=None, positions=(0, 1, 2), label=1, guidance=UNGUIDED):
     labels = torch.full((len(positions),), label)
     streams = RowGenerators.for_keys("test", positions=positions)
-    return draw_latents(model, card or tiny_card(), labels, streams, settings, "cpu")
+    return draw_latents(model, card or tiny_card(), labels, streams, settings, "cpu", guidance=guidance)
 
 
 @pytest.mark.parametrize(
-    "settings, expected",
+    "settings, guidance, expected",
     [
         # 172 of the 250 times from 1 to 0.04 are at most 0.7: 250 + 172, REPA's published count.
-        (SamplerSettings(cfg_scale=1.8, guidance_high=0.7), 422),
-        (SamplerSettings(), 250),
-        (SamplerSettings(cfg_scale=1.8), 500),
-        (SamplerSettings(mode="ode", num_steps=10), 10),
-        (SamplerSettings(mode="ode", num_steps=10, solver="heun"), 19),
-        (SamplerSettings(mode="ode", num_steps=10, cfg_scale=2, guidance_low=0.3, guidance_high=0.7), 15),
-        (SamplerSettings(mode="ode", num_steps=10, edm_schedule=True), 10),
-        (SamplerSettings(num_steps=10, edm_schedule=True), 10),
-        (SamplerSettings(num_steps=10, solver="heun"), 19),
-        (SamplerSettings(mode="stablevs", num_steps=20), 20),
+        (SamplerSettings(), GuidanceSettings(cfg_scale=1.8, guidance_high=0.7), 422),
+        (SamplerSettings(), UNGUIDED, 250),
+        (SamplerSettings(), GuidanceSettings(cfg_scale=1.8), 500),
+        (SamplerSettings(mode="ode", num_steps=10), UNGUIDED, 10),
+        (SamplerSettings(mode="ode", num_steps=10, solver="heun"), UNGUIDED, 19),
+        (
+            SamplerSettings(mode="ode", num_steps=10),
+            GuidanceSettings(cfg_scale=2, guidance_low=0.3, guidance_high=0.7),
+            15,
+        ),
+        (SamplerSettings(mode="ode", num_steps=10, edm_schedule=True), UNGUIDED, 10),
+        (SamplerSettings(num_steps=10, edm_schedule=True), UNGUIDED, 10),
+        (SamplerSettings(num_steps=10, solver="heun"), UNGUIDED, 19),
+        (SamplerSettings(mode="stablevs", num_steps=20), UNGUIDED, 20),
         # Of the nine steps below 0.85 the first two are above 0.7, and the eleven above it too.
-        (SamplerSettings(mode="stablevs", num_steps=20, cfg_scale=2, guidance_high=0.7), 27),
-        (SamplerSettings(mode="stablevs", num_steps=20, solver="heun"), 31),
+        (SamplerSettings(mode="stablevs", num_steps=20), GuidanceSettings(cfg_scale=2, guidance_high=0.7), 27),
+        (SamplerSettings(mode="stablevs", num_steps=20, solver="heun"), UNGUIDED, 31),
     ],
 )
-def test_network_evaluations(settings, expected):
+def test_network_evaluations(settings, guidance, expected):
     model = Recorder()
-    _, evaluations = draw(model, settings)
+    _, evaluations = draw(model, settings, guidance=guidance)
     assert evaluations == expected == sum(rows for _, _, rows, _ in model.calls) / 3
 
 
@@ -422,5 +434,5 @@ def test_files_of_others_are_not_taken_for_archives(tmp_path):
 
 def test_samplers_and_the_command_have_the_same_defaults():
     options = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
-    for setting in dataclasses.fields(SamplerSettings):
+    for setting in (*dataclasses.fields(SamplerSettings), *dataclasses.fields(GuidanceSettings)):
         assert setting.default == options[setting.name], setting.name

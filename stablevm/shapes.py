@@ -1,0 +1,23 @@
+"""How tensors are named in messages and in what Python prints of a value that holds them: by type and shape."""
+
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+
+def described(values: Tensor) -> str:
+    """Such as `torch.float32 (64, 4, 32, 32)`."""
+    return f"{values.dtype} {tuple(values.shape)}"
+
+
+class ShownByShape:
+    """For dataclasses that hold tensors: printing one shows type, shape and device of each, not hundreds of numbers."""
+
+    def __repr__(self) -> str:
+        shown = [f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self) if field.repr]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    return f"{described(value)} on {value.device}" if isinstance(value, Tensor) else repr(value)
