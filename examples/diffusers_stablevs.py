@@ -5,8 +5,8 @@
 
 The pipeline here is a small one; in any that samples by a FlowMatchEulerDiscreteScheduler (Stable Diffusion 3, Flux,
 Lumina, Wan, ...), the marked line is the whole change. The defaults are the published ones, for images of thousands
-of dimensions; digits have 64, where a velocity changes earlier on its way, so the gain is small here: 20 steps of
-StableVS end 0.030 from the converged images, 20 of Euler 0.035, 30 of Euler 0.020.
+of dimensions; digits have 64, where a velocity changes earlier on its way, so there is no gain here: 20 steps of
+StableVS end 0.041 from the converged images (0.030 with grid_below="even"), 20 of Euler 0.035, 30 of Euler 0.020.
 """
 
 import torch

@@ -50,6 +50,17 @@ def split_times(num_steps: int, split: float, steps_below: int) -> tuple[Tensor,
     return above, split * ode_times(steps_below)
 
 
+def thinned(count: int, kept: int) -> Tensor:
+    """Which of `count` falling noise levels the published StableVS takes its steps from: int64 (min(count, kept),).
+
+    `kept` of them, evenly by their number from the first to the last but one, so that the step to 0 is a large one;
+    all of them where there are no more than `kept`.
+    """
+    if count <= kept:
+        return torch.arange(count)
+    return torch.linspace(0, count - 2, kept).round().long()
+
+
 def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     """Explicit Euler for `dx/dt = v`, of order 1. One evaluation per step: `len(times) - 1`."""
     for t, t_next in _steps(times):

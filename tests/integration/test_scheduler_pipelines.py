@@ -1,0 +1,115 @@
+"""Image to image and inpainting in the pipelines of diffusers themselves, with tiny networks of random weights."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from stablevm.sampling.scheduler import StableVSFlowMatchScheduler
+
+pytest.importorskip("transformers", reason="diffusers has these pipelines where transformers is installed")
+
+STEPS = 30
+PROMPT_WIDTH, POOLED_WIDTH = 32, 64
+
+
+def autoencoder(channels):
+    """An untrained one that leaves the size of an image as it is."""
+    return AutoencoderKL(
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+
+def stable_diffusion_3(name, scheduler):
+    import diffusers
+
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=PROMPT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+    )
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    options = {"transformer": transformer, "scheduler": scheduler, "vae": autoencoder(16), **dict.fromkeys(encoders)}
+    return getattr(diffusers, name)(**options)
+
+
+def flux(name, scheduler):
+    import diffusers
+
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=PROMPT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        axes_dims_rope=[4, 4, 8],
+    )
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    options = {"transformer": transformer, "scheduler": scheduler, "vae": autoencoder(4), **dict.fromkeys(encoders)}
+    return getattr(diffusers, name)(**options)
+
+
+PIPELINES = {
+    "StableDiffusion3Img2ImgPipeline": (stable_diffusion_3, {"shift": 3.0}, 1),
+    "StableDiffusion3InpaintPipeline": (stable_diffusion_3, {"shift": 3.0}, 1),
+    "FluxImg2ImgPipeline": (flux, {"use_dynamic_shifting": True}, 1000),
+    "FluxInpaintPipeline": (flux, {"use_dynamic_shifting": True}, 1000),
+}
+
+
+def run(name, scheduler_class, strength):
+    """The timesteps at which the network was asked, and the latents that came out."""
+    make, options, unit = PIPELINES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = make(name, scheduler_class(**options))
+        image = torch.rand(1, 3, 16, 16)
+        mask = (torch.rand(1, 1, 16, 16) > 0.5).float()
+    pipe.set_progress_bar_config(disable=True)
+    asked = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, options: asked.append(unit * options["timestep"][0].item()), with_kwargs=True
+    )
+    latents = pipe(
+        image=image,
+        strength=strength,
+        num_inference_steps=STEPS,
+        prompt_embeds=torch.zeros(1, 4, PROMPT_WIDTH),
+        pooled_prompt_embeds=torch.zeros(1, POOLED_WIDTH),
+        generator=torch.Generator().manual_seed(0),
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+        output_type="latent",
+        **({"mask_image": mask} if "Inpaint" in name else {}),
+    )[0]
+    return asked, latents
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_strength_is_the_euler_schedulers(name):
+    for strength in (1.0, 0.8, 0.6, 0.4, 0.33, 0.3, 0.1):
+        by_euler, expected = run(name, FlowMatchEulerDiscreteScheduler, strength)
+        by_stablevs, latents = run(name, StableVSFlowMatchScheduler, strength)
+        assert by_stablevs[0] == by_euler[0]
+        assert len(by_euler) == round(strength * STEPS) and len(by_stablevs) < len(by_euler)
+        assert all(t > after for t, after in itertools.pairwise(by_stablevs))
+        assert (latents - expected).abs().max() < 0.1 * expected.std()
