@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.errors import UserError
 from stablevm.files import output_fault
+from stablevm.text import shown
 
 Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
 
@@ -43,8 +44,10 @@ def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
 
 
 def some_of(values: Sequence[object], most: int = 10) -> str:
-    """The first of several values for a message, and a sign that there are more."""
-    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
+    """The first of several values for a message, fit for a terminal, and a sign that there are more."""
+    return ", ".join(shown(str(value), quoted=False) for value in values[:most]) + (
+        ", ..." if len(values) > most else ""
+    )
 
 
 def distinct_indices(text: str) -> tuple[int, ...] | None:

@@ -8,6 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from stablevm.autoencoder import LatentSpec
+from stablevm.options import some_of
+
+_NAMES_SHOWN = 6  # classes named in a command's last line
 
 Rows = Sequence[int] | np.ndarray | Tensor
 
@@ -63,3 +66,12 @@ def checked_rows(rows: Rows, count: int) -> np.ndarray:
     if len(rows) and not (rows.min() >= 0 and rows.max() < count):
         raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a data set of {count} rows")
     return rows
+
+
+def describe_classes(names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """The end of a last line: how many classes there are, and what the first ones and the empty ones are called."""
+    if not names:
+        return []
+    text = f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {some_of(names, _NAMES_SHOWN)}"
+    empty = [name for name, count in zip(names, counts, strict=False) if not count]
+    return [text, f"{len(empty):,} of them without an image: {some_of(empty, _NAMES_SHOWN)}"] if empty else [text]

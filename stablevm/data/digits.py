@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
+from stablevm.data.dataset import describe_classes
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardKind
 from stablevm.data.writer import ShardWriter, shard_name
 from stablevm.errors import UserError
@@ -48,7 +49,8 @@ def _prepare(folder: Path) -> str:
         writer.add(**splits[name])
         writer.finish()
     counts = " and ".join(f"{len(splits[name]['index']):,} for {name}" for name in SPLITS)
-    return f"digits: {counts}, {'written to' if missing else 'complete already in'} {folder}"
+    classes = describe_classes(DESCRIPTION.class_names, [1] * len(DESCRIPTION.class_names))[0]
+    return f"digits: {counts}, {'written to' if missing else 'complete already in'} {folder}; {classes}"
 
 
 def _digits() -> dict[str, dict[str, Tensor]]:

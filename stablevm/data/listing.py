@@ -6,17 +6,28 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from stablevm.data.storage import Storage, is_inside
+from stablevm.data.storage import FolderStorage, Storage, ZipStorage, is_inside, plain_name
 from stablevm.errors import UserError
+from stablevm.files import parse_json
 
 LISTING_FILE = "dataset.json"
+WORK_FOLDER = ".prepare"  # in a result's folder, until the result is complete
+# Classes without names are as many as the largest label says, and dates or identifiers as labels would make millions.
+# So many are taken as they are, and more only for as many images.
+MAX_UNNAMED_CLASSES = 100_000
+# A member of an archive may unpack to a thousand times its size: what the archive's number of files can't explain is no
+# listing. A name has up to 300 characters or so, and escapes.
+_BYTES_PER_FILE, _BYTES_AT_LEAST = 2_000, 2**24
+_BEGINNING = 4096
+_LARGEST_FILE = 2**31  # bytes of a listing in a folder, which lie on the disk: some 30 million images
 
 
 @dataclass(frozen=True)
 class Listing:
-    """`labels` are (name, class) in the order of names, None where the file has none."""
+    """`labels` are (name, class) in the order of names, None where the file says that there are none."""
 
     labels: list[tuple[str, int]] | None
     class_names: tuple[str, ...] | None
@@ -35,31 +46,43 @@ class Listing:
 def read_listing(storage: Storage) -> Listing:
     """Raises UserError, naming the first faulty entry, for what is no listing of labels."""
     path = f"{storage.root}/{LISTING_FILE}"
-    try:
-        with storage.open(LISTING_FILE) as file:
-            values = json.loads(file.read())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it says which image is of which class") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore or remake it") from None
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: can't be read ({error}); fetch or make the archive again") from None
-    if not isinstance(values, dict) or "format_version" in values:
-        raise UserError(f'{path}: expected {{"labels": [["NAME", CLASS], ...]}}, found another kind of file')
-    rows = values.pop("labels", None)
+    values = _parsed(storage, path)
+    if not isinstance(values, dict) or "format_version" in values or "labels" not in values:
+        what = "a prepared data set in shards" if _is_manifest(values) else "another kind of file"
+        raise UserError(f'{path}: expected {{"labels": [["NAME", CLASS], ...]}}, found {what}')
+    rows = values.pop("labels")
     names = values.pop("class_names", None)
     if rows is None:
         return Listing(None, None, values)
     if not isinstance(rows, list) or not isinstance(names, list | None):
         raise UserError(f"{path}: its labels or class_names are no list; remake it")
-    pairs = [_pair(path, row) for row in rows]
+    pairs = [_pair(path, row, storage) for row in rows]
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated or not pairs:
         raise UserError(f"{path}: {f'lists {repeated[0]} twice' if repeated else 'lists no images'}; remake it")
     largest = max(label for _, label in pairs)
     if names is not None and not (len(names) > largest and all(isinstance(name, str) for name in names)):
         raise UserError(f"{path}: {len(names)} class_names, but class {largest} occurs; remake it")
+    if names is None and largest >= max(MAX_UNNAMED_CLASSES, len(pairs)):
+        raise UserError(
+            f"{path}: class {largest} would make {largest + 1:,} classes for {len(pairs):,} images; number the "
+            "classes from 0 without gaps"
+        )
     return Listing(sorted(pairs), None if names is None else tuple(names), values)
+
+
+def kind_of_listing(path: Path) -> Literal["images", "latents", "shards", None]:
+    """What a dataset.json is about, from its beginning; None for another file, and without one."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_BEGINNING)
+    except OSError:
+        return None
+    if b'"format_version"' in start:
+        return "shards"
+    if b'"labels"' not in start:
+        return None
+    return "latents" if b'.npy"' in start else "images"
 
 
 def format_listing(labels: Iterable[tuple[str, int]], facts: dict[str, Any]) -> str:
@@ -69,8 +92,42 @@ def format_listing(labels: Iterable[tuple[str, int]], facts: dict[str, Any]) -> 
     return f'{{"labels": [\n{rows}\n],\n{others}\n}}\n'
 
 
-def _pair(path: str, row: Any) -> tuple[str, int]:
+def _parsed(storage: Storage, path: str) -> Any:
+    limit = _LARGEST_FILE
+    if isinstance(storage, ZipStorage):
+        limit = _BYTES_AT_LEAST + _BYTES_PER_FILE * storage.count
+    try:
+        with storage.open(LISTING_FILE) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{path}: more than {limit:,} bytes, too large for a listing of its images; remake it")
+        return parse_json(content, path)
+    except FileNotFoundError:
+        if isinstance(storage, FolderStorage) and (storage.root / WORK_FOLDER).is_dir():
+            raise UserError(
+                f"{path}: missing, {storage.root} was not prepared to its end: run the command that began it once more"
+            ) from None
+        raise UserError(f"{path}: no such file; it says which image is of which class") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: can't be read ({error}); fetch or make the archive again") from None
+
+
+def _is_manifest(values: Any) -> bool:
+    return isinstance(values, dict) and "shards" in values
+
+
+def _pair(path: str, row: Any, storage: Storage) -> tuple[str, int]:
     match row:
-        case [str(name), int(label)] if label >= 0 and is_inside(name) and not isinstance(label, bool):
-            return name, label
+        case [str(name), int(label)] if label >= 0 and not isinstance(label, bool):
+            name = _known_name(name, storage)
+            if is_inside(name):
+                return name, label
     raise UserError(f'{path}: entry {json.dumps(row)[:80]}: expected ["RELATIVE/NAME", CLASS], the class 0 or more')
+
+
+def _known_name(name: str, storage: Storage) -> str:
+    """As the storage calls the file: other systems write `a\\b.png` or `./a/b.png` for `a/b.png`."""
+    plain = plain_name(name)
+    if plain == name or (is_inside(name) and "\\" in name and storage.exists(name)):
+        return name
+    return plain

@@ -3,18 +3,26 @@
 from pathlib import Path
 
 from stablevm.data.dataset import PreparedDataset
+from stablevm.data.folders import is_dataset_folder, why_no_dataset
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.repa import RepaDataset, is_repa_folder
 from stablevm.data.shards import ShardDataset
+from stablevm.errors import UserError
 
 
 def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
     """Open the data set in `path`, or in `path`/`split` when `path` itself is none.
 
-    Raises UserError for what is no data set, and for shards that are missing or have changed in size.
+    Raises UserError for what is no data set, saying what it is instead where it shows, and for shards that are missing
+    or have changed in size.
     """
     folder = dataset_folder(path, split)
-    return RepaDataset(folder) if is_repa_folder(folder) else ShardDataset(folder)
+    if is_repa_folder(folder):
+        return RepaDataset(folder)
+    reason = why_no_dataset(folder) if folder.is_dir() and not is_dataset_folder(folder) else None
+    if reason is not None:
+        raise UserError(f"--data-dir {folder}: {reason}")
+    return ShardDataset(folder)
 
 
 def dataset_folder(path: str | Path, split: str) -> Path:

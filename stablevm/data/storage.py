@@ -63,6 +63,11 @@ class FolderStorage:
         """Every file, links to files too. Each real folder is entered once, so that loops of links end."""
         return self._below("", set())
 
+    def folders(self, prefix: str) -> set[str]:
+        """Names of the folders directly below `prefix`, which is empty or ends with a slash; empty ones too."""
+        with os.scandir(self.root / prefix) as entries:
+            return {entry.name for entry in entries if _is_folder(entry)}
+
     def _below(self, prefix: str, entered: set[tuple[int, int]]) -> Iterator[str]:
         folder = self.root / prefix
         status = folder.stat()
@@ -101,36 +106,52 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class ZipStorage:
-    """An archive, opened anew in each process: the position in an open file is shared with forked processes."""
+    """An archive, opened anew in each process: the position in an open file is shared with forked processes.
+
+    Members are known by their plain names, however the archive's maker wrote them (`./a/b.png`, `a\\b.png`); those that
+    would lie outside the root are not known at all.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._opened: tuple[int, zipfile.ZipFile] | None = None
-        self._archive()  # a damaged archive is an error now
+        self._opened: tuple[int, zipfile.ZipFile, dict[str, zipfile.ZipInfo]] | None = None
+        self._members()  # a damaged archive is an error now
 
     def open(self, name: str) -> IO[bytes]:
+        archive, members = self._members()
         try:
-            return self._archive().open(name)
+            return archive.open(members[name])
         except KeyError:
             raise FileNotFoundError(errno.ENOENT, "no such file in the archive", f"{self.root}/{name}") from None
         except (zipfile.BadZipFile, RuntimeError) as error:  # encrypted, or compressed in an unknown way
             raise OSError(errno.EINVAL, str(error), f"{self.root}/{name}") from None
 
+    @property
+    def count(self) -> int:
+        """Members, folders too."""
+        return len(self._members()[1])
+
     def exists(self, name: str) -> bool:
-        return name in self._archive().NameToInfo
+        return name in self._members()[1]
 
     def names(self) -> Iterator[str]:
-        for info in sorted(self._archive().infolist(), key=lambda info: info.filename):
-            if not info.is_dir():
-                yield info.filename
+        yield from sorted(name for name in self._members()[1] if not name.endswith("/"))
 
-    def _archive(self) -> zipfile.ZipFile:
+    def folders(self, prefix: str) -> set[str]:
+        """Names of the folders directly below `prefix`, which is empty or ends with a slash; empty ones too."""
+        inside = (name[len(prefix) :] for name in self._members()[1] if name.startswith(prefix))
+        return {name.split("/")[0] for name in inside if "/" in name}
+
+    def _members(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
-                self._opened = os.getpid(), zipfile.ZipFile(self.root)
+                archive = zipfile.ZipFile(self.root)
             except zipfile.BadZipFile as error:
                 raise UserError(f"{self.root}: not a readable ZIP archive ({error}); fetch or make it again") from None
-        return self._opened[1]
+            named = ((plain_name(info.filename).lstrip("/"), info) for info in archive.infolist())
+            members = {name: info for name, info in named if is_inside(name)}
+            self._opened = os.getpid(), archive, members
+        return self._opened[1:]
 
     def __reduce__(self) -> tuple[type["ZipStorage"], tuple[Path]]:
         return ZipStorage, (self.root,)
@@ -143,3 +164,13 @@ def is_inside(name: str) -> bool:
     """Whether a relative name from a file that others wrote stays below its root."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def plain_name(name: str) -> str:
+    """A file's relative name with single forward slashes; a slash at its end, of a folder, stays."""
+    name = name.replace("\\", "/")
+    if not name.startswith("./") and "/./" not in name and "//" not in name:
+        return name
+    root = "/" if name.startswith("/") else ""
+    end = "/" if name.endswith("/") else ""
+    return root + "/".join(part for part in name.split("/") if part not in ("", ".")) + end

@@ -173,6 +173,8 @@ def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tupl
             raise UserError(f"--resolution {config.resolution}: {config.source} holds images of {dataset.resolution}")
         return DatasetSource(dataset), dataset.labels().numpy(), dataset.class_names
     source = open_source(config.source)
+    for line in source.warnings:
+        print(f"warning: {line}", file=sys.stderr)
     if config.resolution is None and config.transform != "none":
         raise UserError(
             f"{config.source}: a folder of images needs --resolution, the side to crop to; or --transform none, where "

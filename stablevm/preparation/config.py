@@ -29,6 +29,8 @@ class ConvertConfig:
     transform: Transform = "center-crop-dhariwal"
     """center-crop-dhariwal: halve by a box filter, then bicubic, then crop, as ADM; center-crop: crop, then Lanczos;
     center-crop-wide: crop to the shape of --resolution, black bars above and below; none: no change of size."""
+    max_images: int | None = None
+    """Only the first images, in the order of their names. Default: all."""
     num_workers: int = 8
     """Processes that convert images; 0: this one."""
     batch_size: int = 8
@@ -39,9 +41,9 @@ class ConvertConfig:
         """Width and height in pixels; None where the images' own size is kept."""
         if self.resolution is None:
             return None
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
+        match = re.fullmatch(r"(\d+)(?:[x,](\d+))?", self.resolution)
         if match is None:
-            raise UserError(f"--resolution {self.resolution}: expected WIDTHxHEIGHT, such as 256x256")
+            raise UserError(f"--resolution {self.resolution}: expected WIDTHxHEIGHT or WIDTH,HEIGHT, such as 256x256")
         return int(match[1]), int(match[2] or match[1])
 
     def validate(self) -> None:
@@ -54,6 +56,7 @@ class ConvertConfig:
                 ("num_workers", self.num_workers >= 0, "0 or more"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 writable("dest", self.dest),
+                ("max_images", self.max_images is None or self.max_images >= 1, "at least 1"),
                 ("resolution", size is None or min(size) >= 1, "a positive width and height"),
                 ("resolution", size is not None or self.transform == "none",
                  f"a size such as 256x256 with --transform {self.transform}"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stablevm.autoencoder import full_name, latent_spec_of
-from stablevm.data.listing import LISTING_FILE, format_listing
+from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, format_listing
 from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
 from stablevm.errors import UserError
@@ -23,11 +23,10 @@ from stablevm.locks import owned
 from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
-from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, read_problems
+from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, read_problems, tell
 from stablevm.preparation.sources import Source, open_source, printable
 from stablevm.preparation.work import (
     PART_LENGTH,
-    WORK_FOLDER,
     Job,
     begin,
     check_apart,
@@ -45,7 +44,8 @@ def convert(config: ConvertConfig) -> int:
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
-    source = open_source(config.source)
+    source = open_source(config.source).first(config.max_images)
+    tell(source, process)
     cropper = make_cropper(config, source)
     plan = {"step": "convert", **cropper.plan}
     with owned(config.dest):
@@ -75,6 +75,7 @@ def encode(config: EncodeConfig) -> int:
     process = Process.from_environment()
     check_apart(config.source, config.dest)
     source = open_source(config.source)
+    tell(source, process)
     _latent_names(source)  # a clash of names is an error before anything is done
     size = first_size(source)
     if size[0] != size[1]:

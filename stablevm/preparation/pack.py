@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import Manifest, Shard, ShardKind
 from stablevm.data.repa import RepaDataset
 from stablevm.errors import UserError
@@ -16,7 +17,7 @@ from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude
 from stablevm.preparation.shards import image_tensors, pack_images
 from stablevm.preparation.sources import fingerprint, printable
-from stablevm.preparation.work import WORK_FOLDER, Job, begin, clear, shared
+from stablevm.preparation.work import Job, begin, clear, shared
 from stablevm.processes import Process
 
 _BATCH = 16  # files handed to a worker at a time
@@ -87,7 +88,14 @@ def _finish(
     found = tuple(Shard(record.rows, record.files["latents"], record.files.get("images")) for record in filled)
     complete = replace(manifest, class_counts=tuple(counts.tolist()), shards=found)
     complete.write(config.dest)
-    report = Report(plan, complete.count, 0, tuple(problems))
+    report = Report(
+        plan,
+        complete.count,
+        0,
+        tuple(problems),
+        class_names=complete.class_names,
+        class_counts=complete.class_counts,
+    )
     report.write(config.dest)
     clear(config.dest)
     return report

@@ -6,6 +6,7 @@ What a picture shows is settled here: upright by its EXIF orientation, transpare
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import IO
 
 import numpy as np
@@ -16,16 +17,35 @@ from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 
 Size = tuple[int, int]  # width, height
 
-# Pillow knows more, among them EPS, for which it would start another program.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+# Pillow knows more: EPS, for which it would start another program, and what no collection of pictures is made of. One
+# that an older Pillow lacks (AVIF) is left out. TGA has no mark at its beginning, so it comes last.
+FORMATS = (
+    *("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000"),
+    *("ICO", "PCX", "SGI", "DDS", "QOI", "PSD", "SUN", "TGA"),
+)
+_MARK = 16  # bytes at the beginning that tell a format
 # More pixels than this are taken for a decompression bomb; it is the count from which Pillow itself warns.
 MAX_PIXELS = 2**30 // 12
 _ORIENTATION = 0x0112  # EXIF tag
 _WHITE = (255, 255, 255, 255)
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 class BadPictureError(Exception):
     """A file that gives no image; its text is the cause, for the report."""
+
+
+def is_picture(file: IO[bytes]) -> bool:
+    """Whether a file of any name begins like a picture; damaged ones do too."""
+    mark = file.read(_MARK)
+    tests = (Image.OPEN[name][1] for name in _formats())
+    return len(mark) >= 4 and any(accepts is not None and accepts(mark) is True for accepts in tests)
 
 
 def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[str]]:
@@ -39,7 +59,7 @@ def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[
     with file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged metadata; the pixels count
         try:
-            picture = Image.open(file, formats=FORMATS)
+            picture = Image.open(file, formats=_formats())
             _check_pixels(picture.size)
             picture.load()
             return _settled(picture)

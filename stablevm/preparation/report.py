@@ -1,15 +1,22 @@
 """What a command says of a source's images when it is done: `report.json`, the last line and the exit status."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from stablevm.cards import card_of, read_object
+from stablevm.data.dataset import describe_classes
+from stablevm.data.listing import LISTING_FILE
 from stablevm.errors import UserError
 from stablevm.files import read_json, write_json
-from stablevm.preparation.sources import Source, printable
+from stablevm.preparation import sources
+from stablevm.preparation.sources import Source
 from stablevm.processes import Process
+from stablevm.text import printable
 
 REPORT_FILE = "report.json"
 SKIPPED_STATUS = 3
@@ -34,8 +41,12 @@ class Report:
 
     plan: dict[str, Any]
     done: int  # images in the result
-    ignored: int  # files of the source that are no images by their names
+    ignored: int  # files of the source that are no images
     problems: tuple[Problem, ...]
+    hidden: int = 0  # files of the source that are hidden, or that systems leave
+    unlisted: int = 0  # images of the source that its dataset.json does not name
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()  # images of each class in the result
 
     @property
     def skipped(self) -> int:
@@ -51,7 +62,18 @@ class Report:
         text = f"{folder}: {self.done:,} images {verb}, {self.skipped:,} skipped"
         if handled:
             text += f", {handled:,} of unusual form handled"
-        return f"{text}; {REPORT_FILE} lists them" if self.problems else text
+        if self.problems:
+            text += f"; {REPORT_FILE} lists them"
+        return "; ".join([text, *self._left_out(), *describe_classes(self.class_names, self.class_counts)])
+
+    def _left_out(self) -> list[str]:
+        parts = []
+        if self.unlisted:
+            parts.append(f"{self.unlisted:,} images not in the source's {LISTING_FILE}")
+        if self.ignored or self.hidden:
+            of_systems = f" ({self.hidden:,} hidden or left by systems)" if self.hidden else ""
+            parts.append(f"{self.ignored + self.hidden:,} files ignored that are no images{of_systems}")
+        return parts
 
     def write(self, folder: Path) -> None:
         write_json(folder / REPORT_FILE, asdict(self))
@@ -64,16 +86,33 @@ class Report:
 
 
 def strays(source: Source) -> list[Problem]:
-    return [Problem(None, printable(name), "skipped", "not in a class folder") for name in source.stray]
+    return [Problem(None, sources.printable(name), "skipped", "not in a class folder") for name in source.stray]
 
 
 def make_report(plan: dict[str, Any], source: Source, problems: Iterable[Problem]) -> Report:
     """Of a whole source; `problems` in any order. UserError where none of its images could be read."""
     ordered = sorted(problems, key=lambda problem: (problem.index or 0, problem.cause))
-    done = len(source) - sum(problem.action == "skipped" for problem in ordered)
+    skipped = [problem.index for problem in ordered if problem.action == "skipped" and problem.index is not None]
+    done = len(source) - len(skipped)
     if not done:
         raise UserError(f"{source.storage.root}: none of its {len(source):,} images can be read: {ordered[0].cause}")
-    return Report(plan, done, source.ignored, (*strays(source), *ordered))
+    counts = np.bincount(np.delete(source.labels, skipped), minlength=len(source.class_names))
+    return Report(
+        plan,
+        done,
+        source.ignored,
+        (*strays(source), *ordered),
+        source.hidden,
+        source.unlisted,
+        source.class_names,
+        tuple(counts.tolist()),
+    )
+
+
+def tell(source: Source, process: Process) -> None:
+    """What the source's classes show that nobody may have meant, on stderr, before the work begins."""
+    for line in source.warnings if process.is_first else ():
+        print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 def conclude(report: Report | None, dest: Path, verb: str, process: Process) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stablevm.autoencoder import full_name, latent_spec_of
+from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard
 from stablevm.data.png import encode_png
 from stablevm.data.shards import ShardDataset
@@ -24,10 +25,9 @@ from stablevm.preparation.config import ConvertShardsConfig, EncodeShardsConfig
 from stablevm.preparation.crops import Cropper, make_cropper, merged
 from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
-from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report
+from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, tell
 from stablevm.preparation.sources import Source, open_source
 from stablevm.preparation.work import (
-    WORK_FOLDER,
     Job,
     begin,
     begin_step,
@@ -47,7 +47,8 @@ def convert(config: ConvertShardsConfig) -> int:
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
-    source = open_source(config.source)
+    source = open_source(config.source).first(config.max_images)
+    tell(source, process)
     cropper = make_cropper(config, source)
     width, height = cropper.result_size
     if width != height:

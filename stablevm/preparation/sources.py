@@ -3,22 +3,43 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stablevm.data.folders import why_no_source
 from stablevm.data.listing import LISTING_FILE, Listing, read_listing
 from stablevm.data.repa import LATENTS, is_repa_folder
-from stablevm.data.storage import FolderStorage, Storage, open_storage
+from stablevm.data.storage import FolderStorage, Storage, is_fault_of_file, open_storage
 from stablevm.errors import UserError
+from stablevm.options import some_of
+from stablevm.preparation.pictures import is_picture
 
+# Names that tell of an image. What can't be read after all is skipped with its cause.
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2"]
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2",
+     ".avif", ".heic", ".heif", ".jxl", ".tga"]
 )  # fmt: skip
+# What lies beside images by the million. Any other file is opened, and is an image if it begins like one.
+_OTHER_SUFFIXES = frozenset(
+    [".txt", ".json", ".xml", ".csv", ".tsv", ".npy", ".npz", ".md", ".html", ".yaml", ".yml", ".mat", ".cls",
+     ".caption"]
+)  # fmt: skip
+# What systems and network disks leave behind, and hidden files: macOS (._x, .DS_Store, __MACOSX, Icon), Windows
+# (Thumbs.db, desktop.ini, recycle bins), Synology, QNAP and NetApp (@eaDir, #recycle, ~snapshot), Linux (lost+found).
+_LEFT_BY_SYSTEMS = re.compile(
+    r"(?:^|/)(?:\.[^/]*|(?:__MACOSX|__pycache__|@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot"
+    r"|\$RECYCLE\.BIN|RECYCLER|System Volume Information|lost\+found|Network Trash Folder|Temporary Items"
+    r"|Thumbs\.db|ehthumbs(?:_vista)?\.db|desktop\.ini|Icon\r))(?:/|$)",
+    re.IGNORECASE,
+)
+_SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"])
+OUR_FILES = (LISTING_FILE, "report.json")
 ONE_CLASS = ("all",)  # of a source without classes
 
 
@@ -32,7 +53,10 @@ class Source:
     class_names: tuple[str, ...]
     facts: dict[str, Any] = field(default_factory=dict)  # what else its dataset.json says, such as its resolution
     stray: tuple[str, ...] = ()  # images outside the class folders
-    ignored: int = 0  # files that are no images by their names
+    ignored: int = 0  # files that are no images
+    hidden: int = 0  # files that are hidden, or that systems leave
+    unlisted: int = 0  # images that its dataset.json does not name
+    warnings: tuple[str, ...] = ()  # lines on what the classes show that nobody may have meant
 
     def __len__(self) -> int:
         return len(self.names)
@@ -41,24 +65,41 @@ class Source:
     def fingerprint(self) -> str:
         return fingerprint(self.names, self.labels.tolist(), self.class_names)
 
+    def first(self, count: int | None) -> "Source":
+        """The first `count` images, with all classes; None: itself."""
+        if count is None or count >= len(self):
+            return self
+        return replace(self, names=self.names[:count], labels=self.labels[:count])
+
+    def empty_classes(self) -> list[str]:
+        """Names of the classes without an image."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        return [self.class_names[label] for label in np.flatnonzero(counts == 0)]
+
 
 def open_source(root: str | Path) -> Source:
     """List the images below `root`: class folders, or a folder or ZIP archive with dataset.json.
 
     Without dataset.json the folders directly below are the classes, in the order of their names, and hold images at
-    any depth; where there are none, all images are of one class. Raises UserError for what is no such source.
+    any depth; single folders above them are passed. Where there are none, or dataset.json says that there are no
+    labels, all images are of one class. Raises UserError for what is no such source, and for one that must not be taken
+    as it lies.
     """
     storage = open_storage(root)
     root = Path(root)
     if isinstance(storage, FolderStorage) and is_repa_folder(root):
         raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")
-    if storage.exists(LISTING_FILE):
-        listing = read_listing(storage)
-        if listing.labels is not None:
-            return _listed(storage, listing)
-    source = _walked(storage)
+    listing = _listing(storage)
+    if listing is not None and listing.labels is not None:
+        source = _listed(storage, listing)
+    else:
+        source = _walked(storage, classes=listing is None)
     if not len(source):
-        raise UserError(f"{root}: no images found (suffixes {', '.join(sorted(IMAGE_SUFFIXES))}); check the path")
+        raise UserError(f"{root}: no images found; check the path")
+    empty = source.empty_classes()
+    if empty:
+        classes = f"{len(empty):,} of {len(source.class_names):,} classes have no image ({some_of(empty)})"
+        source = replace(source, warnings=(*source.warnings, f"{root}: {classes}"))
     return source
 
 
@@ -75,34 +116,145 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def _listing(storage: Storage) -> Listing | None:
+    if storage.exists(LISTING_FILE):
+        return read_listing(storage)
+    reason = why_no_source(storage.root) if isinstance(storage, FolderStorage) else None
+    if reason is not None:
+        raise UserError(f"{storage.root}: {reason}")
+    return None
+
+
 def _listed(storage: Storage, listing: Listing) -> Source:
+    names = listing.names
+    if names[0].endswith(".npy"):
+        raise UserError(f"{storage.root}: its {LISTING_FILE} lists latents, such as {names[0]}; give the images")
     labels = np.array([label for _, label in listing.labels or []], np.int64)
-    return Source(storage, listing.names, labels, listing.known_class_names, listing.facts)
+    found = _Files.below(storage)
+    known = set(names)
+    unlisted = [name for name in found.images if name not in known]
+    warnings = []
+    if unlisted:
+        warnings.append(
+            f"{storage.root}: {len(unlisted):,} images are not in its {LISTING_FILE} and are left out, the first is "
+            f"{printable(unlisted[0])}"
+        )
+    return Source(
+        storage,
+        names,
+        labels,
+        listing.known_class_names,
+        listing.facts,
+        ignored=len(found.others),
+        hidden=found.hidden,
+        unlisted=len(unlisted),
+        warnings=tuple(warnings),
+    )
 
 
-def _walked(storage: Storage) -> Source:
-    files = [PurePosixPath(name) for name in storage.names()]
-    visible = [path for path in files if not any(part.startswith(".") for part in path.parts)]
-    images = [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
-    classes = sorted({path.parts[0] for path in images if len(path.parts) > 1} | _folders(storage))
-    if not any(len(path.parts) > 1 for path in images):
-        classes = []
-    inside = sorted(str(path) for path in images if not classes or len(path.parts) > 1)
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = [numbers[name.split("/")[0]] if classes else 0 for name in inside]
-    stray = [str(path) for path in images if classes and len(path.parts) == 1]
+@dataclass
+class _Files:
+    """All files of a storage, by what they are."""
+
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    hidden: int = 0
+
+    @classmethod
+    def below(cls, storage: Storage) -> "_Files":
+        found = cls()
+        for name in storage.names():
+            if _LEFT_BY_SYSTEMS.search(name):
+                found.hidden += 1
+            elif _is_image(storage, name):
+                found.images.append(name)
+            elif name not in OUR_FILES:
+                found.others.append(name)
+        return found
+
+
+def _is_image(storage: Storage, name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in IMAGE_SUFFIXES or suffix in _OTHER_SUFFIXES:
+        return suffix in IMAGE_SUFFIXES
+    try:
+        with storage.open(name) as file:
+            return is_picture(file)
+    except OSError as error:
+        if not is_fault_of_file(error):
+            raise
+        return False
+
+
+def _walked(storage: Storage, *, classes: bool) -> Source:
+    """A source without labels in a file: its classes are folders, or all are of one."""
+    found = _Files.below(storage)
+    if classes and isinstance(storage, FolderStorage):
+        _check_no_listing_below(storage, found)
+    images, hidden = sorted(found.images), found.hidden
+    facts: dict[str, Any] = {"ignored": len(found.others), "hidden": hidden}
+    prefix, names = _class_folders(storage, found) if classes else ("", [])
+    if not names:
+        return Source(storage, images, np.zeros(len(images), np.int64), ONE_CLASS, **facts)
+    numbers = {name: number for number, name in enumerate(names)}
+    inside = [name for name in images if "/" in name[len(prefix) :]]
+    labels = [numbers[_first_part(name, prefix)] for name in inside]
     return Source(
         storage,
         inside,
         np.array(labels, np.int64),
-        tuple(map(printable, classes)) or ONE_CLASS,
-        stray=tuple(stray),
-        ignored=len(files) - len(images),
+        tuple(map(printable, names)),
+        stray=tuple(name for name in images if "/" not in name[len(prefix) :]),
+        warnings=tuple(_doubts(storage, found, prefix, names)),
+        **facts,
     )
 
 
-def _folders(storage: Storage) -> set[str]:
-    """Folders directly below, empty ones too: an empty class keeps its number."""
-    if not isinstance(storage, FolderStorage):
-        return set()
-    return {path.name for path in storage.root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+def _class_folders(storage: Storage, found: _Files) -> tuple[str, list[str]]:
+    """Where the folders of the classes lie, and their names in order; none where no image lies in a folder.
+
+    A folder without any file is a class without images; one with files of which none is an image is no class. A
+    single folder that holds folders only is passed on the way down.
+    """
+    prefix = ""
+    while True:
+        below = [name for name in found.images if name.startswith(prefix)]
+        filled = {_first_part(name, prefix) for name in below if "/" in name[len(prefix) :]}
+        others = {_first_part(name, prefix) for name in found.others if name.startswith(prefix)}
+        folders = storage.folders(prefix)
+        empty = {name for name in folders - filled - others if not _LEFT_BY_SYSTEMS.search(name)}
+        candidates = sorted(filled | empty)
+        if len(filled) != 1 or len(candidates) != 1 or any("/" not in name[len(prefix) :] for name in below):
+            return prefix, candidates if filled else []
+        deeper = f"{prefix}{candidates[0]}/"
+        if any("/" not in name[len(deeper) :] for name in below):
+            return prefix, candidates
+        prefix = deeper
+
+
+def _first_part(name: str, prefix: str) -> str:
+    return name[len(prefix) :].split("/", 1)[0]
+
+
+def _doubts(storage: Storage, found: _Files, prefix: str, names: list[str]) -> Iterator[str]:
+    folders = {
+        _first_part(name, prefix) for name in found.others if name.startswith(prefix) and "/" in name[len(prefix) :]
+    }
+    without = sorted(folders - set(names))
+    if without:
+        yield f"{storage.root}: no image in {printable(some_of(without))}, so no class of that name"
+    if all(name.lower() in _SPLITS for name in names):
+        yield (
+            f"{storage.root}: its classes would be {printable(some_of(names))}, which sound like splits of a data set; "
+            "give the folder of one"
+        )
+
+
+def _check_no_listing_below(storage: FolderStorage, found: _Files) -> None:
+    below = [name for name in found.others if name.endswith(f"/{LISTING_FILE}")]
+    if below:
+        folder = (storage.root / below[0]).parent
+        raise UserError(
+            f"{storage.root}: no {LISTING_FILE} here, but in {printable(str(folder))}, which says what is of which "
+            f"class: give that folder, or remove its {LISTING_FILE}"
+        )

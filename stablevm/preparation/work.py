@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from stablevm.cards import read_object
+from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
 from stablevm.errors import UserError
@@ -24,7 +25,6 @@ from stablevm.locks import is_foreign
 from stablevm.preparation.report import REPORT_FILE, Report
 from stablevm.processes import Process, wait_for_files
 
-WORK_FOLDER = ".prepare"  # in the result's folder, until the result is complete
 PLAN_FILE = "plan.json"
 # An interruption loses at most this much of each process's work, and each part costs two waits for the disk.
 PART_LENGTH = 256

@@ -20,7 +20,7 @@ from tiny_vae import save_tiny_vae
 
 from stablevm import cli
 from stablevm.data.opening import open_dataset
-from stablevm.preparation import joining, work
+from stablevm.preparation import folders, joining, work
 from stablevm.preparation.pictures import TRANSFORMS, pixels, read_picture
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,10 @@ def test_both_routes_give_the_same_data(source, vae, tmp_path, capsys):
     assert cli.prepare(["pack", "--source", str(data), "--dest", str(packed), "--num-workers", "0"]) == 0
     assert cli.prepare(convert(source, shards, "--num-workers", "0")) == 0
     assert cli.prepare(encode_shards(shards, vae)) == 0
-    assert f"{shards}: {GOOD} images in the data set, 0 skipped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    classes = "4 classes: n00000000, n00000001, n00000002, n00000003"
+    assert f"{shards}: {GOOD} images in the data set, 0 skipped; {classes}" in out
+    assert out.count(f"; {classes}\n") == 5  # each command names them
     names = {"dataset.json", "report.json", "images-00000.safetensors", "latents-00000.safetensors"}
     assert contents(shards).keys() == contents(packed).keys() == names
     for name in names - {"report.json"}:
@@ -111,8 +114,9 @@ def test_hostile_files_are_a_non_event(tmp_path, capsys):
         for _ in range(2):  # the second time it only says so again
             assert tool(convert(folder, dest, "--resolution=256x256", "--num-workers", "2")) == 3
             line = capsys.readouterr().out.splitlines()[-1]
-            assert (
-                line == f"{dest}: 40 images converted, 20 skipped, 10 of unusual form handled; report.json lists them"
+            assert line == (
+                f"{dest}: 40 images converted, 20 skipped, 10 of unusual form handled; report.json lists them; "
+                "20 classes: n00000000, n00000001, n00000002, n00000003, n00000004, n00000005, ..."
             )
         report = json.loads((dest / "report.json").read_text())
         found = {(problem["name"], problem["action"]) for problem in report["problems"]}
@@ -255,6 +259,80 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
     assert "needs a multiple of 8" in refusal(capsys, cli.dataset_tools, encode(odd, tmp_path / "y", vae))
     assert "can't be loaded" in refusal(capsys, cli.dataset_tools, encode(done, tmp_path / "y", tmp_path / "no vae"))
     assert "run convert first" in refusal(capsys, cli.prepare, encode_shards(tmp_path / "none", vae))
+
+
+def test_what_is_left_out_is_counted_in_the_last_line(source, tmp_path, capsys):
+    folder = shutil.copytree(source, tmp_path / "copied")
+    (folder / "notes").write_text("by me")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "owl").mkdir()
+    (folder / "owl" / "x.jpg").write_bytes(b"no picture")
+    for tool, dest in ((cli.dataset_tools, tmp_path / "images"), (cli.prepare, tmp_path / "shards")):
+        for _ in range(2):
+            assert tool(convert(folder, dest, "--num-workers", "0")) == 3
+            assert capsys.readouterr().out.splitlines()[-1] == (
+                f"{dest}: {GOOD} images converted, 1 skipped; report.json lists them; 2 files ignored that are no "
+                "images (1 hidden or left by systems); 5 classes: n00000000, n00000001, n00000002, n00000003, owl; "
+                "1 of them without an image: owl"
+            )
+    listed = sorted(path.name for path in (folder / "n00000000").iterdir())[:3]
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[f"n00000000/{name}", 1] for name in listed]}))
+    assert cli.dataset_tools(convert(folder, tmp_path / "listed", "--num-workers", "0")) == 0
+    told = capsys.readouterr()
+    assert f"{GOOD - 2} images not in the source's dataset.json" in told.out.splitlines()[-1]
+    assert f"warning: {folder}: {GOOD - 2} images are not in its dataset.json" in told.err
+    assert "1 of 2 classes have no image (0)" in told.err
+
+
+def test_half_prepared_data_is_refused_by_every_command_that_takes_it(source, vae, tmp_path, capsys, monkeypatch):
+    data, shards = tmp_path / "DATA", tmp_path / "shards"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "format_listing", interrupted)
+        assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "0")) == 130
+    assert cli.prepare(convert(source, shards, "--num-workers", "0")) == 0
+    capsys.readouterr()
+    train = ["--exp-name", "x", "--output-dir", str(tmp_path / "exps"), "--data-dir"]
+    for given in (data / "images", data):
+        for tool, words in [
+            (cli.dataset_tools, encode(given, tmp_path / "y", vae)),
+            (cli.dataset_tools, convert(given, tmp_path / "y")),
+            (cli.prepare, convert(given, tmp_path / "y")),
+            (cli.reference, [str(given), "--resolution", str(SIDE), "--output", str(tmp_path / "r.npz")]),
+            (cli.train, [*train, str(given)]),
+        ]:
+            line = refusal(capsys, tool, words)
+            assert f"{data / 'images'}" in line and "run the command that began it once more" in line, line
+    line = refusal(capsys, cli.train, [*train, str(shards)])
+    assert f"run stablevm prepare encode --data-dir {shards}" in line
+    assert "shards without latents" in refusal(capsys, cli.dataset_tools, encode(shards, tmp_path / "y", vae))
+
+    assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "0")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "format_listing", interrupted)
+        assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 130
+    capsys.readouterr()
+    assert "run the command that began it once more" in refusal(capsys, cli.train, [*train, str(data)])
+    assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 0
+    capsys.readouterr()
+    for given, message in [
+        (data / "images", f"give the folder above, {data}"),
+        (data / "vae-sd", f"give the folder above, {data}"),
+        (tmp_path, f"{data} is one; give that"),
+    ]:
+        assert message in refusal(capsys, cli.train, [*train, str(given)])
+    shutil.rmtree(data / "vae-sd")
+    for given in (data / "images", data):
+        assert f"encode --source {data / 'images'} --dest {data / 'vae-sd'}" in (
+            refusal(capsys, cli.train, [*train, str(given)])
+        )
+    assert f"no dataset.json here, but in {data / 'images'}" in (
+        refusal(capsys, cli.dataset_tools, encode(data, tmp_path / "y", vae))
+    )
+    assert not (tmp_path / "y").exists() and not (tmp_path / "exps").exists()
 
 
 def test_names_that_json_cannot_hold_are_refused_before_the_work(vae, tmp_path, capsys):

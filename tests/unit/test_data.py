@@ -160,7 +160,9 @@ class TestFaults:
         [
             (lambda text: text[:200], "not valid JSON"),
             (lambda text: text.replace('"format_version": 1', '"format_version": 7'), "version 7.*reads 1"),
-            (lambda text: json.dumps({"labels": []}), "version null"),
+            (lambda text: json.dumps({"labels": []}), "holds images, not latents"),
+            (lambda text: json.dumps({"labels": [["a.npy", 0]]}), "holds latents: give a folder"),
+            (lambda text: "{}", "version null"),
             (lambda text: "[1]", "expected an object"),
             (lambda text: text.replace('"crop"', '"crap"'), "crap: unknown"),
             (lambda text: text.replace('"scale"', '"scala"'), "scala"),

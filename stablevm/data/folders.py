@@ -1,0 +1,70 @@
+"""What a folder is that is not what a command needs: what is missing in it, or where the thing lies."""
+
+import os
+from pathlib import Path
+
+from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, kind_of_listing
+from stablevm.data.manifest import MANIFEST_FILE
+from stablevm.data.repa import IMAGES, LATENTS, is_repa_folder
+
+_LOOKED_AT = 1000  # folders inside a folder among which a data set is looked for
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Whether training could read it: complete shards, or the layout of REPA."""
+    return is_repa_folder(folder) or kind_of_listing(folder / MANIFEST_FILE) == "shards"
+
+
+def why_no_dataset(folder: Path) -> str | None:
+    """Of a folder that is no prepared data set, what to do; None where it shows nothing."""
+    if is_unfinished(folder):
+        return _unfinished(folder)
+    if folder.name in (IMAGES, LATENTS) and is_repa_folder(folder.parent):
+        return f"only the {folder.name} of a data set; give the folder above, {folder.parent}"
+    kind = kind_of_listing(folder / LISTING_FILE)
+    if kind == "latents":
+        return f"holds latents: give a folder that holds them as {LATENTS}, and their images as {IMAGES}"
+    if kind == "images":
+        return (
+            f"holds images, not latents yet: run preprocessing/dataset_tools.py encode --source {folder} "
+            f"--dest {folder.parent / LATENTS}, and give {folder.parent}"
+        )
+    inside = _folders(folder)
+    for below in inside:
+        if is_dataset_folder(below):
+            return f"no data set, but {below} is one; give that"
+    for below in inside:
+        if is_unfinished(below):
+            return f"no data set; {below} {_unfinished(below)}"
+        if kind_of_listing(below / LISTING_FILE) in ("images", "latents"):
+            return f"no data set; {below} {why_no_dataset(below)}"
+    return None
+
+
+def why_no_source(folder: Path) -> str | None:
+    """Of a folder without a listing, why its images must not be taken as they lie; None where nothing speaks against.
+
+    Half-converted images would be a part of the set, and their numbered folders its classes.
+    """
+    if is_unfinished(folder):
+        return _unfinished(folder)
+    return next((f"{below} {_unfinished(below)}" for below in _folders(folder) if is_unfinished(below)), None)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a preparing command has begun here and is not at its end."""
+    return (folder / WORK_FOLDER).is_dir() and not (folder / MANIFEST_FILE).exists()
+
+
+def _unfinished(folder: Path) -> str:
+    if any(folder.glob("images-*.safetensors")):
+        return (
+            f"holds shards without latents: run stablevm prepare encode --data-dir {folder}, after convert is complete"
+        )
+    return f"was not prepared to its end ({LISTING_FILE} is missing): run the command that began it once more"
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry, _ in zip(entries, range(_LOOKED_AT), strict=False) if entry.is_dir()]
+    return [folder / name for name in sorted(names)]
