@@ -27,6 +27,11 @@ class ShardFile:
     size: int  # bytes
     sha256: str
 
+    def __post_init__(self) -> None:
+        """ValueError for a name that leads out of the data set's folder."""
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"{self.name!r} is no name of a file in its folder")
+
     @classmethod
     def of(cls, path: Path) -> "ShardFile":
         return cls(path.name, path.stat().st_size, files.sha256(path))

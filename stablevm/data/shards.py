@@ -7,27 +7,29 @@ holds `images` (n, 3, H, W) uint8 and the same `index`; compressed ones hold `pn
 other, and their `sizes` (n,) int64 instead of `images`.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
 from stablevm.data.manifest import MANIFEST_FILE, REMEDY, Manifest, Shard, ShardKind
 from stablevm.data.png import decode_png
-from stablevm.data.storage import READ_ERRORS
+from stablevm.data.storage import READ_ERRORS, is_fault_of_file
+from stablevm.data.tensor_file import Opener, TensorFile, bytes_of, opener
 from stablevm.errors import UserError
 
 
 class ShardDataset(PreparedDataset):
     """A folder of shards.
 
-    A shard is opened when its first row is asked for, and stays mapped in memory: reading a row is one copy. Raises
-    UserError for a folder without a readable manifest, and for files that are missing or have changed in size.
+    A shard is opened when its first row is asked for: reading a row is one copy. Raises UserError for a folder without
+    a readable manifest, and for files that are missing or have changed in size.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
@@ -41,14 +43,15 @@ class ShardDataset(PreparedDataset):
         self.resolution = self.manifest.resolution
         self.has_images = self.manifest.has_images
         self.has_flips = self.manifest.has_flips
-        self._shards = [_MappedShard(self.folder, self.manifest, shard) for shard in self.manifest.shards]
+        files = opener()
+        self._shards = [_OpenShard(self.folder, self.manifest, shard, files) for shard in self.manifest.shards]
         self._ends = np.cumsum([shard.rows for shard in self.manifest.shards], dtype=np.int64)
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def __reduce__(self) -> tuple[type["ShardDataset"], tuple[Path, Manifest | None]]:
-        """A spawned worker opens the files anew. A forked one shares the mappings, which have no file position."""
+        """A spawned worker opens the files anew. A forked one shares them, as reads have no common position."""
         return ShardDataset, (self.folder, self._given)
 
     def labels(self) -> Tensor:
@@ -67,7 +70,7 @@ class ShardDataset(PreparedDataset):
 
     def image_index(self) -> Tensor:
         """The same, as the shards of images have it."""
-        return torch.from_numpy(np.concatenate([shard.images["index"] for shard in self._shards]))
+        return torch.from_numpy(np.concatenate([shard.read("images", "index") for shard in self._shards]))
 
     def moments(self, rows: Rows) -> Tensor:
         return torch.from_numpy(self._read("latents", "moments", rows))
@@ -92,7 +95,7 @@ class ShardDataset(PreparedDataset):
         self.manifest.check_files(self.folder, "images")
 
     def _column(self, name: str) -> np.ndarray:
-        return np.concatenate([shard.latents[name] for shard in self._shards])
+        return np.concatenate([shard.read("latents", name) for shard in self._shards])
 
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each row, and the row's place in it."""
@@ -103,8 +106,12 @@ class ShardDataset(PreparedDataset):
         rows = checked_rows(rows, len(self))
         shape, dtype = self.manifest.tensors(kind)[name]
         values = np.empty((len(rows), *shape), dtype)
+        buffer, size = bytes_of(values), math.prod(shape) * dtype.itemsize
+        spans: dict[int, list[tuple[memoryview, int]]] = {}
         for start, end, shard, first in self._runs(rows):
-            values[start:end] = self._shards[shard].tensors(kind)[name][first : first + end - start]
+            spans.setdefault(shard, []).append((buffer[start * size : end * size], first * size))
+        for shard, wanted in spans.items():
+            self._shards[shard].read_into(kind, name, wanted)
         return values
 
     def _runs(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
@@ -118,57 +125,84 @@ class ShardDataset(PreparedDataset):
         yield from zip(starts.tolist(), ends.tolist(), shards[starts].tolist(), local[starts].tolist(), strict=True)
 
 
-class _MappedShard:
-    """The files of one shard, each mapped at first use and checked against the manifest then."""
+class _OpenShard:
+    """The files of one shard, each opened at first use and checked against the manifest then.
 
-    def __init__(self, folder: Path, manifest: Manifest, shard: Shard) -> None:
-        self._folder, self._manifest, self._shard = folder, manifest, shard
+    UserError, naming the file, for one that can't be read, is cut short, or holds other tensors than the manifest says.
+    """
 
-    def tensors(self, kind: ShardKind) -> dict[str, np.ndarray]:
-        return self.latents if kind == "latents" else self.images
+    def __init__(self, folder: Path, manifest: Manifest, shard: Shard, files: Opener) -> None:
+        self._folder, self._manifest, self._shard, self._open = folder, manifest, shard, files
 
-    @cached_property
-    def latents(self) -> dict[str, np.ndarray]:
-        return self._map("latents")
+    def read(self, kind: ShardKind, name: str) -> np.ndarray:
+        """A tensor of the shard, whole."""
+        try:
+            return self._file(kind).read(name)
+        except OSError as error:
+            raise self._unreadable(kind, error) from None
 
-    @cached_property
-    def images(self) -> dict[str, np.ndarray]:
-        tensors = self._map("images")
-        if self._shard.latents is not None and not np.array_equal(tensors["index"], self.latents["index"]):
-            raise self._error("images", f"holds other samples than {self._shard.latents.name}")
-        return tensors
+    def read_into(self, kind: ShardKind, name: str, spans: list[tuple[memoryview, int]]) -> None:
+        """Fill each buffer with bytes of a tensor, from the byte beside it on."""
+        try:
+            self._file(kind).read_into(name, spans)
+        except OSError as error:
+            raise self._unreadable(kind, error) from None
 
     def image(self, row: int) -> np.ndarray:
         """One image of a compressed shard, (3, H, W)."""
-        content = self.images["png"][self._png_starts[row] : self._png_starts[row + 1]]
+        start, end = self._png_starts[row : row + 2].tolist()
+        content = bytearray(end - start)
+        self.read_into("images", "png", [(memoryview(content), start)])
         try:
-            return decode_png(content.tobytes()).transpose(2, 0, 1)
+            return decode_png(bytes(content)).transpose(2, 0, 1)
         except READ_ERRORS as error:
             raise self._error("images", f"holds an image that can't be read ({error})") from None
 
     @cached_property
     def _png_starts(self) -> np.ndarray:
-        starts = np.append(0, self.images["sizes"].cumsum())
-        if starts[-1] != len(self.images["png"]) or (self.images["sizes"] < 1).any():
+        sizes = self.read("images", "sizes")
+        starts = np.append(0, sizes.cumsum())
+        if starts[-1] != self._images.shapes["png"][0] or (sizes < 1).any():
             raise self._error("images", "holds sizes of images that do not add up to its bytes")
         return starts
 
-    def _map(self, kind: ShardKind) -> dict[str, np.ndarray]:
-        """Arrays on the file's own pages: safetensors maps the file, and torch's view of it is shared by numpy."""
+    def _file(self, kind: ShardKind) -> TensorFile:
+        return self._latents if kind == "latents" else self._images
+
+    @cached_property
+    def _latents(self) -> TensorFile:
+        return self._opened("latents")
+
+    @cached_property
+    def _images(self) -> TensorFile:
+        opened = self._opened("images")
+        latents = self._shard.latents
+        if latents is not None and not np.array_equal(opened.read("index"), self.read("latents", "index")):
+            raise self._error("images", f"holds other samples than {latents.name}")
+        return opened
+
+    def _opened(self, kind: ShardKind) -> TensorFile:
         file = self._shard.file(kind)
         if file is None:
             raise ValueError(f"{self._folder} holds no {kind}")
         try:
-            with safe_open(self._folder / file.name, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name).numpy() for name in self._manifest.tensors(kind)}
+            opened = TensorFile(str(self._folder / file.name), file.size, self._open)
         except (SafetensorError, OSError) as error:
-            raise self._error(kind, f"can't be read ({error})") from None
+            raise self._unreadable(kind, error) from None
         for name, (shape, dtype) in self._manifest.tensors(kind).items():
-            rows = len(tensors[name]) if name == "png" else self._shard.rows  # a number of bytes, not of images
-            if tensors[name].shape != (rows, *shape) or tensors[name].dtype != dtype:
-                found = f"{tensors[name].dtype} {tensors[name].shape}"
-                raise self._error(kind, f"holds {name} of {found} instead of {dtype} {(rows, *shape)}")
-        return tensors
+            if name not in opened.shapes:
+                raise self._error(kind, f"holds no {name}")
+            found = f"{opened.dtypes[name]} {opened.shapes[name]}"
+            rows = opened.shapes[name][:1] if name == "png" else (self._shard.rows,)  # bytes, not images
+            if opened.shapes[name] != (*rows, *shape) or opened.dtypes[name] != dtype:
+                raise self._error(kind, f"holds {name} of {found} instead of {dtype} {(*rows, *shape)}")
+        return opened
+
+    def _unreadable(self, kind: ShardKind, error: Exception) -> Exception:
+        """What to raise for an error while the file is read: that error, where the machine is at fault."""
+        if isinstance(error, OSError) and not is_fault_of_file(error):
+            return error
+        return self._error(kind, f"can't be read ({error})")
 
     def _error(self, kind: ShardKind, fault: str) -> UserError:
         file = self._shard.file(kind)

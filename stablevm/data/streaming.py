@@ -12,6 +12,7 @@ import numpy as np
 from stablevm import files
 
 _FORMAT_NAMES = {"float16": "F16", "int64": "I64", "uint8": "U8"}  # NumPy's names, and those of the format
+NUMPY_NAMES = {ours: numpy for numpy, ours in _FORMAT_NAMES.items()}
 _COPY_BYTES = 2**20
 
 
@@ -59,11 +60,11 @@ def write_streamed(
 
 def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> None:
     """Write the rows of the tensors `names` of several safetensors files, in order, as one such file."""
-    headers = list(map(_read_header, parts))
+    headers = list(map(read_header, parts))
 
     def joined(name: str) -> StreamedTensor:
         entries = [header[name] for header, _ in headers]
-        dtype = np.dtype(next(numpy for numpy, ours in _FORMAT_NAMES.items() if ours == entries[0]["dtype"]))
+        dtype = np.dtype(NUMPY_NAMES[entries[0]["dtype"]])
         spans = [
             (path, start + entry["data_offsets"][0], start + entry["data_offsets"][1])
             for path, (_, start), entry in zip(parts, headers, entries, strict=True)
@@ -75,9 +76,9 @@ def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> Non
     write_streamed(target, {name: joined(name) for name in names})
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: str | Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its tensors' bytes begin."""
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return json.loads(file.read(length)), 8 + length
 

@@ -2,17 +2,21 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from data_sets import COUNT, DESCRIPTION, damaged, kill_at_rename, one_line, source, write
 from safetensors.torch import load_file, save_file
 
+from stablevm.data import tensor_file
 from stablevm.data.loader import training_loader
 from stablevm.data.manifest import Manifest, Shard, ShardFile
 from stablevm.data.opening import open_dataset
+from stablevm.data.png import encode_png
 from stablevm.data.shards import ShardDataset
 from stablevm.data.writer import ShardWriter
 from stablevm.errors import UserError
@@ -170,6 +174,13 @@ class TestFaults:
             (lambda text: text.replace('"owl"', '"owl", "yak"'), "4 class_names, 3 class_counts"),
             (lambda text: text.replace('"has_images": true', '"has_images": false'), "has_images"),
             (lambda text: json.dumps({**json.loads(text), "shards": []}), "no shards"),
+            *(
+                (
+                    lambda text, name=name: text.replace("latents-00001.safetensors", name),
+                    f"'{name}' is no name of a file",
+                )
+                for name in ("../latents-00001.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", ".", "")
+            ),
         ],
     )
     def test_bad_manifest(self, dataset_copy, change, cause):
@@ -206,10 +217,48 @@ class TestFaults:
             data.moments([8_192])
         one_line(error)
 
+    @pytest.mark.parametrize("kind", ["latents", "images", "compressed"])
+    def test_shard_cut_short_while_it_is_read(self, tmp_path, kind):
+        """It was mapped into memory, where pages beyond the end of the file end the process by SIGBUS."""
+        rows = source(100)
+        path = tmp_path / ("latents-00000.safetensors" if kind == "latents" else "images-00000.safetensors")
+        if kind == "compressed":
+            pictures = [encode_png(image.permute(1, 2, 0).numpy()) for image in rows["images"]]
+            sizes = torch.tensor(list(map(len, pictures)))
+            png = torch.frombuffer(bytearray(b"".join(pictures)), dtype=torch.uint8)
+            save_file({"index": rows["index"], "sizes": sizes, "png": png}, path)
+            manifest = replace(DESCRIPTION, compressed=True, shards=(Shard(100, None, ShardFile.of(path)),))
+            data = ShardDataset(tmp_path, manifest)
+        else:
+            write(tmp_path, rows)
+            data = open_dataset(tmp_path)
+        read = data.moments if kind == "latents" else data.images
+        before = read(range(100))
+        size = path.stat().st_size
+        os.truncate(path, size // 2)
+        with pytest.raises(
+            UserError, match=f"{path.name} can't be read .it ends at byte {size // 2:,} of {size:,}"
+        ) as error:
+            read(range(100))
+        one_line(error)
+        assert torch.equal(read([0]), before[:1]), "what is left is still read"
+
+    def test_more_shards_than_files_may_be_open(self, dataset_dir, dataset_rows, monkeypatch):
+        monkeypatch.setattr(tensor_file, "MOST_OPEN", 2)
+        data = open_dataset(dataset_dir)
+        rows = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))[:500]
+        assert torch.equal(data.moments(rows), dataset_rows["moments"][rows])
+        assert torch.equal(data.images(rows), dataset_rows["images"][rows])
+        if Path("/proc/self/fd").exists():
+            opened = [path.resolve() for path in Path("/proc/self/fd").iterdir()]
+            assert sum(path.parent == dataset_dir for path in opened) == 2
+
     def test_shard_with_other_rows_or_types(self, dataset_copy):
         path = dataset_copy / "latents-00000.safetensors"
-        data = open_dataset(dataset_copy)
+        manifest, size = dataset_copy / "dataset.json", path.stat().st_size
         save_file({name: tensor[:100] for name, tensor in load_file(path).items()}, path)
+        manifest.write_text(manifest.read_text().replace(f'"size": {size}', f'"size": {path.stat().st_size}', 1))
+        data = open_dataset(dataset_copy)
         with pytest.raises(UserError, match=r"latents-00000.*instead of int64 \(8192,\)") as error:
             data.moments([0])
         one_line(error)
