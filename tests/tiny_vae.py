@@ -15,8 +15,7 @@ def save_tiny_vae(folder, widths=(4, 4, 4, 8), **options):
             up_block_types=("UpDecoderBlock2D",) * len(widths),
             latent_channels=4,
             norm_num_groups=2,
-            layers_per_block=1,
-            **options,
+            **{"layers_per_block": 1, **options},
         )
     model.save_pretrained(folder)
     return folder

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits,
 from stablevm.evaluation.samples import Samples
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
-from stablevm.sampling.protocol import Protocol, checked_card, default_name, labels_of, protocol_of
+from stablevm.sampling.protocol import Protocol, checked_card, decoding_notes, default_name, labels_of, protocol_of
 from stablevm.snapshot import ModelCard
 
 
@@ -66,6 +67,8 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     if sampling.compile:
         check_compiler(process.device)
     card = checked_card(sampling)
+    for line in decoding_notes(sampling.vae, card.latent) if process.is_first else ():
+        print(f"warning: {line}", file=sys.stderr)
     source = CheckpointSource(sampling, card, protocol_of(sampling, card), process.device)
     name = sampling.name or default_name(source.protocol)
     output = config.judging.output or sampling.sample_dir / f"{name}.json"

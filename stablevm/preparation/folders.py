@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stablevm.autoencoder import full_name, latent_spec_of
+from stablevm.autoencoder import latent_spec_of
 from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, format_listing
 from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
@@ -82,7 +82,7 @@ def encode(config: EncodeConfig) -> int:
         raise UserError(f"{config.source}: its images are {size[0]} x {size[1]}; encode takes squares: convert them")
     latent = latent_spec_of(config.vae, size[0])
     cropper = Cropper(source, "none", size)
-    plan = {"step": "encode", **cropper.plan, "vae": full_name(config.vae), "precision": config.precision,
+    plan = {"step": "encode", **cropper.plan, "vae": latent.autoencoder_id, "precision": config.precision,
             "batch size": config.batch_size}  # fmt: skip
     with owned(config.dest):
         report = begin(config.dest, plan, process)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from stablevm import rng
+from stablevm.autoencoder import PerChannel
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset
@@ -54,7 +55,7 @@ def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
         ("classes", f"{dataset.num_classes:,} with {counts.min():,} to {counts.max():,} images"),
         ("class names", some_of(dataset.class_names, 6)),
         ("latents", f"{' x '.join(map(str, latent.shape))}, by {latent.autoencoder}"),
-        ("normalised", f"(latent - {latent.shift:g}) x {latent.scale:g}"),
+        ("normalised", f"(latent - {_numbers(latent.shift)}) x {_numbers(latent.scale)}"),
         ("", f"mean {latents.mean():.3f}, standard deviation {latents.std():.3f} ({len(chosen):,} rows)"),
         ("mirrored too", "yes" if dataset.has_flips else "no"),
         *_facts(dataset),
@@ -122,6 +123,10 @@ def _facts(dataset: PreparedDataset) -> list[tuple[str, str]]:
         ("with images", _yes(dataset.has_images) + kind),
         ("shards", f"{len(manifest.shards):,}, {len(manifest.files()):,} files, {size / 1e9:.3g} GB"),
     ]
+
+
+def _numbers(values: PerChannel) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values)}]" if isinstance(values, tuple) else f"{values:g}"
 
 
 def _yes(value: bool) -> str:

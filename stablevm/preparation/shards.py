@@ -119,7 +119,7 @@ class _Encoding:
     def __init__(self, config: EncodeShardsConfig, plan: dict[str, Any], process: Process) -> None:
         self.config, self.process, self.folder = config, process, config.data_dir
         latent = latent_spec_of(config.vae, plan["side"])
-        settings = {"vae": full_name(config.vae), "precision": config.precision, "flip": config.flip}
+        settings = {"vae": latent.autoencoder_id, "precision": config.precision, "flip": config.flip}
         begin_step(self.folder / WORK_FOLDER / _LATENTS, {**settings, "batch size": config.batch_size})
         self.images = ShardRecord.read_all(self.folder / WORK_FOLDER / _IMAGES)
         self.manifest = Manifest(
@@ -188,7 +188,8 @@ def _tidy(folder: Path, keep_images: bool) -> None:
 def _check_same(config: EncodeShardsConfig, manifest: Manifest) -> None:
     """UserError where a complete data set is another than the options ask for."""
     found = (manifest.latent.autoencoder, manifest.precision, manifest.has_flips, manifest.has_images)
-    asked = (full_name(config.vae), config.precision, config.flip, config.keep_images)
+    vae = manifest.latent.autoencoder if manifest.latent.is_by(config.vae) else full_name(config.vae)
+    asked = (vae, config.precision, config.flip, config.keep_images)
     for name, theirs, ours in zip(("vae", "precision", "flip", "keep_images"), found, asked, strict=True):
         if theirs != ours:
             raise UserError(

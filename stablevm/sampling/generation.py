@@ -34,6 +34,7 @@ from stablevm.sampling.protocol import (
     Protocol,
     check_same,
     checked_card,
+    decoding_notes,
     default_name,
     idle_claims,
     labels_of,
@@ -211,7 +212,7 @@ def _progress(run: Run) -> tqdm:
 
 
 def _print_warnings(config: GenerateConfig, card: ModelCard, device: torch.device) -> None:
-    warnings = config.warnings() + idle_claims(config, card)
+    warnings = config.warnings() + idle_claims(config, card) + decoding_notes(config.vae, card.latent)
     if config.tf32 and device.type == "cpu":
         warnings.append("--tf32 has no effect on a CPU")
     for warning in warnings:

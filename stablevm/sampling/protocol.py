@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stablevm import files
-from stablevm.autoencoder import IDENTITY, full_name, latent_spec_of
+from stablevm.autoencoder import IDENTITY, LatentSpec, autoencoder_id, full_name, is_folder, latent_spec_of
 from stablevm.errors import UserError
 from stablevm.options import as_typed, some_of
 from stablevm.sampling.config import GenerateConfig
@@ -96,15 +96,15 @@ def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:
 
 def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
     recorded = card.latent.autoencoder
-    if config.vae is not None and full_name(config.vae) != recorded:
-        another_folder = recorded != IDENTITY and Path(config.vae).is_dir()
+    if config.vae is not None and full_name(config.vae) != full_name(recorded):
+        another_folder = recorded != IDENTITY and is_folder(config.vae)
         if not another_folder:
             raise UserError(
                 f"--vae {config.vae}: the checkpoint {config.ckpt} records {recorded}; leave the option out, "
                 "or give the folder of an autoencoder to decode with"
             )
     if config.resolution is not None:
-        side = latent_spec_of(autoencoder_name(config, card), config.resolution).shape[1]
+        side = latent_spec_of(config.vae or card.latent.autoencoder, config.resolution).shape[1]
         if side != card.latent.shape[1]:
             raise UserError(
                 f"--resolution {config.resolution}: that is a latent of {side} x {side}, "
@@ -112,8 +112,11 @@ def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
             )
 
 
-def autoencoder_name(config: GenerateConfig, card: ModelCard) -> str:
-    return card.latent.autoencoder if config.vae is None else full_name(config.vae)
+def decoding_notes(vae: str | None, latent: LatentSpec) -> list[str]:
+    """A line where --vae gives a folder of other content than the one that the data was encoded with."""
+    if vae is None or latent.fingerprint is None or latent.is_by(vae):
+        return []
+    return [f"--vae {vae} is another autoencoder than the data's, {latent.autoencoder}; it decodes all the same"]
 
 
 def sampler_settings(config: GenerateConfig) -> SamplerSettings:
@@ -151,7 +154,7 @@ def protocol_of(config: GenerateConfig, card: ModelCard) -> Protocol:
         "tf32": config.tf32,
         "compile": config.compile,
         "fused_attn": card.model.fused_attn,
-        "autoencoder": autoencoder_name(config, card),
+        "autoencoder": card.latent.autoencoder_id if config.vae is None else autoencoder_id(config.vae),
         "path_type": card.path_type,
         "prediction": card.prediction,
         "model": card.model.name,

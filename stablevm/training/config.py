@@ -18,7 +18,7 @@ FREE_ON_RESUME = frozenset(
     {
         "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
-        "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile",
+        "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "vae",
         "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }
 )  # fmt: skip
@@ -97,6 +97,8 @@ class TrainConfig:
     """Begin with the weights of this checkpoint folder instead of random ones: fine-tuning, of an import too."""
     init_weights: Literal["ema", "model"] = "ema"
     """Which of its weights: ema, the moving average; model, those of its last step."""
+    vae: str | None = None
+    """Autoencoder that decodes samples: ema, mse, or a folder, for machines without network. Default: the data's."""
     learning_rate: float = 1e-4
     """Rate of AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -233,6 +235,8 @@ class TrainConfig:
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
         idle: dict[str, str] = {} if self.init_from else {"init_weights": "no --init-from"}
+        if self.eval_every == self.sampling_steps == 0:
+            idle["vae"] = "--eval-every 0 and --sampling-steps 0"
         if self.eval_every == 0:
             judging = ("eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights")
             idle |= dict.fromkeys(judging, "--eval-every 0")

@@ -32,6 +32,8 @@ def initial_weights(
     found = load_weights(folder, weights)
     start = {name: found.get(name, value) for name, value in fresh.items()}
     lines = [f"starting from the weights {weights} of {folder}, step {theirs.step:,}"]
+    if not theirs.latent.has_autoencoder_of(card.latent):
+        lines.append(f"its autoencoder was {theirs.latent.autoencoder}, this run's is {card.latent.autoencoder}")
     if theirs.model.num_classes != card.model.num_classes:
         start[LABEL_TABLE] = fresh[LABEL_TABLE].clone()
         start[LABEL_TABLE][card.model.null_class] = found[LABEL_TABLE][theirs.model.null_class]

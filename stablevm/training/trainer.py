@@ -5,13 +5,14 @@ import sys
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from stablevm.autoencoder import load_autoencoder
+from stablevm.autoencoder import Autoencoder, load_autoencoder
 from stablevm.data.dataset import PreparedDataset
 from stablevm.encoders import Encoder
 from stablevm.files import remove_temporary, write_json
 from stablevm.locks import owned
 from stablevm.objective import StableVM
 from stablevm.precision import DTYPES, tf32
+from stablevm.sampling.protocol import decoding_notes
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import Record
 from stablevm.training.config import CONFIG_FILE, TrainConfig
@@ -50,7 +51,8 @@ def _train(config: TrainConfig) -> int:
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     if accelerator.is_main_process:
-        for line in [*config.warnings(), *empty_classes_warning(config, dataset)]:
+        notes = empty_classes_warning(config, dataset) + decoding_notes(config.vae, dataset.latent)
+        for line in config.warnings() + notes:
             print(f"warning: {line}", file=sys.stderr)
     trainer = Trainer(config, dataset, accelerator)
     if start:
@@ -172,13 +174,14 @@ class Trainer:
 
     def _previews(self) -> Previews:
         """Only the main process draws, and only it loads the autoencoder."""
-        autoencoder = load_autoencoder(self.dataset.latent, device=self.accelerator.device)
-        return Previews(self.config.folder / "samples", autoencoder, self.config.seed)
+        return Previews(self.config.folder / "samples", self._autoencoder(), self.config.seed)
 
     def _evaluation(self) -> Evaluation:
         """To be called on the main process, as the previews."""
-        device = self.accelerator.device
-        return Evaluation(self.config, load_autoencoder(self.dataset.latent, device=device), device)
+        return Evaluation(self.config, self._autoencoder(), self.accelerator.device)
+
+    def _autoencoder(self) -> Autoencoder:
+        return load_autoencoder(self.dataset.latent, name=self.config.vae, device=self.accelerator.device)
 
     def _open_folder(self) -> Trackers:
         """Create the run's folder, or tidy it up; returns the trackers. To be called on the main process."""

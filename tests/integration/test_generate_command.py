@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_vae import save_tiny_vae
 
 from stablevm import cli
-from stablevm.autoencoder import LatentSpec
+from stablevm.autoencoder import LatentSpec, fingerprint, latent_spec_of
 from stablevm.models.projectors import ConvProjector
 from stablevm.models.sit import SiT
 from stablevm.sampling.archive import read_protocol, write_npy
@@ -156,10 +156,30 @@ def test_decoding_by_an_autoencoder(command, tmp_path, capsys):
     assert command(*options, "--resolution=64", ckpt=ckpt) == 0
     result = loaded(tmp_path / "run.npz")
     assert result["arr_0"].shape == (3, 64, 64, 3) and len(np.unique(result["arr_0"])) > 2
-    assert json.loads(result["protocol"].item())["autoencoder"] == str(vae)
+    assert json.loads(result["protocol"].item())["autoencoder"] == f"sha256:{fingerprint(str(vae))}"
     assert command(*options, "--resolution=256", ckpt=ckpt, name="other") == 2
     assert "--resolution 256: that is a latent of 32 x 32" in capsys.readouterr().err
     assert command("--vae=ema", ckpt=ckpt, name="other") == 2
+
+
+def test_an_autoencoder_that_moved_is_known_by_its_content(command, tmp_path, capsys, monkeypatch):
+    folder = save_tiny_vae(tmp_path / "vae")
+    card = tiny_card()
+    latent = latent_spec_of(str(folder), 64)
+    card = replace(card, model=replace(card.model, in_channels=4), latent=latent)
+    ckpt = save_checkpoint(tmp_path / "latents", card)
+    assert command("--num-fid-samples=2", ckpt=ckpt) == 0
+    moved = folder.rename(tmp_path / "moved")
+    assert command("--num-fid-samples=2", "--grid", ckpt=ckpt, name="other") == 2
+    assert f"autoencoder {folder}: no such folder; give the folder where it is now as --vae" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert command("--num-fid-samples=2", "--vae=moved", ckpt=ckpt) == 0
+    told = capsys.readouterr()
+    assert "is complete already" in told.out and "warning" not in told.err, "the same protocol"
+    other = save_tiny_vae(tmp_path / "other", layers_per_block=2)
+    assert command("--num-fid-samples=2", f"--vae={other}", ckpt=ckpt, name="another") == 0
+    assert f"warning: --vae {other} is another autoencoder than the data's, {folder}" in capsys.readouterr().err
+    assert moved.is_dir()
 
 
 def test_quick_look(command, tmp_path, capsys):

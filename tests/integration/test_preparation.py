@@ -257,7 +257,7 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
         (source / "n00000000" / "new.png").unlink()
     assert contents(done) == before
     assert "needs a multiple of 8" in refusal(capsys, cli.dataset_tools, encode(odd, tmp_path / "y", vae))
-    assert "can't be loaded" in refusal(capsys, cli.dataset_tools, encode(done, tmp_path / "y", tmp_path / "no vae"))
+    assert "no such folder" in refusal(capsys, cli.dataset_tools, encode(done, tmp_path / "y", tmp_path / "no vae"))
     assert "run convert first" in refusal(capsys, cli.prepare, encode_shards(tmp_path / "none", vae))
 
 

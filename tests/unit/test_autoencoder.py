@@ -1,14 +1,26 @@
 """Pixels to latents and back: the identity, and a tiny diffusers AutoencoderKL."""
 
 import json
+import socket
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_vae import save_tiny_vae
 
 from stablevm import autoencoder
-from stablevm.autoencoder import LatentSpec, latent_spec_of, load_autoencoder, unit_to_pixels
+from stablevm.autoencoder import (
+    LatentSpec,
+    fingerprint,
+    full_name,
+    is_folder,
+    latent_spec_of,
+    load_autoencoder,
+    unit_to_pixels,
+)
+from stablevm.cards import card_of
 from stablevm.errors import UserError
 
 
@@ -56,6 +68,7 @@ def test_identity_refuses_latents_that_are_no_pixels():
 def test_kl_moments_and_decoding_are_those_of_diffusers(tiny_kl):
     latent = latent_spec_of(str(tiny_kl), 16)
     assert latent == LatentSpec((4, 8, 8), scale=0.5, shift=0.25, autoencoder=str(tiny_kl))
+    assert latent.fingerprint == fingerprint(str(tiny_kl)) is not None
     model = load_autoencoder(latent)
     pixels = images(16)
     moments = model.encode(pixels)
@@ -100,6 +113,7 @@ def test_short_names_stand_for_the_fine_tuned_decoders(monkeypatch):
             raise OSError("offline.\nA second line of advice.")
 
     monkeypatch.setattr(autoencoder, "_autoencoder_kl", lambda source: Asked)
+    monkeypatch.setattr(autoencoder, "check_reachable", lambda repository, file: None)
     for name in ("mse", "ema"):
         with pytest.raises(UserError, match=r"offline\); give") as error:
             latent_spec_of(name, 256)
@@ -122,6 +136,7 @@ def test_every_failed_load_is_one_clear_line(tiny_kl, tmp_path, monkeypatch):
     for folder, cause in (
         (tmp_path / "empty", "config.json"),
         (cut.parent, "can't be loaded"),
+        (tmp_path / "nowhere", "no such folder; give the folder where it is now as --vae"),
         (lacking.parent, "lack 1 tensors, the first decoder.conv_in.weight"),
     ):
         with pytest.raises(UserError, match=cause) as error:
@@ -150,3 +165,150 @@ def test_loading_leaves_the_global_generator_alone(tiny_kl):
     before = torch.get_rng_state()
     load_autoencoder(latent_spec_of(str(tiny_kl), 16))
     assert torch.equal(before, torch.get_rng_state())
+
+
+# Folders are known by their content
+
+
+def test_a_folder_is_recorded_resolved_and_known_however_it_is_spelled(tiny_kl, tmp_path, monkeypatch):
+    folder = copy_of(tiny_kl, tmp_path / "vae")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    spellings = ["vae", "vae/", "./vae", "../" + tmp_path.name + "/vae", str(folder), "link"]
+    assert {latent_spec_of(name, 16).autoencoder for name in spellings} == {str(folder.resolve())}
+    recorded = latent_spec_of("vae", 16)
+    assert all(recorded.is_by(name) for name in [*spellings, str(tiny_kl)])
+    monkeypatch.chdir("/")
+    assert type(load_autoencoder(recorded)).__name__ == "KLAutoencoder"
+
+
+def test_a_folder_keeps_its_identity_where_it_moves_and_loses_it_with_its_content(tiny_kl, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of(tiny_kl, tmp_path / "vae")
+    recorded = latent_spec_of(str(folder), 16)
+    moved = folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"vae: no such folder; give the folder where it is now as --vae"):
+        load_autoencoder(recorded)
+    assert recorded.is_by(str(moved)) and recorded == latent_spec_of(str(moved), 16)
+    assert load_autoencoder(recorded, name=str(moved)).latent == recorded
+    weights = load_file(moved / "diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.bias"][0] += 1
+    save_file(weights, moved / "diffusion_pytorch_model.safetensors")
+    moved.rename(folder)
+    assert not recorded.is_by(str(folder)) and recorded != latent_spec_of(str(folder), 16)
+    with pytest.raises(UserError, match=r"others than when the data was encoded; give the folder .* as --vae"):
+        load_autoencoder(recorded)
+
+
+def test_who_wrote_the_configuration_is_no_difference_and_a_value_is(tiny_kl, tmp_path):
+    folder = copy_of(tiny_kl, tmp_path / "vae")
+    before, path = fingerprint(str(folder)), folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "_diffusers_version": "0.1", "_name_or_path": "x"}))
+    assert fingerprint(str(folder)) == before
+    path.write_text(json.dumps({**values, "scaling_factor": 0.75}))
+    assert fingerprint(str(folder)) != before
+    path.write_text("[1]")
+    with pytest.raises(UserError, match=r"its config\.json is damaged"):
+        fingerprint(str(folder))
+
+
+def test_what_older_files_record_is_read_as_before(tiny_kl, tmp_path, monkeypatch):
+    copy_of(tiny_kl, tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    old = {"shape": [4, 8, 8], "scale": 0.5, "shift": 0.25, "autoencoder": "vae"}
+    spec = card_of(LatentSpec, old, "old")
+    assert spec == latent_spec_of("vae", 16) and spec.autoencoder_id == "vae"
+    assert load_autoencoder(spec).latent is spec
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match=r"autoencoder vae: no such folder; .* as --vae"):
+        load_autoencoder(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mse", False), ("identity", False), ("stabilityai/sd-vae-ft-mse", False), ("org/model.v1", False),
+        ("vae", True), ("./org/model", True), ("../model", True), ("/org/model", True), ("a/b/c", True), ("vae/", True),
+        ("~/vae", True), ("models/typo", True),
+    ],
+)  # fmt: skip
+def test_only_what_a_hub_can_have_is_looked_up_there(name, folder, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_folder(name) == folder
+    if folder:
+        monkeypatch.setattr(autoencoder, "_autoencoder_kl", lambda source: pytest.fail("asks diffusers"))
+        with pytest.raises(UserError, match="no such folder"):
+            fingerprint(name)
+        assert Path(full_name(name)).is_absolute() and "~" not in full_name(name)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.socket() as closed:  # bound, but it does not listen
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        diffusers = pytest.importorskip("diffusers")
+        monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *_: pytest.fail("asks again and again"))
+        with pytest.raises(UserError, match=r"the hub does not answer: .*refused.*\); give .* as --vae") as error:
+            latent_spec_of("nobody/nothing", 16)
+        assert "\n" not in str(error.value)
+
+
+# Channel by channel
+
+
+def test_latents_mean_and_std_of_each_channel_count_as_in_diffusers(tmp_path):
+    means, deviations = [0.5, -1.0, 0.0, 2.0], [0.5, 2.0, 1.0, 4.0]
+    folder = save_tiny_vae(
+        tmp_path / "vae", widths=(8, 16), scaling_factor=0.5, latents_mean=means, latents_std=deviations
+    )
+    latent = latent_spec_of(str(folder), 16)
+    assert (latent.shift, latent.scale) == (tuple(means), (1.0, 0.25, 0.5, 0.125))
+    raw = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (means, deviations))
+    normalised = (raw - mean) * 0.5 / std  # pipelines of Stable Diffusion XL
+    torch.testing.assert_close(latent.normalize(raw), normalised)
+    torch.testing.assert_close(latent.denormalize(normalised), raw)
+    moments = torch.cat([raw, torch.full_like(raw, 0.1)], dim=1)
+    torch.testing.assert_close(latent.means(moments), normalised)
+    torch.testing.assert_close(latent.from_moments(moments, torch.ones_like(raw)), (raw + 0.1 - mean) * 0.5 / std)
+    again = card_of(LatentSpec, json.loads(json.dumps(latent.to_dict())), "again")
+    assert again == latent and hash(again) == hash(latent)
+    assert load_autoencoder(again).latent == latent
+    with pytest.raises(UserError, match=r"\(channels, scale, shift\)"):
+        load_autoencoder(replace(latent, scale=0.5, shift=0.0), name=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"latents_mean": [0.0] * 4}, "has latents_mean alone"),
+        ({"latents_std": [1.0] * 4}, "has latents_std alone"),
+        (
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1},
+            "shift_factor beside latents_mean",
+        ),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4}, "have 3 and 4 numbers, expected 4 each"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "none of latents_std 0"),
+    ],
+)
+def test_a_normalisation_that_is_not_defined_is_refused(options, told, tmp_path):
+    folder = save_tiny_vae(tmp_path / "vae", widths=(8, 16), **options)
+    with pytest.raises(UserError, match=told) as error:
+        latent_spec_of(str(folder), 16)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 1.0, 0.0), 0.0, float("nan")])
+def test_a_scale_that_can_not_be_is_refused(scale):
+    with pytest.raises(UserError, match="latent scale"):
+        LatentSpec((3, 8, 8), scale, 0.0, "identity")

@@ -15,7 +15,7 @@ FLOORS = dict(
     enumerate(
         [
             ("errors", "text", "shapes"),
-            ("files", "foreign_weights", "interpolant", "rng", "precision", "processes", "compiler"),
+            ("files", "foreign_weights", "hub", "interpolant", "rng", "precision", "processes", "compiler"),
             (
                 "locks",
                 "posterior",

@@ -1,0 +1,26 @@
+"""Whether the hub of models answers, asked once: its own client tries again for half a minute."""
+
+import ssl
+import urllib.error
+import urllib.request
+
+PATIENCE_SECONDS = 10.0
+
+
+def check_reachable(repository: str, file: str) -> None:
+    """OSError where `file` of the hub's `repository` is not in the cache, and the hub does not answer.
+
+    Whatever the hub answers counts; that a certificate is not known here says nothing about its client.
+    """
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(repository, file), str):
+        return
+    request = urllib.request.Request(hf_hub_url(repository, file), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):
+            raise OSError(f"the hub does not answer: {error.reason}") from None
