@@ -88,10 +88,12 @@ def _bomb(path, picture):
     """A PNG of 60,000 x 60,000 black pixels in a few kilobytes: 3.6 gigapixels, cut short after the first rows."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
     rows = zlib.compress(bytes(60_001) * 64)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
+    )
 
 
-def _chunk(kind, content):
+def png_chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 

@@ -1,17 +1,18 @@
 """One image file, from bytes to pixels of the size asked for. Pillow and NumPy only: this runs in the workers.
 
-What a picture shows is settled here: upright by its EXIF orientation, transparent parts on white, 16-bit grey scaled to
-8 bits, whatever colours turned to RGB. What can't be settled is a `BadPictureError` with its cause.
+What a picture shows is settled here: upright by its EXIF orientation, transparent parts on white, deep grey scaled by
+its stated depth to 8 bits, whatever colours turned to RGB. What can't be settled is a `BadPictureError` with its cause.
 """
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 
@@ -27,6 +28,9 @@ _MARK = 16  # bytes at the beginning that tell a format
 # More pixels than this are taken for a decompression bomb; it is the count from which Pillow itself warns.
 MAX_PIXELS = 2**30 // 12
 _ORIENTATION = 0x0112  # EXIF tag
+# Tags of TIFF, and the words for its formats of samples.
+_SUBFILE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
+_SAMPLE_FORMATS = {2: "signed", 3: "floats", 5: "complex", 6: "complex"}
 _WHITE = (255, 255, 255, 255)
 
 
@@ -136,13 +140,14 @@ def pixels(picture: Image.Image) -> NDArray[np.uint8]:
 
 def _settled(picture: Image.Image) -> tuple[Image.Image, list[str]]:
     notes = []
+    depth = _stated_depth(picture)
     orientation = _orientation(picture)
     if orientation in range(2, 9):
         notes.append(f"EXIF orientation {orientation}, turned upright")
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         notes.append("more than 8 bits per pixel, scaled to 8")
-        return _from_deep_grey(picture), notes
+        return _from_deep_grey(picture, depth, notes), notes
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         if picture.getchannel("A").getextrema() != (255, 255):
@@ -160,12 +165,41 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _from_deep_grey(picture: Image.Image) -> Image.Image:
-    """Pillow would clip at 255 where it should divide by 257."""
+@dataclass(frozen=True)
+class _Depth:
+    """What the file states about a grey picture's values: the largest one, and whether that is black."""
+
+    white: int = 65_535  # to which Pillow scales deep grey of every format but TIFF
+    is_inverted: bool = False
+
+
+def _stated_depth(picture: Image.Image) -> _Depth:
+    """BadPictureError for a TIFF file whose values Pillow would hand over as if they were others."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return _Depth()
+    tags = picture.tag_v2
+    if tags.get(_SUBFILE, 0) & 1:
+        raise BadPictureError("a preview of a larger picture, as the raw files of cameras have; develop it first")
+    kinds = set(np.ravel(tags.get(_SAMPLE_FORMAT, 1)).tolist())
+    if not kinds <= {1, 4}:  # unsigned, or not said
+        raise BadPictureError(f"pixels that are {_SAMPLE_FORMATS.get(max(kinds), 'unknown')}, without a known range")
+    bits = int(np.ravel(tags.get(_BITS_PER_SAMPLE, 1))[0])
+    return _Depth(2**bits - 1, tags.get(_PHOTOMETRIC) == 0)
+
+
+def _from_deep_grey(picture: Image.Image, depth: _Depth, notes: list[str]) -> Image.Image:
+    """Scaled by the stated depth; Pillow would clip at 255."""
     values = np.asarray(picture)
-    if picture.mode == "F" or values.min() < 0 or values.max() > 65_535:
+    if picture.mode == "F" or depth.white > 65_535 or values.min() < 0 or values.max() > depth.white:
         raise BadPictureError(f"pixels of mode {picture.mode} without a known range")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    grey = np.round(values * (255 / depth.white)).astype(np.uint8)
+    if depth.is_inverted:
+        grey = 255 - grey
+    clear = picture.info.get("transparency")  # a value of PNG that stands for no colour
+    if isinstance(clear, int) and (values == clear).any():
+        notes.append("transparent, laid on white")
+        grey = np.where(values == clear, np.uint8(255), grey)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _middle(picture: Image.Image, size: Size) -> Image.Image:
@@ -181,9 +215,24 @@ def _check_pixels(size: Size, what: str = "decompression bomb:") -> None:
 def _cause(error: BaseException, file: IO[bytes]) -> str:
     if isinstance(error, UnidentifiedImageError):
         try:
-            file.seek(0)
-            return "not an image" if file.read(1) else "empty file"
-        except (OSError, ValueError):
-            return "not an image"
+            return _unidentified(file)
+        except READ_ERRORS:
+            return "damaged, or no image"
     text = " ".join(str(error).split())
     return f"damaged: {text}" if text else f"damaged ({type(error).__name__})"
+
+
+def _unidentified(file: IO[bytes]) -> str:
+    """Of a file that no reader of Pillow takes."""
+    file.seek(0)
+    start = file.read(_MARK)
+    if not start:
+        return "empty file"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        tags = TiffImagePlugin.ImageFileDirectory_v2(start[:8])
+        file.seek(tags.next)
+        tags.load(file)
+        bits = np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).tolist()
+        return f"a TIFF of {', '.join(map(str, bits))} bits per sample of a kind that Pillow can't read, or damaged"
+    file.seek(0)
+    return "damaged, or of a kind that Pillow can't read" if is_picture(file) else "not an image"

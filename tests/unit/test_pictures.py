@@ -1,12 +1,14 @@
 """Crops against a re-derivation of their filters in integers, and what becomes of every unusual file."""
 
 import io
+import struct
+import zlib
 from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
-from sources import HANDLED, HOSTILE, KEPT, SKIPPED, scene
+from sources import HANDLED, HOSTILE, KEPT, SKIPPED, png_chunk, scene
 
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, pixels, read_picture, result_size
 
@@ -120,6 +122,113 @@ def test_sixteen_bits_become_eight_by_scaling(tmp_path):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     picture, _ = read(saved(tmp_path, Image.fromarray(grey), "deep.png"))
     assert np.array_equal(np.asarray(picture)[..., 0], grey // 257)
+
+
+def tiff(rows, bits, *, order="II", photometric=1, sample_format=1, fill_order=1, tags=()):
+    """A TIFF of one uncompressed strip, written byte by byte: unsigned integers of the rows in `bits` bits each."""
+    mark = "<" if order == "II" else ">"
+    height, width = len(rows), len(rows[0])
+    if bits > 8 and bits % 8 == 0:
+        strip = b"".join(struct.pack(f"{mark}{'H' if bits == 16 else 'I'}", value) for row in rows for value in row)
+    else:
+        lines = ["".join(f"{value:0{bits}b}" for value in row) for row in rows]
+        lines = [line.ljust(-(-len(line) // 8) * 8, "0") for line in lines]
+        strip = b"".join(int(line, 2).to_bytes(len(line) // 8, "big") for line in lines)
+    if fill_order == 2:
+        strip = bytes(int(f"{byte:08b}"[::-1], 2) for byte in strip)
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (266, fill_order),
+               (273, 8), (277, 1), (278, height), (279, len(strip)), (339, sample_format), *tags]  # fmt: skip
+    long_ones = {273, 279}
+    directory = struct.pack(f"{mark}H", len(entries))
+    for tag, value in sorted(entries):
+        kind = "I" if tag in long_ones else "HH"
+        values = (value,) if tag in long_ones else (value, 0)
+        directory += struct.pack(f"{mark}HHI{kind}", tag, 4 if tag in long_ones else 3, 1, *values)
+    strip += b"\0" * (len(strip) % 2)
+    start = struct.pack(f"{mark}2sHI", order.encode(), 42, 8 + len(strip))
+    return start + strip + directory + struct.pack(f"{mark}I", 0)
+
+
+def of_bytes(content):
+    return read_picture(lambda: io.BytesIO(content))
+
+
+DEPTHS = [(1, "II"), (2, "II"), (4, "MM"), (8, "II"), (12, "II"), (16, "II"), (16, "MM"), (10, "II"), (14, "MM"),
+          (12, "MM"), (32, "II")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "order"), DEPTHS)
+@pytest.mark.parametrize("photometric", [0, 1], ids=["white is zero", "black is zero"])
+@pytest.mark.parametrize("fill_order", [1, 2])
+def test_greys_of_every_depth_are_scaled_or_skipped_with_the_cause(bits, order, photometric, fill_order):
+    largest = 2**bits - 1
+    rows = [[0, largest, largest // 2, largest // 3], [largest, 0, largest // 4, largest // 5]]
+    content = tiff(rows, bits, order=order, photometric=photometric, fill_order=fill_order)
+    try:
+        picture, notes = of_bytes(content)
+    except BadPictureError as error:
+        assert "bits per sample" in str(error) or "range" in str(error) or fill_order == 2, error
+        assert bits > 8 or fill_order == 2
+        assert (bits, order, photometric, fill_order) not in {(12, "II", 1, 1), (16, "II", 1, 1), (16, "MM", 1, 1)}
+        return
+    assert bits not in (10, 14, 32)
+    wanted = np.round(np.array(rows) * 255 / largest)
+    found = np.asarray(picture)[..., 0]
+    assert np.array_equal(found, 255 - wanted if photometric == 0 else wanted)
+    assert bool(notes) == (bits > 8)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize(("sample_format", "word"), [(2, "signed"), (3, "floats")])
+@pytest.mark.parametrize("order", ["II", "MM"])
+def test_signed_and_floating_pixels_are_skipped_with_the_cause(bits, sample_format, word, order):
+    if sample_format == 3 and bits == 8:
+        pytest.skip("no such floats")
+    rows = [[0, 1, 2**bits - 1, 2 ** (bits - 1)]]
+    with pytest.raises(BadPictureError) as error:
+        of_bytes(tiff(rows, bits, order=order, sample_format=sample_format))
+    assert word in str(error.value) or "bits per sample" in str(error.value)
+
+
+def test_a_palette_gives_its_colours():
+    content = io.BytesIO()
+    picture = scene(np.random.default_rng(0), (20, 20)).quantize(16)
+    picture.save(content, format="TIFF")
+    assert np.array_equal(np.asarray(of_bytes(content.getvalue())[0]), np.asarray(picture.convert("RGB")))
+
+
+def test_a_camera_files_preview_is_not_taken_for_the_picture():
+    with pytest.raises(BadPictureError, match="preview of a larger picture"):
+        of_bytes(tiff([[0, 255]], 8, tags=[(254, 1)]))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_png_greys_of_every_depth(bits):
+    """Written chunk by chunk: Pillow writes no 2 and 4 bits of grey."""
+    largest = 2**bits - 1
+    row = [0, largest, largest // 2, largest // 3, 0, largest, 0, 0]
+    line = int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(bits, "big")
+    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + line)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+    assert np.asarray(of_bytes(content)[0])[0, :, 1].tolist() == [round(value * 255 / largest) for value in row]
+
+
+@pytest.mark.parametrize("largest", [255, 1023, 4095, 65535])
+def test_pgm_greys_are_scaled_by_their_stated_maximum(largest):
+    values = [0, largest, largest // 2, largest // 3]
+    content = f"P5 4 1 {largest}\n".encode() + b"".join(
+        value.to_bytes(1 if largest < 256 else 2, "big") for value in values
+    )
+    found = np.asarray(of_bytes(content)[0])[0, :, 0]
+    assert np.abs(found - np.array(values) * 255 / largest).max() < 1
+
+
+def test_a_clear_value_of_a_deep_grey_png_is_white():
+    content = io.BytesIO()
+    Image.fromarray(np.array([[0, 500, 65_535]], np.uint16)).save(content, format="PNG", transparency=500)
+    picture, notes = of_bytes(content.getvalue())
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 255, 255] and "transparent, laid on white" in notes
 
 
 def test_turned_upright_and_laid_on_white(tmp_path):
