@@ -44,7 +44,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_SUCH_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 SYSTEM_LIMITS = (
     *NO_SPACE, *NO_SUCH_NAME, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN,
-    errno.EMFILE, errno.ENFILE,
+    errno.EMFILE, errno.ENFILE, errno.EFBIG,
 )  # fmt: skip
 
 Config = TypeVar("Config")

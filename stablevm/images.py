@@ -1,5 +1,6 @@
 """Pictures for people: many small images in one PNG, or one after another in a GIF."""
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -36,8 +37,10 @@ def save_png(
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value)
+    content = io.BytesIO()  # in memory first: an error of the disk that Pillow reports may have no number
+    Image.fromarray(image).save(content, format="PNG", pnginfo=chunks)
     with replacing(path, scratch=scratch) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:
@@ -61,5 +64,7 @@ def save_gif(
     first, *others = map(Image.fromarray, frames)
     durations = [milliseconds] * len(others) + [last_milliseconds or milliseconds]
 
+    content = io.BytesIO()
+    first.save(content, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
     with replacing(path) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+        temporary.write_bytes(content.getbuffer())

@@ -3,6 +3,7 @@
 PNG files at 200 dots per inch, made for half their pixel size on a page: text is then 13 to 16 px high.
 """
 
+import io
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,4 +72,6 @@ def style() -> AbstractContextManager[None]:
 def save_figure(figure: "Figure", path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    write_with(path, lambda temporary: FigureCanvasAgg(figure).print_png(temporary))
+    content = io.BytesIO()  # in memory first: an error of the disk that Pillow reports may have no number
+    FigureCanvasAgg(figure).print_png(content)
+    write_with(path, lambda temporary: temporary.write_bytes(content.getbuffer()))

@@ -1,23 +1,21 @@
 """A trained network that knows all that sampling needs: `model.json` beside its weights in safetensors."""
 
-import errno
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stablevm.autoencoder import LatentSpec
 from stablevm.cards import read_card
 from stablevm.errors import UserError
-from stablevm.files import replacing, write_json
+from stablevm.files import write_json
 from stablevm.models.config import SiTConfig
 from stablevm.models.sit import SiT
+from stablevm.tensor_files import save_tensors
 
 CARD_FILE = "model.json"
 FORMAT_VERSION = 1
@@ -106,19 +104,6 @@ def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, T
     for name, tensors in weights.items():
         save_tensors(folder / f"{name}.safetensors", tensors)
     write_json(folder / CARD_FILE, card.to_dict())
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, complete or not at all; OSError when the disk is full."""
-    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with replacing(path) as temporary:
-        try:
-            save_file(plain, temporary)
-        except SafetensorError as error:  # it tells of the system's error in words only
-            for number in (errno.ENOSPC, errno.EDQUOT):
-                if f"os error {number}" in str(error):
-                    raise OSError(number, os.strerror(number), str(path)) from None
-            raise
 
 
 def load_card(folder: str | Path) -> ModelCard:

@@ -1,17 +1,16 @@
 """Writing shards: rows collected into files that are complete or absent."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stablevm import files
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard, ShardFile, ShardKind
 from stablevm.errors import UserError
+from stablevm.tensor_files import save_tensors
 
 MIN_ROWS, MAX_ROWS = 8_192, 16_384  # per shard: few enough files for a million samples, small enough to rewrite
 
@@ -106,7 +105,7 @@ class ShardWriter:
         written: dict[ShardKind, ShardFile] = {}
         for kind, names in self._names.items():
             path = self.folder / shard_name(kind, len(self._shards))
-            files.write_with(path, partial(save_file, {name: tensors[name] for name in names}))
+            save_tensors(path, {name: tensors[name] for name in names})
             written[kind] = ShardFile.of(path)
         self._shards.append(Shard(self._filled, written["latents"], written.get("images")))
         self._class_counts += np.bincount(tensors["labels"].numpy(), minlength=len(self._class_counts))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stablevm import rng
@@ -18,8 +18,9 @@ from stablevm.cards import read_card
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.errors import UserError
-from stablevm.files import sha256, write_json, write_with
+from stablevm.files import sha256, write_json
 from stablevm.models.digits_net import CLASSES, IMAGE_SIZE, DigitsNet
+from stablevm.tensor_files import save_tensors
 
 NAME = "digits-cnn"
 WEIGHTS_FILE = "extractor.safetensors"
@@ -116,7 +117,7 @@ def train_extractor(
 def save_extractor(folder: str | Path, extractor: DigitsExtractor) -> None:
     """Write `extractor.safetensors`, then `extractor.json`."""
     folder = Path(folder)
-    write_with(folder / WEIGHTS_FILE, lambda path: save_file(extractor.net.state_dict(), path))
+    save_tensors(folder / WEIGHTS_FILE, extractor.net.state_dict())
     card = {
         "format_version": FORMAT_VERSION,
         "name": extractor.name,

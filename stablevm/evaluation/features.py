@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from stablevm.errors import UserError
 from stablevm.evaluation.extractors import FeatureExtractor
-from stablevm.files import is_temporary, write_with
+from stablevm.files import is_temporary
 from stablevm.processes import Process, wait_for_files
+from stablevm.tensor_files import save_tensors
 
 PART_LENGTH = 128  # images; an interruption loses at most this much work of each process
 CACHE_VERSION = 1  # raised when the same images and weights shall give other features
@@ -155,4 +155,4 @@ def _compute(
         blocks.append({name: features[name].float().cpu() for name in extractor.feature_names})
         bar.update(len(block))
     joined = {name: torch.cat([block[name] for block in blocks]) for name in extractor.feature_names}
-    write_with(path, lambda temporary: save_file(joined, temporary))
+    save_tensors(path, joined)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stablevm import rng
 from stablevm.cards import read_card
 from stablevm.errors import UserError
-from stablevm.files import replacing, write_json
+from stablevm.files import write_json
+from stablevm.tensor_files import save_tensors
 from stablevm.text import shown
 from stablevm.toy.config import METHODS, Method, ToyConfig
 from stablevm.toy.network import ToyNetwork, make_network
@@ -62,8 +63,7 @@ def save(
 ) -> None:
     """Write the network's weights, then the result: where the second is, the first is too."""
     path = result_path(config, method, seed)
-    with replacing(path.with_suffix(".safetensors")) as temporary:
-        save_file(network.state_dict(), temporary)
+    save_tensors(path.with_suffix(".safetensors"), network.state_dict())
     write_json(
         path,
         {

@@ -21,6 +21,7 @@ from stablevm.cards import read_card
 from stablevm.errors import UserError
 from stablevm.files import sha256, sync, write_json, write_text
 from stablevm.snapshot import ModelCard
+from stablevm.tensor_files import save_tensors
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -82,7 +83,7 @@ def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
     with _appearing(target) as folder:
         for name, tensors in (("optimizer", state.optimizer), ("bank", state.bank)):
             if tensors:
-                snapshot.save_tensors(folder / f"{name}.safetensors", tensors)
+                save_tensors(folder / f"{name}.safetensors", tensors)
         write_json(folder / STATE_FILE, {"scaler": state.scaler})
         snapshot.save(folder, state.card, {"ema": state.ema, "model": state.model})
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stablevm import cli, snapshot
+from stablevm import cli, snapshot, tensor_files
 from stablevm.training import step
 from stablevm.training.checkpoint import Record, best_record, damage, saved_steps
 
@@ -215,9 +215,9 @@ def test_a_full_disk_loses_nothing(root, whole, capsys, monkeypatch):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         write(tensors, path)
 
-    write = snapshot.save_file
+    write = tensor_files.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "save_file", save_file)
+        patch.setattr(tensor_files, "save_file", save_file)
         error, _ = refused(settings, capsys)
     assert error.startswith(f"error: {os.strerror(errno.ENOSPC)}: {settings.folder}/checkpoints/")
     assert saved_steps(settings.folder) == [2] and damage(settings.folder / "checkpoints" / "0000002") is None

@@ -13,7 +13,7 @@ from checkpoints import random_weights, tiny_card
 from data_sets import kill_at_rename, one_line
 from safetensors import SafetensorError
 
-from stablevm import snapshot
+from stablevm import snapshot, tensor_files
 from stablevm.errors import UserError
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import Record, TrainingState
@@ -165,8 +165,8 @@ def full_disk(patch, after):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         save(tensors, path)
 
-    save = snapshot.save_file
-    patch.setattr(snapshot, "save_file", save_file)
+    save = tensor_files.save_file
+    patch.setattr(tensor_files, "save_file", save_file)
 
 
 @pytest.mark.parametrize("after", range(4))

@@ -27,6 +27,7 @@ FLOORS = dict(
                 "images",
                 "plotting",
                 "cards",
+                "tensor_files",
                 "options",
             ),
             (
