@@ -128,10 +128,12 @@ class TimmEncoder(Encoder):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: Any, dtype: torch.dtype) -> None:
+    def __init__(self, network: Any, dtype: torch.dtype, antialias: bool = False) -> None:
+        """antialias: as in `load_encoder`."""
         grid_size = network.patch_embed.grid_size[0]
         super().__init__(network.to(dtype), dim=network.num_features, grid_size=grid_size)
         self.dtype = dtype
+        self.antialias = antialias
         self.input_size = grid_size * _patch_size(network)
         for name in ("mean", "std"):
             statistic = torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1)
@@ -145,7 +147,7 @@ class TimmEncoder(Encoder):
 
     def _all_tokens(self, images: Tensor) -> Tensor:
         side = self.input_size
-        pixels = F.interpolate(images.float() / 255, size=(side, side), mode="bicubic", antialias=True)
+        pixels = F.interpolate(images.float() / 255, size=(side, side), mode="bicubic", antialias=self.antialias)
         inputs = (pixels - self.mean) / self.std
         return self.network.forward_features(inputs.to(self.dtype))
 
@@ -157,6 +159,7 @@ def load_encoder(
     weights: Path | None,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    antialias: bool = False,
 ) -> Encoder:
     """The frozen encoder called `name`, giving grid_size x grid_size tokens and running in `dtype` on `device`.
 
@@ -164,11 +167,13 @@ def load_encoder(
 
     `name` is "digits", a short name of REPA's (`SHORT_NAMES`) or a vision transformer's name in timm. `weights` is a
     safetensors or torch file in timm's or the authors' layout; without one, timm downloads the pretrained weights.
+    Images are resized by bicubic interpolation to the pixels of so many tokens: of the nearest pixels alone, as REPA
+    does, or with `antialias` of all that a smaller one covers.
     Raises UserError for an unknown name, a file that doesn't fit, or weights that can't be downloaded.
     """
     if name == DIGITS:
         return _load_digits(grid_size, weights, dtype).to(device)
-    return _load_timm(name, grid_size, weights, dtype).to(device)
+    return _load_timm(name, grid_size, weights, dtype, antialias).to(device)
 
 
 def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, dtype: torch.dtype) -> Encoder:
@@ -199,7 +204,7 @@ def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype
     return DigitsEncoder(network, dtype)
 
 
-def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
+def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype, antialias: bool) -> Encoder:
     spec = _spec_of(name)
     if weights is None and not spec.downloadable:
         raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
@@ -209,7 +214,7 @@ def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: to
         _load_strictly(network, state, spec.timm_name, weights)
     if not spec.final_norm:
         network.norm = nn.Identity()
-    return TimmEncoder(network, dtype)
+    return TimmEncoder(network, dtype, antialias)
 
 
 def _spec_of(name: str) -> TimmEncoderSpec:

@@ -45,8 +45,12 @@ class EncoderExtractor:
 
 
 def load_encoder_extractor(name: str, weights: Path | None, device: torch.device | str) -> EncoderExtractor:
-    """By the names of --enc-type; images are scaled to 224 x 224 pixels. Raises UserError as `load_encoder` does."""
-    return EncoderExtractor(load_encoder(name, grid_size=None, weights=weights, device=device), name, device)
+    """By the names of --enc-type; images are scaled to 224 x 224 pixels, with antialiasing as for FD-DINOv2.
+
+    Raises UserError as `load_encoder` does.
+    """
+    encoder = load_encoder(name, grid_size=None, weights=weights, device=device, antialias=True)
+    return EncoderExtractor(encoder, name, device)
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stablevm.cards import card_of, read_card
+from stablevm.cards import card_of, read_object
 from stablevm.errors import UserError
 from stablevm.options import as_typed, idle_warnings, require, writable
 
 CONFIG_FILE = "config.json"
 _REMEDY = "restore it, or begin anew under another --exp-name"
+# What aligned runs did whose file does not know the option yet.
+_BEFORE = {"encoder_resize": "antialiased"}
 TRACKERS = ("tensorboard", "wandb", "none")
 
 # May differ between a run and its continuation: they change neither the batches nor the network.
@@ -156,6 +158,8 @@ class TrainConfig:
     """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name, or digits."""
     encoder_weights: str | None = None
     """Files of the encoders' weights separated by commas, for machines without network."""
+    encoder_resize: Literal["bicubic", "antialiased"] = "bicubic"
+    """How images get the encoders' size: bicubic of the nearest pixels, as published; antialiased, smoothed first."""
     use_irepa: bool = False
     """iREPA: a convolutional projector, and encoder features normalised over space."""
     irepa_gamma: float = 0.6
@@ -247,7 +251,8 @@ class TrainConfig:
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors"), "--loss-type si")
         if not self.use_proj_loss:
             projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
-            idle |= dict.fromkeys((*projection, "encoder_depth", "use_irepa", "irepa_gamma"), "--no-use-proj-loss")
+            more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma")
+            idle |= dict.fromkeys((*projection, *more), "--no-use-proj-loss")
         if self.use_proj_loss and self.proj_weight_schedule != "sigmoid":
             idle["proj_k"] = f"--proj-weight-schedule {self.proj_weight_schedule}"
         if self.use_proj_loss and self.proj_weight_schedule == "constant":
@@ -267,7 +272,11 @@ class TrainConfig:
     @classmethod
     def read(cls, run: Path) -> "TrainConfig":
         """The options that the run in the folder `run` was begun with; UserError for a damaged file."""
-        return read_card(run / CONFIG_FILE, cls, "run", finite=False, remedy=_REMEDY)
+        path = run / CONFIG_FILE
+        values = read_object(path, "run", remedy=_REMEDY)
+        if values.get("use_proj_loss"):
+            values = _BEFORE | values
+        return card_of(cls, values, f"run: {path}", finite=False, remedy=_REMEDY)
 
     def check_continues(self, earlier: "TrainConfig") -> None:
         """UserError naming the first option that contradicts the run which this one continues."""

@@ -88,8 +88,9 @@ def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
 
 def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dtype: torch.dtype) -> list[Encoder]:
     """The frozen encoders on `device`, for a network of `grid_size` tokens per side."""
+    antialias = config.encoder_resize == "antialiased"
     return [
-        load_encoder(name, grid_size=grid_size, weights=weights, device=device, dtype=dtype)
+        load_encoder(name, grid_size=grid_size, weights=weights, device=device, dtype=dtype, antialias=antialias)
         for name, weights in zip(config.encoder_names, config.encoder_files, strict=True)
     ]
 

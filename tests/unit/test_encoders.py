@@ -57,7 +57,7 @@ def test_tokens_are_timms_without_the_class_token(encoder, weights, images):
     with torch.random.fork_rng(devices=[]):
         overlay = {"file": str(weights), "custom_load": False}
         network = timm.create_model(VIT, pretrained=True, pretrained_cfg_overlay=overlay, img_size=64).eval()
-    pixels = F.interpolate(images / 255, size=(64, 64), mode="bicubic", antialias=True)
+    pixels = F.interpolate(images / 255, size=(64, 64), mode="bicubic")
     with torch.no_grad():
         expected = network.forward_features((pixels - 0.5) / 0.5)
     tokens = encoder(images)
@@ -65,6 +65,33 @@ def test_tokens_are_timms_without_the_class_token(encoder, weights, images):
     assert (tokens.shape, tokens.dtype) == ((2, GRID**2, 192), torch.float32)
     assert (encoder.dim, encoder.grid_size) == (192, GRID)
     torch.testing.assert_close(tokens, expected[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+REPA_INPUTS = {  # pixels per side that REPA's `preprocess_raw_image` and encoders have for images of 256 and 512
+    "dinov2-vit-b": (224, 448), "dinov2reg-vit-s": (224, 448), "clip-vit-L": (224, None), "jepa-vit-h": (224, None),
+    "mae-vit-l": (256, None), "mocov3-vit-b": (256, None), "dinov1-vit-b": (256, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPA_INPUTS)
+def test_images_get_the_published_size(name):
+    patch = int(SHORT_NAMES[name].timm_name.split("patch")[1][:2])
+    for image_side, expected in zip((256, 512), REPA_INPUTS[name], strict=True):
+        assert expected in (None, patch * image_side // 16)  # a network of 16 x 16 tokens for 256 pixels, as SiT-XL/2
+
+
+@pytest.mark.parametrize(("antialias", "side"), [(False, 64), (False, 90), (True, 90)])
+def test_images_are_resized_by_the_published_rule(weights, antialias, side):
+    """Of the nearest 4 x 4 pixels, as REPA does: antialiasing is asked for. An image of the right size stays."""
+    encoder = load(weights, antialias=antialias)
+    images = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    seen = []
+    encoder.network.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    encoder(images)
+    expected = F.interpolate(images / 255, size=(64, 64), mode="bicubic", antialias=antialias)
+    torch.testing.assert_close(seen[0], (expected - 0.5) / 0.5)
+    if side == 64:
+        torch.testing.assert_close(seen[0], (images / 255 - 0.5) / 0.5)
 
 
 def test_pixels_are_normalised_by_the_models_own_statistics(weights):
@@ -143,7 +170,7 @@ def test_small_moco_has_twelve_heads(images, tmp_path):
     state = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in moco.state_dict().items()}
     torch.save({"state_dict": {f"module.base_encoder.{k}": v for k, v in state.items()}}, tmp_path / "moco.pth.tar")
     encoder = load(tmp_path / "moco.pth.tar", "mocov3-vit-s")
-    pixels = F.interpolate(images / 255, size=(64, 64), mode="bicubic", antialias=True)
+    pixels = F.interpolate(images / 255, size=(64, 64), mode="bicubic")
     mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     inputs = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     for network, agrees in ((moco, True), (other, False)):

@@ -121,6 +121,19 @@ def test_saved_and_read_again():
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize(("begun", "resize"), [(ALIGNED, "antialiased"), (PLAIN, "bicubic")])
+def test_a_run_of_before_keeps_its_images(begun, resize, tmp_path):
+    """Version 0.1 smoothed the images that encoders saw, and had no option for it."""
+    values = begun.to_dict()
+    del values["encoder_resize"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    run = TrainConfig.read(tmp_path)
+    assert run == replace(begun, encoder_resize=resize)
+    if run != begun:
+        with pytest.raises(UserError, match="holds a run with --encoder-resize antialiased, this command says"):
+            begun.check_continues(run)
+
+
 def test_a_field_of_another_version_is_refused():
     with pytest.raises(UserError, match="velvet: unknown to this version"):
         TrainConfig.from_dict({**PLAIN.to_dict(), "velvet": 1})
