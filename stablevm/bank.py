@@ -1,5 +1,6 @@
 """The memory bank of StableVM: for each class, the most recent samples, as one preallocated ring."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from stablevm.errors import UserError
 from stablevm.rng import rand, to_device
+from stablevm.shapes import described
 
 NO_ID = -1
 
@@ -30,7 +32,7 @@ class ClassBank:
     ) -> None:
         """shape: of one sample. dtype: of storage; float16 halves the memory and rounds the references."""
         for name, count in (("classes", num_classes), ("a capacity", capacity)):
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
                 raise UserError(f"a bank of {count!r} as {name}: expected a whole number, 1 or more")
         if not isinstance(shape, Sequence) or not dtype.is_floating_point:
             raise UserError(
@@ -38,12 +40,14 @@ class ClassBank:
             )
         self.num_classes, self.capacity, self.shape = num_classes, capacity, tuple(shape)
         slots = num_classes * capacity
-        # One slot beyond the last takes the writes that no queue keeps: no shape then depends on the data.
-        self._data = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
-        self._ids = torch.full((slots + 1,), NO_ID, dtype=torch.int64, device=device)
-        self._heads = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self.counts = torch.zeros_like(self._heads)  # filled slots per class; they are the first ones of each class
-        self.seen = torch.zeros_like(self._heads)  # samples ever inserted per class
+        # Tensors made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            # One slot beyond the last takes the writes that no queue keeps: no shape then depends on the data.
+            self._data = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
+            self._ids = torch.full((slots + 1,), NO_ID, dtype=torch.int64, device=device)
+            self._heads = torch.zeros(num_classes, dtype=torch.int64, device=device)
+            self.counts = torch.zeros_like(self._heads)  # filled slots per class; the first ones of each class
+            self.seen = torch.zeros_like(self._heads)  # samples ever inserted per class
 
     def __repr__(self) -> str:
         return (
@@ -74,8 +78,14 @@ class ClassBank:
         """Put samples (B, *shape) of classes `labels` (B,) into their queues, in order; returns their flat slots (B,).
 
         A sample whose id is in its queue already is refreshed where it stands, so that a small class seen many times
-        does not hold copies. Of more new samples of a class than fit, the last ones stay.
+        does not hold copies. Of more new samples of a class than fit, the last ones stay. No gradient flows to them.
+
+        UserError, and nothing inserted, for samples, labels (int64) or ids (int64) of another shape or type. Values are
+        looked at where they lie on a CPU, since a GPU would be waited for: labels out of range, and samples that are
+        not finite or exceed the storage's type.
         """
+        self.check(samples, labels, ids)
+        self._check_values(samples, ids)
         labels = labels.to(self.device)
         ids = torch.full_like(labels, NO_ID) if ids is None else ids.to(self.device)
         known, known_slot = self._is_copy(labels, ids).max(dim=1)
@@ -94,12 +104,37 @@ class ClassBank:
         # A known sample that comes twice at once: the last one stays, as a GPU writes to one place in any order.
         again = torch.triu(target[:, None] == target, diagonal=1).any(dim=1)
         target.masked_fill_(again, self.discarded_slot)
-        self._data.index_copy_(0, target, samples.to(self._data))
+        self._data.index_copy_(0, target, samples.detach().to(self._data))
         self._ids.index_copy_(0, target, ids)
         self._heads.add_(added[:-1]).remainder_(self.capacity)
         self.counts.add_(added[:-1]).clamp_(max=self.capacity)
         self.seen.index_add_(0, labels, torch.ones_like(labels))
         return target
+
+    def check(self, samples: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
+        """UserError unless the bank can hold the batch; where labels are on a GPU their range is not looked at."""
+        check_labels(labels)
+        check_batch(samples, labels, ids)
+        if samples.shape[1:] != self.shape:
+            raise UserError(f"latents are {tuple(samples.shape)}: this bank holds samples of shape {self.shape}")
+        if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise UserError(
+                f"labels reach from {labels.min()} to {labels.max()}: this bank has classes 0 to {self.num_classes - 1}"
+            )
+
+    def _check_values(self, samples: Tensor, ids: Tensor | None) -> None:
+        """UserError for what would spoil targets for as long as it stays in the bank; on a GPU it is not looked at."""
+        if samples.device.type != "cpu":
+            return
+        stored = samples.detach().flatten(1).to(self._data.dtype).isfinite().all(dim=1)
+        if stored.all():
+            return
+        row = int(stored.int().argmin())
+        held = "values beyond the range of the bank's " + str(self._data.dtype)
+        if not samples[row].isfinite().all():
+            held = "NaN or infinity"
+        name = "" if ids is None else f" (id {int(ids[row])})"
+        raise UserError(f"latents hold {held}, first in row {row} of the batch{name}: they would stay in the bank")
 
     def gather(self, slots: Tensor) -> Tensor:
         """Samples (B, *shape) at flat slots, in the storage's dtype."""
@@ -154,27 +189,89 @@ class ClassBank:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the bank holds, exactly; tensors only, so that safetensors can store it."""
-        return {
-            "entries": self.entries.clone(),
-            "ids": self.ids.clone(),
-            "heads": self._heads.clone(),
-            "counts": self.counts.clone(),
-            "seen": self.seen.clone(),
-        }
+        return {name: tensor.clone() for name, tensor in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a state of a bank of the same classes, capacity, shape and dtype; UserError otherwise."""
-        given, own = state["entries"], self.entries
-        if given.shape != own.shape or given.dtype != own.dtype:
+        """Restore a state of a bank of the same classes, capacity, shape and dtype.
+
+        UserError, and nothing restored, for another bank's, and for one that lacks tensors or contradicts itself.
+        """
+        own = self._state()
+        _check_state(state, own, self.capacity)
+        for name, mine in own.items():
+            mine.copy_(state[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        books = dict(zip(("ids", "heads", "counts", "seen"), self._books(), strict=True))
+        return {"entries": self.entries, **books}
+
+
+def check_labels(labels: Tensor | None) -> None:
+    """UserError for None, which only a set of references takes."""
+    if labels is None:
+        raise UserError(
+            "labels are None: for data without classes give zeros, torch.int64 (B,), and the bank one class"
+        )
+
+
+def check_batch(latents: Tensor, labels: Tensor | None, ids: Tensor | None = None) -> None:
+    """UserError unless these are a batch: shapes and types, which a GPU tells without being waited for."""
+    for name, values in (("latents", latents), ("labels", labels), ("ids", ids)):
+        if values is not None and not isinstance(values, Tensor):
+            raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")
+    if not latents.is_floating_point() or latents.ndim == 0 or not len(latents):
+        raise UserError(f"latents are {described(latents)}: expected floating point numbers, one sample or more")
+    for name, values, remedy in (
+        (
+            "labels",
+            labels,
+            "; give class indices (of one-hot labels, labels.argmax(1)), or zeros for data without classes",
+        ),
+        ("ids", ids, "; give rows of the data set"),
+    ):
+        if values is not None and (values.dtype != torch.int64 or values.shape != latents.shape[:1]):
+            raise UserError(f"{name} are {described(values)}: expected torch.int64 ({len(latents)},){remedy}")
+
+
+def check_positions(name: str, values: Tensor, rows: int | None, bound: int) -> None:
+    """UserError unless these are `rows` positions (any number if None) below `bound`, looked at on a CPU only."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")
+    if values.dtype != torch.int64 or values.ndim != 1 or not len(values) or rows not in (None, len(values)):
+        raise UserError(f"{name} are {described(values)}: expected torch.int64 ({'B' if rows is None else rows},)")
+    if values.device.type == "cpu" and not 0 <= values.min() <= values.max() < bound:
+        raise UserError(f"{name} reach from {values.min()} to {values.max()}: expected 0 to {bound - 1}")
+
+
+def _check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], capacity: int) -> None:
+    """UserError unless a bank that holds `own` can take `state` over."""
+    damaged = "the saved bank is damaged: "
+    missing = [name for name in own if not isinstance(state.get(name), Tensor)]
+    unknown = [name for name in state if name not in own]
+    if missing or unknown:
+        held = ", ".join([f"no tensor {name}" for name in missing] + [f"an unknown {name!r}" for name in unknown])
+        raise UserError(f"{damaged}it holds {held}; expected {', '.join(own)}")
+    for name, mine in own.items():
+        given = state[name]
+        if given.shape != mine.shape or given.dtype != mine.dtype:
+            which = "" if name == "entries" else f" ({name})"
             raise UserError(
-                f"the saved bank is {tuple(given.shape)} {given.dtype}, this run's is {tuple(own.shape)} {own.dtype}: "
-                "resume with the bank options of the checkpoint"
+                f"the saved bank is {tuple(given.shape)} {given.dtype}{which}, this run's is {tuple(mine.shape)} "
+                f"{mine.dtype}: resume with the bank options of the checkpoint"
             )
-        self.entries.copy_(given)
-        self.ids.copy_(state["ids"])
-        self._heads.copy_(state["heads"])
-        self.counts.copy_(state["counts"])
-        self.seen.copy_(state["seen"])
+    heads, counts, seen = state["heads"], state["counts"], state["seen"]
+    for name, wrong, expected in (
+        ("counts", (counts < 0) | (counts > capacity), f"0 to {capacity}"),
+        ("heads", (heads < 0) | (heads >= capacity), f"0 to {capacity - 1}"),
+        ("heads", (counts < capacity) & (heads != counts), "the number of entries where a class is not full"),
+        ("seen", seen < counts, "at least the number of entries"),
+    ):
+        if wrong.any():
+            label = int(wrong.int().argmax())
+            raise UserError(f"{damaged}{name} of class {label} is {int(state[name][label])}, expected {expected}")
+    for label, entries in enumerate(state["entries"]):  # class by class, in little memory
+        if not entries.isfinite().all():
+            raise UserError(f"{damaged}class {label} holds NaN or infinity, which would return in targets")
 
 
 def _rank_within(keys: Tensor) -> Tensor:

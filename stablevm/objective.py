@@ -8,20 +8,20 @@ Model-free: a draw knows neither the network nor the trainer, so it fits into an
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from stablevm.bank import NO_ID, ClassBank
+from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions
 from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR, Interpolant
-from stablevm.posterior import posterior, posterior_over_blocks
-from stablevm.rng import AnyGenerator, RowGenerators, rand, randn, to_device
+from stablevm.posterior import Posterior, posterior, posterior_over_blocks
+from stablevm.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
 from stablevm.schedules import TimeName, draw_times
-from stablevm.shapes import ShownByShape, described
+from stablevm.shapes import ShownByShape
 
 Prediction = Literal["v", "x"]
 Anchors = Literal["bank", "batch"]
@@ -79,7 +79,23 @@ class Protocol:
             raise UserError(f"a label dropout of {self.label_dropout} needs a null class to drop labels to")
 
 
-class FlowMatching:
+class _Objective:
+    """What all objectives have."""
+
+    protocol: Protocol
+    _has_drawn = False
+
+    def _begin(self, latents: Tensor, labels: Tensor | None, stream: AnyGenerator, ids: Tensor | None = None) -> None:
+        """Check the batch, and at the first draw that no other process draws the same."""
+        check_batch(latents, labels, ids)
+        if not isinstance(stream, torch.Generator | RowGenerators):
+            raise UserError(f"stream {stream!r}: expected a torch.Generator, such as torch.Generator().manual_seed(0)")
+        if not self._has_drawn:
+            self._has_drawn = True
+            warn_if_drawn_alike(stream)
+
+
+class FlowMatching(_Objective):
     """Conditional flow matching (`si`): the target is made of the one sample that made x_t (Lipman et al., 2023)."""
 
     def __init__(self, protocol: Protocol | None = None) -> None:
@@ -93,20 +109,23 @@ class FlowMatching:
 
         UserError for labels or ids of another shape or type.
         """
-        _check_batch(latents, labels, stream, ids)
+        check_labels(labels)
+        self._begin(latents, labels, stream, ids)
         noisy = _perturb(self.protocol, latents, stream)
         labels, _ = _drop_labels(self.protocol, labels, stream)
         return _finish(self.protocol, noisy, labels, _ids_or_none(ids, labels), None)
 
 
-class StableTargetField:
+class StableTargetField(_Objective):
     """STF (Xu et al., 2023): the samples of one set are the references of those of them that are perturbed.
 
     The references of a labelled row are those of its class in the set; of a row without label, the whole set.
+    references_from: below this time the target is plain flow matching's, and nothing is weighed.
     """
 
-    def __init__(self, protocol: Protocol | None = None) -> None:
+    def __init__(self, protocol: Protocol | None = None, *, references_from: float = 0.0) -> None:
         self.protocol = protocol or Protocol()
+        self.references_from = _time(references_from)
 
     def draw(
         self,
@@ -123,7 +142,9 @@ class StableTargetField:
         The anchors must be chosen independently of the references' values, or the target is biased. UserError for
         labels or ids of another shape or type.
         """
-        _check_batch(references, labels, stream, ids, unlabelled=True)
+        self._begin(references, labels, stream, ids)
+        if anchors is not None:
+            check_positions("anchors", anchors, None, len(references))
         count, device = references.shape[0], references.device
         chosen = torch.arange(count, device=device) if anchors is None else anchors
         noisy = _perturb(self.protocol, references[chosen], stream)
@@ -134,9 +155,12 @@ class StableTargetField:
             own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
             keep = (labels[chosen, None] == labels) | to_device(dropped, device)[:, None]
         keep[torch.arange(len(chosen), device=device), chosen] = False
-        found = posterior(self.protocol.path, noisy.x0, noisy.noise, noisy.t, references, keep=keep)
+
+        def weigh(rows: Tensor | slice) -> Posterior:
+            return posterior(self.protocol.path, *noisy.part(rows), references, keep=keep[rows])
+
         own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
-        return _finish(self.protocol, noisy, own_labels, own_ids, (found.offset, found.ess))
+        return _finish(self.protocol, noisy, own_labels, own_ids, _weigh_from(self.references_from, noisy, weigh))
 
     def draw_over_blocks(
         self, anchors: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]], stream: AnyGenerator
@@ -146,13 +170,19 @@ class StableTargetField:
         blocks: pairs of references (n, *shape) and keep (B, n), False where a reference is the row's own anchor, or
         None where the block holds no anchor.
         """
+        self._begin(anchors, None, stream)
         noisy = _perturb(self.protocol, anchors, stream)
         labels = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        found = posterior_over_blocks(self.protocol.path, noisy.x0, noisy.noise, noisy.t, blocks)
-        return _finish(self.protocol, noisy, labels, _ids_or_none(None, labels), (found.offset, found.ess))
+
+        def weigh(rows: Tensor | slice) -> Posterior:
+            parts = ((block, None if keep is None else keep[rows]) for block, keep in blocks)
+            return posterior_over_blocks(self.protocol.path, *noisy.part(rows), parts)
+
+        corrections = _weigh_from(self.references_from, noisy, weigh)
+        return _finish(self.protocol, noisy, labels, _ids_or_none(None, labels), corrections)
 
 
-class StableVM:
+class StableVM(_Objective):
     """StableVM (Yang et al., 2026): references from a bank of each class's recent samples.
 
     anchors: which sample makes x_t. "bank", as published: a class uniform over classes, then one of its entries;
@@ -160,6 +190,8 @@ class StableVM:
     drawn anew each time. Their weights hold the prior probability that an entry is the anchor: its class's share among
     the anchors over its class's entries; without it the target is biased where classes differ (docs/theory.md).
     class_shares: (classes,), of the fresh samples' classes; where not given, those seen so far.
+    references_from: below this time the target is plain flow matching's, and nothing is weighed; unbiased for every
+    value, as the time is drawn independently of all else (docs/theory.md).
     """
 
     def __init__(
@@ -170,6 +202,7 @@ class StableVM:
         anchors: Anchors = "bank",
         pool_size: int = POOL_SIZE,
         class_shares: Tensor | None = None,
+        references_from: float = 0.0,
     ) -> None:
         if anchors not in ("bank", "batch"):
             raise UserError(f"--bank-anchors {anchors}: expected bank or batch")
@@ -181,6 +214,7 @@ class StableVM:
             )
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
         self.class_shares = None if class_shares is None else class_shares.to(bank.device, torch.float32)
+        self.references_from = _time(references_from)
         self.protocol = protocol or Protocol()
         if self.protocol.null_class in range(bank.num_classes):
             raise UserError(
@@ -209,12 +243,20 @@ class StableVM:
         already (with the other processes' ones). pool_stream: where the shared pool comes from, if not from `stream`
         (needed when that holds one stream per row).
         """
-        _check_batch(latents, labels, stream, ids)
-        _check_against_bank(self.bank, latents, labels)
-        latents, ids = latents.detach().float(), _ids_or_none(ids, labels)
+        check_labels(labels)
+        self._begin(latents, labels, stream, ids)
+        self.bank.check(latents, labels, ids)
+        if not latents.device == labels.device == self.bank.device:
+            raise UserError(
+                f"latents are on {latents.device}, labels on {labels.device}, the bank on {self.bank.device}: expected "
+                "one device (the bank's is ClassBank(..., device=...))"
+            )
+        latents = latents.detach().float()
         if slots is None:
-            _check_finite(latents)
             slots = self.bank.insert(latents, labels, ids)
+        else:
+            check_positions("slots", slots, len(latents), self.bank.discarded_slot + 1)
+        ids = _ids_or_none(ids, labels)
         if self.anchors == "bank":
             labels, slots = draw_anchors(self.bank, latents.shape[0], stream)
             latents, ids = self.bank.gather(slots).to(latents), self.bank.ids_at(slots)
@@ -237,18 +279,19 @@ class StableVM:
         pool_stream: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Offsets `x0 - m` and effective sample sizes; labelled rows by class, the others against the pool."""
-        offset, ess = torch.empty_like(noisy.x0), torch.empty_like(noisy.t)
-        for is_pool, rows in ((False, (~dropped).nonzero()), (True, dropped.nonzero())):
-            if not len(rows):
+        offset, ess = torch.zeros_like(noisy.x0), torch.ones_like(noisy.t)
+        weighed = noisy.host_t >= self.references_from
+        for is_pool, chosen in ((False, weighed & ~dropped), (True, weighed & dropped)):
+            if not chosen.any():
                 continue
-            rows = to_device(rows.squeeze(1), noisy.x0.device)
-            path, x0, noise, t = self.protocol.path, noisy.x0[rows], noisy.noise[rows], noisy.t[rows]
+            rows = to_device(chosen.nonzero().squeeze(1), noisy.x0.device)
+            path, part = self.protocol.path, noisy.part(rows)
             if is_pool:
                 pool = self._pool(labels[rows], slots[rows], ids[rows], pool_stream)
-                found = posterior_over_blocks(path, x0, noise, t, pool)
+                found = posterior_over_blocks(path, *part, pool)
             else:
                 keep = self.bank.is_reference(labels[rows], slots[rows], ids[rows])
-                found = posterior(path, x0, noise, t, self.bank.entries, groups=labels[rows], keep=keep)
+                found = posterior(path, *part, self.bank.entries, groups=labels[rows], keep=keep)
             offset[rows], ess[rows] = found.offset, found.ess
         return offset, ess
 
@@ -297,6 +340,30 @@ class _Noisy:
     x_t: Tensor
     host_t: Tensor
 
+    def part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x0[rows], self.noise[rows], self.t[rows]
+
+
+def _time(references_from: float) -> float:
+    if not 0 <= references_from <= 1:
+        raise UserError(f"references_from {references_from}: expected a time in [0, 1]")
+    return references_from
+
+
+def _weigh_from(
+    references_from: float, noisy: _Noisy, weigh: Callable[[Tensor | slice], Posterior]
+) -> tuple[Tensor, Tensor]:
+    """Offsets and effective sample sizes: those of `weigh(rows)` from that time on, 0 and 1 below, as without
+    references. The rows are found on the host, so that no device is waited for.
+    """
+    offset, ess = torch.zeros_like(noisy.x0), torch.ones_like(noisy.t)
+    chosen = noisy.host_t >= references_from
+    if chosen.any():
+        rows = slice(None) if references_from == 0 else to_device(chosen.nonzero().squeeze(1), noisy.x0.device)
+        found = weigh(rows)
+        offset[rows], ess[rows] = found.offset, found.ess
+    return offset, ess
+
 
 def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Noisy:
     device = latents.device
@@ -304,55 +371,6 @@ def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Nois
     t = to_device(host_t, device)
     noise = randn(latents.shape, stream, device)
     return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t), host_t)
-
-
-def _check_batch(
-    latents: Tensor, labels: Tensor | None, stream: AnyGenerator, ids: Tensor | None, *, unlabelled: bool = False
-) -> None:
-    """UserError unless these are a batch: shapes and types, which a GPU tells without being waited for."""
-    for name, values in (("latents", latents), ("labels", labels), ("ids", ids)):
-        if values is not None and not isinstance(values, Tensor):
-            raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")
-    if labels is None and not unlabelled:
-        raise UserError(
-            "labels are None: for data without classes give zeros, torch.int64 (B,), and the bank one class"
-        )
-    if not latents.is_floating_point() or not len(latents):
-        raise UserError(f"latents are {described(latents)}: expected floating point numbers, one sample or more")
-    for name, values, remedy in (
-        (
-            "labels",
-            labels,
-            "; give class indices (of one-hot labels, labels.argmax(1)), or zeros for data without classes",
-        ),
-        ("ids", ids, "; give rows of the data set"),
-    ):
-        if values is not None and (values.dtype != torch.int64 or values.shape != latents.shape[:1]):
-            raise UserError(f"{name} are {described(values)}: expected torch.int64 ({len(latents)},){remedy}")
-    if not isinstance(stream, torch.Generator | RowGenerators):
-        raise UserError(f"stream {stream!r}: expected a torch.Generator, such as torch.Generator().manual_seed(0)")
-
-
-def _check_against_bank(bank: ClassBank, latents: Tensor, labels: Tensor) -> None:
-    """UserError unless the bank can hold the batch; where labels are on a GPU their range is not looked at."""
-    if latents.shape[1:] != bank.shape:
-        raise UserError(f"latents are {tuple(latents.shape)}: this bank holds samples of shape {bank.shape}")
-    if not latents.device == labels.device == bank.device:
-        raise UserError(
-            f"latents are on {latents.device}, labels on {labels.device}, the bank on {bank.device}: expected one "
-            "device (the bank's is ClassBank(..., device=...))"
-        )
-    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < bank.num_classes:
-        raise UserError(
-            f"labels reach from {labels.min()} to {labels.max()}: this bank has classes 0 to {bank.num_classes - 1}"
-        )
-
-
-def _check_finite(latents: Tensor) -> None:
-    """UserError for what would spoil targets for as long as it stays in the bank; on a GPU it is not looked at."""
-    if latents.device.type == "cpu" and not (finite := latents.flatten(1).isfinite().all(dim=1)).all():
-        row = int(finite.int().argmin())
-        raise UserError(f"latents hold NaN or infinity, first in row {row} of the batch: they would stay in the bank")
 
 
 def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,11 @@ CPU: the same numbers on every device.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -77,3 +79,25 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     if from_host and torch.device(device).type == "cuda" and not values.is_pinned():
         values = values.pin_memory()
     return values.to(device, non_blocking=from_host)
+
+
+def warn_if_drawn_alike(stream: AnyGenerator) -> None:
+    """Warn where another process of this torch.distributed run is about to draw the same numbers.
+
+    Processes leave a hash of their stream's state in the run's store, where each looks whether it was there. None waits
+    for another, so it does no harm where not all of them draw.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    if dist.get_backend() == dist.Backend.MPI:  # it has no store
+        return
+    first = stream if isinstance(stream, torch.Generator) else stream.streams[0]
+    name = hashlib.blake2b(first.get_state().numpy().tobytes(), digest_size=16).hexdigest()
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    other = int(store.compare_set(f"stablevm/stream/{name}", "", str(rank)))
+    if other != rank:
+        warnings.warn(
+            f"process {rank} draws the same times and noise as process {other}: seed its generator by rank, such as "
+            "torch.Generator().manual_seed(rank)",
+            stacklevel=5,
+        )

@@ -48,6 +48,8 @@ class BenchmarkConfig:
     """How alignment fades with time; samples of weight 0 are not encoded."""
     bank_capacity_per_class: int = 256
     """References that the bank keeps of each class."""
+    references_from: float = 0.0
+    """References take part from this time on, in [0, 1]."""
     num_classes: int | None = None
     """Classes of the random data. Default: 1000."""
     resolution: int | None = None
@@ -73,6 +75,7 @@ class BenchmarkConfig:
             [
                 *((name, getattr(self, name) >= 1, "at least 1") for name in ("bank_capacity_per_class", "warmup")),
                 *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in optional),
+                ("references_from", 0 <= self.references_from <= 1, "a time in [0, 1]"),
                 ("resolution", _multiple(self.resolution, 16), "a positive multiple of 16"),
                 ("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more"),
                 ("steps", _multiple(self.steps, ROUNDS), f"a positive multiple of {ROUNDS}"),
@@ -94,7 +97,7 @@ class BenchmarkConfig:
             options = ("enc_type", "encoder_depth", "proj_weight_schedule")
             idle |= dict.fromkeys(options, f"--objectives {self.objectives}")
         if "stablevm" not in losses:
-            idle["bank_capacity_per_class"] = f"--objectives {self.objectives}"
+            idle |= dict.fromkeys(("bank_capacity_per_class", "references_from"), f"--objectives {self.objectives}")
         return idle_warnings(self, idle)
 
     @property

@@ -140,6 +140,7 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
         fused_attn=config.fused_attn,
         loss_type=loss,
         bank_capacity_per_class=config.bank_capacity_per_class,
+        references_from=config.references_from,
         use_proj_loss=aligned,
         encoder_depth=config.encoder_depth,
         enc_type=config.enc_type,

@@ -144,6 +144,8 @@ class TrainConfig:
     """Keep the bank in the GPU's memory; otherwise in the host's, where its arithmetic then runs too."""
     bank_anchors: Literal["bank", "batch"] = "bank"
     """The sample that is perturbed: bank, one drawn from the bank (as published); batch, the fresh one."""
+    references_from: float = 0.0
+    """References take part from this time on, in [0, 1]; below it targets are si's, and nothing is weighed."""
     use_proj_loss: bool = False
     """Align inner tokens with a frozen encoder's (VA-REPA)."""
     proj_coeff: float = 0.5
@@ -226,6 +228,7 @@ class TrainConfig:
                 ("max_grad_norm", self.max_grad_norm >= 0, "0 or more; 0 does not clip"),
                 ("cfg_prob", 0 <= self.cfg_prob <= 1, "a chance in [0, 1]"),
                 ("proj_coeff", self.proj_coeff >= 0, "0 or more"),
+                ("references_from", 0 <= self.references_from <= 1, "a time in [0, 1]"),
                 ("proj_tau", 0 < self.proj_tau <= 1, "a time in (0, 1]"),
                 ("keep_best", self.use_proj_loss or self.keep_best != "alignment_loss",
                  "a loss that is computed; add --use-proj-loss or give velocity_loss"),
@@ -248,7 +251,7 @@ class TrainConfig:
             idle |= dict.fromkeys(("eval_enc_type", "eval_weights"), "--eval-extractor")
         if self.loss_type == "si":
             bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
-            idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors"), "--loss-type si")
+            idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors", "references_from"), "--loss-type si")
         if not self.use_proj_loss:
             projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
             more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma")

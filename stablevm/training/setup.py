@@ -110,7 +110,13 @@ def make_objective(
         return FlowMatching(protocol)
     shares = torch.bincount(dataset.labels(), minlength=model.num_classes)
     bank = make_bank(config, shares, dataset.latent.shape, device)
-    return StableVM(bank, protocol, anchors=config.bank_anchors, class_shares=shares)
+    return StableVM(
+        bank,
+        protocol,
+        anchors=config.bank_anchors,
+        class_shares=shares,
+        references_from=config.references_from,
+    )
 
 
 def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], device: torch.device) -> ClassBank:

@@ -135,3 +135,16 @@ def test_targets_without_label_are_unbiased_for_unequal_classes(draw, shares, ti
     """All labels dropped, 600 batches: z < 4, where weights that ignore the classes' shares gave 7 to 23."""
     monkeypatch.setitem(globals(), "BATCHES", 600)
     assert largest_z(draw, LINEAR, time, monkeypatch, dropout=1.0, shares=shares) < 4
+
+
+@pytest.mark.parametrize("references_from", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("anchors", ["bank", "batch"])
+def test_targets_are_unbiased_wherever_references_begin(references_from, anchors, monkeypatch):
+    """At t = 0.5, on both sides of the time and at it."""
+
+    def draw(protocol, stream):
+        labels = torch.arange(CLASSES).repeat(2) if anchors == "batch" else torch.arange(ROWS) % CLASSES
+        objective = StableVM(full_bank(stream), protocol, anchors=anchors, references_from=references_from)
+        return objective.draw(samples(labels, stream), labels, stream)
+
+    assert largest_z(draw, LINEAR, 0.5, monkeypatch) < 4

@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 
@@ -221,3 +222,98 @@ def test_a_bank_that_cannot_be(arguments, message):
     options = {"dtype": arguments[3]} if len(arguments) > 3 else {}
     with pytest.raises(UserError, match=message):
         ClassBank(*arguments[:3], **options)
+
+
+def test_a_capacity_of_zero_and_numbers_of_numpy():
+    with pytest.raises(UserError, match="a bank of 0 as a capacity"):
+        ClassBank(3, 0, (2,))
+    assert ClassBank(np.int64(3), 4, (2,)).num_classes == 3
+
+
+def spoiled(values, row, value):
+    values = values.clone()
+    values[row] = value
+    return values
+
+
+# What `insert` refuses: samples, labels and ids as they should be, to what is given.
+REFUSED = {
+    "NaN": (lambda x, y, i: (spoiled(x, 2, torch.nan), y, i), r"NaN or infinity, first in row 2 .* \(id 12\)"),
+    "infinity": (lambda x, y, i: (spoiled(x, 2, torch.inf), y), "NaN or infinity, first in row 2 of the batch:"),
+    "one-hot": (lambda x, y, i: (x, torch.nn.functional.one_hot(y)), "labels are torch.int64 .*argmax"),
+    "int32 labels": (lambda x, y, i: (x, y.int()), "labels are torch.int32"),
+    "a class too many": (lambda x, y, i: (x, y + 1), "labels reach from 1 to 3: this bank has classes 0 to 2"),
+    "a negative class": (lambda x, y, i: (x, y - 1), "labels reach from -1"),
+    "no labels": (lambda x, y, i: (x, None), "labels are None"),
+    "bytes": (lambda x, y, i: (x.byte(), y), "latents are torch.uint8"),
+    "short ids": (lambda x, y, i: (x, y, i[:2]), r"ids are torch.int64 \(2,\)"),
+    "ids as numbers": (lambda x, y, i: (x, y, i.float()), "ids are torch.float32"),
+    "another shape": (lambda x, y, i: (x[:, :1], y), r"latents are \(3, 1\): this bank holds samples of shape \(2,\)"),
+    "too few labels": (lambda x, y, i: (x, y[:2]), r"labels are torch.int64 \(2,\)"),
+    "an array": (lambda x, y, i: (x.numpy(), y), "latents are a ndarray"),
+    "nothing": (lambda x, y, i: (x[:0], y[:0]), "one sample or more"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", REFUSED.values(), ids=REFUSED)
+def test_insertion_refuses_what_a_draw_refuses_and_inserts_nothing(spoil, message):
+    bank = ClassBank(CLASSES, CAPACITY, (2,))
+    with pytest.raises(UserError, match=message):
+        bank.insert(*spoil(torch.ones(3, 2), torch.arange(3), torch.arange(3) + 10))
+    assert not any(tensor.any() for name, tensor in bank.state_dict().items() if name != "ids")
+
+
+def test_values_beyond_the_storage_are_refused_and_those_within_are_not():
+    half = ClassBank(1, 2, (2,), dtype=torch.float16)
+    with pytest.raises(UserError, match=r"values beyond the range of the bank's torch\.float16, first in row 1"):
+        half.insert(torch.tensor([[1.0, 2.0], [7e4, 0.0]]), torch.zeros(2, dtype=torch.int64))
+    for dtype in (torch.float32, torch.bfloat16):
+        ClassBank(1, 2, (2,), dtype=dtype).insert(torch.full((1, 2), 7e4), torch.zeros(1, dtype=torch.int64))
+
+
+def test_samples_keep_no_gradient_in_the_bank():
+    bank = ClassBank(1, 2, (2,))
+    bank.insert(torch.ones(1, 2, requires_grad=True) * 2, torch.zeros(1, dtype=torch.int64))
+    assert not bank.entries.requires_grad
+
+
+def test_a_bank_made_or_filled_in_inference_mode_works_outside_it():
+    zero = torch.zeros(1, dtype=torch.int64)
+    with torch.inference_mode():
+        bank = ClassBank(1, 2, (2,))
+        bank.insert(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
+    bank.insert(torch.ones(1, 2) * 2, zero)
+    with torch.inference_mode():
+        latents = torch.ones(1, 2) * 3
+    bank.insert(latents, zero)
+    assert bank.entries[0].tolist() == [[3, 3], [2, 2]]
+    bank.load_state_dict(bank.state_dict())
+
+
+DAMAGES = {
+    "a tensor gone": (
+        {"counts": None},
+        "damaged: it holds no tensor counts; expected entries, ids, heads,",
+    ),
+    "a tensor too many": ({"x\x1b[2J": torch.zeros(1)}, r"an unknown 'x\\x1b\[2J'"),
+    "no tensor": ({"heads": [0, 0, 0]}, "no tensor heads"),
+    "other books": ({"ids": torch.zeros(3, 5, dtype=torch.int64)}, r"saved bank is \(3, 5\) torch.int64 \(ids\)"),
+    "books as numbers": ({"seen": torch.zeros(3)}, r"torch.float32 \(seen\)"),
+    "a negative count": ({"counts": torch.tensor([1, -1, 1])}, "counts of class 1 is -1, expected 0 to 4"),
+    "a count too high": ({"counts": torch.tensor([1, 1, 5])}, "counts of class 2 is 5"),
+    "a cursor too high": ({"heads": torch.tensor([4, 1, 1])}, "heads of class 0 is 4, expected 0 to 3"),
+    "a cursor elsewhere": ({"heads": torch.tensor([1, 1, 3])}, "heads of class 2 is 3, expected the number of entries"),
+    "fewer seen than held": ({"seen": torch.tensor([1, 0, 1])}, "seen of class 1 is 0, expected at least"),
+    "NaN": ({"entries": torch.full((3, 4, 1), torch.nan)}, "class 0 holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_refused_in_a_line_and_changes_nothing(damage, message):
+    bank = filled([0, 1, 2])
+    before = bank.state_dict()
+    state = {name: value for name, value in (before | damage).items() if value is not None}
+    with pytest.raises(UserError, match=message) as caught:
+        bank.load_state_dict(state)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+    assert all(torch.equal(value, bank.state_dict()[name]) for name, value in before.items())

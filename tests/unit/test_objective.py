@@ -294,3 +294,91 @@ def test_latents_of_any_precision_make_float32_draws(anchors, dtype, batch):
 def test_errors_of_other_shapes_are_refused():
     with pytest.raises(UserError, match=r"prediction is \(8,\), the target \(8, 1\)"):
         squared_error(torch.zeros(8), torch.zeros(8, 1))
+
+
+# References from a time on
+
+
+def targets_from(references_from, dropout=0.3, rows=40):
+    """StableVM's draw of a full bank, and flow matching's of the same anchors and noise."""
+    stream = torch.Generator().manual_seed(3)
+    latents, labels = torch.randn(rows, *SHAPE, generator=stream), torch.arange(rows) % CLASSES
+    protocol = Protocol(label_dropout=dropout, null_class=CLASSES)
+    objective = StableVM(ClassBank(CLASSES, rows, SHAPE), protocol, anchors="batch", references_from=references_from)
+    plain = FlowMatching(protocol).draw(latents, labels, same_stream())
+    return objective.draw(latents, labels, same_stream()), plain
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_below_the_time_the_target_is_plain_and_above_it_the_same_as_ever(dropout):
+    ever, plain = targets_from(0.0, dropout)
+    late, _ = targets_from(0.7, dropout)
+    below = plain.t < 0.7
+    assert below.any() and (~below).any() and torch.equal(ever.x_t, late.x_t)
+    assert torch.equal(late.target[below], plain.target[below]) and (late.ess[below] == 1).all()
+    torch.testing.assert_close(late.target[~below], ever.target[~below])
+    never, _ = targets_from(1.0, dropout)
+    assert torch.equal(never.target, plain.target)
+
+
+def test_rows_below_the_time_are_not_weighed_at_all(monkeypatch):
+    """No posterior is asked for where no time is late enough, and none of the earlier rows where some are."""
+    seen, weigh = [], module.posterior
+
+    def watched(path, x0, *rest, **more):
+        seen.append(len(x0))
+        return weigh(path, x0, *rest, **more)
+
+    monkeypatch.setattr(module, "posterior", watched)
+    _, plain = targets_from(0.7, 0.0)
+    assert seen == [int((plain.t >= 0.7).sum())]
+    targets_from(1.0, 0.0)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("references_from", [0.7, 1.0])
+def test_stable_target_field_has_references_from_a_time_on(references_from, batch):
+    latents, labels = batch
+    plain = FlowMatching().draw(latents, labels, same_stream())
+    below = plain.t < references_from
+    field, whole = StableTargetField(references_from=references_from), StableTargetField()
+    keep = ~torch.eye(ROWS, dtype=torch.bool)
+    blocks = [(latents[:5], keep[:, :5]), (latents[5:], keep[:, 5:])]
+    draws = {
+        "classes": [each.draw(latents, labels, same_stream()) for each in (field, whole)],
+        "blocks": [each.draw_over_blocks(latents, blocks, same_stream()) for each in (field, whole)],
+    }
+    for late, ever in draws.values():
+        assert torch.equal(late.target[below], plain.target[below]) and (late.ess[below] == 1).all()
+        torch.testing.assert_close(late.target[~below], ever.target[~below])
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+def test_a_time_outside_the_path_is_refused(wrong):
+    with pytest.raises(UserError, match=r"references_from .*: expected a time in \[0, 1\]"):
+        StableVM(ClassBank(1, 2, (1,)), references_from=wrong)
+    with pytest.raises(UserError, match=r"references_from .*: expected a time in \[0, 1\]"):
+        StableTargetField(references_from=wrong)
+
+
+# Positions
+
+
+@pytest.mark.parametrize(
+    "slots, message",
+    [
+        (torch.zeros(3, dtype=torch.int64), r"slots are torch.int64 \(3,\): expected torch.int64 \(12,\)"),
+        (torch.zeros(ROWS), r"slots are torch.float32 \(12,\)"),
+        (torch.full((ROWS,), 13), "slots reach from 13 to 13: expected 0 to 12"),
+        ([0] * ROWS, "slots are a list"),
+    ],
+)
+def test_slots_that_are_none_are_refused(slots, message, batch):
+    with pytest.raises(UserError, match=message):
+        StableVM(ClassBank(CLASSES, 4, SHAPE)).draw(*batch, same_stream(), slots=slots)
+
+
+@pytest.mark.parametrize("anchors", [torch.tensor([True, False]), torch.tensor([0, 12]), torch.tensor([-1]), [0]])
+def test_anchors_that_are_no_positions_are_refused(anchors, batch):
+    with pytest.raises(UserError, match="anchors"):
+        StableTargetField().draw(*batch, same_stream(), anchors=anchors)
