@@ -150,8 +150,15 @@ class GenerateConfig:
         return indices
 
     def warnings(self) -> list[str]:
-        """One line for each option that was given and has no effect with the others."""
-        return idle_warnings(self, self._idle_options())
+        """One line for each option that was given and has no effect with the others, or another than in REPA."""
+        idle = self._idle_options()
+        lines = idle_warnings(self, idle)
+        if self.legacy and "legacy" not in idle:
+            lines.append(
+                "--legacy guides the first three channels only; REPA's and StableVelocity's, for names of early "
+                "checkpoints, is not needed: stablevm import knows them"
+            )
+        return lines
 
     def effective(self) -> "GenerateConfig":
         """The same request, with options that have no effect at their defaults, and --heun as the solver it names."""

@@ -15,13 +15,20 @@ _REMEDY = "restore it, or begin anew under another --exp-name"
 _BEFORE = {"encoder_resize": "antialiased"}
 TRACKERS = ("tensorboard", "wandb", "none")
 
+# Options of StableVelocity's train.py that are taken so that its commands run, and why nothing hangs on them.
+_NOT_NEEDED = {
+    "logging_dir": "logs lie in OUTPUT_DIR/EXP_NAME",
+    "legacy": "stablevm import knows the names of early checkpoints",
+    "bank_chunk_size": "references are weighed in blocks that fit the memory, with the same result",
+}
+
 # May differ between a run and its continuation: they change neither the batches nor the network.
 FREE_ON_RESUME = frozenset(
     {
         "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
         "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "vae",
-        "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
+        *_NOT_NEEDED, "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }
 )  # fmt: skip
 
@@ -167,6 +174,13 @@ class TrainConfig:
     irepa_gamma: float = 0.6
     """Share of the mean over patches that iREPA takes off the encoder's features, in [0, 1]."""
 
+    logging_dir: str | None = None
+    """StableVelocity's; not needed: logs lie in OUTPUT_DIR/EXP_NAME."""
+    legacy: bool = False
+    """StableVelocity's; not needed: stablevm import knows the names of early checkpoints."""
+    bank_chunk_size: int | None = None
+    """StableVelocity's; not needed: references are weighed in blocks that fit the memory, with the same result."""
+
     @property
     def folder(self) -> Path:
         return self.output_dir / self.exp_name
@@ -240,7 +254,7 @@ class TrainConfig:
         )  # fmt: skip
 
     def warnings(self) -> list[str]:
-        """One line for each option that was given and has no effect with the others."""
+        """One line for each option that was given and has no effect, at all or with the others."""
         idle: dict[str, str] = {} if self.init_from else {"init_weights": "no --init-from"}
         if self.eval_every == self.sampling_steps == 0:
             idle["vae"] = "--eval-every 0 and --sampling-steps 0"
@@ -262,7 +276,13 @@ class TrainConfig:
             idle["proj_tau"] = "--proj-weight-schedule constant"
         if self.use_proj_loss and not self.use_irepa:
             idle["irepa_gamma"] = "--no-use-irepa"
-        return idle_warnings(self, idle)
+        given = [(option, getattr(self, option)) for option in _NOT_NEEDED]
+        not_needed = [
+            f"{as_typed(option, value)} is not needed: {_NOT_NEEDED[option]}"
+            for option, value in given
+            if value is not None and value is not False
+        ]
+        return idle_warnings(self, idle) + not_needed
 
     def to_dict(self) -> dict[str, Any]:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}

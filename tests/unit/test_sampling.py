@@ -436,3 +436,9 @@ def test_samplers_and_the_command_have_the_same_defaults():
     options = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     for setting in (*dataclasses.fields(SamplerSettings), *dataclasses.fields(GuidanceSettings)):
         assert setting.default == options[setting.name], setting.name
+
+
+@pytest.mark.parametrize(("scale", "said"), [(4.0, "guides the first three channels only"), (1.0, "has no effect")])
+def test_legacy_says_that_it_is_not_repas(scale, said):
+    (line,) = GenerateConfig(ckpt=Path("checkpoint"), cfg_scale=scale, legacy=True).warnings()
+    assert line.startswith("--legacy ") and said in line

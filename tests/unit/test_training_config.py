@@ -111,6 +111,12 @@ def test_an_idle_option_is_named_with_its_reason(base, options, reason):
     assert option.replace("_", "-") in line.split(" has no effect with ")[0] and line.endswith(reason)
 
 
+@pytest.mark.parametrize("options", [{"logging_dir": "logs"}, {"legacy": True}, {"bank_chunk_size": 1024}])
+def test_published_options_that_are_not_needed_say_so(options):
+    (line,) = replace(STABLE, **options).warnings()
+    assert line.startswith("--" + next(iter(options)).replace("_", "-")) and "is not needed: " in line
+
+
 def test_options_in_use_are_not_called_idle():
     assert replace(STABLE, **BANK).warnings() == []
     assert replace(ALIGNED, **(PROJECTION | {"proj_weight_schedule": "sigmoid"})).warnings() == []
