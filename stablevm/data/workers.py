@@ -2,24 +2,34 @@
 
 import os
 import signal
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from stablevm.errors import UserError
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
+_SECONDS_TO_DIE = 1.0  # between a worker's last sign and its end, as its parent sees them
+_ROOM = "give --num-workers 0, or more shared memory (/dev/shm; docker run --shm-size 8g)"
+
 
 class Calls(Generic[Result]):
     """`work` of each request, in their order, done by `workers` processes two requests ahead; 0: in this one.
 
-    UserError and OSError are raised here as they were there: torch would put a worker's traceback into the message.
+    UserError and OSError are raised here as they were there: torch would put a worker's traceback into the message. A
+    worker that dies is a UserError too, raised where the next result is waited for and nowhere else.
     Ctrl-C, which reaches every process of the terminal, does not end the workers; with `finish_after_signals` neither
     does the SIGTERM that a launcher sends to all of this process's group, as they leave it. `pin_memory` as torch's.
     """
@@ -49,12 +59,82 @@ class Calls(Generic[Result]):
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Result]:
-        with _many_workers_allowed():
-            results = iter(self._loader)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-            yield result
+        try:
+            with _many_workers_allowed():
+                results = iter(self._loader)
+        except OSError as error:
+            if not self._loader.num_workers:
+                raise
+            raise UserError(f"processes that read data can't be started ({error.strerror}); {_ROOM}") from None
+        with _Watch(getattr(results, "_workers", [])) as watch:
+            while True:
+                try:
+                    with watch.waiting():
+                        result = next(results)
+                except StopIteration:
+                    return
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+
+
+class _Watch:
+    """Tells of dead workers while their results are waited for.
+
+    torch's own watch raises its error from the signal that a child has died, wherever the program is then; in this
+    block that signal matters only in `waiting`, where it ends a wait for what will never come.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess]) -> None:
+        self._workers, self._is_waiting = workers, False
+
+    def __enter__(self) -> "_Watch":
+        self._takes_signals = bool(self._workers) and threading.current_thread() is threading.main_thread()
+        if self._takes_signals:
+            self._before = signal.signal(signal.SIGCHLD, self._child_died)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._takes_signals:
+            signal.signal(signal.SIGCHLD, self._before)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """UserError where a worker is dead, or dies in the block."""
+        self._is_waiting = True
+        try:
+            self._check()
+            yield
+        except (RuntimeError, OSError, EOFError):  # of torch, of a message that was cut short, of a worker's socket
+            end = time.monotonic() + _SECONDS_TO_DIE
+            while self._workers and time.monotonic() < end:
+                self._check()
+                time.sleep(0.01)
+            raise
+        finally:
+            self._is_waiting = False
+
+    def _child_died(self, number: int, frame: FrameType | None) -> None:
+        if self._is_waiting and any(
+            worker.exitcode for worker in self._workers
+        ):  # 0: told to end, after the last result
+            self._check()
+
+    def _check(self) -> None:
+        for worker in self._workers:
+            if worker.exitcode is not None:
+                self._is_waiting = False
+                raise UserError(_cause(worker)) from None
+
+
+def _cause(worker: BaseProcess) -> str:
+    who, status = f"a process that reads data (pid {worker.pid})", worker.exitcode or 0
+    if status == -signal.SIGBUS:
+        return f"{who} was ended by SIGBUS, most often because shared memory is full; {_ROOM}"
+    if status == -signal.SIGKILL:
+        return f"{who} was killed, most often because memory ran out; give fewer --num-workers, or the same again"
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{who} {how}; run the same command again, with --num-workers 0 if that happens again"
 
 
 class _Work(Dataset):
@@ -65,9 +145,29 @@ class _Work(Dataset):
 
     def __getitems__(self, request: Any) -> Any:
         try:
-            return self.work(request)
+            result = self.work(request)
         except (UserError, OSError) as error:
             return error
+        if get_worker_info() is None:
+            return result
+        try:
+            _share(result)
+        except RuntimeError as error:
+            return UserError(f"shared memory fails ({error}); {_ROOM}")
+        return result
+
+
+def _share(result: Any) -> None:
+    """Move tensors to shared memory now: left to the queue's thread, an error would be lost and waited for for ever."""
+    if isinstance(result, Tensor):
+        result.share_memory_()
+    elif is_dataclass(result):
+        _share(list(vars(result).values()))
+    elif isinstance(result, list | tuple):
+        for each in result:
+            _share(each)
+    elif isinstance(result, Mapping):
+        _share(list(result.values()))
 
 
 @contextmanager

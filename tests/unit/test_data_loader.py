@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from dataclasses import replace
 from itertools import chain, count
 
@@ -15,6 +16,7 @@ from data_sets import COUNT, one_line
 from stablevm.data import loader as loader_module
 from stablevm.data.loader import StepSampler, training_loader
 from stablevm.data.opening import open_dataset
+from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 
 
@@ -152,6 +154,45 @@ class TestLoader:
             os.kill(worker.pid, signal.SIGINT)
         assert len(list(batches)) == 18
 
+    @pytest.mark.parametrize(
+        ("number", "text"),
+        [
+            (signal.SIGKILL, "was killed, most often because memory ran out; give fewer --num-workers"),
+            (
+                signal.SIGBUS,
+                "was ended by SIGBUS, most often because shared memory is full; give --num-workers 0.*--shm-size",
+            ),
+            (signal.SIGTERM, "ended with status 0; run the same command again"),  # torch takes it for an order
+        ],
+    )
+    def test_a_worker_that_dies_is_one_line_where_its_result_is_waited_for(self, dataset_dir, number, text):
+        others = set(multiprocessing.active_children())
+        loader = training_loader(open_dataset(dataset_dir), global_batch=8, seed=3, num_steps=20, workers=2)
+        batches = iter(loader)
+        next(batches), next(batches)
+        worker = (set(multiprocessing.active_children()) - others).pop()
+        os.kill(worker.pid, number)
+        worker.join()  # whatever else the program does meanwhile is left alone
+        with pytest.raises(UserError, match=f"^a process that reads data .pid {worker.pid}. {text}") as error:
+            list(batches)
+        one_line(error)
+
+    def test_a_worker_that_dies_in_the_midst_of_a_result(self):
+        """Also while a wait for it lasts, and after half a message, which would be waited for for ever."""
+        for how in ("at once", "half a message"):
+            with pytest.raises(UserError, match="was killed"):
+                list(Calls(_Dies(how), [1, 2, 3], 1))
+
+    def test_results_that_do_not_fit_into_shared_memory(self, monkeypatch, dataset_dir):
+        def full(tensor):
+            raise RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+        loader = training_loader(open_dataset(dataset_dir), global_batch=8, seed=3, num_steps=20, workers=2)
+        with pytest.raises(UserError, match=r"shared memory fails .*give --num-workers 0.*--shm-size") as error:
+            list(loader)
+        one_line(error)
+
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_damaged_shard_is_one_line_in_the_main_process(self, dataset_copy, workers):
         data = open_dataset(dataset_copy)
@@ -169,3 +210,17 @@ class TestLoader:
         assert all(getattr(pinned, name).eq(1).all() for name in ("moments", "labels", "rows"))
         pinned = loader_module.TrainingBatch(*(torch.zeros(2) for _ in range(5))).pin_memory()
         assert pinned.images.eq(1).all() and pinned.image_rows.eq(1).all()
+
+
+class _Dies:
+    """Work in whose course, or after which, its process is killed."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __call__(self, request):
+        if self.how == "half a message":
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return bytes(10_000_000)  # the pipe holds far less
