@@ -2,10 +2,11 @@
 
 import errno
 import importlib
+import io
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -18,6 +19,7 @@ from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.files import check_output
 from stablevm.importing.config import ImportConfig
+from stablevm.launcher import is_alone, tell
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
@@ -30,14 +32,13 @@ from stablevm.preparation.config import (
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
-from stablevm.text import printable, printable_streams, usable_streams
+from stablevm.text import printable_streams, usable_streams
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
 UNREAD_STATUS = 141  # 128 + SIGPIPE
-SECONDS_FOR_THE_FIRST = 5.0  # torchrun looks every 0.1 s whether a process has ended
 # Faults of the machine that a user can mend, not bugs: no space, no permission, a disk that fails or is gone.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Names that can't be: below a file, a folder for a file, too long, a link to itself.
@@ -46,6 +47,8 @@ SYSTEM_LIMITS = (
     *NO_SPACE, *NO_SUCH_NAME, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN,
     errno.EMFILE, errno.ENFILE, errno.EFBIG,
 )  # fmt: skip
+
+PLAIN_FLAGS = (tyro.conf.DisallowNone,)
 
 Config = TypeVar("Config")
 
@@ -228,11 +231,7 @@ def _run(
     """
 
     def run() -> object:
-        given, plain_flags = default(), (tyro.conf.DisallowNone,)
-        if given is None:
-            config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags)
-        else:
-            config = tyro.cli(kind, prog=program, args=arguments, config=plain_flags, default=given)
+        config = _parse(kind, program, arguments, default())
         if isinstance(config, Checked):
             config.validate()
         with printable_streams():
@@ -240,6 +239,20 @@ def _run(
         return result if returns_status else None
 
     return _guarded(run, resumes)
+
+
+def _parse(kind: type[Config], program: str, arguments: list[str], default: Config | None) -> Config:
+    """The options; ends the program with status 2 where they are none. What the parser says of them is said once."""
+    told = io.StringIO()
+    try:
+        with nullcontext() if is_alone() else redirect_stderr(told):
+            if default is None:
+                return tyro.cli(kind, prog=program, args=arguments, config=PLAIN_FLAGS)
+            return tyro.cli(kind, prog=program, args=arguments, config=PLAIN_FLAGS, default=default)
+    except SystemExit:
+        if told.getvalue():
+            tell(told.getvalue().rstrip(), kept="\n")
+        raise
 
 
 def _load(target: str) -> Callable[..., object]:
@@ -260,10 +273,10 @@ def _status(run: Callable[[], object], resumes: bool) -> int:
     try:
         status = run()
     except UserError as error:
-        _tell(f"error: {error}")
+        tell(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to " + ("go on" if resumes else "begin anew"))
+        tell("interrupted; run the same command again to " + ("go on" if resumes else "begin anew"))
         return INTERRUPTED_STATUS
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write
@@ -273,22 +286,9 @@ def _status(run: Callable[[], object], resumes: bool) -> int:
             raise
         remedy = "; make space and run the same command again" if error.errno in NO_SPACE else ""
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
-        _tell(f"error: {error.strerror}: {name}{remedy}")
+        tell(f"error: {error.strerror}: {name}{remedy}")
         return USER_ERROR_STATUS
     return status if isinstance(status, int) else 0
-
-
-def _tell(line: str) -> None:
-    """Print the last line of a command, once even if many processes, which launchers number by RANK, end with it.
-
-    Most errors meet all processes. The others therefore give the first one time to speak: its end makes the launcher
-    end them. Who is still there after that has an error of its own, such as a damaged part of the data.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        time.sleep(SECONDS_FOR_THE_FIRST)
-        line = f"{line} (process {rank})"
-    print(printable(line), file=sys.stderr)
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:

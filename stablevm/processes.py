@@ -1,6 +1,5 @@
 """Which of several processes this one is, where they share files and nothing else."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from stablevm.errors import UserError
+from stablevm.launcher import Place
 
 POLL_SECONDS = 0.2  # between two looks for files of other processes
 
@@ -23,10 +23,9 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; a single process without them."""
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        """As `Place.from_environment`; UserError also where this machine has not as many GPUs as processes."""
+        place = Place.from_environment()
+        rank, world_size, local_rank = place.rank, place.world_size, place.local_rank
         if not torch.cuda.is_available():
             return cls(rank, world_size, torch.device("cpu"))
         if local_rank >= torch.cuda.device_count():

@@ -15,9 +15,10 @@ FLOORS = dict(
     enumerate(
         [
             ("errors", "text", "shapes"),
-            ("files", "foreign_weights", "hub", "interpolant", "rng", "precision", "processes", "compiler"),
+            ("files", "foreign_weights", "hub", "interpolant", "launcher", "rng", "precision", "compiler"),
             (
                 "locks",
+                "processes",
                 "posterior",
                 "schedules",
                 "bank",

@@ -1,0 +1,120 @@
+"""One voice for many processes, and what their launcher may say of them."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from stablevm import cli, launcher
+from stablevm.errors import UserError
+from stablevm.launcher import Place, tell
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """The store that torchrun keeps, of a launch of three processes; this one is the second."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+def test_an_error_is_told_by_whoever_meets_it_first(store, monkeypatch, capsys):
+    for rank in ("1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        tell("error: the same")
+    assert capsys.readouterr().err == "error: the same (process 1)\n"
+
+
+def test_errors_that_differ_are_all_told(store, monkeypatch, capsys):
+    for rank in ("2", "0"):
+        monkeypatch.setenv("RANK", rank)
+        tell(f"error: of {rank}")
+    assert capsys.readouterr().err == "error: of 2 (process 2)\nerror: of 0\n"
+
+
+def test_a_restarted_launch_tells_again(store, monkeypatch, capsys):
+    tell("error: x")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    tell("error: x")
+    assert capsys.readouterr().err == "error: x (process 1)\n" * 2
+
+
+def test_nobody_ends_before_the_one_that_speaks_has_spoken(store, monkeypatch, capsys):
+    """Its end would make the launcher end the speaker, however slow that is."""
+    claimed, may_speak = threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        claimed.set()
+        assert may_speak.wait(60)
+        print(*arguments, **options)
+
+    monkeypatch.setattr(launcher, "print", slow, raising=False)
+    first, second = (threading.Thread(target=tell, args=["error: x"]) for _ in range(2))
+    first.start()
+    assert claimed.wait(60)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "waits for the first one, which has not spoken"
+    may_speak.set()
+    first.join(60)
+    second.join(60)
+    assert not first.is_alive() and not second.is_alive()
+    assert capsys.readouterr().err == "error: x (process 1)\n"
+
+
+def test_where_the_speaker_was_killed_another_speaks(store, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "SPEAKER_PATIENCE", timedelta(seconds=0.1))
+
+    def killed(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(launcher, "print", killed, raising=False)
+        tell("error: x")
+    tell("error: x")
+    assert capsys.readouterr().err == "error: x (process 1)\n"
+
+
+def test_without_the_launchers_store_each_speaks_for_itself(store, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        tell("error: x")
+    assert capsys.readouterr().err == "error: x\nerror: x (process 1)\n"
+
+
+def test_what_the_parser_of_options_says_is_told_once_too(store, monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            cli.generate(["--no-such-option"])
+    assert capsys.readouterr().err.count("no-such-option") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("RANK", "abc", "RANK=abc: expected a number from 0"),
+        ("RANK", "-1", "RANK=-1: expected a number from 0"),
+        ("RANK", "", "RANK=: expected a number from 0"),
+        ("RANK", "9" * 5000, "expected a number from 0"),
+        ("RANK", "2", "RANK=2: expected less than WORLD_SIZE=2"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0: expected a number from 1"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two: expected a number from 1"),
+        ("LOCAL_RANK", "1.5", "LOCAL_RANK=1.5: expected a number from 0"),
+    ],
+)
+@pytest.mark.parametrize("command", [cli.generate, cli.train], ids=["generate", "train"])
+def test_what_no_launcher_says_is_one_line(name, value, told, command, monkeypatch, capsys, tmp_path):
+    for variable, number in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(variable, number)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        Place.from_environment()
+    assert command(["--exp-name=x", f"--data-dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
