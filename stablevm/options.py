@@ -1,5 +1,6 @@
 """What the commands' configurations share: ranges, choices, and options that have no effect. Free of torch."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,7 @@ def as_typed(option: str, value: Any) -> str:
 
 def require(config: Any, expectations: Iterable[Expectation]) -> None:
     """Raise UserError for the first field of a configuration that is outside its choices or not as expected."""
-    for option, met, expected in [*_choices(config), *expectations]:
+    for option, met, expected in [*_choices(config), *_finite(config), *expectations]:
         if not met:
             raise UserError(f"{as_typed(option, getattr(config, option))}: expected {expected}")
 
@@ -69,6 +70,16 @@ def _choices(config: Any) -> list[Expectation]:
             value = getattr(config, option)
             expectations.append((option, value in choices or isinstance(value, others), _listed(choices, others)))
     return expectations
+
+
+def _finite(config: Any) -> list[Expectation]:
+    """One expectation for each field that holds a number with decimals, or several: infinity and NaN fit nowhere."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return [
+        (option, all(map(math.isfinite, numbers)), "a finite number")
+        for option, value in values.items()
+        if (numbers := [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, float)])
+    ]
 
 
 def _listed(choices: list[Any], others: tuple[type, ...]) -> str:

@@ -5,12 +5,13 @@ bank and the gradient scaler. Random numbers and data positions need none: they 
 `SHA256SUMS` is what the program sha256sum writes and checks.
 """
 
+import itertools
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stablevm.errors import UserError
 from stablevm.files import sha256, sync, write_json, write_text
 from stablevm.snapshot import ModelCard
 from stablevm.tensor_files import save_tensors
+from stablevm.training.progress import Progress
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -30,6 +32,8 @@ SUMS_FILE = "SHA256SUMS"
 RECORD_FILE = "best.json"
 _UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
+ASIDE = "newer-than-"  # begins the names of the folders of checkpoints that a run has left
+_RETURN_FILE = "returning.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class TrainingState:
     optimizer: dict[str, Tensor]  # "NAME.exp_avg" and the like, by the names of the model's parameters
     bank: dict[str, Tensor]  # empty without a bank
     scaler: dict[str, Any]  # of the fp16 gradient scaler; empty otherwise
+    progress: Progress = field(default_factory=Progress)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class _SmallState:
     """The file beside the tensors."""
 
     scaler: dict[str, float | int]
+    progress: Progress = field(default_factory=Progress)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class Record:
     metric: str
     value: float
     step: int
+
+
+class DamagedError(UserError):
+    """The tensors of a checkpoint are not those that its run saves; the one before it may be whole."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -84,13 +94,18 @@ def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
         for name, tensors in (("optimizer", state.optimizer), ("bank", state.bank)):
             if tensors:
                 save_tensors(folder / f"{name}.safetensors", tensors)
-        write_json(folder / STATE_FILE, {"scaler": state.scaler})
+        write_json(folder / STATE_FILE, {"scaler": state.scaler, "progress": asdict(state.progress)})
         snapshot.save(folder, state.card, {"ema": state.ema, "model": state.model})
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         write_text(folder / SUMS_FILE, "".join(sums))
+    prune(run, keep)
+    return target
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`; 0: none."""
     for step in saved_steps(run)[:-keep] if keep else []:
         shutil.rmtree(checkpoint_folder(run, step))
-    return target
 
 
 def is_best(run: Path, record: Record) -> bool:
@@ -124,15 +139,20 @@ def best_record(run: Path) -> Record | None:
 def load(run: Path, step: int) -> TrainingState:
     """UserError when there is no checkpoint of that step or one of its files is damaged or missing."""
     folder = existing_folder(run, step)
-    has_bank = (folder / "bank.safetensors").exists()
-    return TrainingState(
-        card=snapshot.load_card(folder),
-        model=snapshot.load_weights(folder, "model"),
-        ema=snapshot.load_weights(folder, "ema"),
-        optimizer=snapshot.load_weights(folder, "optimizer"),
-        bank=snapshot.load_weights(folder, "bank") if has_bank else {},
-        scaler=read_card(folder / STATE_FILE, _SmallState, "checkpoint", remedy="use an earlier checkpoint").scaler,
-    )
+    small = read_card(folder / STATE_FILE, _SmallState, "checkpoint", finite=False, remedy="use an earlier checkpoint")
+    card = snapshot.load_card(folder)
+    try:
+        return TrainingState(
+            card=card,
+            model=snapshot.load_weights(folder, "model"),
+            ema=snapshot.load_weights(folder, "ema"),
+            optimizer=snapshot.load_weights(folder, "optimizer"),
+            bank=snapshot.load_weights(folder, "bank") if (folder / "bank.safetensors").exists() else {},
+            scaler=small.scaler,
+            progress=small.progress,
+        )
+    except UserError as error:
+        raise DamagedError(str(error)) from None
 
 
 def damage(folder: Path) -> str | None:
@@ -155,25 +175,70 @@ def damage(folder: Path) -> str | None:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints below `run`, ascending."""
+    """Steps of the complete checkpoints below `run`, ascending, without those that are being set aside."""
     folder = run / CHECKPOINTS
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    found = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    note = _return_note(run)
+    return found if note is None else [step for step in found if step <= note.step]
 
 
 def set_aside(run: Path, step: int) -> Path | None:
-    """Move the checkpoints newer than `step` into a folder of their own, which is returned; None when there is none.
+    """Move the checkpoints newer than `step` into a new folder, which is returned; None when there is none.
 
-    They belong to a course of the run that is left: beside the coming ones they would pass for the newest.
+    They belong to a course of the run that is left: beside the coming ones they would pass for the newest. A note says
+    so from the first move on, until `end_return`, so that a kill in between leaves none of them in its place; what it
+    left is moved now.
     """
-    newer = [checkpoint_folder(run, other) for other in saved_steps(run) if other > step]
-    if not newer:
-        return None
-    aside = run / CHECKPOINTS / f"newer-than-{step:07d}"
+    note = _return_note(run)
+    if note is None or any(other > step for other in saved_steps(run)):
+        if note is not None:
+            _move(run, note)
+        if not any(other > step for other in saved_steps(run)):
+            return None
+        note = _Return(step, _free_name(run, step))
+        write_json(run / CHECKPOINTS / _RETURN_FILE, asdict(note))
+    return _move(run, note)
+
+
+def end_return(run: Path) -> None:
+    """To be called when the run has noted that it goes on from the step behind which all was set aside."""
+    (run / CHECKPOINTS / _RETURN_FILE).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Return:
+    """That the checkpoints after `step` belong into the folder of that name."""
+
+    step: int
+    folder: str
+
+    def __post_init__(self) -> None:
+        if not self.folder.startswith(ASIDE) or Path(self.folder).name != self.folder:
+            raise UserError(f"folder {self.folder!r}, expected {ASIDE}STEP")
+
+
+def _return_note(run: Path) -> _Return | None:
+    path = run / CHECKPOINTS / _RETURN_FILE
+    remedy = "move the checkpoints that you do not want to go on from away, and remove this file"
+    return read_card(path, _Return, "return to a checkpoint", remedy=remedy) if path.exists() else None
+
+
+def _move(run: Path, note: _Return) -> Path:
+    aside = run / CHECKPOINTS / note.folder
     aside.mkdir(exist_ok=True)
-    for folder in newer:
-        shutil.rmtree(aside / folder.name, ignore_errors=True)  # of an earlier return to the same step
-        folder.replace(aside / folder.name)
+    for path in sorted((run / CHECKPOINTS).iterdir()):
+        if path.name.isdigit() and int(path.name) > note.step:
+            path.replace(aside / path.name)
+    sync(aside)
+    sync(run / CHECKPOINTS)
     return aside
+
+
+def _free_name(run: Path, step: int) -> str:
+    """Of a folder that no earlier return has filled."""
+    plain = f"{ASIDE}{step:07d}"
+    names = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
+    return next(name for name in names if not (run / CHECKPOINTS / name).exists())
 
 
 def sweep(run: Path) -> None:

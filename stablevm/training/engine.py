@@ -21,13 +21,15 @@ from stablevm.models.sit import SiT
 from stablevm.objective import StableVM
 from stablevm.schedules import AlignmentSchedule
 from stablevm.snapshot import ModelCard
+from stablevm.text import shown
 from stablevm.training.anchors import AnchorPlan
-from stablevm.training.checkpoint import TrainingState
+from stablevm.training.checkpoint import DamagedError, TrainingState
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.ema import MovingAverage
 from stablevm.training.guard import Guard, GuardedAdamW
 from stablevm.training.initial import initial_weights
+from stablevm.training.progress import Progress
 from stablevm.training.setup import class_counts, class_names, make_objective, model_config
 from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from stablevm.training.step import Alignment, BatchDrawer, StepMetrics, StepRunner
@@ -42,6 +44,7 @@ class Engine:
         """encoders: frozen, on the accelerator's device; those of `config.encoder_names`."""
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.step = 0  # steps that are done
+        self.progress = Progress()  # what the command that went so far left open
         self.alignment = _alignment(config, encoders)
         self.card = _model_card(config, dataset, encoders)
         device = accelerator.device
@@ -117,6 +120,7 @@ class Engine:
         """Take over the state of an earlier run; UserError where it does not fit this one."""
         if not state.card.agrees_with(self.card):
             raise UserError(f"{self.config.folder}: its checkpoint is of another network or data set than the options'")
+        self._check_tensors(state)
         load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
         load_model_tensors(self.model, state.model)
         load_model_tensors(self.ema.model, state.ema)
@@ -124,7 +128,29 @@ class Engine:
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        self.step = state.card.step
+        self.step, self.progress = state.card.step, state.progress
+        self.guard.in_a_row = list(state.progress.bad_steps)
+
+    def _check_tensors(self, state: TrainingState) -> None:
+        """DamagedError where the tensors are others than those that `state` saves."""
+        weights = {name: (tensor.shape, tensor.dtype) for name, tensor in self.model_state().items()}
+        bank = {name: (tensor.shape, tensor.dtype) for name, tensor in self._bank_state().items()}
+        trained = {name for name, parameter in self.plain_model.named_parameters() if parameter.requires_grad}
+        moments = {f"{name}.{key}": weights[name] for name in trained for key in ("exp_avg", "exp_avg_sq")}
+        moments |= {f"{name}.step": (torch.Size([]), torch.float32) for name in trained}
+        for part, expected in (("model", weights), ("ema", weights), ("bank", bank), ("optimizer", moments)):
+            found = {name: (tensor.shape, tensor.dtype) for name, tensor in getattr(state, part).items()}
+            if fault := _difference(found, expected):
+                raise DamagedError(f"{part}.safetensors {fault}")
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Weights by their plain names, in shards where they lie in some."""
+        return self.plain_model.state_dict()
+
+    @property
+    def plain_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
 
     def state(self) -> TrainingState:
         """All that `restore` needs, on the main process; all take part, as each may hold shards."""
@@ -165,6 +191,22 @@ class Engine:
         """Empty without a bank, and for one that follows from the data and the seed alone."""
         changes = isinstance(self.objective, StableVM) and not self.config.bank_is_fixed
         return self.objective.bank.state_dict() if changes else {}  # type: ignore[union-attr]
+
+
+Kinds = dict[str, tuple[torch.Size, torch.dtype]]  # of tensors by their names
+
+
+def _difference(found: Kinds, expected: Kinds) -> str | None:
+    """How tensors differ from those that are expected, in words; None where they do not."""
+    if foreign := sorted(found.keys() - expected.keys()):
+        return f"holds {shown(foreign[0])}, which is none of this run's tensors"
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"lacks {shown(missing[0])}"
+    for name, (shape, dtype) in found.items():
+        if (shape, dtype) != expected[name]:
+            ours = f"{list(expected[name][0])} {expected[name][1]}"
+            return f"holds {name} as {list(shape)} {dtype}, this run's is {ours}"
+    return None
 
 
 def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequence[Encoder]) -> ModelCard:

@@ -1,8 +1,8 @@
 """Rows of metrics, kept on the device until one is due and then averaged over steps and processes; the progress bar."""
 
+import math
 import resource
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +14,7 @@ from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import Fault, Guard
 from stablevm.training.main_process import on_main
+from stablevm.training.progress import Progress, Sums
 from stablevm.training.step import StepMetrics
 from stablevm.training.tracker import Trackers
 
@@ -34,11 +35,15 @@ class Journal:
         *,
         step: int,
         total_steps: int,
+        progress: Progress | None = None,
     ) -> None:
+        """progress: what an earlier command left open."""
+        progress = progress or Progress()
         self.trackers = trackers
         self._guard = guard
-        self._sums: dict[str, float] = defaultdict(float)  # over the `_taken` steps since the last checkpoint
-        self._taken = 0
+        self._row = progress.row
+        self._sums = dict(progress.sums)  # over the `_taken` steps since the last checkpoint of the interval
+        self._taken = progress.taken
         self.clock = PhaseClock(accelerator.device)
         self._config, self._accelerator = config, accelerator
         self._pending: list[StepMetrics] = []
@@ -55,49 +60,72 @@ class Journal:
         self._pending.append(metrics)
         self._bar.update()
 
-    def flush(self, step: int, rate: float) -> None:
-        """Write a row for the pending steps, of which `step` was the last, taken at `rate`. Waits for the device.
+    def collect(self) -> None:
+        """Add the pending steps to the sums of the coming row. Waits for the device.
 
-        All values are means over steps and processes; those by time are exact means over the samples of their bin.
-        Skipped steps count in none of them, and are reported. UserError after too many in a row.
+        Skipped steps count in none of them, and are reported.
         """
         if not self._pending:
             return
-        count = len(self._pending)
         taken, faults = self._guard.review()
         good = [metrics for metrics, was_taken in zip(self._pending, taken, strict=True) if was_taken]
-        scalars = {name: [metrics.means[name].float() for metrics in good] for name in self._pending[0].means}
-        nothing = torch.tensor(torch.nan, device=self._accelerator.device)
-        means = torch.stack([torch.stack(values or [nothing]).mean() for values in scalars.values()]).double()
-        table = sums_by_time(good) if good else means.new_zeros(3, T_BINS)
-        seconds = {f"seconds/{phase}": total / count for phase, total in self.clock.read().items()}
-        own = torch.cat([means, means.new_tensor([*seconds.values()]), table.flatten()])
+        names, seconds = list(self._pending[0].means), self.clock.read()
+        nothing = torch.zeros(len(names), dtype=torch.float64, device=self._accelerator.device)
+        rows = [torch.stack([metrics.means[name].double() for name in names]) for metrics in good]
+        sums = torch.stack(rows).sum(0) if rows else nothing
+        table = sums_by_time(good) if good else sums.new_zeros(3, T_BINS)
+        own = torch.cat([sums, sums.new_tensor([*seconds.values()]), table.flatten()])
         whole = self._accelerator.reduce(own, reduction="mean")
         assert isinstance(whole, Tensor)
-        first, second, third = whole.tensor_split([len(scalars), len(scalars) + len(seconds)])
-        row = dict(zip(scalars, first.tolist(), strict=True))
-        row |= {"lr": rate, "images_per_second": self._config.batch_size / float(second.sum())}
-        row |= dict(zip(seconds, second.tolist(), strict=True)) | self._memory() | means_by_time(third.view_as(table))
-        for name in scalars if good else ():
-            self._sums[name] += len(good) * row[name]
+        first, second, third = whole.tensor_split([len(names), len(names) + len(seconds)])
+        scalars = dict(zip(names, first.tolist(), strict=True))
+        phases = dict(zip(seconds, second.tolist(), strict=True))
+        self._row.add(Sums(len(self._pending), len(good), scalars, phases, third.view_as(table).tolist()))
+        for name, total in scalars.items() if good else ():
+            self._sums[name] = self._sums.get(name, 0.0) + total
         self._taken += len(good)
-        on_main(self._accelerator, lambda: self._write(step, row, faults))
-        self._bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
         self._pending.clear()
+        if faults:
+            on_main(self._accelerator, lambda: self._report(faults))
+
+    def flush(self, step: int, rate: float) -> None:
+        """Write a row for the steps since the last one, of which `step` was the last, taken at `rate`.
+
+        All values are means over steps and processes; those by time are exact means over the samples of their bin.
+        UserError after too many skipped steps in a row.
+        """
+        self.collect()
+        sums, self._row = self._row, Sums()
+        if not sums.steps:
+            return
+        row = {name: total / sums.taken if sums.taken else math.nan for name, total in sums.scalars.items()}
+        row |= {"lr": rate, "images_per_second": self._config.batch_size * sums.steps / sum(sums.seconds.values())}
+        row |= {f"seconds/{phase}": total / sums.steps for phase, total in sums.seconds.items()} | self._memory()
+        row |= means_by_time(sums.by_time)
+        on_main(self._accelerator, lambda: self._write(step, row))
+        self._bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
         self._guard.check(self._config.folder)
 
     def take_means(self) -> dict[str, float]:
-        """Means of losses and norm over the steps flushed since the last call; empty when all were skipped."""
+        """Means of losses and norm over the steps since the last call; empty when all were skipped."""
         means = {name: value / self._taken for name, value in self._sums.items()}
         self._sums.clear()
         self._taken = 0
         return means
 
-    def _write(self, step: int, row: dict[str, float], faults: list[Fault]) -> None:
+    def progress(self, means: dict[str, float]) -> Progress:
+        """What is open now, for a checkpoint that is compared by `means`; the pending steps are collected first."""
+        self.collect()
+        return Progress(self._row, dict(self._sums), self._taken, means, list(self._guard.in_a_row))
+
+    def _report(self, faults: list[Fault]) -> None:
         assert self.trackers is not None
         for fault in faults:
             tqdm.write(f"warning: {fault}", file=sys.stderr)
             self.trackers.event(fault.to_row())
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        assert self.trackers is not None
         self.trackers.log(step, row)
 
     def close(self) -> None:
@@ -125,9 +153,9 @@ def sums_by_time(steps: Sequence[StepMetrics]) -> Tensor:
     return torch.zeros(len(rows), T_BINS, dtype=torch.float64, device=t.device).index_add_(1, bins, rows)
 
 
-def means_by_time(table: Tensor) -> dict[str, float]:
+def means_by_time(table: Sequence[Sequence[float]]) -> dict[str, float]:
     """Of `sums_by_time`, up to a factor: the mean effective sample size, and both means of each bin with a sample."""
-    counts, velocity, ess = table.tolist()
+    counts, velocity, ess = table
     row = {"effective_sample_size": sum(ess) / sum(counts)} if any(counts) else {}
     for name, sums in (("velocity_loss", velocity), ("effective_sample_size", ess)):
         for number, (total, count) in enumerate(zip(sums, counts, strict=True)):

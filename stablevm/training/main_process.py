@@ -1,7 +1,7 @@
 """What the main process does while the others wait for it."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -9,6 +9,14 @@ from accelerate.utils import broadcast_object_list
 from stablevm.errors import UserError
 
 Result = TypeVar("Result")
+
+
+def told_by_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
+    """The result of `task` on the main process, on all of them; errors as in `on_main`."""
+    result = on_main(accelerator, task)
+    if accelerator.num_processes > 1:
+        (result,) = broadcast_object_list([result])
+    return cast(Result, result)
 
 
 def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result | None:

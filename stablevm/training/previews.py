@@ -28,6 +28,9 @@ class Previews:
     def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
         self.folder, self.autoencoder, self.seed = folder, autoencoder, seed
 
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}.png"
+
     def draw(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
         """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
         labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
@@ -37,5 +40,5 @@ class Previews:
         latents, _ = draw_latents(model, card, shown, streams, SETTINGS, device, guidance=guidance)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
         grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
-        save_png(self.folder / f"step-{card.step:07d}.png", grid)
+        save_png(self.path(card.step), grid)
         return grid

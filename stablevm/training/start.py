@@ -9,8 +9,8 @@ from stablevm.training.checkpoint import checkpoint_folder, damage, existing_fol
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 
-def find_start(config: TrainConfig, *, show: bool) -> int:
-    """The step to go on from, 0 to begin.
+def find_start(config: TrainConfig, *, show: bool, before: int | None = None) -> int:
+    """The step to go on from, 0 to begin; if `before` is given, one before that step, which has proved damaged.
 
     A damaged newest checkpoint is named in a warning, if `show`, and the one before it taken. UserError when the folder
     holds another run, when the checkpoint that was asked for is damaged, or when none is whole.
@@ -18,14 +18,30 @@ def find_start(config: TrainConfig, *, show: bool) -> int:
     steps = saved_steps(config.folder)
     saved = config.folder / CONFIG_FILE
     if saved.exists():
-        config.check_continues(TrainConfig.read(config.folder))
+        earlier = TrainConfig.read(config.folder)
+        config.check_continues(earlier)
+        if steps and config.resume_step and config.resume_step == earlier.resume_step:
+            return _gone_on(config, steps, show)
     elif config.folder.exists() and any(map(is_foreign, config.folder.iterdir())):
         raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
     if config.resume_step:
         return _asked_for(config, steps)
     if not steps and config.resume:
         raise UserError(f"--resume: {config.folder} has no checkpoint; leave the option out to begin a run")
+    if before is not None:
+        steps = [step for step in steps if step < before]
     return _newest_whole(config.folder, steps, show) if steps else 0
+
+
+def _gone_on(config: TrainConfig, steps: list[int], show: bool) -> int:
+    """Where the same command, run once more, goes on: it has gone back already, and what came of that stays."""
+    step = _newest_whole(config.folder, steps, show)
+    if show and step != config.resume_step:
+        print(
+            f"went back to step {config.resume_step} before; going on from step {step} (to go back once more, first "
+            "run the command without --resume-step)"
+        )
+    return step
 
 
 def _asked_for(config: TrainConfig, steps: list[int]) -> int:

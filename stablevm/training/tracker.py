@@ -14,6 +14,7 @@ from stablevm.errors import UserError
 from stablevm.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATED = "eval_"  # begins the names of an evaluation's numbers
 
 
 class Trackers:
@@ -67,6 +68,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line that a kill left half-written is ignored."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def evaluated(folder: Path, step: int) -> dict[str, float] | None:
+    """The numbers that the run in `folder` has been judged by at `step`; None where it has not."""
+    path = folder / METRICS_FILE
+    for row in read_metrics(path) if path.exists() else ():
+        numbers = {name.removeprefix(EVALUATED): value for name, value in row.items() if name.startswith(EVALUATED)}
+        if row["step"] == step and numbers:
+            return {name: math.nan if value is None else value for name, value in numbers.items()}
+    return None
 
 
 def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """The training run: from options to checkpoints, metrics and grids, and on from where an earlier command stopped."""
 
 import sys
+from dataclasses import replace
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -8,20 +9,21 @@ from tqdm import tqdm
 from stablevm.autoencoder import Autoencoder, load_autoencoder
 from stablevm.data.dataset import PreparedDataset
 from stablevm.encoders import Encoder
+from stablevm.errors import UserError
 from stablevm.files import remove_temporary, write_json
 from stablevm.locks import owned
 from stablevm.objective import StableVM
 from stablevm.precision import DTYPES, tf32
 from stablevm.sampling.protocol import decoding_notes
 from stablevm.training import checkpoint
-from stablevm.training.checkpoint import Record
+from stablevm.training.checkpoint import DamagedError, Record
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.evaluation import Evaluation, distance_of
 from stablevm.training.interruption import Interruption
 from stablevm.training.journal import Journal
 from stablevm.training.launch import make_accelerator
-from stablevm.training.main_process import on_main
+from stablevm.training.main_process import on_main, told_by_main
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import (
@@ -32,7 +34,7 @@ from stablevm.training.setup import (
     prefill,
 )
 from stablevm.training.start import find_start
-from stablevm.training.tracker import Trackers
+from stablevm.training.tracker import EVALUATED, Trackers, evaluated
 
 
 def train(config: TrainConfig) -> int:
@@ -56,12 +58,29 @@ def _train(config: TrainConfig) -> int:
             print(f"warning: {line}", file=sys.stderr)
     trainer = Trainer(config, dataset, accelerator)
     if start:
-        trainer.engine.restore(checkpoint.load(config.folder, start))
+        _restore(trainer.engine, config, start, show=accelerator.is_main_process)
     elif config.init_from is not None:
         for line in trainer.engine.start_from(config.init_from):
             trainer.say(line)
     with Interruption() as interruption, tf32(config.allow_tf32):
         return trainer.run(interruption)
+
+
+def _restore(engine: Engine, config: TrainConfig, start: int, *, show: bool) -> None:
+    """Take over the checkpoint of step `start`, or the newest one before it whose tensors are this run's."""
+    while True:
+        folder = checkpoint.checkpoint_folder(config.folder, start)
+        try:
+            return engine.restore(checkpoint.load(config.folder, start))
+        except DamagedError as error:
+            earlier = 0 if config.resume_step else find_start(config, show=show, before=start)
+            if not earlier:
+                raise UserError(
+                    f"{folder}: {error}; restore it from a copy, give another --resume-step, or another --exp-name"
+                ) from None
+            if show:
+                print(f"warning: checkpoint {folder}: {error}; trying the one before", file=sys.stderr)
+            start = earlier
 
 
 class Trainer:
@@ -79,24 +98,27 @@ class Trainer:
     def run(self, interruption: Interruption) -> int:
         """Train to the end, or to an interruption; returns the number of finished steps."""
         engine = self.engine
-        if engine.step >= self.total_steps:
+        done = engine.step >= self.total_steps
+        if not done and isinstance(engine.objective, StableVM) and (not engine.step or self.config.bank_is_fixed):
+            prefill(engine.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
+        owed = told_by_main(self.accelerator, self._tidy)
+        if done and not owed:
             self.say(f"{self.config.folder}: already at step {engine.step} of {self.total_steps}")
             return engine.step
-        if isinstance(engine.objective, StableVM) and (not engine.step or self.config.bank_is_fixed):
-            prefill(engine.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
-        trackers = on_main(self.accelerator, self._open_folder)
+        trackers = on_main(self.accelerator, self._open_trackers)
         journal = Journal(
-            self.config, self.accelerator, trackers, engine.guard, step=engine.step, total_steps=self.total_steps
+            self.config,
+            self.accelerator,
+            trackers,
+            engine.guard,
+            step=engine.step,
+            total_steps=self.total_steps,
+            progress=engine.progress,
         )
-        loader = engine.loader(self.total_steps - engine.step)
         try:
-            for batch in loader:
-                journal.clock.end("data_wait")
-                rate = rate_at(self.config, engine.step, self.total_steps)
-                journal.add(engine.train_step(batch, rate, journal.clock))
-                if self._finish_step(journal, interruption):
-                    break
-                journal.clock.end("other")
+            self._settle(journal, owed)
+            if not done:
+                self._train(journal, interruption)
         finally:
             journal.close()
         self.accelerator.wait_for_everyone()
@@ -105,33 +127,95 @@ class Trainer:
             raise SystemExit(128 + interruption.signal)
         return engine.step
 
+    def _train(self, journal: Journal, interruption: Interruption) -> None:
+        for batch in self.engine.loader(self.total_steps - self.engine.step):
+            journal.clock.end("data_wait")
+            rate = rate_at(self.config, self.engine.step, self.total_steps)
+            journal.add(self.engine.train_step(batch, rate, journal.clock))
+            if self._finish_step(journal, interruption):
+                break
+            journal.clock.end("other")
+
     def _finish_step(self, journal: Journal, interruption: Interruption) -> bool:
-        """Metrics, checkpoint and grid where this step asks for them; True when the run is to end."""
-        config, step, rate = self.config, self.engine.step, self.engine.rate
-        last = step == self.total_steps
-        if last or step % config.log_steps == 0:
-            journal.flush(step, rate)
+        """Metrics, checkpoint and grid where this step asks for them; True when the run is to end.
+
+        `_settle` does what a kill leaves undone after the checkpoint.
+        """
+        config, step = self.config, self.engine.step
+        scheduled = self._due(config.checkpointing_steps)
+        if scheduled or self._due(config.log_steps):
+            journal.flush(step, self.engine.rate)
         stop = interruption.agreed(self.accelerator) if self._may_stop() else False
-        if last or stop or step % config.checkpointing_steps == 0:
-            journal.flush(step, rate)
-            self._save(journal)
-        if config.sampling_steps and (last or step % config.sampling_steps == 0):
+        if scheduled:
+            self._save(journal, journal.take_means())
+        elif stop:
+            self._save(journal, {})
+        if self._due(config.sampling_steps):
             self._draw_previews(journal)
-        if config.eval_every and (last or step % config.eval_every == 0):
+        if self._due(config.eval_every):
             self._evaluate(journal)
         return stop
 
-    def _save(self, journal: Journal) -> None:
-        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to go on from."""
-        config, state, means = self.config, self.engine.state(), journal.take_means()
+    def _due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens at this one; 0: never."""
+        return every > 0 and (self.engine.step == self.total_steps or self.engine.step % every == 0)
+
+    def _save(self, journal: Journal, means: dict[str, float]) -> None:
+        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to go on from.
+
+        means: by which it may be the best; empty for one off the interval, which an undisturbed run would not have.
+        """
+        state = replace(self.engine.state(), progress=journal.progress(means))
 
         def write() -> None:
-            checkpoint.save(config.folder, state, 0 if self.engine.guard.in_a_row else config.checkpoints_kept)
-            if config.keep_best in means:
-                record = Record(config.keep_best, means[config.keep_best], self.engine.step)
-                checkpoint.keep_if_best(config.folder, record)
+            checkpoint.save(self.config.folder, state, self._kept())
+            self._keep_if_best(means)
 
         on_main(self.accelerator, write)
+
+    def _kept(self) -> int:
+        return 0 if self.engine.guard.in_a_row else self.config.checkpoints_kept
+
+    def _keep_if_best(self, means: dict[str, float]) -> None:
+        if self.config.keep_best in means:
+            record = Record(self.config.keep_best, means[self.config.keep_best], self.engine.step)
+            checkpoint.keep_if_best(self.config.folder, record)
+
+    def _tidy(self) -> list[str]:
+        """Create the run's folder, or put it in order; returns what else the newest checkpoint's step still owes.
+
+        An earlier command may have been killed at any moment. To be called on the main process.
+        """
+        config, folder, step = self.config, self.config.folder, self.engine.step
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporary(folder)
+        checkpoint.sweep(folder)
+        if aside := checkpoint.set_aside(folder, step):
+            self.say(f"going on from step {step}; newer checkpoints were moved to {aside}")
+        if not (folder / CONFIG_FILE).exists() or TrainConfig.read(folder) != config:
+            write_json(folder / CONFIG_FILE, config.to_dict())
+        checkpoint.end_return(folder)
+        if not step:
+            return []
+        checkpoint.prune(folder, self._kept())
+        self._keep_if_best(self.engine.progress.means)
+        owed = []
+        if self._due(config.sampling_steps) and self.previews and not self.previews.path(step).exists():
+            owed.append("previews")
+        if self._due(config.eval_every):
+            numbers = evaluated(folder, step)
+            if numbers is None:
+                owed.append("evaluation")
+            else:
+                checkpoint.keep_if_best(folder, Record(*distance_of(numbers), step))
+        return owed
+
+    def _settle(self, journal: Journal, owed: list[str]) -> None:
+        """Do what the step of the checkpoint that the run begins with still owes."""
+        if "previews" in owed:
+            self._draw_previews(journal)
+        if "evaluation" in owed:
+            self._evaluate(journal)
 
     def _may_stop(self) -> bool:
         """Processes must stop at the same step, and asking each other costs a synchronisation."""
@@ -151,12 +235,14 @@ class Trainer:
     def _evaluate(self, journal: Journal) -> None:
         """Judge the moving average, and keep the checkpoint of this step if none before was better."""
         folder, average = self.config.folder, self.engine.whole_average()
-        state = None if self.engine.step in checkpoint.saved_steps(folder) else self.engine.state()
+        state = None
+        if not told_by_main(self.accelerator, lambda: self.engine.step in checkpoint.saved_steps(folder)):
+            state = replace(self.engine.state(), progress=journal.progress({}))
 
         def judge() -> None:
             assert self.evaluation is not None and journal.trackers is not None
             numbers = self.evaluation.run(average, self.engine.stamped_card())
-            journal.trackers.log(self.engine.step, {f"eval_{name}": value for name, value in numbers.items()})
+            journal.trackers.log(self.engine.step, {f"{EVALUATED}{name}": value for name, value in numbers.items()})
             record = Record(*distance_of(numbers), self.engine.step)
             if checkpoint.is_best(folder, record):
                 if state is not None:
@@ -183,16 +269,10 @@ class Trainer:
     def _autoencoder(self) -> Autoencoder:
         return load_autoencoder(self.dataset.latent, name=self.config.vae, device=self.accelerator.device)
 
-    def _open_folder(self) -> Trackers:
-        """Create the run's folder, or tidy it up; returns the trackers. To be called on the main process."""
-        folder = self.config.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_temporary(folder)
-        checkpoint.sweep(folder)
-        if aside := checkpoint.set_aside(folder, self.engine.step):
-            self.say(f"going on from step {self.engine.step}; newer checkpoints were moved to {aside}")
-        write_json(folder / CONFIG_FILE, self.config.to_dict())
-        return Trackers(folder, self.config.trackers, self.config.to_dict(), self.engine.step)
+    def _open_trackers(self) -> Trackers:
+        """To be called on the main process."""
+        config = self.config
+        return Trackers(config.folder, config.trackers, config.to_dict(), self.engine.step)
 
     def say(self, line: str) -> None:
         if self.accelerator.is_main_process:

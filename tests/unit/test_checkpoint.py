@@ -187,9 +187,33 @@ def test_newer_checkpoints_are_set_aside(state, tmp_path):
     aside = checkpoint.set_aside(tmp_path, 10)
     assert aside.name == "newer-than-0000010" and names(aside) == ["0000020", "0000030"]
     assert checkpoint.saved_steps(tmp_path) == [10]
+    checkpoint.end_return(tmp_path)
     checkpoint.save(tmp_path, at(replace(state, bank={}), 20))
-    checkpoint.set_aside(tmp_path, 10)
-    assert not (aside / "0000020" / "bank.safetensors").exists(), "the last one to be left stays"
+    another = checkpoint.set_aside(tmp_path, 10)
+    assert another.name == "newer-than-0000010-2" and names(another) == ["0000020"]
+    assert (aside / "0000020" / "bank.safetensors").exists(), "nothing set aside is replaced"
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_return_that_was_killed_between_its_moves_is_finished(moved, state, tmp_path, monkeypatch):
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, at(state, step))
+    replace_path, done = Path.replace, []
+
+    def killed(path, target):
+        if path.name.isdigit():
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(path)
+        return replace_path(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        checkpoint.set_aside(tmp_path, 10)
+    assert checkpoint.saved_steps(tmp_path) == [10], "the abandoned newest is in place for nobody"
+    aside = checkpoint.set_aside(tmp_path, 10)
+    checkpoint.end_return(tmp_path)
+    assert names(aside) == ["0000020", "0000030"] and names(tmp_path / "checkpoints") == ["0000010", aside.name]
 
 
 def test_the_best_is_kept(state, tmp_path):

@@ -1,0 +1,325 @@
+"""Kill a command at its k-th file operation, run it again, and compare all that it leaves with an undisturbed run.
+
+    python tests/kill.py --command train --every 7            every seventh operation
+    python tests/kill.py --command all --every 5 --twice      also kill the second run, somewhere
+
+A file operation is one that Python reports to audit hooks: opening for writing, renaming, linking, removing, making a
+folder; below the folder that the command writes to. The kill is a SIGKILL of the process by itself, right before it.
+Commands run in forked processes, so that nothing is imported twice. Seconds and memory, which no two runs share, are
+left out of the comparison; everything else has to be equal byte by byte, and nothing may be left over.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads would not survive the fork
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from checkpoints import save_checkpoint, tiny_card
+from runs import as_arguments, config, write_data, write_encoder
+
+from stablevm import cli
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+EVENTS = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+TIMES = ("seconds", "memory", "images_per_second", "minutes of work")  # begin names of what no two runs share
+SKIPPED = ("tensorboard", "logs", "report.html")  # what trackers of others write, and what repeats the seconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command to kill: `prepare(root)` once, then `run()` in `root`, which writes into the folder `output`."""
+
+    prepare: object
+    run: object
+    output: str = "out"
+    before: str | None = None  # a folder that `output` is a copy of in the beginning
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--command", default="all", help=f"one of {', '.join(CASES)}, or all")
+    parser.add_argument("--every", type=int, default=1, help="kill at each so many-th operation")
+    parser.add_argument("--first", type=int, default=1, help="the first operation to kill at")
+    parser.add_argument("--limit", type=int, default=10**6, help="at most so many kills of a command")
+    parser.add_argument("--twice", action="store_true", help="kill the second run too, at a random operation")
+    options = parser.parse_args()
+    failures = 0
+    for name in CASES if options.command == "all" else [options.command]:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = harass(CASES[name], Path(scratch), options.every, options.first, options.limit, options.twice)
+        failures += len(found.differences)
+        print(
+            f"{name}: {found.operations} operations, {found.kills} kills, {len(found.differences)} differ", flush=True
+        )
+        for line in found.differences:
+            print(f"  {line}", flush=True)
+    return min(failures, 1)
+
+
+@dataclass
+class Outcome:
+    operations: int
+    kills: int
+    differences: list
+
+
+def harass(case, root, every=1, first=1, limit=10**6, twice=False):
+    """Kill a command again and again; returns how often, and how results differed."""
+    os.chdir(root)
+    case.prepare(root)
+    stream, output = random.Random(0), root / case.output
+    _renew(case, root)
+    status, operations = _run(case, output)
+    assert status == 0, f"the undisturbed run failed; see {root / 'said'}"
+    expected = output.rename(root / "expected")
+    outcome = Outcome(operations, 0, [])
+    for number in list(range(first, operations + 1, every))[:limit]:
+        _renew(case, root)
+        status, _ = _run(case, output, kill_at=number)
+        outcome.kills += status == -signal.SIGKILL
+        again = stream.randint(1, max(1, operations - number)) if twice else 0
+        if twice:
+            status, _ = _run(case, output, kill_at=again)
+            outcome.kills += status == -signal.SIGKILL
+        status, _ = _run(case, output)
+        faults = [f"exit status {status}: {(root / 'said').read_text()[-600:]}"] if status else []
+        faults += differences(expected, output)
+        outcome.differences += [f"kill at {number}{f' and {again}' if twice else ''}: {fault}" for fault in faults]
+    return outcome
+
+
+def _renew(case, root):
+    shutil.rmtree(root / case.output, ignore_errors=True)
+    shutil.rmtree(root / "cache", ignore_errors=True)
+    if case.before:
+        shutil.copytree(root / case.before, root / case.output)
+
+
+def _run(case, output, kill_at=0):
+    """The exit status of the command in a process of its own, and the number of its file operations."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        status = 1
+        try:
+            with Path("said").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+                counter = Counter(output, kill_at)
+                sys.addaudithook(counter)
+                status = case.run() or 0
+                counter.kill_at = 0
+                os.write(writing, struct.pack("i", counter.count))
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            import traceback
+
+            with Path("said").open("a") as said:
+                traceback.print_exc(file=said)
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        content = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, struct.unpack("i", content)[0] if content else 0
+
+
+class Counter:
+    """An audit hook that counts file operations below `folder`, and kills the process right before one of them."""
+
+    def __init__(self, folder, kill_at):
+        self.folder, self.kill_at, self.count = folder, kill_at, 0
+        self.process = os.getpid()
+
+    def __call__(self, event, arguments):
+        if os.getpid() != self.process or not self._is_operation(event, arguments):
+            return
+        self.count += 1
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _is_operation(self, event, arguments):
+        if event == "open":
+            path, _, flags = arguments
+            return bool((flags or 0) & WRITING) and self._inside(path)
+        if event not in EVENTS:
+            return False
+        paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
+        directory = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+        if isinstance(directory, int) and directory >= 0:  # shutil.rmtree names files relative to a folder
+            return self._inside(Path(f"/proc/self/fd/{directory}").readlink())
+        return any(map(self._inside, paths))
+
+    def _inside(self, path):
+        try:
+            return (Path.cwd() / os.fsdecode(path)).is_relative_to(self.folder)
+        except TypeError:  # a descriptor
+            return False
+
+
+def differences(expected, found):
+    """How two results differ, one line each."""
+    one, two = contents(expected), contents(found)
+    lines = [f"{name} is missing" for name in sorted(one.keys() - two.keys())]
+    lines += [f"{name} is left over" for name in sorted(two.keys() - one.keys())]
+    return lines + [f"{name} differs" for name in sorted(one.keys() & two.keys()) if one[name] != two[name]]
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): comparable(path)
+        for path in folder.rglob("*")
+        if not path.is_dir() and not any(part.startswith(SKIPPED) for part in path.relative_to(folder).parts)
+    }
+
+
+def comparable(path):
+    """What a file says but for the seconds in it."""
+    if path.name == "seconds.json":
+        return None
+    if path.suffix == ".json":
+        return without_times(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.name == "SHA256SUMS":
+        return [line for line in path.read_text().splitlines() if not line.endswith("training.json")]
+    return path.read_bytes()
+
+
+def without_times(values):
+    if isinstance(values, dict):
+        return {name: without_times(value) for name, value in values.items() if not name.startswith(TIMES)}
+    return [without_times(value) for value in values] if isinstance(values, list) else values
+
+
+def _prepare_training(root):
+    write_data(root / "data")
+    write_encoder(root / "encoder.safetensors")
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    from stablevm.evaluation.config import ReferenceConfig
+    from stablevm.evaluation.reference import reference
+
+    with redirect_stdout(None):
+        reference(ReferenceConfig(source=root / "data", output=root / "ref.npz", statistics=False))
+
+
+def _train(**options):
+    root = Path.cwd()
+    settings = {"max_train_steps": 9, "checkpointing_steps": 3, "log_steps": 2, "checkpoints_kept": 2} | options
+    return cli.train(as_arguments(config(root, "out", **(settings | {"output_dir": root}))))
+
+
+def _train_judged():
+    judge = {"eval_enc_type": "digits", "eval_weights": str(Path.cwd() / "encoder.safetensors")}
+    return _train(eval_every=3, eval_samples=20, eval_reference=str(Path.cwd() / "ref.npz"), **judge)
+
+
+def _prepare_checkpoint(root):
+    save_checkpoint(root / "checkpoint", tiny_card())
+
+
+def _generate():
+    return cli.generate(["--ckpt=checkpoint", "--num-fid-samples=50", "--num-steps=2", "--sample-dir=out",
+                         "--trajectory"])  # fmt: skip
+
+
+def _prepare_images(root):
+    from sources import write_source
+    from tiny_vae import save_tiny_vae
+
+    write_source(root / "source", images=12, classes=3, shortest=40, longest=60)
+    save_tiny_vae(root / "vae")
+    crop = ["--source=source", "--resolution=32x32", "--num-workers=0"]
+    with redirect_stdout(None), redirect_stderr(None):
+        cli.dataset_tools(["convert", *crop, "--dest=repa/images"])
+        cli.dataset_tools(["encode", "--source=repa/images", "--dest=repa/vae-sd", "--vae=vae", "--num-workers=0"])
+        cli.prepare(["convert", *crop, "--dest=converted"])
+
+
+CROP = ["--source=source", "--resolution=32x32", "--num-workers=0", "--batch-size=2", "--dest=out"]
+ENCODE = ["--vae=vae", "--num-workers=0", "--batch-size=2"]
+
+
+def _prepare_digits(root):
+    from stablevm.quickstart import recipe, run
+
+    run.train_extractor = functools.partial(run.train_extractor, steps=5)
+    recipe.NUM_SAMPLES = 20
+    with redirect_stdout(None), redirect_stderr(None):
+        cli.prepare(["digits", str(root / "digits")])
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+
+
+def _prepare_evaluation(root):
+    import inception
+    import numpy as np
+
+    for number, name in enumerate(("samples", "real"), start=1):
+        np.savez(root / f"{name}.npz", arr_0=inception.smooth_images(12, 12, number).numpy())
+    torch.save(inception.random_weights(), root / "weights.pth")
+    write_data(root / "data")
+
+
+def _prepare_published(root):
+    import published
+
+    torch.save({"ema": published.SiT().state_dict()}, root / "published.pt")
+
+
+TOY = ["--updates=4", "--eval-every=2", "--batch-size=8", "--references=16", "--components=3", "--dimension=3",
+       "--eval-samples=20", "--variance-samples=10", "--variance-dimensions", "2", "5", "--output-dir=out",
+       "-e", "cfm"]  # fmt: skip
+JUDGE = ["--inception-weights=weights.pth", "--cache-dir=cache"]
+
+CASES = {
+    "train": Case(_prepare_training, lambda: _train(keep_best="loss", sampling_steps=3, loss_type="stablevm")),
+    "train-judged": Case(_prepare_training, _train_judged),
+    "generate": Case(_prepare_checkpoint, _generate),
+    "convert": Case(_prepare_images, lambda: cli.dataset_tools(["convert", *CROP])),
+    "encode": Case(
+        _prepare_images, lambda: cli.dataset_tools(["encode", "--source=repa/images", "--dest=out", *ENCODE])
+    ),
+    "convert-shards": Case(_prepare_images, lambda: cli.prepare(["convert", *CROP])),
+    "encode-shards": Case(
+        _prepare_images, lambda: cli.prepare(["encode", "--data-dir=out", *ENCODE]), "out", "converted"
+    ),
+    "pack": Case(_prepare_images, lambda: cli.prepare(["pack", "--source=repa", "--dest=out", "--num-workers=0"])),
+    "digits": Case(lambda root: None, lambda: cli.prepare(["digits", "out"])),
+    "extractor": Case(_prepare_digits, lambda: cli.extractor(["--data-dir=digits", "--output-dir=out"])),
+    "quickstart": Case(_prepare_digits, lambda: cli.quickstart(["--output-dir=out", "--steps=4"])),
+    "toy": Case(lambda root: None, lambda: cli.toy([*TOY, "--enable-visualization"])),
+    "evaluate": Case(
+        _prepare_evaluation,
+        lambda: cli.evaluate(["samples.npz", "--reference=real.npz", "--output=out/r.json", "--report", *JUDGE]),
+    ),
+    "reference": Case(_prepare_evaluation, lambda: cli.reference(["--source=data", "--output=out/ref.npz", *JUDGE])),
+    "variance": Case(
+        _prepare_evaluation,
+        lambda: cli.main(
+            ["variance", "--data-dir=data", "--output-dir=out", "--rows=20", "--references=5", "--times=4"]
+        ),
+    ),
+    "import": Case(
+        _prepare_published,
+        lambda: cli.import_checkpoint(
+            ["published.pt", "--output=out", "--source=sit", "--path-type=linear", "--prediction=v"]
+        ),
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
