@@ -53,7 +53,8 @@ def compare(scratch: Path, workload: Workload) -> None:
     def to(kind: Callable[..., object], run: Callable[..., object], name: str) -> Run:
         def convert_anew() -> None:
             shutil.rmtree(scratch / name, ignore_errors=True)
-            run(kind(source=source, dest=scratch / name, resolution=f"{SIDE}x{SIDE}", num_workers=0))
+            crop = {"resolution": f"{SIDE}x{SIDE}", "transform": "center-crop-dhariwal"}
+            run(kind(source=source, dest=scratch / name, num_workers=0, **crop))
 
         return convert_anew
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 def steps(folder, source, vae, side):
     """(program, arguments, folder of the result) of each step of both routes."""
     crop = ["--source", str(source), "--resolution", f"{side}x{side}", "--num-workers", "1"]
+    crop += ["--transform", "center-crop-dhariwal"]
     images, latents, shards, packed = (folder / name for name in ("DATA/images", "DATA/vae-sd", "shards", "packed"))
     model = ["--vae", str(vae), "--num-workers", "1", "--batch-size", "8"]
     return [

@@ -10,7 +10,15 @@ import tyro
 from stablevm.errors import UserError
 from stablevm.options import require, writable
 
-Transform = Literal["center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
+Transform = Literal["scale", "center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
+
+
+MAX_SIDE = 16_384  # pixels of a result
+
+
+def is_archive(dest: Path) -> bool:
+    """Whether a result is to be one ZIP archive instead of a folder."""
+    return dest.suffix.lower() == ".zip"
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,14 @@ class ConvertConfig:
     source: Path
     """Folder of class folders; or folder or .zip archive with dataset.json; or folder or archive of images."""
     dest: Path
-    """Folder for the result."""
+    """Folder for the result, or a name that ends with .zip for an uncompressed archive."""
     resolution: str | None = None
-    """Width x height of the result, such as 256x256. With --transform none it may be left out."""
-    transform: Transform = "center-crop-dhariwal"
-    """center-crop-dhariwal: halve by a box filter, then bicubic, then crop, as ADM; center-crop: crop, then Lanczos;
-    center-crop-wide: crop to the shape of --resolution, black bars above and below; none: no change of size."""
+    """Width x height of the result, such as 256x256 or 256,256. With scale and none it may be left out: then all images
+    must have the size of the first."""
+    transform: Transform = "scale"
+    """scale: bring the whole image to --resolution by Lanczos; center-crop-dhariwal: halve by a box filter, then
+    bicubic, then crop, as ADM; center-crop: the middle square, then Lanczos; center-crop-wide: the middle rows, then
+    Lanczos, black bars above and below; none: no change of size."""
     max_images: int | None = None
     """Only the first images, in the order of their names. Default: all."""
     num_workers: int = 8
@@ -55,10 +65,11 @@ class ConvertConfig:
             [
                 ("num_workers", self.num_workers >= 0, "0 or more"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
-                writable("dest", self.dest),
+                writable("dest", self.dest, is_folder=not is_archive(self.dest)),
                 ("max_images", self.max_images is None or self.max_images >= 1, "at least 1"),
                 ("resolution", size is None or min(size) >= 1, "a positive width and height"),
-                ("resolution", size is not None or self.transform == "none",
+                ("resolution", size is None or max(size) <= MAX_SIDE, f"at most {MAX_SIDE:,} x {MAX_SIDE:,}"),
+                ("resolution", size is not None or self.transform in ("scale", "none"),
                  f"a size such as 256x256 with --transform {self.transform}"),
                 ("resolution", square or self.transform != "center-crop-dhariwal",
                  "as wide as high with --transform center-crop-dhariwal"),
@@ -76,8 +87,19 @@ class ConvertShardsConfig(ConvertConfig):
     skipped and are listed with their causes in report.json.
     """
 
+    transform: Transform = "center-crop-dhariwal"
+    """center-crop-dhariwal: halve by a box filter, then bicubic, then crop, as ADM; center-crop: the middle square,
+    then Lanczos; center-crop-wide: the middle rows, then Lanczos, black bars above and below; scale: bring the whole
+    image to --resolution by Lanczos; none: no change of size."""
     compress: bool = False
     """Store the images losslessly compressed (PNG): about 60 % of the space, and slower to read."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range or in conflict with another."""
+        super().validate()
+        require(
+            self, [("dest", not is_archive(self.dest), "a folder: shards are no archive, dataset_tools.py makes one")]
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,7 @@ class EncodeConfig:
     source: Path
     """Converted images: the --dest of convert."""
     dest: Path
-    """Folder for the latents."""
+    """Folder for the latents, or a name that ends with .zip for an uncompressed archive."""
     vae: str = "mse"
     """Autoencoder: mse or ema (Stability AI's), any diffusers AutoencoderKL by name or folder, or identity."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -104,7 +126,7 @@ class EncodeConfig:
         """Raise UserError for the first option outside its range."""
         require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
                        ("batch_size", self.batch_size >= 1, "at least 1"),
-                       writable("dest", self.dest)])  # fmt: skip
+                       writable("dest", self.dest, is_folder=not is_archive(self.dest))])  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class Cropper:
 
 def make_cropper(config: ConvertConfig, source: Source) -> Cropper:
     """Raises UserError where no size is given and none can be had from the source."""
-    return Cropper(source, config.transform, config.size or first_size(source))
+    if config.size is None:  # `validate` lets that pass only where no image is to be cropped
+        return Cropper(source, "none", first_size(source))
+    return Cropper(source, config.transform, config.size)
 
 
 def first_size(source: Source) -> Size:

@@ -1,11 +1,11 @@
-"""Convert and encode in the layout of REPA: one file per image, paired by their names.
+"""Convert and encode in the layout of REPA: one file per image, paired by their names, in a folder or an archive.
 
 `images/00000/img00000012.png` is image 12 of the source, whether images before it could be read or not; its latent is
 `vae-sd/00000/img-mean-std-00000012.npy`, float32 (2C, h, w). Each folder has a dataset.json with names and classes.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,16 @@ from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, format_listing
 from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
 from stablevm.errors import UserError
-from stablevm.files import replacing, sync, write_json, write_text
-from stablevm.locks import owned
 from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
-from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, read_problems, tell
+from stablevm.preparation.report import Report, conclude, make_report, tell
 from stablevm.preparation.sources import Source, open_source, printable
+from stablevm.preparation.targets import Files, Target, target_of
 from stablevm.preparation.work import (
     PART_LENGTH,
     Job,
-    begin,
     check_apart,
-    clear,
     encoding_part_length,
     shared,
 )
@@ -48,25 +45,27 @@ def convert(config: ConvertConfig) -> int:
     tell(source, process)
     cropper = make_cropper(config, source)
     plan = {"step": "convert", **cropper.plan}
-    with owned(config.dest):
-        report = begin(config.dest, plan, process)
+    target = target_of(config.dest)
+    with target.lock():
+        report = target.begin(plan, process)
         if report is None:
-            with shared(config.dest, REPORT_FILE, process):
-                report = _convert(config, cropper, plan, process)
+            with shared(target.home, target.marker, process):
+                report = _convert(config, target, cropper, plan, process)
     return conclude(report, config.dest, "converted", process)
 
 
-def _convert(config: ConvertConfig, cropper: Cropper, plan: dict[str, Any], process: Process) -> Report | None:
+def _convert(
+    config: ConvertConfig, target: Target, cropper: Cropper, plan: dict[str, Any], process: Process
+) -> Report | None:
     source = cropper.source
-    job = _job("convert", config.dest, len(source), process)
-    writer = _PngWriter(cropper, config.dest)
-    for part, outcomes in job.run(writer, config.batch_size, config.num_workers, _has_record(job)):
-        write_json(job.path(part), [problem for problems in outcomes for problem in problems])
+    job = _job("convert", target, len(source), process)
+    for part, outcomes in job.run(_PngMaker(cropper, target), config.batch_size, config.num_workers, _has_record(job)):
+        _record(target, job.path(part), outcomes)
     if not process.is_first:
         return None
     names = [png_name(index) for index in range(len(source))]
-    facts = {"resolution": list(cropper.result_size), "crop": config.transform}
-    return _finish(job, config.dest, plan, source, names, facts)
+    facts = {"resolution": list(cropper.result_size), "crop": cropper.transform}
+    return _finish(job, target, plan, source, names, facts)
 
 
 def encode(config: EncodeConfig) -> int:
@@ -84,23 +83,28 @@ def encode(config: EncodeConfig) -> int:
     cropper = Cropper(source, "none", size)
     plan = {"step": "encode", **cropper.plan, "vae": latent.autoencoder_id, "precision": config.precision,
             "batch size": config.batch_size}  # fmt: skip
-    with owned(config.dest):
-        report = begin(config.dest, plan, process)
+    target = target_of(config.dest)
+    with target.lock():
+        report = target.begin(plan, process)
         if report is None:
-            with shared(config.dest, REPORT_FILE, process):
+            with shared(target.home, target.marker, process):
                 encoder = make_encoder(latent, config.precision, process)
-                report = _encode(config, cropper, encoder, plan, process)
+                report = _encode(config, target, cropper, encoder, plan, process)
     return conclude(report, config.dest, "encoded", process)
 
 
 def _encode(
-    config: EncodeConfig, cropper: Cropper, encoder: BatchEncoder, plan: dict[str, Any], process: Process
+    config: EncodeConfig,
+    target: Target,
+    cropper: Cropper,
+    encoder: BatchEncoder,
+    plan: dict[str, Any],
+    process: Process,
 ) -> Report | None:
     source, names = cropper.source, _latent_names(cropper.source)
-    job = _job("encode", config.dest, len(source), process, encoding_part_length(config.batch_size))
+    job = _job("encode", target, len(source), process, encoding_part_length(config.batch_size))
     for part, outcomes in job.run(cropper, config.batch_size, config.num_workers, _has_record(job)):
-        problems = [problem for each in outcomes for problem in _write_latents(each, encoder, names, config.dest)]
-        write_json(job.path(part), problems)
+        _record(target, job.path(part), (_encoded(each, encoder, names, target) for each in outcomes))
     if not process.is_first:
         return None
     facts = {
@@ -109,52 +113,53 @@ def _encode(
         "latent": encoder.autoencoder.latent.to_dict(),
         "precision": config.precision,
     }
-    return _finish(job, config.dest, plan, source, names, facts)
+    return _finish(job, target, plan, source, names, facts)
 
 
 def png_name(index: int) -> str:
     return f"{index // IMAGES_PER_FOLDER:05d}/img{index:08d}.png"
 
 
+Made = tuple[Files, list[dict[str, Any]]]  # the files that a record is to hold, and the problems
+
+
 @dataclass(frozen=True)
-class _PngWriter:
-    """Runs in the workers: crops, writes, and returns the problems when all is on the disk."""
+class _PngMaker:
+    """Runs in the workers: crops, and hands the files over; what a folder takes is on the disk when this returns."""
 
     cropper: Cropper
-    dest: Path
+    target: Target
 
-    def __call__(self, indices: range) -> list[dict[str, Any]]:
+    def __call__(self, indices: range) -> Made:
         cropped = self.cropper(indices)
         images = zip(cropped.indices, cropped.images, strict=True)
-        _write_all(self.dest, {png_name(index): encode_png(image) for index, image in images})
-        return cropped.problems
+        return self.target.put({png_name(index): encode_png(image) for index, image in images}), cropped.problems
 
 
-def _write_latents(cropped: Cropped, encoder: BatchEncoder, names: list[str], dest: Path) -> list[dict[str, Any]]:
+def _encoded(cropped: Cropped, encoder: BatchEncoder, names: list[str], target: Target) -> Made:
+    files = {}
     if cropped.indices:
         images = torch.from_numpy(np.stack(cropped.images)).permute(0, 3, 1, 2)
         moments = encoder(images, [names[index] for index in cropped.indices]).numpy()
-        files = {}
         for index, values in zip(cropped.indices, moments, strict=True):
             buffer = io.BytesIO()
             np.save(buffer, values)
             files[names[index]] = buffer.getvalue()
-        _write_all(dest, files)
-    return cropped.problems
+    return target.put(files), cropped.problems
 
 
-def _write_all(dest: Path, files: dict[str, bytes]) -> None:
-    """Write files, each complete or absent, and wait once for all of them to be on the disk."""
-    scratch = dest / WORK_FOLDER / "unfinished"
-    for name, content in files.items():
-        with replacing(dest / name, scratch=scratch, durable=False) as temporary:
-            temporary.write_bytes(content)
-    for path in [*(dest / name for name in files), *{(dest / name).parent for name in files}]:
-        sync(path)
+def _record(target: Target, path: Path, outcomes: Iterable[Made]) -> None:
+    """The file that says that a part is done."""
+    files: dict[str, bytes] = {}
+    problems: list[dict[str, Any]] = []
+    for made, found in outcomes:
+        files |= made
+        problems += found
+    target.record(path, files, problems)
 
 
-def _job(title: str, dest: Path, count: int, process: Process, part_length: int = PART_LENGTH) -> Job:
-    return Job(title, dest / WORK_FOLDER / "parts", [range(count)], process, part_length)
+def _job(title: str, target: Target, count: int, process: Process, part_length: int = PART_LENGTH) -> Job:
+    return Job(title, target.home / WORK_FOLDER / "parts", [range(count)], process, part_length)
 
 
 def _has_record(job: Job) -> Callable[[set[str], range], bool]:
@@ -180,15 +185,12 @@ def _latent_names(source: Source) -> list[str]:
 
 
 def _finish(
-    job: Job, dest: Path, plan: dict[str, Any], source: Source, names: list[str], facts: dict[str, Any]
+    job: Job, target: Target, plan: dict[str, Any], source: Source, names: list[str], facts: dict[str, Any]
 ) -> Report:
-    """dataset.json, then the report, which says that the result is complete."""
     records = [job.path(part) for part in job.parts()]
     job.wait(records)
-    report = make_report(plan, source, (each for record in records for each in read_problems(record)))
+    report = make_report(plan, source, (each for record in records for each in target.problems(record)))
     skipped = {problem.index for problem in report.problems if problem.action == "skipped"}
     kept = ((names[index], int(source.labels[index])) for index in range(len(source)) if index not in skipped)
-    write_text(dest / LISTING_FILE, format_listing(kept, {"class_names": list(source.class_names), **facts}))
-    report.write(dest)
-    clear(dest)
+    target.finish(records, format_listing(kept, {"class_names": list(source.class_names), **facts}), report)
     return report

@@ -40,7 +40,7 @@ def pack(config: PackConfig) -> int:
     with owned(config.dest):
         report = begin(config.dest, plan, process)
         if report is None:
-            with shared(config.dest, REPORT_FILE, process):
+            with shared(config.dest, config.dest / REPORT_FILE, process):
                 report = _pack(config, dataset, plan, process)
     return conclude(report, config.dest, "packed", process)
 

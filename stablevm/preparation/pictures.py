@@ -89,25 +89,34 @@ def dhariwal(picture: Image.Image, size: Size) -> Image.Image:
     return _middle(picture, size)
 
 
+def scale(picture: Image.Image, size: Size) -> Image.Image:
+    """The whole picture at the size asked for, by a Lanczos filter, whatever becomes of its shape."""
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def center_crop(picture: Image.Image, size: Size) -> Image.Image:
-    """Cut out the largest middle part of the target's shape, then scale it by a Lanczos filter."""
-    width, height = size
-    shape = min(picture.width, max(1, picture.height * width // height)), picture.height
-    shape = shape[0], min(picture.height, max(1, shape[0] * height // width))
-    return _middle(picture, shape).resize(size, Image.Resampling.LANCZOS)
+    """Cut out the largest square of the middle, then scale it by a Lanczos filter, as the published script (Karras et
+    al., StyleGAN 2 and 3, EDM): a target that is no square gets it squashed.
+    """
+    side = min(picture.size)
+    return _middle(picture, (side, side)).resize(size, Image.Resampling.LANCZOS)
 
 
 def center_crop_wide(picture: Image.Image, size: Size) -> Image.Image:
-    """Keep the full width, cut its height to the target's shape, scale by a Lanczos filter, and lay the result on a
-    black square as wide as the target. BadPictureError where the picture is smaller than the target.
+    """Cut out the middle rows, as many as the picture would have at the target's width, scale them by a Lanczos filter
+    to the target, and lay the result on a black square as wide as the target.
+
+    These are the published script's rows (Karras et al., 2020 to 2022). The rows are counted at the target's width but
+    cut from the picture, so what is kept depends on its resolution, and a tall picture is squashed. BadPictureError
+    where the picture is smaller than the target.
     """
     width, height = size
-    rows = round(width * picture.height / picture.width)  # of the whole picture at the target's width
+    rows = round(width * picture.height / picture.width)
     if picture.width < width or rows < height:
         raise BadPictureError(
             f"{picture.width} x {picture.height} pixels: too small or too wide for {width} x {height}"
         )
-    cut = _middle(picture, (picture.width, round(picture.width * height / width)))
+    cut = _middle(picture, (picture.width, rows))
     canvas = Image.new("RGB", (width, width))
     canvas.paste(cut.resize(size, Image.Resampling.LANCZOS), (0, (width - height) // 2))
     return canvas
@@ -121,6 +130,7 @@ def unchanged(picture: Image.Image, size: Size) -> Image.Image:
 
 
 TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
+    "scale": scale,
     "center-crop-dhariwal": dhariwal,
     "center-crop": center_crop,
     "center-crop-wide": center_crop_wide,

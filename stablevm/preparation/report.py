@@ -1,5 +1,6 @@
 """What a command says of a source's images when it is done: `report.json`, the last line and the exit status."""
 
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from stablevm.cards import card_of, read_object
 from stablevm.data.dataset import describe_classes
 from stablevm.data.listing import LISTING_FILE
 from stablevm.errors import UserError
-from stablevm.files import read_json, write_json
+from stablevm.files import parse_json, read_json, write_text
 from stablevm.preparation import sources
 from stablevm.preparation.sources import Source
 from stablevm.processes import Process
@@ -75,14 +76,23 @@ class Report:
             parts.append(f"{self.ignored + self.hidden:,} files ignored that are no images{of_systems}")
         return parts
 
+    def text(self) -> str:
+        """As it stands in report.json."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
     def write(self, folder: Path) -> None:
-        write_json(folder / REPORT_FILE, asdict(self))
+        write_text(folder / REPORT_FILE, self.text())
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """UserError for a file that `write` can't have made."""
         values = read_object(folder / REPORT_FILE, "report", largest=_LARGEST, remedy=_REMEDY)
         return card_of(cls, values, f"report: {folder / REPORT_FILE}", remedy=_REMEDY)
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "Report":
+        """From the bytes of such a file, for whose place `where` stands in the error."""
+        return card_of(cls, parse_json(content, where), where, remedy=_REMEDY)
 
 
 def strays(source: Source) -> list[Problem]:

@@ -108,7 +108,7 @@ def _encode(config: EncodeShardsConfig, folder: Path, process: Process) -> Repor
         if process.is_first:
             _tidy(folder, config.keep_images)
     else:
-        with shared(folder, MANIFEST_FILE, process):
+        with shared(folder, folder / MANIFEST_FILE, process):
             _Encoding(config, report.plan, process).run()
     return report
 

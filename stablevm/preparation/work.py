@@ -108,7 +108,7 @@ def begin(dest: Path, plan: dict[str, Any], process: Process) -> Report | None:
         raise UserError(f"{nearest}: expected a folder, found a file; give another")
     if (dest / REPORT_FILE).exists():
         report = Report.read(dest)
-        _check_same(dest, plan, report.plan)
+        check_same(dest, plan, report.plan)
         if process.is_first:
             sweep(dest) if _goes_on(dest, plan) else clear(dest)
         return report
@@ -130,7 +130,7 @@ def begin_step(folder: Path, plan: dict[str, Any]) -> None:
     """Record the plan of unfinished work in its folder; UserError if that was begun with another plan."""
     record = folder / PLAN_FILE
     if record.exists():
-        _check_same(
+        check_same(
             folder, plan, read_object(record, "plan of unfinished work", remedy="remove the folder and begin anew")
         )
     else:
@@ -138,8 +138,8 @@ def begin_step(folder: Path, plan: dict[str, Any]) -> None:
 
 
 @contextmanager
-def shared(dest: Path, marker: str, process: Process) -> Iterator[None]:
-    """One process's part of work that is complete when the file `marker` is there.
+def shared(home: Path, marker: Path, process: Process) -> Iterator[None]:
+    """One process's part of work in `home` that is complete when the file `marker` is there.
 
     Others may complete it, and clear what this one would read, while it is still starting: then nothing is amiss, and
     the last to leave sweeps up.
@@ -147,10 +147,10 @@ def shared(dest: Path, marker: str, process: Process) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError):
-        if process.is_first or not (dest / marker).exists():
+        if process.is_first or not marker.exists():
             raise
-    if not process.is_first and (dest / marker).exists():
-        clear(dest)
+    if not process.is_first and marker.exists() and home.is_dir():
+        clear(home)
 
 
 def clear(dest: Path) -> None:
@@ -170,7 +170,8 @@ def _goes_on(dest: Path, plan: dict[str, Any]) -> bool:
     return plan["step"] == "shards" and not (dest / MANIFEST_FILE).exists()
 
 
-def _check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:
+def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """UserError, naming the first difference, where a result was begun with another plan than this command's."""
     for name in dict.fromkeys([*plan, *earlier]):
         if json.dumps(plan.get(name)) == json.dumps(earlier.get(name)):  # a tuple is read back as a list
             continue

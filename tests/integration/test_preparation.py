@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,9 @@ def vae(tmp_path_factory):
     return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
-def convert(source, dest, *more):
-    return ["convert", "--source", str(source), "--dest", str(dest), "--resolution", f"{SIDE}x{SIDE}", *more]
+def convert(source, dest, *more, transform="center-crop-dhariwal"):
+    words = ["convert", "--source", str(source), "--dest", str(dest), "--resolution", f"{SIDE}x{SIDE}"]
+    return [*words, *(["--transform", transform] if transform else []), *more]
 
 
 def encode(source, dest, vae, *more):
@@ -242,7 +244,7 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
         for tool in (cli.dataset_tools, cli.prepare):
             assert "lies in --source" in refusal(capsys, tool, convert(source, dest))
         assert "lies in --source" in refusal(capsys, cli.dataset_tools, encode(source, dest, vae))
-    assert "expected a folder, found a file" in refusal(capsys, cli.prepare, convert(source, used / "thesis.txt/x"))
+    assert "thesis.txt is a file" in refusal(capsys, cli.prepare, convert(source, used / "thesis.txt/x"))
     assert not (tmp_path / "x").exists() and len(list(source.iterdir())) == 4
 
     done, odd = convert_to(source, tmp_path / "done", SIDE), convert_to(source, tmp_path / "odd", 30)
@@ -284,14 +286,73 @@ def test_what_is_left_out_is_counted_in_the_last_line(source, tmp_path, capsys):
     assert "1 of 2 classes have no image (0)" in told.err
 
 
+def test_the_published_script_scales_without_a_transform(source, tmp_path):
+    """Options as published: sizes with a comma, a number of images, and pictures scaled whole without --transform."""
+    for number, size in enumerate(("40,24", "40x24")):
+        dest = tmp_path / str(number)
+        words = convert(source, dest, f"--resolution={size}", "--max-images=7", "--num-workers=0", transform=None)
+        assert cli.dataset_tools(words) == 0
+        listed = json.loads((dest / "dataset.json").read_text())
+        assert len(listed["labels"]) == 7 and listed["crop"] == "scale" and len(listed["class_names"]) == 4
+        files = sorted(source.rglob("*.JPEG"))
+        for name, _ in listed["labels"]:
+            original = Image.open(files[int(Path(name).stem.removeprefix("img"))]).convert("RGB")
+            wanted = original.resize((40, 24), Image.Resampling.LANCZOS)
+            assert np.array_equal(np.asarray(Image.open(dest / name)), np.asarray(wanted))
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
+def test_archives_hold_what_folders_do_and_every_command_reads_them(source, vae, tmp_path, capsys, monkeypatch):
+    folder, data = tmp_path / "folder", tmp_path / "DATA"
+    folder_words = (convert(source, folder / "images", "--num-workers", "0"),
+                    encode(folder / "images", folder / "vae-sd", vae))  # fmt: skip
+    archive_words = (convert(source, data / "images.zip", "--num-workers", "2"),
+                     encode(data / "images.zip", data / "vae-sd.zip", vae))  # fmt: skip
+    monkeypatch.setattr(folders._job, "__defaults__", (16,))  # several parts
+    for words in folder_words:
+        assert cli.dataset_tools(words) == 0
+    for words, name in zip(archive_words, ("images", "vae-sd"), strict=True):
+        archive = data / f"{name}.zip"
+        with monkeypatch.context() as patch:
+            patch.setattr(folders, "format_listing", raise_interrupt)
+            assert cli.dataset_tools(words) == 130
+        assert not archive.exists() and (data / f"{name}.zip.prepare").exists()
+        for _ in range(2):  # the second time it only says so again
+            assert cli.dataset_tools(words) == 0
+            assert f"{archive}: {GOOD} images" in capsys.readouterr().out.splitlines()[-1]
+        assert sorted(path.name for path in data.iterdir()) == sorted({"images.zip", archive.name})
+        with zipfile.ZipFile(archive) as opened:
+            assert {info.compress_type for info in opened.infolist()} == {zipfile.ZIP_STORED}
+            inside = {name: opened.read(name) for name in opened.namelist()}
+        expected = contents(folder / name)
+        assert inside.keys() == expected.keys()
+        assert all(inside[key] == expected[key] for key in expected if key != "report.json")
+    one, other = open_dataset(folder), open_dataset(data)
+    assert torch.equal(one.moments(range(GOOD)), other.moments(range(GOOD)))
+    assert torch.equal(one.images(range(GOOD)), other.images(range(GOOD)))
+    assert cli.data(["verify", str(data), "--num-workers", "0"]) == 0
+    assert cli.prepare(["pack", "--source", str(data), "--dest", str(tmp_path / "packed"), "--num-workers", "0"]) == 0
+    capsys.readouterr()
+
+    before = (data / "images.zip").read_bytes()
+    other_size = convert(source, data / "images.zip", "--resolution=48x48")
+    assert "was begun with resolution 32x32" in refusal(capsys, cli.dataset_tools, other_size)
+    (data / "mine.zip").write_bytes(b"mine")
+    assert "no archive of this command" in refusal(capsys, cli.dataset_tools, convert(source, data / "mine.zip"))
+    assert "shards are no archive, dataset_tools.py makes one" in refusal(
+        capsys, cli.prepare, convert(source, data / "x.zip")
+    )
+    assert (data / "images.zip").read_bytes() == before and (data / "mine.zip").read_bytes() == b"mine"
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_half_prepared_data_is_refused_by_every_command_that_takes_it(source, vae, tmp_path, capsys, monkeypatch):
     data, shards = tmp_path / "DATA", tmp_path / "shards"
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "format_listing", interrupted)
+        patch.setattr(folders, "format_listing", raise_interrupt)
         assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "0")) == 130
     assert cli.prepare(convert(source, shards, "--num-workers", "0")) == 0
     capsys.readouterr()
@@ -312,7 +373,7 @@ def test_half_prepared_data_is_refused_by_every_command_that_takes_it(source, va
 
     assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "0")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "format_listing", interrupted)
+        patch.setattr(folders, "format_listing", raise_interrupt)
         assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 130
     capsys.readouterr()
     assert "run the command that began it once more" in refusal(capsys, cli.train, [*train, str(data)])

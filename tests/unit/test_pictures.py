@@ -63,14 +63,38 @@ def test_dhariwal_is_adms_crop_to_the_last_bit(size):
         assert np.array_equal(ours, derived_dhariwal(np.asarray(picture), target))
 
 
-def test_center_crop_takes_the_middle_in_the_targets_shape():
+def test_scale_brings_the_whole_picture_to_the_size():
+    picture = scene(np.random.default_rng(0), (64, 100))
+    wanted = picture.resize((64, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(TRANSFORMS["scale"](picture, (64, 32))), np.asarray(wanted))
+    assert TRANSFORMS["scale"](picture, (64, 100)) is picture
+
+
+def test_center_crop_takes_the_middle_square():
     picture = scene(np.random.default_rng(0), (301, 200))
     square = pixels(TRANSFORMS["center-crop"](picture, (200, 200)))
     assert np.array_equal(square, np.asarray(picture)[:, 50:250])
-    wide = pixels(TRANSFORMS["center-crop"](picture, (300, 100)))
-    assert wide.shape == (100, 300, 3)
-    # 301 x 100 of the middle, scaled by less than one pixel: nearly the same picture.
-    assert np.abs(wide[:, :300].astype(int) - np.asarray(picture)[50:150, :300]).mean() < 12
+    wide = TRANSFORMS["center-crop"](picture, (300, 100))  # the published script squashes the square
+    wanted = picture.crop((50, 0, 250, 200)).resize((300, 100), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(wide), np.asarray(wanted))
+
+
+def source_rows(size, target):
+    """About which row of a source picture each row of a wide crop shows, by a ramp of grey from top to bottom."""
+    width, height = size
+    ramp = np.repeat(np.arange(height, dtype=np.uint8)[:, None, None] * 2, width, axis=1).repeat(3, axis=2)
+    result = pixels(TRANSFORMS["center-crop-wide"](Image.fromarray(ramp), target))
+    bar = (target[0] - target[1]) // 2
+    return result[bar : bar + target[1], target[0] // 2, 0] / 2
+
+
+def test_wide_crop_takes_the_published_rows():
+    """Worked out by hand from the published rule: rows in the middle, as many as the picture has at the new width."""
+    rows = source_rows((64, 100), (64, 32))  # all 100 rows, squashed: centres of 100 / 32 rows each
+    assert np.abs(rows - ((np.arange(32) + 0.5) * 100 / 32 - 0.5)).max() < 1
+    assert (round(rows[0]), round(rows[-1])) == (1, 98)
+    rows = source_rows((128, 100), (64, 32))  # 50 of the 100 rows, at the picture's full width
+    assert np.abs(rows - (25 + (np.arange(32) + 0.5) * 50 / 32 - 0.5)).max() < 1
 
 
 def test_wide_crop_lies_between_black_bars():
@@ -78,7 +102,7 @@ def test_wide_crop_lies_between_black_bars():
     result = pixels(TRANSFORMS["center-crop-wide"](picture, (200, 100)))
     assert result.shape == (200, 200, 3) and result_size("center-crop-wide", (200, 100)) == (200, 200)
     assert not result[:50].any() and not result[150:].any() and result[50:150].any()
-    middle = picture.crop((0, 50, 400, 250))  # 400 x 200, the target's shape
+    middle = picture.crop((0, 75, 400, 225))
     assert np.array_equal(result[50:150], np.asarray(middle.resize((200, 100), Image.Resampling.LANCZOS)))
     with pytest.raises(BadPictureError, match="too small"):
         TRANSFORMS["center-crop-wide"](picture, (401, 100))
