@@ -35,7 +35,7 @@ def status(field: str) -> int:
 
 def main(options: Assembly) -> None:
     scratch = options.folder / "assembly-benchmark"
-    parts = PartFolder(scratch / "parts", options.images)
+    parts = PartFolder(scratch / "parts", options.images, {"benchmark": "assembly"})
     stream = np.random.default_rng(0)
     try:
         for part in parts.missing():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stablevm.files import write_with
+from stablevm.text import caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,6 +68,11 @@ def style() -> AbstractContextManager[None]:
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
+
+
+def plain(text: str) -> str:
+    """Foreign text, such as a class's name, for a figure: one clean line that is no formula."""
+    return caption(text).replace("$", r"\$")
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:

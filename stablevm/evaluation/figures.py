@@ -16,6 +16,7 @@ from stablevm.plotting import (
     VERMILION,
     new_figure,
     panels,
+    plain,
     plain_log_labels,
     save_figure,
     style,
@@ -80,7 +81,7 @@ def rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequen
             axes.spines[:].set_visible(False)
             left += width + gap
         middles = (np.arange(len(row_names)) + 0.5) * sheets[0].shape[0] / len(row_names)
-        figure.axes[0].set_yticks(middles, row_names, color=INK, fontsize=11)
+        figure.axes[0].set_yticks(middles, list(map(plain, row_names)), color=INK, fontsize=11)
         figure.axes[0].tick_params(length=0, pad=6)
         save_figure(figure, path)
 

@@ -14,7 +14,7 @@ from stablevm.data.repa import RepaDataset
 from stablevm.data.shards import ShardDataset
 from stablevm.images import tile
 from stablevm.options import some_of
-from stablevm.plotting import PAGE_WIDTH, new_figure, save_figure, style
+from stablevm.plotting import PAGE_WIDTH, new_figure, plain, save_figure, style
 from stablevm.preparation.config import InfoConfig
 from stablevm.preparation.verify import split_folders
 
@@ -78,7 +78,7 @@ def draw_examples(dataset: PreparedDataset, path: Path, classes: int, per_class:
     figure_height = PAGE_WIDTH * (1 - _NAME_SHARE) / per_class * len(strips) + 0.6
     with style():
         figure = new_figure(height=figure_height)
-        figure.suptitle(_title(dataset), x=0.02, ha="left", fontweight="bold")
+        figure.suptitle(plain(_title(dataset)), x=0.02, ha="left", fontweight="bold")
         top = 1 - 0.5 / figure_height
         for number, (label, strip) in enumerate(zip(shown, strips, strict=True)):
             height = top / len(strips)
@@ -87,7 +87,7 @@ def draw_examples(dataset: PreparedDataset, path: Path, classes: int, per_class:
             axes.set_anchor("W")
             axes.axis("off")
             name = dataset.class_names[label]
-            figure.text(0.02, top - (number + 0.5) * height, _cut(name), va="center")
+            figure.text(0.02, top - (number + 0.5) * height, plain(_cut(name)), va="center")
         save_figure(figure, path)
 
 

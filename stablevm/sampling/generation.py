@@ -69,7 +69,7 @@ class Run:
 
     @cached_property
     def parts(self) -> PartFolder:
-        return PartFolder(self.file(".parts"), self.config.num_fid_samples)
+        return PartFolder(self.file(".parts"), self.config.num_fid_samples, self.protocol)
 
     @cached_property
     def labels(self) -> Tensor:
@@ -105,9 +105,11 @@ def _generate(run: Run, process: Process) -> None:
     if complete:
         check_same(run.protocol, read_protocol(run.target), run.target)
         if process.is_first:
+            if not run.file(".png").exists() and not run.parts.missing() and not run.parts.drop_damaged():
+                _draw_sheet(run)  # an interruption fell between the archive and its picture
             run.parts.remove()
             print(f"{run.target} is complete already")
-    elif missing or process.is_first:
+    else:
         _make(run, missing)
     if run.config.trajectory and process.is_first and not (complete and run.file(".gif").exists()):
         _make_film(run)
@@ -133,7 +135,15 @@ def _num_classes(config: GenerateConfig, card: ModelCard) -> int:
 def _make(run: Run, missing: list[range]) -> None:
     """Draw the missing parts of this process; the first process then waits for the others and assembles them all."""
     started = time.monotonic()
-    run.parts.open(run.protocol)
+    if missing or run.process.is_first:
+        run.parts.open()
+    try:
+        damaged = run.parts.drop_damaged(run.process.rank, run.process.world_size)
+    except FileNotFoundError:  # the first process has found all there, and done its part
+        return
+    if damaged:
+        print(f"{run.parts.folder}: {len(damaged)} of the parts are damaged or of other images; they are drawn again")
+    missing = sorted([*missing, *damaged], key=lambda part: part.start)
     if run.process.is_first:
         print(f"{run.target}: {run.parts.num_images:,} images, {_WEIGHTS[run.config.weights]} of step {run.card.step}")
     with _progress(run) as progress:
@@ -179,15 +189,20 @@ def _wait(run: Run, progress: tqdm, show_progress: Callable[[], None]) -> None:
 def _assemble(run: Run) -> None:
     """Make the picture and the archive of the parts, then remove them."""
     run.parts.sweep()
+    if not run.config.grid:  # first of all: whatever befalls the picture, the images are there
+        with replacing(run.target, scratch=run.parts.folder) as temporary:
+            write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.protocol)
+    _draw_sheet(run)
+    run.parts.remove()
+
+
+def _draw_sheet(run: Run) -> None:
+    """The picture of some of the images, from the parts."""
     indices, columns = pictures.arrange(run.labels.numpy())
     captions = pictures.captions_of(run.labels[indices].tolist(), run.card)
     picture = pictures.sheet(run.parts.pick(indices), columns, captions)
-    # Written in the folder of parts, so that what an interruption leaves of them goes with the folder.
+    # Written in the folder of parts, so that what an interruption leaves of it goes with the folder.
     save_png(run.file(".png"), picture, {"protocol": json.dumps(run.protocol)}, scratch=run.parts.folder)
-    if not run.config.grid:
-        with replacing(run.target, scratch=run.parts.folder) as temporary:
-            write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.protocol)
-    run.parts.remove()
 
 
 def _make_film(run: Run) -> None:

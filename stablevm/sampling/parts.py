@@ -1,5 +1,8 @@
 """Generated images on their way into one archive: a folder of small files, each complete or absent."""
 
+import hashlib
+import io
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,51 +20,64 @@ from stablevm.sampling.protocol import Protocol, check_same
 # images, so that a run may go on with others. Small, as an interruption loses at most this much beyond a batch.
 PART_LENGTH = 16
 PROTOCOL_FILE = "protocol.json"
+_CHECKSUM_BYTES = 32
 
 
 class PartFolder:
-    """Images 0 to `num_images - 1` as files START-STOP.npy, uint8 (n, H, W, 3), beside the protocol they follow."""
+    """Images 0 to `num_images - 1` as files START-STOP.npy, uint8 (n, H, W, 3), beside the protocol they follow.
 
-    def __init__(self, folder: Path, num_images: int) -> None:
+    Behind its array each file holds a checksum of the protocol, the images' numbers and the array, so that a damaged
+    part and one of other images are told from a good one.
+    """
+
+    def __init__(self, folder: Path, num_images: int, protocol: Protocol) -> None:
         self.folder = folder
         self.num_images = num_images
+        self.protocol = protocol
 
-    def open(self, protocol: Protocol) -> None:
+    def open(self) -> None:
         """Make the folder, or go on in it; UserError when its images follow another protocol."""
-        record = self.folder / PROTOCOL_FILE
-        if record.exists():
-            check_same(protocol, read_object(record, "--sample-dir", remedy="move the folder away"), self.folder)
-        elif self.folder.exists() and any(self.folder.glob("*.npy")):
-            raise UserError(f"{self.folder} holds parts without {PROTOCOL_FILE}; move the folder away")
-        else:
-            write_json(record, protocol)
+        if not self._is_ours():
+            write_json(self.folder / PROTOCOL_FILE, self.protocol)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:
         """Indices of the images of each absent part, of those that fall to process `rank` of `world_size`."""
         present = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         return [part for part in self._parts()[rank::world_size] if self._path(part).name not in present]
 
+    def drop_damaged(self, rank: int = 0, world_size: int = 1) -> list[range]:
+        """Remove the parts of this process that are damaged or of other images, and return them.
+
+        UserError when the folder's images follow another protocol.
+        """
+        damaged = []
+        for part in self._parts()[rank::world_size] if self._is_ours() else ():
+            path = self._path(part)
+            if path.exists() and self._content(part) is None:
+                path.unlink(missing_ok=True)
+                damaged.append(part)
+        return damaged
+
     def num_present(self) -> int:
         """Number of images in the folder."""
         return self.num_images - sum(len(part) for part in self.missing())
 
     def write(self, part: range, images: NDArray[np.uint8]) -> None:
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                write_npy(file, [images], len(images))
-
-        write_with(self._path(part), save)
+        array = io.BytesIO()
+        write_npy(array, [images], len(images))
+        content = array.getvalue()
+        write_with(self._path(part), lambda temporary: temporary.write_bytes(content + self._checksum(part, content)))
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
-        """All images in order, part by part."""
+        """All images in order, part by part. UserError for a damaged one."""
         for part in self._parts():
-            yield np.load(self._path(part))
+            yield self._read(part)
 
     def pick(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The images at `indices`, uint8 (len(indices), H, W, 3)."""
-        parts = self._parts()
-        files = [self._path(parts[index // PART_LENGTH]) for index in indices]
-        return np.stack([np.load(file)[index % PART_LENGTH] for file, index in zip(files, indices, strict=True)])
+        """The images at `indices`, uint8 (len(indices), H, W, 3). UserError for a damaged part."""
+        parts, numbers = self._parts(), [index // PART_LENGTH for index in indices]
+        read = {number: self._read(parts[number]) for number in dict.fromkeys(numbers)}
+        return np.stack([read[number][index % PART_LENGTH] for number, index in zip(numbers, indices, strict=True)])
 
     def sweep(self) -> None:
         """Remove what killed processes left of files they were writing; for when all parts are there."""
@@ -70,6 +86,32 @@ class PartFolder:
     def remove(self) -> None:
         if self.folder.exists():
             shutil.rmtree(self.folder)
+
+    def _is_ours(self) -> bool:
+        """Whether the folder was begun; UserError when it was with another protocol."""
+        record = self.folder / PROTOCOL_FILE
+        if record.exists():
+            check_same(self.protocol, read_object(record, "--sample-dir", remedy="move the folder away"), self.folder)
+            return True
+        if self.folder.exists() and any(self.folder.glob("*.npy")):
+            raise UserError(f"{self.folder} holds parts without {PROTOCOL_FILE}; move the folder away")
+        return False
+
+    def _read(self, part: range) -> NDArray[np.uint8]:
+        content = self._content(part)
+        if content is None:
+            raise UserError(f"{self._path(part)}: damaged; run the same command again, which draws its images anew")
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+
+    def _content(self, part: range) -> bytes | None:
+        """The part's array as a file; None for another one than `write` made of these images."""
+        content = self._path(part).read_bytes()
+        array, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+        return array if checksum == self._checksum(part, array) else None
+
+    def _checksum(self, part: range, array: bytes) -> bytes:
+        of_what = json.dumps([self.protocol, part.start, part.stop], sort_keys=True)
+        return hashlib.sha256(of_what.encode() + hashlib.sha256(array).digest()).digest()
 
     def _parts(self) -> list[range]:
         indices = range(self.num_images)

@@ -12,6 +12,7 @@ from torch import Tensor
 from stablevm.images import tile
 from stablevm.interpolant import Interpolant
 from stablevm.snapshot import ModelCard
+from stablevm.text import caption
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -52,13 +53,13 @@ def film_columns_and_rows(image_side: int) -> tuple[int, int]:
 def captions_of(labels: Iterable[int], card: ModelCard) -> list[str]:
     """What to write beside an image of each label: its number with the class's name if it has one; "" for no class."""
 
-    def caption(label: int) -> str:
+    def numbered(label: int) -> str:
         if label == card.model.null_class:
             return ""
-        name = card.class_names[label]
-        return name if name == str(label) else f"{label} {name}"
+        name = caption(card.class_names[label]) if label < len(card.class_names) else ""
+        return str(label) if name in ("", str(label)) else f"{label} {name}"
 
-    return [caption(int(label)) for label in labels]
+    return [numbered(int(label)) for label in labels]
 
 
 def sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
@@ -150,9 +151,9 @@ def _with_captions(images: Pixels, columns: int, captions: Sequence[str]) -> Pix
 
     font, width = _font(), images.shape[2]
     strips = []
-    for caption in captions:
+    for each in captions:
         strip = Image.new("RGB", (width, _LINE), "white")
-        text = _shortened(caption, width, font)
+        text = _shortened(each, width, font)
         ImageDraw.Draw(strip).text((width / 2, 2), text, fill=_INK, font=font, anchor="ma")
         strips.append(np.asarray(strip))
     return tile(np.concatenate([images, np.stack(strips)], axis=1), columns)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,90 @@ def test_interrupted_and_resumed_gives_the_same_file(options, monkeypatch):
     monkeypatch.setattr(PartFolder, "write", lambda self, part, images: (drawn.append(part), write(self, part, images)))
     assert generate(config).read_bytes() == whole.read_bytes()
     assert drawn == [range(32, 48), range(48, 64), range(64, 70)], "only what was missing"
+
+
+def interrupted(config, monkeypatch, parts=2):
+    """Draw until so many parts are there; returns their paths."""
+    write = PartFolder.write
+
+    def write_until_interrupted(self, part, images):
+        if part.start >= parts * PART_LENGTH:
+            raise KeyboardInterrupt
+        write(self, part, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFolder, "write", write_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(config)
+    return sorted(config.sample_dir.glob(f"{config.name}.parts/*.npy"))
+
+
+def test_damaged_and_foreign_parts_are_drawn_again(options, monkeypatch, capsys):
+    whole = generate(options())
+    others = interrupted(options(name="other", global_seed=1), monkeypatch)
+    for number, damage in enumerate(
+        (
+            lambda one, two: one.write_bytes(b""),
+            lambda one, two: one.write_bytes(one.read_bytes()[:-100]),
+            lambda one, two: one.write_bytes(one.read_bytes()[:500] + b"x" + one.read_bytes()[501:]),
+            lambda one, two: one.write_bytes(two.read_bytes()),
+            lambda one, two: one.write_bytes(others[0].read_bytes()),
+        )
+    ):
+        config = options(name=f"damaged-{number}")
+        parts = interrupted(config, monkeypatch)
+        assert len(parts) == 2
+        damage(*parts)
+        assert levels_apart(whole, generate(config)) <= 1
+        assert "1 of the parts are damaged or of other images; they are drawn again" in capsys.readouterr().out
+
+
+def test_a_part_that_is_damaged_later_is_told_and_the_next_run_mends_it(options, monkeypatch):
+    whole, config = generate(options()), options(name="late")
+    sweep = PartFolder.sweep
+
+    def damage(self):
+        sweep(self)
+        next(self.folder.glob("*.npy")).write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFolder, "sweep", damage)
+        with pytest.raises(UserError, match="damaged; run the same command again"):
+            generate(config)
+    assert levels_apart(whole, generate(config)) <= 1
+
+
+def test_the_archive_is_there_whatever_befalls_the_picture(options, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    whole, config = generate(options()), options(name="unseen")
+    with monkeypatch.context() as patch:
+        patch.setattr(generation.pictures, "sheet", fail)
+        with pytest.raises(RuntimeError):
+            generate(config)
+    archive = config.sample_dir / "unseen.npz"
+    content = archive.read_bytes()
+    assert content == whole.read_bytes() and not archive.with_suffix(".png").exists()
+    generate(config)
+    left = {path.name for path in config.sample_dir.iterdir() if path.name.startswith("unseen")}
+    assert left == {"unseen.npz", "unseen.png"} and archive.read_bytes() == content
+
+
+def test_parts_of_another_run_are_never_removed(options, monkeypatch):
+    parts = interrupted(options(), monkeypatch)
+    with pytest.raises(UserError, match="holds images made with"):
+        generate(options(global_seed=1))
+    assert all(part.exists() for part in parts)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\u2029", "\x85\x1c\x1d", "\x1b[31mred", "x" * 4000])
+def test_no_name_of_a_class_stops_a_generation(name, tmp_path):
+    card = replace(tiny_card(), class_names=(name, "cat", "dog", "owl"))
+    save_checkpoint(tmp_path / "checkpoint", card)
+    settings = {"num_fid_samples": 8, "num_steps": 2, "sample_dir": tmp_path, "name": "named"}
+    for more in ({}, {"trajectory": True, "name": "film"}):
+        assert generate(GenerateConfig(tmp_path / "checkpoint", **{**settings, **more})).exists()
 
 
 def test_resumed_with_another_batch_size_and_process_count(options, monkeypatch):

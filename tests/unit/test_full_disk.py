@@ -50,7 +50,7 @@ WRITERS = {
     "x.gif": lambda path: save_gif(path, NOISE, 10),
     "figure.png": figure,
     "x.npz": archive,
-    "parts": lambda path: PartFolder(path, 3).write(range(3), NOISE),
+    "parts": lambda path: PartFolder(path, 3, {}).write(range(3), NOISE),
 }
 
 

@@ -1,11 +1,14 @@
 """Sheets of generated images with their classes' names, and films of images that form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_card
 from PIL import Image
 
+from stablevm.evaluation.figures import rows_side_by_side
 from stablevm.images import read_png_text, save_gif, save_png
 from stablevm.interpolant import INTERPOLANTS, get_interpolant
 from stablevm.rng import randn
@@ -41,6 +44,17 @@ def test_sizes():
     assert [quick_look_size(count) for count in (1, 2, 16, 17, 1000)] == [8, 16, 128, 64, 64]
     for side, fitting in ((8, (8, 16)), (64, (8, 16)), (256, (4, 4)), (512, (2, 2)), (2000, (1, 1))):
         assert film_columns_and_rows(side) == fitting
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u2029b", "a\x85b", "a\x1cb\x1dc", "\x1b[31m", "$x^$", "", "x" * 4000])
+def test_any_name_of_a_class_gets_a_caption(name, tmp_path):
+    card = replace(tiny_card(), class_names=(name, "cat", "dog", "owl"))
+    captions = captions_of([0, 1, 2, 3], card)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    for columns in (1, 2):
+        assert sheet(images, columns, captions).ndim == 3
+    assert all(text.isprintable() and len(text) < 100 for text in captions)
+    rows_side_by_side({"Real": images[:, None]}, card.class_names, tmp_path / "rows.png")
 
 
 def test_captions_name_classes_that_have_names():
