@@ -15,6 +15,7 @@ from torch import Tensor
 from stablevm.compiler import check_compiler
 from stablevm.evaluation.config import EvaluateCheckpointConfig
 from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits, results_owned
+from stablevm.evaluation.outputs import check_outputs, inputs_of, outputs_of
 from stablevm.evaluation.samples import Samples
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
@@ -72,6 +73,7 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     source = CheckpointSource(sampling, card, protocol_of(sampling, card), process.device)
     name = sampling.name or default_name(source.protocol)
     output = config.judging.output or sampling.sample_dir / f"{name}.json"
+    check_outputs(outputs_of(output, config.judging), {"--ckpt": sampling.ckpt} | inputs_of(config.judging))
     with results_owned(output, process):
         if config.judging.extractor is not None:
             if not process.is_first:

@@ -16,12 +16,12 @@ class JudgeConfig:
     """What generated images are compared with, and how."""
 
     reference: Path
-    """Reference .npz: images, stored statistics or both, as ADM's suite and stablevm reference write them. With
-    --extractor, a prepared data set with the splits train and test."""
+    """Reference .npz: images, stored statistics or both, as ADM's suite and stablevm reference write them; or a folder
+    or .zip of images of one size. With --extractor, a prepared data set with the splits train and test."""
     extractor: Path | None = None
     """Judge digits instead: folder of the extractor that was trained on them (stablevm extractor)."""
     inception: bool = True
-    """Compute FID, sFID, inception score, precision and recall from Inception's features."""
+    """Compute FID, sFID, inception score, precision, recall and others from Inception's features."""
     inception_weights: Path | None = None
     """File with Inception's weights. Default: downloaded once."""
     enc_type: Annotated[str | None, tyro.conf.arg(aliases=["--encoder"])] = None
@@ -30,7 +30,8 @@ class JudgeConfig:
     encoder_weights: Path | None = None
     """File with the encoder's weights. Default: downloaded once by timm."""
     precision_recall: Literal["exact", "adm"] = "exact"
-    """exact: distances of float32 features. adm: squared distances in float16, as ADM's script rounds them."""
+    """exact: distances of float32 features, and density, coverage and memorisation from them. adm: squared distances in
+    float16, as ADM's script rounds them."""
     batch_size: int = 64
     """Images per forward pass, 1 or more. It changes speed and memory alone."""
     cache_dir: Path | None = None
@@ -78,7 +79,8 @@ class EvaluateConfig(JudgeConfig):
     """
 
     samples: tyro.conf.Positional[Path]
-    """File of generated images: .npz with arr_0, uint8 (N, H, W, 3), and possibly labels, integers (N,)."""
+    """File of generated images: .npz with arr_0, uint8 (N, H, W, 3), and possibly labels, integers (N,); or a folder or
+    .zip of images of one size."""
 
 
 @dataclass(frozen=True)

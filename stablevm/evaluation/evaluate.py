@@ -21,6 +21,7 @@ from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extrac
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.npz import Archive
+from stablevm.evaluation.outputs import check_outputs, default_output, inputs_of, outputs_of
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
 from stablevm.files import remove_temporary_of, write_json
 from stablevm.locks import owned
@@ -36,7 +37,8 @@ def evaluate(config: EvaluateConfig) -> Results:
     anything is written, for input that can't be judged.
     """
     process = begin(config, config.warnings())
-    output = config.output or config.samples.with_suffix(".json")
+    output = config.output or default_output(config.samples)
+    check_outputs(outputs_of(output, config), {"SAMPLES": config.samples} | inputs_of(config))
     with results_owned(output, process):
         if config.extractor is None:
             return compare(open_samples(config.samples), config, process, output)
@@ -57,7 +59,7 @@ def results_owned(output: Path, process: Process) -> Iterator[None]:
 def compare(samples: Samples, config: JudgeConfig, process: Process, output: Path) -> Results:
     """Judge `samples` by the features that `config` asks for; see `evaluate`."""
     reference = open_reference(config.reference)
-    check_comparable(samples, reference)
+    warnings = check_comparable(samples, reference)
     cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
     found = [
         _compare_by(extractor, samples, reference, config, cache, process)
@@ -72,13 +74,13 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
         "num_samples": len(samples),
         "reference": str(reference.path),
         "reference_images": 0 if reference.source is None else len(reference.source),
-        "warnings": [],
+        "warnings": _told(warnings),
     }
     rows: list[Sequence[str | float]] = [("measure", "value", "meaning"), ("samples", len(samples), "generated images")]
     for each in comparisons:
         values = each.results()
         values["statistics"] = reference.statistics_text(bool(each.stored))
-        results["warnings"] += _warn(each, samples)
+        results["warnings"] += _told(_warnings(each, samples))
         results["inception" if "logits" in each.samples else "encoder"] = values
         rows.append(("features", each.extractor, "the network that the numbers below come from"))
         rows += comparison.result_rows(values, values["statistics"], reference.images_text)
@@ -108,7 +110,7 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
         array = archive.array(name)
         if array.dtype.kind not in "biuf":
             raise UserError(f"{path}: {name} holds {array.dtype}, expected {what}")
-        arrays.append(torch.from_numpy(array.copy()))
+        arrays.append(torch.from_numpy(array))
     return arrays[0], arrays[1]
 
 
@@ -188,8 +190,14 @@ def _compare_by(
     )
 
 
-def _warn(each: Comparison, samples: Samples) -> list[str]:
-    """Print and return what makes numbers misleading."""
+def _told(warnings: list[str]) -> list[str]:
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    return warnings
+
+
+def _warnings(each: Comparison, samples: Samples) -> list[str]:
+    """What makes numbers misleading, a line each."""
     lines = []
     width = each.samples["pool"].shape[1]
     if len(samples) <= width:
@@ -206,8 +214,8 @@ def _warn(each: Comparison, samples: Samples) -> list[str]:
                 f"{samples.title} looks sorted by class ({order[0]:.0%} of neighbours share {what}, {order[1]:.1%} by "
                 "chance): the score is of consecutive chunks and comes out wrong; shuffle the images"
             )
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
+        if each.short_chunk is not None:
+            lines.append(each.short_chunk)
     return lines
 
 

@@ -7,62 +7,30 @@ modulo their number, and the first one waits for the others.
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from stablevm.errors import UserError
 from stablevm.evaluation.extractors import FeatureExtractor
+from stablevm.evaluation.sources import ImageSource
 from stablevm.files import is_temporary
 from stablevm.processes import Process, wait_for_files
 from stablevm.tensor_files import save_tensors
 
 PART_LENGTH = 128  # images; an interruption loses at most this much work of each process
-CACHE_VERSION = 1  # raised when the same images and weights shall give other features
+CACHE_VERSION = 2  # raised when the same images and weights shall give other features
 SUFFIX = ".safetensors"
+CACHED = re.compile(rf"[0-9a-f]{{2}}/[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # files of ours, in whatever folder it is
 IN_USE_SECONDS = 3600.0  # files used within the last hour are not swept: another evaluation may be about to read them
-
-
-class ImageSource(Protocol):
-    """Images in a fixed order."""
-
-    def __len__(self) -> int: ...
-
-    def key(self, part: range) -> str:
-        """Decides the images of a part: equal keys, equal images."""
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Those at `indices`, in that order: (n, H, W, 3)."""
-
-
-def pixels_key(images: NDArray[np.uint8]) -> str:
-    """A hash of the pixels of images uint8 (n, H, W, 3)."""
-    return hashlib.sha256(str(images.shape).encode() + images.tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """Images in memory, or mapped from a file; their key is a hash of their pixels."""
-
-    array: NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def key(self, part: range) -> str:
-        return pixels_key(self.images(part))
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        return self.array[np.asarray(indices)]
 
 
 @dataclass(frozen=True)
@@ -81,14 +49,21 @@ class FeatureCache:
         return self.folder / name[:2] / f"{name[2:34]}{SUFFIX}"
 
     def sweep(self, gigabytes: float) -> None:
-        """Remove interrupted writers' leftovers, and the files used longest ago until the rest fits in `gigabytes`."""
-        found = [(path, path.stat()) for path in self.folder.glob("*/*") if path.is_file()]
+        """Remove interrupted writers' leftovers, and the files used longest ago until the rest fits in `gigabytes`.
+
+        Files that are not of the cache are left alone and not counted.
+        """
+        found = [(path, path.stat()) for path in self.folder.glob("*/*") if path.is_file() and self._is_ours(path)]
         idle = [(path, status) for path, status in found if time.time() - status.st_mtime > IN_USE_SECONDS]
         total = sum(status.st_size for _, status in found)
         for path, status in sorted(idle, key=lambda each: (not is_temporary(each[0]), each[1].st_mtime)):
             if is_temporary(path) or total > gigabytes * 1e9:
                 path.unlink(missing_ok=True)
                 total -= status.st_size
+
+    def _is_ours(self, path: Path) -> bool:
+        name = path.relative_to(self.folder).as_posix()
+        return CACHED.fullmatch(name) is not None or (is_temporary(path) and path.suffix == SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -100,11 +75,10 @@ class Features:
     def parts(self, name: str) -> Iterator[Tensor]:
         """float32 (n, width) of one part after the other."""
         for path in self.paths:
-            try:
-                with safe_open(path, "pt") as file:
-                    yield file.get_tensor(name)
-            except SafetensorError as error:
-                raise UserError(f"{path}: damaged ({error}); remove it and run the command again") from None
+            part = _read(path, [name])
+            if part is None:
+                raise UserError(f"{path}: damaged; remove it and run the command again")
+            yield part[name]
 
     def load(self, name: str) -> Tensor:
         """float32 (N, width)."""
@@ -133,7 +107,7 @@ def extract(
     ) as bar:
         for part in mine:
             paths[part] = cache.path(extractor, source.key(part))
-            if paths[part].exists():
+            if _read(paths[part], extractor.feature_names) is not None:
                 os.utime(paths[part])
                 bar.update(len(part))
             else:
@@ -155,4 +129,19 @@ def _compute(
         blocks.append({name: features[name].float().cpu() for name in extractor.feature_names})
         bar.update(len(block))
     joined = {name: torch.cat([block[name] for block in blocks]) for name in extractor.feature_names}
-    save_tensors(path, joined)
+    checksums = {name: _checksum(features) for name, features in joined.items()}
+    save_tensors(path, joined, checksums)
+
+
+def _read(path: Path, names: Sequence[str]) -> Mapping[str, Tensor] | None:
+    """The features of a part by name; None where they are absent or differ from their checksums."""
+    try:
+        with safe_open(path, "pt") as file:
+            checksums, found = file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return found if all(checksums.get(name) == _checksum(features) for name, features in found.items()) else None
+
+
+def _checksum(features: Tensor) -> str:
+    return f"{tuple(features.shape)} {features.dtype} {zlib.crc32(features.numpy().data):08x}"

@@ -17,7 +17,9 @@ from stablevm.foreign_weights import read_weights
 from stablevm.precision import full_precision, tf32
 
 BLOCK_ROWS = 4096  # pool features multiplied at once: 32 MiB
-SPATIAL_CHANNELS = 7  # the first ones of 17 x 17 positions: 2,023 values
+WIDTH = 2048  # of the pool features
+SPATIAL_CHANNELS = 7  # the first ones of 17 x 17 positions
+SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17
 PUBLISHED_NAME = "Inception 2015-12-05"
 # The published file's name ends in the first digits of its SHA-256, by which torch.hub checks the download.
 PUBLISHED_SHA256 = "6726825d"

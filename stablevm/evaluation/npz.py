@@ -1,9 +1,18 @@
-"""`.npz` files of images, as generation, ADM's scripts and `stablevm reference` write them."""
+"""`.npz` files of images, as generation, ADM's scripts and `stablevm reference` write them.
 
-import io
-import json
+They come from others too: what is read is bounded by the header of the array, which must agree with the length that the
+archive gives, and each member is checked against its CRC. Stored images are mapped, compressed ones inflated in blocks.
+"""
+
+import lzma
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,114 +20,255 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stablevm.cards import card_of
 from stablevm.errors import UserError
-from stablevm.evaluation.statistics import Moments
+from stablevm.evaluation.sources import ArraySource, ImageSource, StreamedSource
+from stablevm.evaluation.statistics import Moments, check_covariance
+from stablevm.files import parse_json
+from stablevm.text import printable, shown
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # ours, and the second array of ADM's sampling script
+WHOLE_BYTES = 2**30  # of an array that is read at once; images aren't
+TEXT_BYTES = 2**24
 _LOCAL_HEADER = 30  # bytes of a ZIP member before its name; at 26 the name's length, at 28 that of the extra field
+# What zipfile, its decompressors and numpy raise for bytes that they can't make sense of, and for kinds of compression
+# and encryption that they don't know.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError),
+    *(ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, MemoryError, tokenize.TokenError),
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a member says of its array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order: bool
+    length: int  # bytes before the array
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ArchiveCard:
+    """What a reference file's `protocol` says, as far as it is used; our commands record more."""
+
+    class_names: tuple[str, ...] = ()
+    statistics_of: int | None = None
+    extractor: str | None = None
+    extractor_fingerprint: str | None = None
 
 
 class Archive:
-    """An .npz file whose images are read part by part, where they are not compressed."""
+    """An .npz file whose images are read part by part."""
 
     def __init__(self, path: Path, remedy: str = "give the .npz that generation wrote") -> None:
         """UserError, which ends in `remedy`, when there is no readable .npz file at `path`."""
+        if path.is_dir():
+            raise UserError(f"{path}: a folder, not an .npz file; {remedy}")
         if not path.is_file():
             raise UserError(f"{path}: no such file; {remedy}")
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not an .npz file, or cut short; {remedy}")
         self.path = path
-        with zipfile.ZipFile(path) as archive:
+        with self._reading("its directory"), zipfile.ZipFile(path) as archive:
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
-    def array(self, name: str) -> NDArray[Any]:
-        """A whole array; mapped from the disk where it lies there as it is. UserError for a damaged one."""
-        info = self._members[name]
-        try:
-            with self.path.open("rb") as file:
-                if info.compress_type == zipfile.ZIP_STORED:
-                    file.seek(info.header_offset)
-                    header = file.read(_LOCAL_HEADER)
-                    file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
-                    return self._mapped(file)
-            with zipfile.ZipFile(self.path) as archive:
-                return np.lib.format.read_array(io.BytesIO(archive.read(info)), allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise UserError(f"{self.path}: damaged ({error}); make it again") from None
+    def header(self, name: str) -> Header:
+        """UserError where the header and the length of the member contradict each other."""
+        with self._reading(name), self.opened(name) as member:
+            return self._read_header(member, name)
 
-    def _mapped(self, file: IO[bytes]) -> NDArray[Any]:
+    def array(self, name: str, largest: int = WHOLE_BYTES) -> NDArray[Any]:
+        """A whole array of at most `largest` bytes, in the machine's byte order. UserError for a damaged one."""
+        with self._reading(name), self.opened(name) as member:
+            header = self._read_header(member, name)
+            if header.nbytes > largest:
+                raise UserError(
+                    f"{self.path}: {name} has {header.nbytes:,} bytes, expected at most {largest:,}; make it again"
+                )
+            content = b"".join(pieces(member, header.nbytes, self._members[name]))
+            finish(member)
+            flat = np.frombuffer(content, header.dtype, math.prod(header.shape))
+            array = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+            return array.astype(header.dtype.newbyteorder("="))
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[IO[bytes]]:
+        """The member's bytes, inflated as they are read."""
+        with zipfile.ZipFile(self.path) as archive, archive.open(self._members[name]) as member:
+            yield member
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Turn what readers raise for damaged files into a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (*_UNREADABLE, OSError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # of the machine, such as a missing permission: the file itself may be fine
+            cause = printable(" ".join(str(error).split())) or type(error).__name__
+            raise UserError(f"{self.path}: {name} is damaged or can't be read ({cause}); make it again") from None
+
+    def _read_header(self, member: IO[bytes], name: str) -> Header:
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        major, _ = np.lib.format.read_magic(file)
+        major, _ = np.lib.format.read_magic(member)
         if major not in read_header:
             raise ValueError(f"an array of .npy version {major}")
-        shape, fortran_order, dtype = read_header[major](file)
+        shape, fortran_order, dtype = read_header[major](member)
         if dtype.hasobject:
             raise ValueError("an array of Python objects")
-        order: Any = "F" if fortran_order else "C"
-        if 0 in shape or shape == ():
-            return np.frombuffer(file.read(dtype.itemsize), dtype, count=0 if 0 in shape else 1).reshape(shape)
-        return np.memmap(self.path, dtype, "r", file.tell(), shape, order)
+        if any(size < 0 for size in shape):
+            raise ValueError(f"an array of shape {shape}")
+        header = Header(shape, dtype, fortran_order, member.tell())
+        if header.length + header.nbytes != self._members[name].file_size:
+            raise ValueError(
+                f"its header says {dtype} {shape}, {header.nbytes:,} bytes, but it has "
+                f"{self._members[name].file_size - header.length:,}"
+            )
+        return header
 
-    def images(self) -> NDArray[np.uint8]:
-        """`arr_0`, uint8 (N, H, W, 3); UserError for images of another type or shape."""
+    def images(self) -> ImageSource:
+        """`arr_0`, uint8 (N, H, W, 3); UserError for images of another type or shape, and where they are damaged."""
         what = "images, uint8 (N, H, W, 3)"
         if IMAGES not in self:
             raise UserError(f"{self.path}: holds no {IMAGES} ({what})")
-        images = self.array(IMAGES)
-        check_images(images, str(self.path))
-        return images
+        header = self.header(IMAGES)
+        check_images(header.shape, header.dtype, str(self.path))
+        if self._members[IMAGES].compress_type == zipfile.ZIP_STORED:
+            return ArraySource(self._mapped(IMAGES, header))
+        if header.fortran_order:
+            raise UserError(
+                f"{self.path}: {IMAGES} is compressed and in Fortran order, so that no image can be read by itself; "
+                "save np.ascontiguousarray(images)"
+            )
+        return StreamedSource(header.shape, lambda: self._image_bytes(header))
+
+    def _mapped(self, name: str, header: Header) -> NDArray[Any]:
+        """A stored array as it lies on the disk, read once for its CRC."""
+        info = self._members[name]
+        with self._reading(name), self.opened(name) as member:
+            for _ in pieces(member, info.file_size, info):
+                pass
+            finish(member)
+        with self.path.open("rb") as file:
+            file.seek(info.header_offset)
+            local = file.read(_LOCAL_HEADER)
+        names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        offset = info.header_offset + _LOCAL_HEADER + names + header.length
+        return np.memmap(self.path, header.dtype, "r", offset, header.shape, "F" if header.fortran_order else "C")
+
+    def _image_bytes(self, header: Header) -> Iterator[bytes]:
+        """The compressed images in pieces of any length; UserError at damage, which may show at the end alone."""
+        with self._reading(IMAGES), self.opened(IMAGES) as member:
+            member.read(header.length)
+            yield from pieces(member, header.nbytes, self._members[IMAGES])
+            finish(member)
 
     def labels(self, count: int) -> NDArray[np.int64] | None:
         """The classes of the images, int64 (count,); None where the file has none. UserError for other shapes."""
         for name in LABELS:
             if name in self:
-                labels = self.array(name)
-                if labels.dtype.kind not in "iu" or labels.shape != (count,):
+                header = self.header(name)
+                if header.dtype.kind not in "iu" or header.shape != (count,):
                     raise UserError(
-                        f"{self.path}: {name} are {labels.dtype} {labels.shape}, expected one integer per image: "
+                        f"{self.path}: {name} are {header.dtype} {header.shape}, expected one integer per image: "
                         f"({count},)"
                     )
-                return labels.astype(np.int64)
+                return self.array(name).astype(np.int64)
         return None
 
-    def moments(self, name: str) -> Moments | None:
-        """Stored statistics, `mu` and `sigma` (`name` "") or `mu_s` and `sigma_s` ("_s"); None where there are none."""
+    def moments(self, name: str, width: int | None = None) -> Moments | None:
+        """Stored statistics, `mu` and `sigma` (`name` "") or `mu_s` and `sigma_s` ("_s"); None where there are none.
+
+        UserError for statistics of other than `width` features, and for what is no mean and covariance.
+        """
         mu, sigma = f"mu{name}", f"sigma{name}"
         if mu not in self and sigma not in self:
             return None
         for each in (mu, sigma):
             if each not in self:
                 raise UserError(f"{self.path}: holds {mu if each == sigma else sigma} but no {each}; make it again")
-        mean, covariance = (np.array(self.array(each), np.float64) for each in (mu, sigma))
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        headers = [self.header(each) for each in (mu, sigma)]
+        for each, header in zip((mu, sigma), headers, strict=True):
+            if header.dtype.kind not in "fiu":
+                raise UserError(f"{self.path}: {each} holds {header.dtype}, expected numbers; make it again")
+        (mean_shape, covariance_shape) = (header.shape for header in headers)
+        if len(mean_shape) != 1 or covariance_shape != 2 * mean_shape:
             raise UserError(
-                f"{self.path}: {mu} is {mean.shape} and {sigma} {covariance.shape}, expected (D,) and (D, D)"
+                f"{self.path}: {mu} is {mean_shape} and {sigma} {covariance_shape}, expected (D,) and (D, D)"
             )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        if width is not None and mean_shape != (width,):
+            raise UserError(
+                f"{self.path}: {mu} is of {mean_shape[0]:,} features, Inception's are {width:,}; make it again"
+            )
+        mean, covariance = (torch.from_numpy(self.array(each).astype(np.float64)) for each in (mu, sigma))
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(f"{self.path}: {mu} or {sigma} holds NaN or infinity; make it again")
-        return Moments(torch.from_numpy(mean), torch.from_numpy(covariance))
+        return Moments(mean, check_covariance(covariance, f"{self.path}: {sigma}"))
 
-    def protocol(self) -> dict[str, Any]:
-        """How the file was made, as our commands record it; {} for others' files."""
+    def card(self) -> ArchiveCard:
+        """What `protocol` says, as our commands record it; nothing for others' files. UserError for what is none."""
         if "protocol" not in self:
-            return {}
-        values = json.loads(self.array("protocol").item())
-        return values if isinstance(values, dict) else {}
+            return ArchiveCard()
+        where = f"{self.path}: protocol"
+        header = self.header("protocol")
+        if header.dtype.kind != "U" or header.shape != ():
+            raise UserError(f"{where} holds {header.dtype} {header.shape}, expected text; make it again")
+        values = parse_json(str(self.array("protocol", TEXT_BYTES).item()), where)
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: expected an object, found {shown(values)}; make it again")
+        known = {name: values[name] for name in ArchiveCard.__dataclass_fields__ if name in values}
+        return card_of(ArchiveCard, known, where, remedy="make it again")
 
 
-def check_images(images: NDArray[Any], where: str) -> None:
-    """UserError unless they are uint8 (N, H, W, 3), one or more."""
-    if images.dtype != np.uint8:
-        raise UserError(
-            f"{where}: images of type {images.dtype}, expected uint8; round floats to levels 0 to 255 first"
-        )
-    if images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 1):
-        raise UserError(f"{where}: grey images {images.shape}, expected (N, H, W, 3); repeat the channel three times")
-    if images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{where}: images of shape {images.shape}, expected (N, H, W, 3)")
-    if 0 in images.shape:
-        raise UserError(f"{where}: no images (shape {images.shape})")
+def pieces(member: IO[bytes], count: int, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The next `count` bytes of a member, in pieces whose making needs little memory however well they are compressed.
+
+    EOFError where the member ends before.
+    """
+    # zipfile limits what deflate gives; of other kinds it inflates at once as many compressed bytes as are asked for
+    at_once = 2**20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 2**12
+    while count:
+        piece = member.read(min(count, at_once))
+        if not piece:
+            raise EOFError(f"{count:,} bytes are missing")
+        count -= len(piece)
+        yield piece
+
+
+def finish(member: IO[bytes]) -> None:
+    """Read the end of a member, upon which zipfile compares its CRC."""
+    if member.read(1):
+        raise ValueError("it is longer than its header says")
+
+
+def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> None:
+    """UserError unless images are uint8 (N, H, W, 3), one or more; with a hint where it is plain what they are."""
+    if dtype != np.uint8:
+        raise UserError(f"{where}: images of type {dtype}, expected uint8; round floats to levels 0 to 255 first")
+    if len(shape) == 4 and shape[3] == 3:
+        if 0 in shape:
+            raise UserError(f"{where}: no images (shape {shape})")
+        return
+    if len(shape) == 3 and shape[2] == 3:
+        hint = "one image? give images[None]"
+    elif len(shape) == 4 and shape[1] == 3:
+        hint = "channels come last: images.transpose(0, 2, 3, 1)"
+    elif len(shape) == 4 and shape[3] == 4:
+        hint = "the fourth channel is opacity? give images[..., :3]"
+    elif len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3])):
+        hint = "grey images? repeat the channel three times"
+    else:
+        hint = "this is no set of colour images"
+    raise UserError(f"{where}: images of shape {shape}, expected (N, H, W, 3); {hint}")

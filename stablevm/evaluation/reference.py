@@ -4,12 +4,9 @@ It holds `arr_0`, uint8 (N, H, W, 3), for precision and recall; `mu`, `sigma`, `
 whole set's features, as ADM's files have them; and what only our commands read: `labels` and `protocol`.
 """
 
-import hashlib
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,76 +21,26 @@ from stablevm.data.opening import dataset_folder, open_dataset
 from stablevm.data.repa import is_repa_folder
 from stablevm.errors import UserError
 from stablevm.evaluation.config import ReferenceConfig
-from stablevm.evaluation.features import FeatureCache, Features, ImageSource, extract, pixels_key
+from stablevm.evaluation.features import FeatureCache, Features, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
+from stablevm.evaluation.outputs import check_outputs
+from stablevm.evaluation.sources import DatasetSource, FolderSource, ImageSource
 from stablevm.evaluation.statistics import FeatureStatistics
 from stablevm.files import remove_temporary_of, write_with
 from stablevm.locks import owned
 from stablevm.preparation.crops import first_size
-from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture
-from stablevm.preparation.sources import Source, open_source
+from stablevm.preparation.sources import open_source
 from stablevm.processes import Process
 from stablevm.sampling.archive import write_archive
 
 CHUNK = 256  # images in memory at once, beside those of a batch
 
 
-@dataclass
-class DatasetSource:
-    """The images of a prepared data set."""
-
-    dataset: PreparedDataset
-    # A part is asked for its key and then for its images: they are read once.
-    _last: tuple[Sequence[int], NDArray[np.uint8]] | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def key(self, part: range) -> str:
-        return pixels_key(self.images(part))
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        if self._last is None or self._last[0] != indices:
-            self._last = indices, self.dataset.images(indices).permute(0, 2, 3, 1).contiguous().numpy()
-        return self._last[1]
-
-
-@dataclass
-class FolderSource:
-    """Image files, cropped to one size. Their key is a hash of the files, so that known ones need no decoding."""
-
-    source: Source
-    transform: str
-    size: Size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def key(self, part: range) -> str:
-        digest = hashlib.sha256(f"{self.transform} {self.size}".encode())
-        for index in part:
-            with self.source.storage.open(self.source.names[index]) as file:
-                digest.update(hashlib.sha256(file.read()).digest())
-        return digest.hexdigest()
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """UserError for a file that gives no image of the right size: a reference must not miss any unseen."""
-        return np.stack([self._image(self.source.names[index]) for index in indices])
-
-    def _image(self, name: str) -> NDArray[np.uint8]:
-        try:
-            picture, _ = read_picture(partial(self.source.storage.open, name))
-            return pixels(TRANSFORMS[self.transform](picture, self.size))
-        except BadPictureError as error:
-            raise UserError(
-                f"{self.source.storage.root}/{name}: {error}; remove it, or leave bad files out with stablevm prepare "
-                "convert"
-            ) from None
-
-
 def reference(config: ReferenceConfig) -> Path:
     """Write the file, on the first of several processes, and return its path. UserError for a source without images."""
     config.validate()
+    inputs = {"SOURCE": config.source, "--inception-weights": config.inception_weights}
+    check_outputs({"--output": config.output}, inputs)
     process = Process.from_environment()
     with owned(config.output.parent, config.output.name):
         if process.is_first:

@@ -16,7 +16,7 @@ GRID_COLUMNS, GRID_ROWS = 10, 6
 GRID_SIDE = 100  # pixels of an image on the page, about: ten in a row fill it
 # Numbers that share a panel.
 PANELS = (("fid", "frechet_distance"), ("sfid", "spatial_frechet_distance"), ("inception_score", "score"),
-          ("precision", "recall"))  # fmt: skip
+          ("precision", "recall"), ("coverage", "memorisation"), ("density",))  # fmt: skip
 
 
 def sample_grid(images: NDArray[np.uint8], path: Path) -> None:

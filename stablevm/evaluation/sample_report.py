@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from stablevm import __version__
 from stablevm.evaluation.comparison import TITLES, Comparison
 from stablevm.evaluation.curves import SUBSETS, metric_curves
-from stablevm.evaluation.neighbours import nearest, radii
+from stablevm.evaluation.neighbours import Neighbourhood, nearest, radii
 from stablevm.evaluation.points import points
 from stablevm.evaluation.report import Figure, Value, write_report
 from stablevm.evaluation.sample_figures import (
@@ -27,6 +28,7 @@ from stablevm.evaluation.sample_figures import (
     sample_grid,
 )
 from stablevm.evaluation.samples import Reference, Samples
+from stablevm.text import caption
 
 NEIGHBOUR_SAMPLES, NEIGHBOURS = 6, 5
 MAX_CLASSES = 100  # rows of the table of classes
@@ -88,6 +90,9 @@ def _samples_figure(samples: Samples, folder: Path) -> Figure:
 
 def _distances(comparison: Comparison) -> tuple[Tensor, Tensor]:
     """Of each sample to the nearest reference image, and of each of those to the nearest other one."""
+    members = comparison.membership
+    if isinstance(members, Neighbourhood):
+        return members.to_reference, members.within_reference
     reference = comparison.reference["pool"]
     _, distances = nearest(comparison.samples["pool"], reference, device=comparison.device)
     (prepared,) = points(reference, device=comparison.device)
@@ -106,7 +111,10 @@ def _neighbours_figure(
         [(comparison.reference["pool"].double() - row).square().sum(1).topk(count, largest=False).indices
          for row in pool]
     )  # fmt: skip
-    images = np.stack([reference.source.images(row.tolist()) for row in found])
+    images = reference.source.images(found.flatten().tolist())
+    if images.shape[1:3] != samples.size:
+        images = np.stack([_scaled(image, samples.size) for image in images])
+    images = images.reshape(*found.shape, *images.shape[1:])
     neighbour_rows(samples.source.images(closest.tolist()), images, distances[0][closest].tolist(), picture)
     return Figure(
         f"Nearest reference images, {comparison.extractor}",
@@ -116,6 +124,11 @@ def _neighbours_figure(
         f"{float(distances[1].median()):.3g}, at least {float(distances[1].min()):.3g}. Copies would show here, if the "
         "reference holds what the network was trained on.",
     )
+
+
+def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """An image (H, W, 3) at another height and width, to be shown beside others."""
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def _curves_figure(comparison: Comparison, values: Mapping[str, Any], picture: Path) -> Figure:
@@ -161,8 +174,8 @@ def _class_rows(
 
 
 def _class_name(label: int, reference: Reference, *, known: bool) -> str:
-    names: NDArray[Any] | list[str] = reference.class_names
-    return str(names[label]) if known and 0 <= label < len(names) else str(label)
+    names = reference.class_names
+    return caption(names[label]) if known and 0 <= label < len(names) else str(label)
 
 
 def _protocol(results: Mapping[str, Any], comparisons: Sequence[Comparison], reference: Reference) -> dict[str, Value]:

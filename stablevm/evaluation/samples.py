@@ -1,18 +1,22 @@
-"""What is judged and what it is judged by: sets of images with what is known about them."""
+"""What is evaluated and what it is compared with: sets of images with what is known about them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from stablevm import rng
 from stablevm.errors import UserError
-from stablevm.evaluation.features import ArraySource, ImageSource
-from stablevm.evaluation.inception import PUBLISHED_NAME, InceptionExtractor
+from stablevm.evaluation.inception import PUBLISHED_NAME, SPATIAL_WIDTH, WIDTH, InceptionExtractor
 from stablevm.evaluation.neighbours import PRECISION_RECALL_K
-from stablevm.evaluation.npz import IMAGES, Archive
+from stablevm.evaluation.npz import IMAGES, Archive, ArchiveCard
+from stablevm.evaluation.sources import FolderSource, ImageSource, image_size
 from stablevm.evaluation.statistics import Moments
+from stablevm.preparation.crops import first_size
+from stablevm.preparation.sources import open_source
+from stablevm.text import printable
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference file: images, stored statistics of Inception's features, or both."""
+    """A reference: images, stored statistics of Inception's features by their kind, or both."""
 
     path: Path
-    source: ArraySource | None
+    source: ImageSource | None
+    size: tuple[int, int] | None  # height and width of the images in pixels
     labels: NDArray[np.int64] | None
     stored: dict[str, Moments]
-    protocol: dict[str, Any]
+    card: ArchiveCard = field(default_factory=ArchiveCard)
 
     @property
     def images_text(self) -> str:
@@ -46,22 +51,22 @@ class Reference:
         """What a Fréchet distance is to."""
         if not stored:
             return f"the statistics of {self.images_text}"
-        count = self.protocol.get("statistics_of")
+        count = self.card.statistics_of
         return "the file's stored statistics" + (f" of {count:,} images" if count else "")
 
     @property
-    def class_names(self) -> list[str]:
-        return self.protocol.get("class_names", [])
+    def class_names(self) -> tuple[str, ...]:
+        return self.card.class_names
 
     def check_extractor(self, extractor: InceptionExtractor) -> None:
         """UserError where the stored statistics are of another network's features."""
         if not self.stored:
             return
-        made_with = self.protocol.get("extractor_fingerprint")
+        made_with = self.card.extractor_fingerprint
         if made_with is None and extractor.published:
             return
         if made_with != extractor.fingerprint:
-            made_by = self.protocol.get("extractor", PUBLISHED_NAME)
+            made_by = printable(self.card.extractor or PUBLISHED_NAME)
             raise UserError(
                 f"{self.path}: its statistics are of {made_by}, this command has {extractor.name}; give the weights "
                 "that the file was made with, or make a reference with these"
@@ -69,46 +74,79 @@ class Reference:
 
 
 def open_samples(path: Path) -> Samples:
-    """UserError for what is no .npz file of images."""
+    """An .npz file, or a folder or ZIP archive of images of one size; UserError for what is neither.
+
+    Classes of a folder's images are not read, since their numbers need not be those of the reference.
+    """
+    if _is_pictures(path):
+        source, _ = _pictures(path)
+        return Samples(str(path), source, image_size(source), None)
     archive = Archive(path)
     images = archive.images()
-    return Samples(str(path), ArraySource(images), images.shape[1:3], archive.labels(len(images)))
+    labels = archive.labels(len(images))
+    return Samples(str(path), images, image_size(images), labels)
 
 
 def open_reference(path: Path) -> Reference:
-    """UserError for what is no reference file."""
-    if path.is_dir():
-        raise UserError(f"--reference {path}: a folder; make a file of it with: stablevm reference {path} -o ref.npz")
+    """An .npz file, or a folder or ZIP archive of images of one size; UserError for what is neither."""
+    if _is_pictures(path):
+        try:
+            source, labels = _pictures(path)
+        except UserError as error:
+            raise UserError(f"{error}; or make a file of it with: stablevm reference {path} -o ref.npz") from None
+        names = source.source.class_names
+        return Reference(path, source, image_size(source), labels, {}, ArchiveCard(class_names=names))
     archive = Archive(path, "make one with stablevm reference")
-    kinds = {"pool": archive.moments(""), "spatial": archive.moments("_s")}
+    kinds = {"pool": archive.moments("", WIDTH), "spatial": archive.moments("_s", SPATIAL_WIDTH)}
     stored = {kind: moments for kind, moments in kinds.items() if moments is not None}
-    if len(stored) == 1:
-        present, absent = ("mu", "mu_s") if "pool" in stored else ("mu_s", "mu")
-        raise UserError(f"{path}: holds {present} but no {absent}; give a file with both, or with images alone")
+    if "spatial" in stored and "pool" not in stored:
+        raise UserError(f"{path}: holds mu_s but no mu; give a file with both, or with images alone")
     if IMAGES not in archive and not stored:
         raise UserError(
             f"{path}: holds neither {IMAGES} (images) nor mu (statistics); make one with stablevm reference"
         )
+    card = archive.card()
     if IMAGES not in archive:
-        return Reference(path, None, None, stored, archive.protocol())
+        return Reference(path, None, None, None, stored, card)
     images = archive.images()
-    return Reference(path, ArraySource(images), archive.labels(len(images)), stored, archive.protocol())
+    return Reference(path, images, image_size(images), archive.labels(len(images)), stored, card)
 
 
-def check_comparable(samples: Samples, reference: Reference) -> None:
-    """UserError for sets too small to compare, and for images of different sizes."""
+def check_comparable(samples: Samples, reference: Reference) -> list[str]:
+    """What makes the comparison less than usual, a line each; UserError for sets too small to compare."""
     sets = [("samples", len(samples), samples.title)]
     if reference.source is not None:
         sets.append(("reference", len(reference.source), str(reference.path)))
-        size = reference.source.array.shape[1:3]
-        if size != samples.size:
-            raise UserError(
-                f"{samples.title}: images of {samples.size[0]} x {samples.size[1]} pixels, but the reference "
-                f"{reference.path} has {size[0]} x {size[1]}; bring both to one size"
-            )
     for what, count, where in sets:
         if count <= PRECISION_RECALL_K:
             raise UserError(
                 f"{where}: {count} {what} images, too few for a covariance and for nearest neighbours; "
                 f"give at least {PRECISION_RECALL_K + 1}, thousands for stable numbers"
             )
+    lines = []
+    if reference.size is not None and reference.size != samples.size:
+        ours, theirs = (f"{height} x {width}" for height, width in (samples.size, reference.size))
+        lines.append(
+            f"{samples.title}: images of {ours} pixels, but the reference {reference.path} has {theirs}; both are "
+            "scaled to the network's size, and the scaling counts as a difference"
+        )
+    if reference.stored and "spatial" not in reference.stored:
+        lines.append(f"{reference.path}: holds mu and sigma, but no mu_s and sigma_s: no sFID")
+    if reference.source is None:
+        lines.append(f"{reference.path}: holds no {IMAGES} (images): no precision, recall and what else needs them")
+    return lines
+
+
+def _is_pictures(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == ".zip"
+
+
+def _pictures(path: Path) -> tuple[FolderSource, NDArray[np.int64]]:
+    """The images below a folder or in an archive, all of the size of the first, and their classes.
+
+    A folder has no order: they are shuffled, always alike, since the Inception score is of consecutive images.
+    """
+    found = open_source(path)
+    order = torch.randperm(len(found), generator=rng.generator("evaluation", "order")).numpy()
+    shuffled = replace(found, names=[found.names[index] for index in order], labels=found.labels[order])
+    return FolderSource(shuffled, "none", first_size(shuffled)), shuffled.labels

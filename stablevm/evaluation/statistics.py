@@ -4,6 +4,8 @@ Features are (n, width), one row per image, of any floating type, and finite. No
 them: the caller names it beside each number.
 """
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +18,7 @@ SCORE_CHUNK = 5000  # images whose mean prediction the Inception score compares 
 BLOCK_ROWS = 4096  # rows that are widened to float64 at once: 64 MiB where features are 2,048 wide
 # A covariance whose smallest pivot is below this share of its largest takes the careful way to a square root.
 WELL_CONDITIONED = 1e-10
+COVARIANCE_ROUNDING = 1e-6  # of a stored covariance's norm: its asymmetry and its negative eigenvalues
 # The quick way is left where rounding could move the distance by more than this share of the traces.
 QUICK_ERROR = 1e-9
 
@@ -57,6 +60,23 @@ class FewRows:
 
 
 AnyMoments = Moments | FewRows
+
+
+def check_covariance(covariance: Tensor, where: str) -> Tensor:
+    """The finite matrix (width, width), exactly symmetric; UserError unless it is a covariance to float32's rounding.
+
+    Others store their statistics in float32 too, which leaves eigenvalues below zero by this much.
+    """
+    size = float(covariance.norm())
+    if float((covariance - covariance.T).abs().max()) > COVARIANCE_ROUNDING * size:
+        raise UserError(f"{where} is not symmetric, so it is no covariance; make it again")
+    symmetric = (covariance + covariance.T) / 2
+    shifted = symmetric.clone()
+    shifted.diagonal().add_(COVARIANCE_ROUNDING * size)
+    # a matrix has Cholesky's factor if and only if it is positive definite
+    if size and int(torch.linalg.cholesky_ex(shifted).info):
+        raise UserError(f"{where} has negative eigenvalues, so it is no covariance; make it again")
+    return symmetric
 
 
 def moments_of(features: Tensor) -> AnyMoments:
@@ -162,8 +182,18 @@ def inception_score(logits: Tensor, chunk: int = SCORE_CHUNK) -> tuple[float, li
     """Mean over consecutive chunks of exp(mean KL(p(y|x) || p(y))), and each chunk's (Salimans et al., 2016).
 
     `logits` (n, classes) are in the order of the file, which is not shuffled: p(y) is the mean over a chunk, so a file
-    sorted by class gets a wrong, low score. A last chunk may be shorter. Computed in float64.
+    sorted by class gets a wrong, low score. A last chunk may be shorter, which moves the score: that is warned of, with
+    the score of the whole chunks. Computed in float64.
     """
+    scores = chunk_scores(logits, chunk)
+    warning = short_chunk_warning(scores, len(logits), chunk)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
+    return sum(scores) / len(scores), scores
+
+
+def chunk_scores(logits: Tensor, chunk: int = SCORE_CHUNK) -> list[float]:
+    """The Inception score of each chunk of logits (n, classes)."""
     check_features(logits)
     if len(logits) == 0:
         raise UserError("the Inception score needs at least 1 image, got 0")
@@ -172,7 +202,18 @@ def inception_score(logits: Tensor, chunk: int = SCORE_CHUNK) -> tuple[float, li
         log_p = part.double().log_softmax(1)
         log_mean = log_p.logsumexp(0) - torch.tensor(len(part), dtype=torch.float64).log().to(part.device)
         scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
-    return sum(scores) / len(scores), scores
+    return scores
+
+
+def short_chunk_warning(scores: Sequence[float], count: int, chunk: int = SCORE_CHUNK) -> str | None:
+    """What to say where the last of several chunks of `count` images is shorter than the others, else None."""
+    if len(scores) < 2 or count % chunk == 0:
+        return None
+    with_it, without = sum(scores) / len(scores), sum(scores[:-1]) / (len(scores) - 1)
+    return (
+        f"the last chunk of the inception score has {count % chunk:,} images of {chunk:,}, which moves it: "
+        f"{with_it:.6g} over all chunks, {without:.6g} over the whole ones; give a multiple of {chunk:,} images"
+    )
 
 
 def check_features(features: Tensor) -> None:

@@ -14,15 +14,16 @@ from PIL import Image
 
 from stablevm.errors import UserError
 from stablevm.evaluation import evaluate as command
-from stablevm.evaluation import features
+from stablevm.evaluation import features, statistics
 from stablevm.evaluation.checkpoint import CheckpointSource, evaluate_checkpoint
 from stablevm.evaluation.comparison import Comparison
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, JudgeConfig, ReferenceConfig
 from stablevm.evaluation.curves import metric_curves
 from stablevm.evaluation.evaluate import evaluate
-from stablevm.evaluation.features import ArraySource, FeatureCache, extract
+from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor
 from stablevm.evaluation.reference import reference
+from stablevm.evaluation.sources import ArraySource, StreamedSource
 from stablevm.evaluation.statistics import frechet_distance, moments_of
 from stablevm.processes import Process
 from stablevm.sampling.config import GenerateConfig
@@ -128,7 +129,9 @@ def test_adm_arithmetic_is_named_and_moves_precision_alone(options, capsys):
     exact, adm = (evaluate(options(precision_recall=each))["inception"] for each in ("exact", "adm"))
     assert (exact["precision_recall"], adm["precision_recall"]) == ("exact", "adm")
     assert "float16 distances as in ADM's script" in capsys.readouterr().out
-    same = exact.keys() - {"precision", "recall", "precision_recall"}
+    of_exact_distances = {"density", "coverage", "memorisation"}
+    assert exact.keys() - adm.keys() == of_exact_distances
+    same = exact.keys() - {"precision", "recall", "precision_recall"} - of_exact_distances
     assert {key: exact[key] for key in same} == {key: adm[key] for key in same}
 
 
@@ -283,7 +286,6 @@ def test_an_encoder_gives_a_frechet_distance_beside_or_instead(options, tmp_path
         ({"arr_0": FAKE.transpose(0, 3, 1, 2)}, r"expected (N, H, W, 3)"),
         ({"arr_0": FAKE[:0]}, "no images"),
         ({"arr_0": FAKE[:3]}, "3 samples images, too few for a covariance"),
-        ({"arr_0": FAKE[:, :8, :8]}, "images of 8 x 8 pixels, but the reference"),
         ({"arr_0": FAKE, "labels": np.arange(3)}, "labels are int64 (3,)"),
     ],
 )
@@ -299,7 +301,8 @@ def test_bad_samples_get_one_clear_line(options, samples, message):
         ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "holds NaN"),
         ({"mu": np.zeros(2048)}, "holds mu but no sigma"),
         ({"mu": np.zeros(2048), "sigma": np.eye(7)}, "expected (D,) and (D, D)"),
-        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "holds mu but no mu_s"),
+        ({"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}, "holds mu_s but no mu"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048) + np.eye(2048, k=-1)}, "sigma is not symmetric"),
     ],
 )
 def test_bad_references_get_one_clear_line(options, real, message):
@@ -365,7 +368,7 @@ def test_curves_are_means_over_disjoint_subsets(monkeypatch):
     comparison = Comparison("x", False, {"pool": pool}, {"pool": real}, {}, "exact", torch.device("cpu"))
     seen = []
     whole = Comparison.results
-    monkeypatch.setattr(Comparison, "results", lambda self: (seen.append(self.samples["pool"]), whole(self))[1])
+    monkeypatch.setattr(Comparison, "results", lambda self, **_: (seen.append(self.samples["pool"]), whole(self))[1])
     curves = metric_curves(comparison, whole(comparison))
     assert [point.samples for point in curves["precision"]] == [10, 20, 40]  # eighths are too small
     for sets, point in zip((seen[:4], seen[4:]), curves["frechet_distance"], strict=False):
@@ -376,8 +379,158 @@ def test_curves_are_means_over_disjoint_subsets(monkeypatch):
     assert curves["recall"][-1].mean == whole(comparison)["recall"]
 
 
-def test_compressed_files_and_adms_labels_are_read(options):
+def test_compressed_files_and_adms_labels_are_read(options, monkeypatch):
+    monkeypatch.setattr(features, "PART_LENGTH", 5)
     config = options()
+    first = evaluate(config)
     np.savez_compressed(config.samples, FAKE, np.arange(COUNT) % 3)
+    np.savez_compressed(config.reference, REAL)
     samples = command.open_samples(config.samples)
-    assert np.array_equal(samples.source.array, FAKE) and samples.labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    assert isinstance(samples.source, StreamedSource) and samples.labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    evaluate(dataclasses.replace(config, report=True))
+    assert json.loads(config.samples.with_suffix(".json").read_text())["inception"] == first["inception"]
+
+
+def save_images(folder, images):
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def test_folders_of_images_are_taken_as_they_are(options, tmp_path):
+    count = 7
+    fake, real = save_images(tmp_path / "fake", FAKE[:count]), save_images(tmp_path / "real", REAL[:count])
+    whole = evaluate(options(samples={"arr_0": FAKE[:count]}, real={"arr_0": REAL[:count]}))["inception"]
+    found = evaluate(dataclasses.replace(options(reference=real), samples=fake))
+    assert found["num_samples"] == found["reference_images"] == count
+    assert json.loads((tmp_path / "fake.json").read_text()) == found
+    for key in ("frechet_distance", "precision", "recall", "coverage", "density", "memorisation"):
+        assert found["inception"][key] == pytest.approx(whole[key], rel=1e-5)
+    shuffled = command.open_samples(fake).source.images(range(count))
+    assert not np.array_equal(shuffled, FAKE[:count]), "a folder sorted by class must not look like chunks"
+    Image.fromarray(FAKE[0, :6, :6]).save(fake / "small.png")
+    with pytest.raises(UserError, match=r"small\.png|\d\d\.png"):
+        evaluate(dataclasses.replace(options(), samples=fake))
+
+
+def test_a_reference_of_another_size_is_warned_of(options, capsys):
+    results = evaluate(options(samples={"arr_0": FAKE[:8, :8, :10]}, report=True))
+    assert "images of 8 x 10 pixels, but the reference" in results["warnings"][0]
+    assert results["warnings"][0] in capsys.readouterr().err and results["inception"]["frechet_distance"] > 0
+
+
+def test_mu_and_sigma_alone_give_a_distance_and_say_what_is_missing(options, home, capsys):
+    from stablevm.evaluation.inception import load_inception
+
+    made_with = json.dumps({"extractor_fingerprint": load_inception(home / "weights.pth").fingerprint})
+    stored = {"mu": np.zeros(2048), "sigma": np.eye(2048), "protocol": np.array(made_with)}
+    results = evaluate(options(real=stored))
+    assert results["inception"]["frechet_distance"] > 0 and "spatial_frechet_distance" not in results["inception"]
+    told = capsys.readouterr().err
+    assert "holds mu and sigma, but no mu_s and sigma_s: no sFID" in told
+    assert "holds no arr_0 (images): no precision, recall" in told
+
+
+def test_what_costs_nothing_more_is_reported(options, capsys):
+    """Of these distances and features: by their definitions in the units' tests; here that they arrive."""
+    results = evaluate(options(samples={"arr_0": np.concatenate([FAKE[:13], REAL[:13]])}))["inception"]
+    assert results["memorisation"] >= 0.5, "half of them are copies"
+    assert 0 < results["coverage"] <= 1 and results["density"] > 0 and np.isfinite(results["kernel_distance"])
+    assert results["kernel_distance_deviation"] == 0, "one subset: all of both"
+    printed = capsys.readouterr().out
+    for title in ("kernel distance", "density", "coverage", "memorisation"):
+        assert f"\n{title} " in printed
+    assert "not KID" in printed and "kid" not in results
+
+
+def test_a_short_last_chunk_is_warned_of_with_both_numbers(options, monkeypatch, capsys):
+    for function in (statistics.chunk_scores, statistics.short_chunk_warning):
+        monkeypatch.setattr(function, "__defaults__", (10,))
+    found = evaluate(options())
+    results, (warning,) = found["inception"], [each for each in found["warnings"] if "chunk" in each and "last" in each]
+    assert len(results["score_of_chunks"]) == 3
+    assert results["score_of_whole_chunks"] == pytest.approx(np.mean(results["score_of_chunks"][:2]))
+    assert f"{results['score']:.6g} over all chunks" in warning
+    assert f"{results['score_of_whole_chunks']:.6g} over the whole ones" in warning
+    captured = capsys.readouterr()
+    assert warning in captured.err and f"without it {results['score_of_whole_chunks']:.6g}" in captured.out
+
+
+def test_damaged_features_are_computed_again(options, tmp_path, monkeypatch):
+    config = options(samples={"arr_0": FAKE[:4]}, real={"arr_0": REAL[:4]}, cache_dir=tmp_path / "cache")
+    first = evaluate(config)
+    calls, whole = [], InceptionExtractor.__call__
+
+    def counted(self, images):
+        calls.append(len(images))
+        return whole(self, images)
+
+    monkeypatch.setattr(InceptionExtractor, "__call__", counted)
+    paths = sorted((tmp_path / "cache").glob("*/*"))
+    for damage in (
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),  # a bit of a number
+        lambda content: content[:60] + bytes([content[60] ^ 1]) + content[61:],  # of the header
+        lambda content: content[:-5],
+    ):
+        calls.clear()
+        paths[0].write_bytes(damage(paths[0].read_bytes()))
+        assert evaluate(config) == first and sum(calls) == 4
+
+
+def test_sweeping_leaves_files_of_others_alone(tmp_path):
+    other = tmp_path / "ab" / "thesis.txt"
+    other.parent.mkdir()
+    other.write_text("x" * 1000)
+    os.utime(other, (0, 0))
+    FeatureCache(tmp_path).sweep(gigabytes=0)
+    assert other.exists()
+
+
+def test_outputs_never_replace_what_is_read_or_another_output(options, home, tmp_path):
+    """All that is read against all that is written, by other spellings and links too; nothing is touched."""
+    config = options(encoder_weights=home / "weights.pth")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "page.html").symlink_to(config.samples)
+    (tmp_path / "link.json").symlink_to(config.reference)
+    np.savez(tmp_path / "x", arr_0=FAKE)
+    for name in ("x.json", "x.html"):
+        (tmp_path / name).write_bytes((tmp_path / "x.npz").read_bytes())
+    images = save_images(tmp_path / "images", FAKE[:4])
+    (images / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for given, message in (
+        ({"output": config.samples}, "--output would replace"),
+        ({"output": tmp_path / "sub" / ".." / "samples.npz"}, "--output would replace"),
+        ({"output": tmp_path / "link.json"}, "--output would replace"),
+        ({"output": config.reference}, "--output would replace"),
+        ({"output": home / "weights.pth"}, "--output would replace"),
+        ({"output": tmp_path / "page.json", "report": True}, "--report would replace"),
+        ({"samples": tmp_path / "x.json"}, "--output would replace"),
+        ({"samples": tmp_path / "x.html", "report": True}, "--report would replace"),
+        ({"reference": tmp_path / "x.json", "output": tmp_path / "x.json"}, "--output would replace"),
+        ({"output": tmp_path / "new.html", "report": True}, "which is --output too"),
+        ({"samples": images, "output": images / "notes.txt"}, "--output would replace"),
+        ({"samples": images, "output": images / "00.png"}, "--output would replace"),
+        ({"output": tmp_path / "sub"}, "is a folder"),
+        ({"output": config.samples / "x.json"}, "--output .*samples.npz"),
+        ({"output": config.samples / "sub" / "x.json"}, "--output .*samples.npz"),
+        ({"cache_dir": config.samples}, "--cache-dir"),
+        ({"cache_dir": config.samples / "x"}, "--cache-dir"),
+        ({"output": tmp_path / "both", "cache_dir": tmp_path / "both"}, "--output would replace"),
+    ):
+        changed = dataclasses.replace(config, **given)
+        with pytest.raises(UserError, match=message) as error:
+            evaluate(changed)
+        one_line(error)
+    for given, message in (
+        ({"output": tmp_path / "sub" / ".." / "x.npz", "source": tmp_path / "x.npz"}, "--output would replace"),
+        ({"output": tmp_path / "dir.npz"}, "is a folder"),
+        ({"cache_dir": config.samples}, "--cache-dir"),
+    ):
+        (tmp_path / "dir.npz").mkdir(exist_ok=True)
+        defaults = {"source": images, "output": tmp_path / "r.npz", "transform": "none", "statistics": False}
+        with pytest.raises(UserError, match=message) as error:
+            reference(ReferenceConfig(**(defaults | given)))
+        one_line(error)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from stablevm.errors import UserError
 from stablevm.evaluation import statistics
-from stablevm.evaluation.statistics import FeatureStatistics, Moments, frechet_distance, inception_score, moments_of
+from stablevm.evaluation.statistics import (
+    FeatureStatistics,
+    Moments,
+    check_covariance,
+    frechet_distance,
+    inception_score,
+    moments_of,
+)
 
 
 def normal(rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -121,7 +128,12 @@ def test_inception_score_is_the_mean_over_chunks_in_file_order() -> None:
     def score(rows: np.ndarray) -> float:
         return float(np.exp(np.mean(np.sum(rows * (np.log(rows) - np.log(rows.mean(0))), 1))))
 
-    mean, chunks = inception_score(logits, chunk=100)
+    with pytest.warns(UserWarning, match="the last chunk of the inception score has 50 images of 100") as told:
+        mean, chunks = inception_score(logits, chunk=100)
+    for number in (mean, (chunks[0] + chunks[1]) / 2):
+        assert f"{number:.6g} over" in str(told[0].message)
+    assert inception_score(logits[:200], chunk=100) == (pytest.approx(np.mean(chunks[:2])), chunks[:2])
+    assert inception_score(logits[:50], chunk=100)[0] > 1, "one chunk alone is not short of others"
     assert chunks == pytest.approx([score(p[:100]), score(p[100:200]), score(p[200:])], rel=1e-9)
     assert mean == pytest.approx(np.mean(chunks), rel=1e-12)
 
@@ -153,3 +165,21 @@ def test_bad_features_are_named() -> None:
         FeatureStatistics.from_features(good[0])
     with pytest.raises(UserError, match="at least 1 image"):
         inception_score(good[:0])
+
+
+def test_a_matrix_that_is_no_covariance_is_refused() -> None:
+    covariance = torch.cov(normal(100, 12, 14).double().T)
+    assert torch.equal(check_covariance(covariance, "x"), covariance)
+    in_float32 = covariance.float().double()
+    assert torch.equal(check_covariance(in_float32, "x"), in_float32)
+    singular = torch.cov(normal(5, 12, 14).double().T)
+    torch.testing.assert_close(check_covariance(singular.float().double(), "x"), singular, rtol=1e-5, atol=1e-6)
+    assert torch.equal(check_covariance(0 * covariance, "x"), 0 * covariance)
+    for matrix, message in (
+        (covariance.tril(), "x is not symmetric"),
+        (covariance + 1e-4 * normal(12, 12, 15), "x is not symmetric"),
+        (-covariance, "x has negative eigenvalues"),
+        (covariance - 0.5 * covariance.diagonal().mean() * torch.eye(12), "x has negative eigenvalues"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_covariance(matrix, "x")
