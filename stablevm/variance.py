@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant, align
-from stablevm.posterior import posterior, posterior_over_blocks
+from stablevm.posterior import Posterior, posterior, posterior_over_blocks
 from stablevm.rng import rand, randn
 
 BAND = (0.15, 0.85)  # quantiles over samples, as published
@@ -101,12 +101,15 @@ def variance_curve(
     references: int,
     rows: int,
     stream: torch.Generator,
+    references_from: float = 0.0,
 ) -> VarianceCurve:
     """`V(t) = E |target - v(x_t)|^2 / d` for latents (N, *shape) with labels (N,), at times (T,).
 
     v is the exact velocity of the class's empirical distribution: the whole class is its posterior (docs/theory.md).
     Each time uses `rows` anchors drawn from the data, each with `references - 1` others of its class (fewer where the
-    class is smaller) for StableVM.
+    class is smaller) for StableVM, which takes part from the time `references_from` on.
+
+    latents: as training sees them, a draw of each sample's mean and deviation, where its autoencoder gives both.
     """
     members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
 
@@ -120,7 +123,7 @@ def variance_curve(
             x0, eps, t = latents[anchors[mine]], noise[mine], torch.full((len(mine),), time, dtype=torch.float32)
             exact = posterior(path, x0, eps, t, latents[group], keep=others)
             few = posterior(path, x0, eps, t, latents[group], keep=_choose(others, references - 1, stream))
-            parts.append(_errors(path, t, exact.offset, few.offset, few.ess))
+            parts.append(_errors(path, t, exact.offset, few, references_from))
         first, second, third = zip(*parts, strict=True)
         return torch.cat(first), torch.cat(second), torch.cat(third)
 
@@ -136,13 +139,14 @@ def streamed_variance_curve(
     references: int,
     rows: int,
     stream: torch.Generator,
+    references_from: float = 0.0,
 ) -> VarianceCurve:
     """The same without labels, for data of any size: `blocks()` reads all `count` samples (n, *shape) in order.
 
     Memory is that of a block, of `references` samples and of `rows` samples at each time; the data is read twice.
     The same anchors and the same references serve all times.
     """
-    errors = _streamed_errors(path, blocks, count, times, references, rows, stream)
+    errors = _streamed_errors(path, blocks, count, times, references, rows, stream, references_from)
     return VarianceCurve.of(times, references, zip(*errors, strict=True))
 
 
@@ -154,6 +158,7 @@ def class_variance_curve(
     references: int,
     rows: int,
     stream: torch.Generator,
+    references_from: float = 0.0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> VarianceCurve:
     """The same with labels, for classes of any size: pairs of a class's count and of what reads its samples in blocks.
@@ -164,7 +169,7 @@ def class_variance_curve(
     for count, blocks in classes:
         for start in range(0, rows, PASS_ROWS):
             together = min(PASS_ROWS, rows - start)
-            parts.append(_streamed_errors(path, blocks, count, times, references, together, stream))
+            parts.append(_streamed_errors(path, blocks, count, times, references, together, stream, references_from))
             progress(together)
     joined = [[torch.cat(at_time) for at_time in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)]
     return VarianceCurve.of(times, references, zip(*joined, strict=True))
@@ -178,6 +183,7 @@ def _streamed_errors(
     references: int,
     rows: int,
     stream: torch.Generator,
+    references_from: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Errors of CFM and of StableVM, and effective sample sizes: each a list over times of (rows,)."""
     anchors = torch.randint(count, (rows,), generator=stream)
@@ -196,17 +202,20 @@ def _streamed_errors(
 
     exact = posterior_over_blocks(path, every_x0, every_noise, t, with_masks())
     some = posterior(path, every_x0, every_noise, t, few, keep=own != subset)
-    errors = _errors(path, t, exact.offset, some.offset, some.ess)
+    errors = _errors(path, t, exact.offset, some, references_from)
     cfm, stablevm, ess = (list(part.split(rows)) for part in errors)
     return cfm, stablevm, ess
 
 
-def _errors(path: Interpolant, t: Tensor, exact: Tensor, few: Tensor, ess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _errors(
+    path: Interpolant, t: Tensor, exact: Tensor, few: Posterior, references_from: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors per dimension (rows,) of CFM and StableVM: both targets differ from v by the gain times a
-    difference of posterior means.
+    difference of posterior means. Below `references_from` StableVM's is CFM's.
     """
-    gain = align(path.offset_gain(t, t), exact)
-    return (gain * exact).square().flatten(1).mean(1), (gain * (few - exact)).square().flatten(1).mean(1), ess
+    gain, weighed = align(path.offset_gain(t, t), exact), t >= references_from
+    offset, ess = torch.where(align(weighed, exact), few.offset, 0.0), torch.where(weighed, few.ess, 1.0)
+    return (gain * exact).square().flatten(1).mean(1), (gain * (offset - exact)).square().flatten(1).mean(1), ess
 
 
 def _band(values: Tensor) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from stablevm import rng
 from stablevm.autoencoder import LatentSpec
 from stablevm.options import some_of
 
@@ -58,6 +59,13 @@ class PreparedDataset(ABC):
     @abstractmethod
     def check_images(self) -> None:
         """UserError if the set was prepared without images, or if one of their files is missing or cut short."""
+
+
+def drawn_latents(dataset: PreparedDataset, rows: Sequence[int], *key: int | str, mirrored: bool = False) -> Tensor:
+    """Latents (n, *shape) in the network's space: a draw of each row's mean and deviation by its stream (*key, row)."""
+    moments = dataset.moments_flip(rows) if mirrored else dataset.moments(rows)
+    streams = rng.RowGenerators.for_keys(*key, positions=rows)
+    return dataset.latent.from_moments(moments, rng.randn((len(rows), *dataset.latent.shape), streams))
 
 
 def checked_rows(rows: Rows, count: int) -> np.ndarray:

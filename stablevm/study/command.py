@@ -1,7 +1,7 @@
 """`stablevm variance`: the variance of the targets on a user's own data, as a picture and as JSON."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablevm import rng
-from stablevm.data.dataset import PreparedDataset
+from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.files import remove_temporary_of, write_json
@@ -38,42 +38,80 @@ def measure_variance(config: VarianceConfig) -> Path:
 
 def _measure(config: VarianceConfig) -> Path:
     dataset = open_dataset(config.data_dir)
+    if config.horizontal_flips and not dataset.has_flips:
+        raise UserError(
+            f"--horizontal-flips: {config.data_dir} was prepared without mirrored samples; encode it with --flip"
+        )
     labels = dataset.labels()
     counts = torch.bincount(labels, minlength=dataset.num_classes).tolist()
     chosen = _choose_classes(config, counts)
     path = get_interpolant(config.path_type)
-    classes = [(counts[label], _Blocks(dataset, (labels == label).nonzero().squeeze(1))) for label in chosen]
+    classes = [_Blocks(dataset, (labels == label).nonzero().squeeze(1), config) for label in chosen]
     with tqdm(total=len(chosen) * config.rows, desc="variance", unit="sample") as bar:
         curve = class_variance_curve(
             path,
-            classes,
+            [(len(blocks), blocks) for blocks in classes],
             torch.linspace(0, 1, config.times + 1, dtype=torch.float64)[1:],
             references=config.references,
             rows=config.rows,
             stream=rng.generator(config.seed, "variance"),
+            references_from=config.references_from,
             progress=bar.update,
         )
-    tau, xi = curve.recommended_tau(path), curve.split_point()
+    tau, xi, noise = curve.recommended_tau(path), curve.split_point(), _share_of_noise(classes)
     title = f"{len(chosen)} class{'es' * (len(chosen) > 1)} of {config.data_dir}"
     options = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
     write_json(
         config.output_dir / "variance.json",
-        {"tau": tau, "xi": xi, **dataclasses.asdict(curve), "classes": chosen, "options": options},
+        {
+            "tau": tau,
+            "xi": xi,
+            "noise_share": noise,
+            **dataclasses.asdict(curve),
+            "classes": chosen,
+            "options": options,
+        },
     )
     variance_figure({title: curve}, config.output_dir / "variance.png", {title: tau})
-    _report(config, [counts[label] for label in chosen], tau, xi)
+    _report(config, [len(blocks) for blocks in classes], tau, xi, noise)
     return config.output_dir
 
 
 class _Blocks:
-    """Reads the means of the latents at `rows`, in the network's space, from the start at every call."""
+    """Reads the latents of `rows` from the start at every call, always the same draws: those of a training's bank."""
 
-    def __init__(self, dataset: PreparedDataset, rows: Tensor) -> None:
-        self.dataset, self.rows = dataset, rows
+    def __init__(self, dataset: PreparedDataset, rows: Tensor, config: VarianceConfig) -> None:
+        self.dataset, self.rows, self.seed = dataset, rows, config.seed
+        self.kinds = (False, True) if config.horizontal_flips else (False,)
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.kinds)
 
     def __call__(self) -> Iterator[Tensor]:
-        for part in self.rows.split(BLOCK_ROWS):
-            yield self.dataset.latent.means(self.dataset.moments(part))
+        for mirrored in self.kinds:
+            key = ("prefill, mirrored",) if mirrored else ("prefill",)
+            for part in self.rows.split(BLOCK_ROWS):
+                yield drawn_latents(self.dataset, part.tolist(), self.seed, *key, mirrored=mirrored)
+
+    def variances(self) -> tuple[float, float]:
+        """Means over dimensions: of the autoencoder's own variance, and of that between the samples' means."""
+        spec, read = self.dataset.latent, (self.dataset.moments, self.dataset.moments_flip)
+        own = total = squares = torch.zeros(spec.shape, dtype=torch.float64)
+        for mirrored in self.kinds:
+            for part in self.rows.split(BLOCK_ROWS):
+                moments = read[mirrored](part)
+                means = spec.means(moments)
+                deviations = spec.from_moments(moments, torch.ones_like(means)) - means
+                own = own + deviations.double().square().sum(0)
+                total, squares = total + means.double().sum(0), squares + means.double().square().sum(0)
+        between = squares / len(self) - (total / len(self)).square()
+        return float(own.mean() / len(self)), float(between.mean())
+
+
+def _share_of_noise(classes: Sequence[_Blocks]) -> float:
+    """Of the latents' variance within their classes: what the autoencoder draws anew each time."""
+    own, between = map(sum, zip(*(blocks.variances() for blocks in classes), strict=True))
+    return own / (own + between) if own + between > 0 else 0.0
 
 
 def _choose_classes(config: VarianceConfig, counts: list[int]) -> list[int]:
@@ -94,7 +132,7 @@ def _choose_classes(config: VarianceConfig, counts: list[int]) -> list[int]:
     return sorted(able[position] for position in order[:DEFAULT_CLASSES].tolist())
 
 
-def _report(config: VarianceConfig, counts: list[int], tau: float, xi: float) -> None:
+def _report(config: VarianceConfig, counts: list[int], tau: float, xi: float, noise: float) -> None:
     short = sum(count < config.references for count in counts)
     if short:
         print(
@@ -103,5 +141,6 @@ def _report(config: VarianceConfig, counts: list[int], tau: float, xi: float) ->
         )
     print(f"--proj-tau {tau:.2f}: up to there x_t leaves less than half of a class's variance open")
     print(f"split point xi = {xi:.2f}: up to there fewer than two of the {config.references} references take part")
+    print(f"{noise:.1%} of the variance within classes is the autoencoder's own noise, which no reference resembles")
     print("finite classes are easier to tell apart than what they were drawn from: take both as upper bounds")
     print(f"written to {config.output_dir}: variance.png, variance.json")

@@ -27,12 +27,17 @@ class VarianceConfig:
     have."""
     classes: str | None = None
     """Classes to look at: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
+    references_from: float = 0.0
+    """References take part from this time on, in [0, 1], as in training."""
+    horizontal_flips: bool = False
+    """Count mirrored samples too; the data must have been encoded with --flip."""
     rows: int = 100
     """Samples of each class at each time, 2 or more."""
     times: int = 20
     """Number of times, evenly spaced up to 1; 2 or more."""
     seed: int = 0
-    """Seed of classes, samples, references and noise; 0 or more."""
+    """Seed of classes, samples, references and noise; 0 or more. Latents are drawn as a training of this seed fills
+    its bank."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
@@ -40,6 +45,7 @@ class VarianceConfig:
             self,
             [
                 ("references", self.references >= 2, "at least 2; with 1, StableVM is CFM"),
+                ("references_from", 0 <= self.references_from <= 1, "a time in [0, 1]"),
                 ("rows", self.rows >= 2, "at least 2"),
                 ("times", self.times >= 2, "at least 2"),
                 ("seed", self.seed >= 0, "0 or more"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stablevm import rng
 from stablevm.autoencoder import pixels_to_unit
-from stablevm.data.dataset import PreparedDataset
+from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
@@ -93,11 +93,12 @@ def _cifar10_curve(config: ToyConfig, files: list[Path]) -> VarianceCurve:
 
 
 def _prepared_curve(config: ToyConfig, dataset: PreparedDataset) -> VarianceCurve:
-    """The means of the latents, in the network's space."""
+    """A draw of each latent, in the network's space, as training sees it."""
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, len(dataset), BLOCK_ROWS):
-            yield dataset.latent.means(dataset.moments(range(start, min(start + BLOCK_ROWS, len(dataset)))))
+            rows = range(start, min(start + BLOCK_ROWS, len(dataset)))
+            yield drawn_latents(dataset, rows, config.seed, "variance", "latent")
 
     return _data_curve(config, blocks, len(dataset))
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.bank import ClassBank
-from stablevm.data.dataset import PreparedDataset
+from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.opening import open_dataset
 from stablevm.encoders import Encoder, load_encoder
 from stablevm.errors import UserError
@@ -199,9 +199,7 @@ def _read_latents(
     """Parts of `rows` with their latents, in order, read by `workers` threads (or this one)."""
 
     def read(part: Tensor) -> Tensor:
-        moments = dataset.moments(part.tolist())
-        streams = rng.RowGenerators.for_keys(config.seed, "prefill", positions=part.tolist())
-        return dataset.latent.from_moments(moments, rng.randn((len(part), *dataset.latent.shape), streams))
+        return drawn_latents(dataset, part.tolist(), config.seed, "prefill")
 
     parts = rows.split(config.prefill_batch_size)
     if workers == 0:
