@@ -110,7 +110,7 @@ def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
     return Measurement(
         name=name,
         batch_size=config.batch_size,
-        parts=config.gradient_accumulation_steps,
+        parts=config.accumulation_steps,
         seconds={phase: median(row.get(phase, 0.0) for row in phases) for phase in names},
         step_seconds=[sum(row.values()) for row in phases],
         gpu_gib=rows[-1].get("memory/gpu_peak_gib"),

@@ -87,7 +87,7 @@ def _measure_what_fits(
         try:
             return measure(name, training, dataset, accelerator, encoders, warmup=config.warmup)
         except torch.OutOfMemoryError:
-            parts = 2 * training.gradient_accumulation_steps
+            parts = 2 * training.accumulation_steps
             # Of several processes only some may have met it; the others wait for them.
             alone = accelerator.num_processes == 1 and config.gradient_accumulation_steps is None
             if not alone or training.batch_size % parts:

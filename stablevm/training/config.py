@@ -61,12 +61,14 @@ class TrainConfig:
     """Number of classes, at least those of the data set. Default: the data set's."""
     batch_size: int = 256
     """Samples per step over all processes; a multiple of processes x accumulation steps."""
-    gradient_accumulation_steps: int = 1
-    """Parts into which each process splits its share of a step, to save memory."""
+    gradient_accumulation_steps: int | None = None
+    """Parts into which each process splits its share of a step, to save memory. Default: the launcher's
+    (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), or 1."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns that off."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Arithmetic of the network. Default: fp16 on a GPU, no on a CPU."""
+    """Arithmetic of the network. Default: as accelerate launch says (--mixed_precision bf16 or fp16), else fp16 on a
+    GPU, no on a CPU."""
     allow_tf32: bool = False
     """Let a GPU round the factors of the network's float32 products to TF32. The references' never are."""
     epochs: int = 1400
@@ -186,6 +188,11 @@ class TrainConfig:
         return self.output_dir / self.exp_name
 
     @property
+    def accumulation_steps(self) -> int:
+        """Parts of a step."""
+        return 1 if self.gradient_accumulation_steps is None else self.gradient_accumulation_steps
+
+    @property
     def bank_is_fixed(self) -> bool:
         """Whether the bank holds all of the data, so that no step changes it and no checkpoint needs it."""
         return self.bank_capacity_per_class == "all"
@@ -212,7 +219,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        counts = ("batch_size", "gradient_accumulation_steps", "epochs", "max_train_steps", "checkpointing_steps")
+        counts = ("batch_size", "epochs", "max_train_steps", "checkpointing_steps")
         more_counts = ("prefill_batch_size", "log_steps", "max_bad_steps")
         naturals = ("checkpoints_kept", "sampling_steps", "resume_step", "lr_warmup_steps", "seed", "num_workers",
                     "eval_every")  # fmt: skip
@@ -226,6 +233,7 @@ class TrainConfig:
                 writable("exp_name", self.folder),
                 ("report_to", set(self.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}, comma-separated"),
                 *((name, getattr(self, name) >= 1, "at least 1") for name in counts + more_counts),
+                ("gradient_accumulation_steps", self.accumulation_steps >= 1, "at least 1"),
                 *((name, getattr(self, name) >= 0, "0 or more") for name in naturals),
                 *((name, 0 <= getattr(self, name) < 1, "a number in [0, 1)") for name in shares),
                 ("bank_capacity_per_class",

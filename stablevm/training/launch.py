@@ -1,31 +1,105 @@
 """How this process takes part in a run: alone, with others, in shards; and in which precision."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from stablevm.errors import UserError
+from stablevm.launcher import Place
+from stablevm.options import as_typed
 from stablevm.training.config import TrainConfig
+
+# What `accelerate launch` asks for in the environment and we do not do, with what to do instead.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; launch with --use_fsdp, or plainly",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; launch with --use_fsdp, or plainly",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context and sequence parallelism are not supported; launch plainly",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's own processes are not supported; launch with torchrun",
+}
+DYNAMO, PRECISION = "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION"
+ACCUMULATION, CPU = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_USE_CPU"
+
+
+def as_launched(config: TrainConfig) -> TrainConfig:
+    """The options with what `accelerate launch` was told, where the command does not say it itself.
+
+    A precision "no" counts as not said: accelerate passes it on where nobody gave one. UserError where both say it and
+    differ, and for what can't be done.
+    """
+    for variable, remedy in REFUSED.items():
+        if _is_on(variable):
+            raise UserError(f"accelerate launch ({variable}): {remedy}")
+    if os.environ.get(DYNAMO, "no").lower() != "no":
+        raise UserError(f"accelerate launch --dynamo_backend {os.environ[DYNAMO].lower()}: give --compile instead")
+    told: dict[str, Any] = {}
+    precision = os.environ.get(PRECISION, "no").lower()
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"accelerate launch --mixed_precision {precision}: expected bf16, fp16 or no")
+    if precision != "no":
+        told["mixed_precision"] = precision
+    parts = os.environ.get(ACCUMULATION)
+    if parts is not None:
+        if not (parts.isascii() and parts.isdecimal() and int(parts[:9]) >= 1):
+            raise UserError(f"{ACCUMULATION}={parts[:40]}: expected a number from 1; unset it")
+        told["gradient_accumulation_steps"] = int(parts[:9])
+    for option, value in told.items():
+        given = getattr(config, option)
+        if given not in (None, value):
+            raise UserError(
+                f"{as_typed(option, given)}: accelerate launch says {value} (--{option}); give one of them, or the same"
+            )
+    return replace(config, **{"gradient_accumulation_steps": config.accumulation_steps, **told})
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """UserError where the options do not fit the machine, or the number of processes."""
-    precision = config.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
-    if precision == "fp16" and not torch.cuda.is_available():
+    Place.from_environment()  # which accelerate would read without a word to users
+    cpu = not torch.cuda.is_available() or _is_on(CPU)
+    precision = config.mixed_precision or ("no" if cpu else "fp16")
+    if precision == "fp16" and cpu:
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
     # Told that there is only a CPU, accelerate joins several processes through gloo; untold, it would leave each alone.
     # Gradients that lie in the buckets they are reduced in need no second place (nor a copy at each step).
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[buckets])
+    # The step divides the losses of its parts itself; accelerate would by the launcher's number, once more.
+    undivided = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=cpu, kwargs_handlers=[buckets], gradient_accumulation_plugin=undivided
+    )
     _check_sharding(accelerator)
-    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    parts = accelerator.num_processes * config.accumulation_steps
     if config.batch_size % parts:
         raise UserError(
             f"--batch-size {config.batch_size}: not a multiple of {accelerator.num_processes} processes x "
-            f"{config.gradient_accumulation_steps} accumulation steps; give one"
+            f"{config.accumulation_steps} accumulation steps; give one"
         )
     return accelerator
+
+
+def check_same_options(config: TrainConfig, accelerator: Accelerator) -> None:
+    """UserError, the same on all processes, naming the first option that one of them was started with alone."""
+    if accelerator.num_processes > 1:
+        compare_options(gather_object([config.to_dict()]))
+
+
+def compare_options(found: Sequence[dict[str, Any]]) -> None:
+    """UserError for the first option whose value differs between the processes, whose options are `found` in order."""
+    for rank, theirs in enumerate(found):
+        for option, value in found[0].items():
+            if theirs[option] != value:
+                raise UserError(
+                    f"the processes of one run need the same options: process 0 has {as_typed(option, value)}, "
+                    f"process {rank} has {as_typed(option, theirs[option])}; start all with the same command"
+                )
 
 
 def _check_sharding(accelerator: Accelerator) -> None:

@@ -170,7 +170,7 @@ class StepRunner:
         for number, (span, aim) in enumerate(self._parts(draw, images), start=1):
             if aim is not None:
                 clock.end("encoder")
-            with self._maybe_no_sync(synchronise=number == self.config.gradient_accumulation_steps):
+            with self._maybe_no_sync(synchronise=number == self.config.accumulation_steps):
                 losses, error = self._losses(draw, aim, span)
                 clock.end("forward")
                 self.accelerator.backward(spread(losses["loss"]))
@@ -191,7 +191,7 @@ class StepRunner:
         if alignment is not None:  # weights are functions of t, whose zeros are looked for on the host
             weights = alignment.schedule(draw.host_t)
             total = self.accelerator.reduce(rng.to_device(weights.sum(), draw.t.device), reduction="sum")
-        for rows in torch.arange(len(draw.t)).chunk(self.config.gradient_accumulation_steps):
+        for rows in torch.arange(len(draw.t)).chunk(self.config.accumulation_steps):
             span = slice(int(rows[0]), int(rows[-1]) + 1)
             if alignment is None:
                 yield span, None

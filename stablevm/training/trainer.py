@@ -22,7 +22,7 @@ from stablevm.training.engine import Engine
 from stablevm.training.evaluation import Evaluation, distance_of
 from stablevm.training.interruption import Interruption
 from stablevm.training.journal import Journal
-from stablevm.training.launch import make_accelerator
+from stablevm.training.launch import as_launched, check_same_options, make_accelerator
 from stablevm.training.main_process import on_main, told_by_main
 from stablevm.training.previews import Previews
 from stablevm.training.rate import rate_at
@@ -49,7 +49,9 @@ def train(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
+    config = as_launched(config)
     accelerator = make_accelerator(config)
+    check_same_options(config, accelerator)
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     if accelerator.is_main_process:

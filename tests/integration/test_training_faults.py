@@ -242,6 +242,22 @@ def test_of_two_processes_one_tells_the_error(mistake, root):
 
 
 @pytest.mark.slow
+def test_two_processes_with_different_options(root):
+    """One line that names the option, and nothing is written."""
+    settings = runs.config(root, "different")
+    start = 'exec "$@" --seed $RANK'
+    done = subprocess.run(
+        [*runs.TWO_PROCESSES, "--no-python", "bash", "-c", start, "bash", sys.executable, ROOT / "train.py",
+         *(word for word in runs.as_arguments(settings) if not word.startswith("--seed"))],
+        env=runs.ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "process 0 has --seed 0, process 1 has --seed 1" in line
+    assert not (settings.folder / "config.json").exists()
+
+
+@pytest.mark.slow
 def test_two_processes_stop_as_slurm_stops_them(root):
     """Started without a launcher; SIGTERM reaches each process, and the loaders' workers too."""
     settings = runs.config(root, "requeued", max_train_steps=9_999, log_steps=5, num_workers=1)
