@@ -1,6 +1,7 @@
 """Time outside the network: statistics of 50,000 x 2,048 features against torch-fidelity's and scipy's.
 
 python benchmarks/evaluation.py [--samples 50000] [--reference 10000] [--no-peers]
+python benchmarks/evaluation.py --collapsed [--samples 4000]     # precision and recall of near copies alone
 """
 
 import resource
@@ -26,6 +27,7 @@ class Sizes:
     samples: int = 50_000
     reference: int = 10_000
     peers: bool = True
+    collapsed: bool = False
 
 
 def features(count, seed):
@@ -96,8 +98,45 @@ def scipy_root(samples, reference, table):
     timed("FID", fid, table, "scipy")
 
 
+def near_copies(kind, count, stream):
+    """Samples of which the squared norms and products tell no distances in float32."""
+
+    def noise(size):
+        return size * torch.randn(count, WIDTH, generator=stream)
+
+    rows, centres = torch.arange(count), torch.rand(count, WIDTH, generator=stream)
+    return {
+        "distinct": lambda: centres,
+        "collapsed": lambda: centres[:1] + noise(1e-3),
+        "ten modes": lambda: centres[rows % 10] + noise(1e-3),
+        "copies of 20": lambda: centres[rows // 20] + noise(1e-4),
+        "half of them collapsed": lambda: torch.where((rows % 2 == 0)[:, None], centres, centres[:1] + noise(1e-3)),
+        "duplicates of ten": lambda: centres[rows % 10],
+        "one float32 step apart": lambda: torch.where(noise(1) > 0, centres[:1].nextafter(torch.ones(1)), centres[:1]),
+    }[kind]()
+
+
+def collapsed(options):
+    """Seconds of the processor, so that other work on the machine counts little, for near copies and distinct rows."""
+    for count in (256, 512, 1024, options.samples):
+        plain = 0.0
+        for kind in ("distinct", "collapsed", "ten modes", "copies of 20", "half of them collapsed",
+                     "duplicates of ten", "one float32 step apart"):  # fmt: skip
+            stream = torch.Generator().manual_seed(0)
+            reference = torch.rand(500, WIDTH, generator=stream)
+            samples = near_copies(kind, count, stream)
+            began = time.process_time()
+            found = precision_recall(reference, samples)
+            seconds = time.process_time() - began
+            plain = plain or seconds
+            print(f"{count} {kind}: {seconds:.2f} s, {seconds / plain:.1f} times distinct; {found}", flush=True)
+
+
 def main(options):
     print(describe_machine())
+    if options.collapsed:
+        collapsed(options)
+        return
     samples, reference = features(options.samples, 1), features(options.reference, 2).mul_(1.05)
     table = {}
     before = memory()

@@ -20,9 +20,9 @@ from stablevm.evaluation.digits_extractor import (
 from stablevm.evaluation.neighbours import (
     COVERAGE_K,
     PRECISION_RECALL_K,
-    coverage,
+    memorised_share,
     nearest_distance,
-    precision_recall,
+    neighbourhood,
 )
 from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance
 from stablevm.models.digits_net import IMAGE_SIZE
@@ -41,9 +41,11 @@ def judge_digits(
 
     - `accuracy`: share of the images that the extractor recognises as their class
     - `frechet_test`: Fréchet distance to the reference; `frechet_floor`: the same of `train`, what real digits get
-    - `precision`, `recall`, `coverage` against the reference, in [0, 1]
+    - `precision`, `recall`, `coverage` against the reference, in [0, 1]; `density` against it, about 1 for real digits
     - `nearest_train`: `min` and `median` over the images of the Euclidean distance to the nearest of `train`, over 64
       grey pixels in [-1, 1]; near 0 are copies. `nearest_train_of_test`: the same of the reference's digits
+    - `memorisation`: share of the images that are nearer to one of `train` than 99 of 100 of the reference's digits are
+      (`neighbours.memorised_share`)
     - `extractor`, `extractor_test_accuracy`, `num_samples`
 
     UserError for images or labels of another type, shape or range, for too few of them, and for data sets that the
@@ -55,18 +57,21 @@ def judge_digits(
     features, classes = extractor.read(samples)
     test_features, _ = extractor.read(test_images)
     train_features, _ = extractor.read(train_images)
-    precision, recall = precision_recall(test_features, features)
+    found = neighbourhood(test_features, features)
+    copies, unseen = (_to_nearest(each, train_images) for each in (samples, test_images))
     test_statistics = FeatureStatistics.from_features(test_features)
     return {
         "num_samples": len(images),
         "accuracy": float((classes == labels).double().mean()),
         "frechet_test": frechet_distance(FeatureStatistics.from_features(features), test_statistics),
         "frechet_floor": frechet_distance(FeatureStatistics.from_features(train_features), test_statistics),
-        "precision": precision,
-        "recall": recall,
-        "coverage": coverage(test_features, features),
-        "nearest_train": _nearest(samples, train_images),
-        "nearest_train_of_test": _nearest(test_images, train_images),
+        "precision": found.precision,
+        "recall": found.recall,
+        "density": found.density,
+        "coverage": found.coverage,
+        "nearest_train": _summary(copies),
+        "nearest_train_of_test": _summary(unseen),
+        "memorisation": memorised_share(copies, unseen),
         "extractor": extractor.name,
         "extractor_test_accuracy": extractor.test_accuracy,
     }
@@ -83,6 +88,7 @@ def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int
         ("its floor", results["frechet_floor"], "the same distance of the real training digits"),
         ("precision", results["precision"], f"share near a test digit, k = {PRECISION_RECALL_K}"),
         ("recall", results["recall"], f"share of test digits near a sample, k = {PRECISION_RECALL_K}"),
+        ("density", results["density"], f"test digits close by, over k = {COVERAGE_K}; about 1 for real digits"),
         ("coverage", results["coverage"], f"share of test digits with a sample close by, k = {COVERAGE_K}"),
         (
             "nearest, smallest",
@@ -90,12 +96,20 @@ def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int
             f"pixel distance to the closest training digit; for test digits {nearest_test['min']:.3g}",
         ),
         ("nearest, median", nearest["median"], f"the same; for test digits {nearest_test['median']:.3g}"),
+        (
+            "memorisation",
+            results["memorisation"],
+            "share nearer to a training digit than 99 of 100 test digits; 0.01 for new images",
+        ),
         ("extractor", results["extractor"], f"test accuracy {results['extractor_test_accuracy']:.4f}"),
     ]
 
 
-def _nearest(queries: Tensor, points: Tensor) -> dict[str, float]:
-    distances = nearest_distance(to_grey(queries).flatten(1), to_grey(points).flatten(1))
+def _to_nearest(queries: Tensor, points: Tensor) -> Tensor:
+    return nearest_distance(to_grey(queries).flatten(1), to_grey(points).flatten(1))
+
+
+def _summary(distances: Tensor) -> dict[str, float]:
     return {"min": float(distances.min()), "median": float(distances.median())}
 
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from stablevm.errors import UserError
-from stablevm.evaluation.points import BLOCK_ROWS, Bounds, Points, about, bounds_between, points, squared_distances
+from stablevm.evaluation.points import (
+    BLOCK_ROWS,
+    Bounds,
+    Points,
+    about,
+    bounds_between,
+    mean_of,
+    points,
+    squared_distances,
+)
 from stablevm.evaluation.statistics import check_features
 
 PRECISION_RECALL_K = 3  # Kynkäänniemi et al., 2019, "Improved precision and recall metric"
@@ -144,7 +153,7 @@ def radii(among: Points, k: int) -> Tensor:
 
 def radii_of(among: Points, ks: Sequence[int]) -> list[Tensor]:
     """`radii` for several k; the bounds are computed once."""
-    among = about(among.rows.mean(0), among.rows)
+    among = about(mean_of(among.rows), among.rows)
     bounds, indices = _no_candidates(len(among), min(max(ks) + SPARE_CANDIDATES, len(among) - 1), among)
     for start, block in among.blocks():
         mine = slice(start, start + len(block))

@@ -53,8 +53,13 @@ def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
             )
     device = device or sets[0].device
     rows = [features.detach().to(device, torch.float32) for features in sets]
-    centre = rows[0].mean(0)
+    centre = mean_of(rows[0])
     return [about(centre, each) for each in rows]
+
+
+def mean_of(rows: Tensor) -> Tensor:
+    """Of rows (n, width), float32: rounded once, since rows may lie as near to each other as float32 allows."""
+    return rows.mean(0, dtype=torch.float64).float()
 
 
 def about(centre: Tensor, rows: Tensor) -> Points:

@@ -70,7 +70,7 @@ def _features_judge(config: TrainConfig, device: torch.device) -> Judge:
 
     def judge_features(images: Tensor, labels: Tensor) -> dict[str, float]:
         pool = torch.cat([extractor(batch)["pool"].cpu() for batch in images.split(BATCH)])
-        results = replace(known, samples={"pool": pool}).results()
+        results = replace(known, samples={"pool": pool}).results(kernel=False)
         return {name: value for name, value in results.items() if isinstance(value, float)}
 
     return judge_features

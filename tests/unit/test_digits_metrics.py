@@ -128,6 +128,7 @@ def test_the_reference_itself_is_perfect(
     assert results["precision"] == results["recall"] == results["coverage"] == 1
     assert results["nearest_train"] == results["nearest_train_of_test"]
     assert results["nearest_train"]["min"] > 0
+    assert results["memorisation"] == pytest.approx(0.01, abs=1 / len(test)) and results["density"] > 1
     assert results["num_samples"] == len(test)
     assert results["extractor"] == "digits-cnn"
     assert not any("fid" in key.lower() for key in results)
@@ -138,7 +139,7 @@ def test_copies_of_training_images_are_found(
 ) -> None:
     images, labels = channels_last(train)[:50].clone(), train.labels()[:50]
     results = judge_digits(images, labels, test, train, extractor)
-    assert results["nearest_train"] == {"min": 0, "median": 0}
+    assert results["nearest_train"] == {"min": 0, "median": 0} and results["memorisation"] == 1
     images[:, 0, 0] = 255 - images[:, 0, 0]  # one pixel, black in nearly all images: by 2 where black
     assert judge_digits(images, labels, test, train, extractor)["nearest_train"]["median"] == pytest.approx(2)
 
