@@ -180,7 +180,9 @@ def _first_that_fits(hints: Iterable[Any], value: Any, where: str) -> Any:
             return _convert(hint, value, where)
         except _MismatchError as error:
             faults.append((hint, error))
-    containers = [error for hint, error in faults if error.where != where]
+    containers = [
+        error for hint, error in faults if error.where != where or (is_dataclass(hint) and isinstance(value, dict))
+    ]
     if containers:  # the value has the form of this one, and something in it is wrong
         raise containers[0]
     expected = " or ".join(_name(hint) for hint, _ in faults if hint is not type(None))

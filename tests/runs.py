@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of commands that are sta
 ALIGNED = {"use_proj_loss": True, "enc_type": "digits", "encoder_depth": 1}
 
 
-def write_data(folder, labels=None, class_names=("zero", "one", "two")):
+def write_data(folder, labels=None, class_names=("zero", "one", "two"), flips=False):
     """40 grey pictures of 8 x 8: a bright bar at a height that tells the class, on noise."""
     stream = torch.Generator().manual_seed(1)
     labels = torch.arange(SAMPLES) % CLASSES if labels is None else labels
@@ -29,9 +29,11 @@ def write_data(folder, labels=None, class_names=("zero", "one", "two")):
     pixels[torch.arange(len(labels)), 0, 2 * labels + 1] += 1
     pixels = pixels.clamp(-1, 1)
     latent = LatentSpec(shape=(1, 8, 8), scale=1.0, shift=0.0, autoencoder=IDENTITY)
-    writer = ShardWriter(folder, Manifest(class_names, 8, "none", latent, has_flips=False, has_images=True))
+    writer = ShardWriter(folder, Manifest(class_names, 8, "none", latent, has_flips=flips, has_images=True))
+    moments = torch.cat([pixels, torch.full_like(pixels, 0.01)], dim=1).half()
     writer.add(
-        moments=torch.cat([pixels, torch.full_like(pixels, 0.01)], dim=1).half(),
+        moments=moments,
+        moments_flip=moments.flip(-1) if flips else None,
         labels=labels,
         index=torch.arange(len(labels)),
         images=unit_to_pixels(pixels).repeat(1, 3, 1, 1),

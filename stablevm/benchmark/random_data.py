@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stablevm import rng
 from stablevm.autoencoder import SHORT_NAMES, LatentSpec
-from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
+from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows
 from stablevm.errors import UserError
 
 IMAGENET_IMAGES = 1_281_167
@@ -54,6 +54,12 @@ class RandomDataset(PreparedDataset):
 
     def images(self, rows: Rows) -> Tensor:
         return self._images[checked_rows(rows, len(self)) % DISTINCT]
+
+    def describe(self, row: int) -> str:
+        return f"row {row} of random data"
+
+    def fingerprint(self, *, with_images: bool) -> Fingerprint:
+        return Fingerprint(len(self), "numbers", f"random {self.latent.shape}", "random" if with_images else "")
 
     def check_images(self) -> None:
         """There are images of every row."""

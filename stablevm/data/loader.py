@@ -6,7 +6,7 @@ to start at another step, and one process or four see the same global batches.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stablevm import rng
-from stablevm.data.dataset import PreparedDataset
+from stablevm.data.dataset import PreparedDataset, check_finite
 from stablevm.data.workers import Calls
 from stablevm.errors import UserError
 
@@ -109,28 +109,20 @@ def training_loader(
     workers: int = 0,
     with_images: bool = False,
     image_rows: Iterable[list[int]] | None = None,
-    flip: bool = False,
+    finite: bool = False,
     pin_memory: bool = False,
 ) -> Calls[TrainingBatch]:
     """A loader of `num_steps` batches (`TrainingBatch`) of this process, from `start_step` on.
 
     With `image_rows`, which gives one list for each step, the images are those of other rows than the samples'; it is
-    asked in this process, shortly before the workers are. With `flip` each sample is mirrored with probability 1/2, its
-    image too. Raises UserError for a batch that the processes can't share, for images that the data set does not hold,
-    and for flips that it was prepared without.
+    asked in this process, shortly before the workers are. With `finite` a sample whose latent is not finite ends the
+    run. Raises UserError for a batch that the processes can't share, and for images that the data set does not hold.
     """
-    if flip and image_rows is not None:
-        raise ValueError("a flip belongs to a sample; the images of other rows can't share it")
     if with_images:
         dataset.check_images()
-    if flip and not dataset.has_flips:
-        raise UserError(
-            f"flips asked for, but --data-dir {dataset.folder} was prepared without the moments of mirrored images; "
-            "train without flips or prepare it with them"
-        )
     sampler = StepSampler(len(dataset), global_batch, rank, world, seed, start_step, num_steps)
     return Calls(
-        _StepReader(dataset, sampler, flip),
+        _StepReader(dataset, finite),
         _StepRequests(sampler, (image_rows or sampler) if with_images else None),
         workers,
         finish_after_signals=True,  # the trainer, told to stop, finishes its step and needs the workers for that
@@ -141,7 +133,6 @@ def training_loader(
 class _Request(NamedTuple):
     """What a worker is asked for: the samples of a step, and images where they are wanted."""
 
-    step: int
     rows: list[int]
     image_rows: list[int] | None
 
@@ -154,34 +145,24 @@ class _StepRequests:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[_Request]:
-        steps = range(self.sampler.start_step, self.sampler.start_step + len(self))
         image_rows = repeat(None) if self.image_rows is None else self.image_rows
-        yield from map(_Request, steps, self.sampler, image_rows)
+        yield from map(_Request, self.sampler, image_rows)
 
 
 class _StepReader:
-    def __init__(self, dataset: PreparedDataset, sampler: StepSampler, flip: bool) -> None:
-        self.dataset, self.sampler, self.flip = dataset, sampler, flip
+    def __init__(self, dataset: PreparedDataset, finite: bool) -> None:
+        self.dataset, self.finite = dataset, finite
         self.labels = dataset.labels()
 
     def __call__(self, request: _Request) -> TrainingBatch:
-        step, rows, image_rows = request
-        batch = TrainingBatch(
-            moments=self.dataset.moments(rows),
+        rows, image_rows = request
+        moments = self.dataset.moments(rows)
+        if self.finite:
+            check_finite(self.dataset, rows, moments)
+        return TrainingBatch(
+            moments=moments,
             labels=self.labels[rows],
             rows=torch.tensor(rows),
             images=None if image_rows is None else self.dataset.images(image_rows),
             image_rows=None if image_rows is None else torch.tensor(image_rows),
         )
-        return self._flipped(batch, step) if self.flip else batch
-
-    def _flipped(self, batch: TrainingBatch, step: int) -> TrainingBatch:
-        first = self.sampler.first_position
-        streams = rng.RowGenerators.for_keys(
-            self.sampler.seed, "flip", step, positions=range(first, first + len(batch.rows))
-        )
-        mirrored = rng.rand((len(batch.rows),), streams) < 0.5
-        batch.moments[mirrored] = self.dataset.moments_flip(batch.rows[mirrored])
-        if batch.images is None:
-            return batch
-        return replace(batch, images=torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stablevm.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
 from stablevm.cards import card_of
-from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
+from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows, digest
 from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
 from stablevm.errors import UserError
@@ -26,6 +26,8 @@ from stablevm.errors import UserError
 LATENTS, IMAGES = "vae-sd", "images"
 # What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.
 ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SHORT_NAMES["mse"], 0.18215, 8
+_BEYOND = 65_520  # the least number that float16 rounds to infinity
+_COMPARED = 256  # files whose content tells one set from another: evenly spread
 _IMAGE_STEM, _LATENT_STEM = "img", "img-mean-std-"
 
 
@@ -82,13 +84,21 @@ class RepaDataset(PreparedDataset):
         return torch.tensor(numbers) if len(set(numbers)) == len(self) else torch.arange(len(self))
 
     def moments(self, rows: Rows) -> Tensor:
+        """UserError naming the file for values beyond the range of float16, which would be infinite in it."""
         names = [self.names[row] for row in checked_rows(rows, len(self))]
         values = np.empty((len(names), *self.moments_shape), np.float16)
         for row, name in enumerate(names):
             found = _load(self._latents, name)
             if found.shape != self.moments_shape:
                 raise UserError(f"{self._latents.root}/{name}: shape {found.shape} instead of {self.moments_shape}")
-            values[row] = found
+            largest = np.abs(found).max(initial=0)
+            if np.isfinite(largest) and largest >= _BEYOND:
+                raise UserError(
+                    f"{self._latents.root}/{name}: holds {largest:g}, latents are kept in float16 up to 65,504; "
+                    "encode that image again or leave it out"
+                )
+            with np.errstate(over="ignore"):
+                values[row] = found
         return torch.from_numpy(values)
 
     def moments_flip(self, rows: Rows) -> Tensor:
@@ -101,6 +111,21 @@ class RepaDataset(PreparedDataset):
         for row, source in enumerate(chosen):
             values[row] = self._image(self.image_names[source])
         return torch.from_numpy(values)
+
+    def describe(self, row: int) -> str:
+        return f"row {row} ({self._latents.root}/{self.names[row]})"
+
+    def fingerprint(self, *, with_images: bool) -> Fingerprint:
+        """Of names, labels and the content of some files: to read all would take as long as an epoch."""
+        sample = np.unique(np.linspace(0, len(self) - 1, _COMPARED).round().astype(int))
+        latents = (_load(self._latents, self.names[row]).tobytes() for row in sample)
+        images = (self.images([row]).numpy().tobytes() for row in sample)
+        return Fingerprint(
+            rows=len(self),
+            class_names=digest(self.class_names),
+            latents=digest([*self.names, *self._labels.tolist(), *latents]),
+            images=digest([*self.image_names, *images]) if with_images else "",
+        )
 
     def check_images(self) -> None:
         """UserError if there are no images, or none for some latent. Files are looked for when they are read."""

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stablevm.data.dataset import PreparedDataset, Rows, checked_rows
+from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows, digest
 from stablevm.data.manifest import MANIFEST_FILE, REMEDY, Manifest, Shard, ShardKind
 from stablevm.data.png import decode_png
 from stablevm.data.storage import READ_ERRORS, is_fault_of_file
@@ -86,6 +86,21 @@ class ShardDataset(PreparedDataset):
         for row, (shard, local) in enumerate(zip(*self._locate(rows), strict=True)):
             values[row] = self._shards[shard].image(local)
         return torch.from_numpy(values)
+
+    def describe(self, row: int) -> str:
+        (shard,), _ = self._locate(checked_rows([row], len(self)))
+        file = self.manifest.shards[shard].latents
+        return f"row {row} (image {self.index()[row]} of the source{f', in {file.name}' if file else ''})"
+
+    def fingerprint(self, *, with_images: bool) -> Fingerprint:
+        """Of the checksums in the manifest: no shard is read."""
+        files = [(shard.rows, shard.latents, shard.images) for shard in self.manifest.shards]
+        return Fingerprint(
+            rows=len(self),
+            class_names=digest(self.class_names),
+            latents=digest(part for rows, latents, _ in files for part in (rows, latents and latents.sha256)),
+            images=digest(images and images.sha256 for *_, images in files) if with_images else "",
+        )
 
     def check_images(self) -> None:
         if not self.has_images:

@@ -26,6 +26,7 @@ _NOT_NEEDED = {
 FREE_ON_RESUME = frozenset(
     {
         "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
+        "data_dir",  # of the data's content `start.check_data` knows
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
         "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "vae",
         *_NOT_NEEDED, "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
@@ -130,6 +131,8 @@ class TrainConfig:
     """Seed of weights, batches, times and noise; 0 or more."""
     num_workers: int = 4
     """Processes that read data."""
+    horizontal_flips: bool = False
+    """Train on each image's mirror image too, as a sample of its own; the data must be prepared with encode --flip."""
     path_type: Literal["linear", "cosine"] = "linear"
     """Path between data and noise."""
     prediction: Literal["v", "x"] = "v"

@@ -102,6 +102,7 @@ class Engine:
             workers=self.config.num_workers,
             with_images=self.alignment is not None,
             image_rows=self._anchor_plan(num_steps),
+            finite=isinstance(self.objective, StableVM),
             pin_memory=self.accelerator.device.type == "cuda",
         )
 

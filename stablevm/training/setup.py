@@ -13,6 +13,7 @@ from tqdm import tqdm
 from stablevm import rng
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset, drawn_latents
+from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.encoders import Encoder, load_encoder
 from stablevm.errors import UserError
@@ -37,7 +38,7 @@ def open_data(config: TrainConfig) -> PreparedDataset:
         )
     if config.use_proj_loss:
         dataset.check_images()
-    return dataset
+    return MirroredDataset(dataset) if config.horizontal_flips else dataset
 
 
 def class_names(config: TrainConfig, dataset: PreparedDataset) -> tuple[str, ...]:

@@ -1,12 +1,20 @@
 """Where a run begins: at step 0, or at a checkpoint of an earlier command that is whole."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+from stablevm.bank import ClassBank
+from stablevm.cards import read_card
+from stablevm.data.dataset import Fingerprint, PreparedDataset
 from stablevm.errors import UserError
+from stablevm.files import write_json
 from stablevm.locks import is_foreign
+from stablevm.options import as_typed
 from stablevm.training.checkpoint import checkpoint_folder, damage, existing_folder, saved_steps
 from stablevm.training.config import CONFIG_FILE, TrainConfig
+
+DATA_FILE = "data.json"
 
 
 def find_start(config: TrainConfig, *, show: bool, before: int | None = None) -> int:
@@ -42,6 +50,47 @@ def _gone_on(config: TrainConfig, steps: list[int], show: bool) -> int:
             "run the command without --resume-step)"
         )
     return step
+
+
+def check_data(config: TrainConfig, dataset: PreparedDataset, start: int) -> list[str]:
+    """Lines to tell of, where the run that goes on at step `start` does not know its data by their content.
+
+    UserError, saying what differs, where they are not the data that the run began with: the bank and the order of
+    samples name rows, which would be other images.
+    """
+    if not start:
+        return []
+    record = config.folder / DATA_FILE
+    if record.exists():
+        known = read_card(record, Fingerprint, "run", remedy="restore it from a copy")
+        if difference := dataset.fingerprint(with_images=config.use_proj_loss).difference(known):
+            raise UserError(
+                f"--data-dir {config.data_dir}: not the data of the run in {config.folder}: {difference}; give "
+                "those that it began with, wherever they are now, or another --exp-name"
+            )
+        return []
+    earlier = TrainConfig.read(config.folder).data_dir
+    if earlier.resolve() != config.data_dir.resolve():
+        raise UserError(
+            f"{config.folder} holds a run with {as_typed('data_dir', str(earlier))}, this command says "
+            f"{as_typed('data_dir', str(config.data_dir))}: give that, or another --exp-name"
+        )
+    return [f"{config.folder} was begun by an earlier version: that {config.data_dir} is unchanged can't be checked"]
+
+
+def check_bank(config: TrainConfig, dataset: PreparedDataset, bank: ClassBank) -> None:
+    """UserError for a bank of a checkpoint that names rows which the data do not have."""
+    if int(bank.ids.max()) >= len(dataset):
+        raise UserError(
+            f"--data-dir {config.data_dir}: has {len(dataset):,} rows, the bank of the run in {config.folder} names "
+            f"row {int(bank.ids.max()):,}; give the data that the run began with, or another --exp-name"
+        )
+
+
+def record_data(config: TrainConfig, dataset: PreparedDataset) -> None:
+    """Write down what the run's data hold, if that is not there yet."""
+    if not (config.folder / DATA_FILE).exists() or not saved_steps(config.folder):
+        write_json(config.folder / DATA_FILE, asdict(dataset.fingerprint(with_images=config.use_proj_loss)))
 
 
 def _asked_for(config: TrainConfig, steps: list[int]) -> int:

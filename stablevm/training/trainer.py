@@ -33,7 +33,7 @@ from stablevm.training.setup import (
     open_data,
     prefill,
 )
-from stablevm.training.start import find_start
+from stablevm.training.start import check_bank, check_data, find_start, record_data
 from stablevm.training.tracker import EVALUATED, Trackers, evaluated
 
 
@@ -54,13 +54,16 @@ def _train(config: TrainConfig) -> int:
     check_same_options(config, accelerator)
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
+    unchecked = check_data(config, dataset, start)
     if accelerator.is_main_process:
         notes = empty_classes_warning(config, dataset) + decoding_notes(config.vae, dataset.latent)
-        for line in config.warnings() + notes:
+        for line in config.warnings() + notes + unchecked:
             print(f"warning: {line}", file=sys.stderr)
     trainer = Trainer(config, dataset, accelerator)
     if start:
         _restore(trainer.engine, config, start, show=accelerator.is_main_process)
+        if isinstance(trainer.engine.objective, StableVM):
+            check_bank(config, dataset, trainer.engine.objective.bank)
     elif config.init_from is not None:
         for line in trainer.engine.start_from(config.init_from):
             trainer.say(line)
@@ -196,6 +199,7 @@ class Trainer:
             self.say(f"going on from step {step}; newer checkpoints were moved to {aside}")
         if not (folder / CONFIG_FILE).exists() or TrainConfig.read(folder) != config:
             write_json(folder / CONFIG_FILE, config.to_dict())
+        record_data(config, self.dataset)
         checkpoint.end_return(folder)
         if not step:
             return []

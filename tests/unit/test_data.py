@@ -13,8 +13,10 @@ from data_sets import COUNT, DESCRIPTION, damaged, kill_at_rename, one_line, sou
 from safetensors.torch import load_file, save_file
 
 from stablevm.data import tensor_file
+from stablevm.data.dataset import check_finite
 from stablevm.data.loader import training_loader
 from stablevm.data.manifest import Manifest, Shard, ShardFile
+from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.png import encode_png
 from stablevm.data.shards import ShardDataset
@@ -85,8 +87,8 @@ class TestShards:
         assert not data.has_images and damaged(tmp_path) == []
         with pytest.raises(UserError, match="prepared without images"):
             training_loader(data, global_batch=2, seed=0, num_steps=1, with_images=True)
-        with pytest.raises(UserError, match="prepared without the moments of mirrored"):
-            training_loader(data, global_batch=2, seed=0, num_steps=1, flip=True)
+        with pytest.raises(UserError, match=r"no latents of mirrored images; prepare shards with them .*encode --flip"):
+            MirroredDataset(data)
 
 
 class _Sum:
@@ -95,6 +97,41 @@ class _Sum:
 
     def __call__(self, chosen):
         return self.data.moments(chosen).double().sum()
+
+
+class TestFingerprint:
+    def test_it_is_of_the_content_and_not_of_the_place(self, dataset_dir, dataset_copy, tmp_path):
+        one, other = open_dataset(dataset_dir), open_dataset(dataset_copy)
+        for with_images in (False, True):
+            known = one.fingerprint(with_images=with_images)
+            assert other.fingerprint(with_images=with_images) == known
+            assert MirroredDataset(one).fingerprint(with_images=with_images) == known
+        assert one.fingerprint(with_images=True) != one.fingerprint(with_images=False)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda rows: rows, None),
+            (lambda rows: {name: tensor[:90] for name, tensor in rows.items()}, "90 rows instead of 100"),
+            (
+                lambda rows: {name: tensor.flip(0) for name, tensor in rows.items()},
+                "other latents or labels, or the same",
+            ),
+            (lambda rows: {**rows, "labels": (rows["labels"] + 1) % 3}, "other latents or labels, or the same"),
+            (lambda rows: {**rows, "images": 255 - rows["images"]}, "other images"),
+        ],
+    )
+    def test_it_tells_what_differs(self, tmp_path, change, words):
+        rows = source(100)
+        write(tmp_path / "one", rows)
+        write(tmp_path / "other", change(rows))
+        known, found = (open_dataset(tmp_path / name).fingerprint(with_images=True) for name in ("one", "other"))
+        difference = found.difference(known)
+        assert difference is words is None or words in difference
+
+    def test_of_class_names(self, dataset_dir):
+        known = open_dataset(dataset_dir).fingerprint(with_images=False)
+        assert replace(known, class_names="x").difference(known) == "other class names"
 
 
 class TestWriter:
@@ -116,6 +153,29 @@ class TestWriter:
             writer.add(**{**good, "labels": good["labels"][:3]})
         with pytest.raises(ValueError, match="3 class names"):
             writer.add(**{**good, "labels": torch.tensor([0, 1, 2, 3])})
+
+    def test_rows_that_are_not_finite_are_named_when_a_loader_asks(self, tmp_path):
+        write(tmp_path, source(20))
+        path = tmp_path / "latents-00000.safetensors"
+        tensors = load_file(path)
+        tensors["moments"][13, 1, 0, 0], tensors["moments_flip"][4] = torch.inf, torch.nan
+        save_file(tensors, path)
+        data, options = open_dataset(tmp_path), {"global_batch": 40, "seed": 0, "num_steps": 1}
+        assert len(list(training_loader(data, **options))) == 1
+        for each, words in (
+            (data, r"row 13 \(image 94 of the source, in latents-00000.safetensors\) is not finite"),
+            (MirroredDataset(data), r"row 24, the mirror image of row 4 \(image 31"),
+        ):
+            rows = range(20) if each is data else range(14, 40)
+            with pytest.raises(UserError, match=words) as error:
+                check_finite(each, rows, each.moments(rows))
+            one_line(error)
+        with pytest.raises(UserError, match="is not finite"):
+            list(training_loader(data, finite=True, **options))
+
+    def test_large_values_are_finite(self, dataset_dir):
+        moments = torch.full((4, 2, 2, 2), 65_504.0).half()
+        check_finite(open_dataset(dataset_dir), range(4), moments)
 
     def test_moments_that_are_not_finite_name_the_sample(self, tmp_path):
         few = source(4)

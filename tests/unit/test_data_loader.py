@@ -15,6 +15,7 @@ from data_sets import COUNT, one_line
 
 from stablevm.data import loader as loader_module
 from stablevm.data.loader import StepSampler, training_loader
+from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.workers import Calls
 from stablevm.errors import UserError
@@ -79,32 +80,38 @@ class TestLoader:
 
     def test_workers_change_nothing(self, dataset_dir):
         data = open_dataset(dataset_dir)
-        options = {"with_images": True, "flip": True, "start_step": 5}
+        options = {"with_images": True, "start_step": 5}
         assert same(read(data, **options), read(data, workers=2, **options))
 
     def test_two_processes_read_the_halves_of_one(self, dataset_dir):
         data = open_dataset(dataset_dir)
-        whole = read(data, flip=True, with_images=True)
+        whole = read(data, with_images=True)
         for rank in range(2):
             half = slice(4 * rank, 4 * rank + 4)
-            for batch, part in zip(whole, read(data, flip=True, with_images=True, rank=rank, world=2), strict=True):
+            for batch, part in zip(whole, read(data, with_images=True, rank=rank, world=2), strict=True):
                 for name in ("moments", "labels", "rows", "images"):
                     assert torch.equal(getattr(batch, name)[half], getattr(part, name))
 
-    def test_flips_are_fair_and_take_the_image_along(self, dataset_dir, dataset_rows):
-        batches = read(open_dataset(dataset_dir), flip=True, with_images=True, global_batch=500)
-        choices = []
-        for batch in batches:
-            plain, flipped = dataset_rows["moments"][batch.rows], dataset_rows["moments_flip"][batch.rows]
-            is_flipped = (batch.moments == flipped).flatten(1).all(1)
-            assert torch.equal(is_flipped, ~(batch.moments == plain).flatten(1).all(1))
-            images = dataset_rows["images"][batch.rows]
-            assert torch.equal(batch.images[is_flipped], images[is_flipped].flip(-1))
-            assert torch.equal(batch.images[~is_flipped], images[~is_flipped])
-            choices.append(is_flipped)
-        chosen = torch.stack(choices).double()  # 4 steps x 500 positions
-        assert abs(chosen.sum() - 1_000) < 4 * 2_000**0.5 / 2  # |z| < 4 at seed 3
-        assert (chosen.corrcoef() - torch.eye(4)).abs().max() < 4 / 500**0.5  # steps are independent: |z| < 4
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_mirrored_samples_are_rows_of_their_own(self, dataset_dir, dataset_rows, workers):
+        """Row N + i is row i mirrored: its latent, its image, its label; each epoch holds all 2N."""
+        data = MirroredDataset(open_dataset(dataset_dir))
+        assert len(data) == 2 * COUNT and data.num_classes == 3
+        batches = read(data, with_images=True, global_batch=COUNT // 4, num_steps=8, workers=workers)
+        seen = torch.cat([batch.rows for batch in batches])
+        assert torch.equal(seen.sort().values, torch.arange(2 * COUNT))
+        for batch in batches[:2]:
+            own, mirrored = batch.rows % COUNT, batch.rows >= COUNT
+            assert 0 < mirrored.sum() < len(mirrored)
+            for found, plain, flipped in (
+                (batch.moments, dataset_rows["moments"], dataset_rows["moments_flip"]),
+                (batch.images, dataset_rows["images"], dataset_rows["images"].flip(-1)),
+            ):
+                assert torch.equal(found[~mirrored], plain[own[~mirrored]])
+                assert torch.equal(found[mirrored], flipped[own[mirrored]])
+            assert torch.equal(batch.labels, dataset_rows["labels"][own])
+        assert torch.equal(data.moments_flip([COUNT + 5]), data.moments([5]))
+        assert data.describe(COUNT + 5).startswith(f"row {COUNT + 5}, the mirror image of row 5 (image 38 of")
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_images_of_other_rows(self, dataset_dir, dataset_rows, workers):
@@ -118,15 +125,6 @@ class TestLoader:
             assert torch.equal(batch.images, dataset_rows["images"][batch.image_rows])
         assert same(read(data), [replace(batch, images=None) for batch in batches])
 
-    def test_other_rows_do_not_flip(self, dataset_dir):
-        with pytest.raises(ValueError, match="flip"):
-            read(open_dataset(dataset_dir), with_images=True, image_rows=[[0]] * 4, flip=True)
-
-    def test_a_resumed_loader_goes_on_with_the_same_flips(self, dataset_dir):
-        data = open_dataset(dataset_dir)
-        whole = read(data, flip=True, with_images=True)
-        assert same(whole[2:], read(data, flip=True, with_images=True, start_step=2, num_steps=2))
-
     def test_files_of_images_are_not_needed_without_alignment(self, dataset_copy):
         for path in dataset_copy.glob("images-*"):
             path.unlink()
@@ -139,7 +137,7 @@ class TestLoader:
     def test_global_random_states_stay_as_they_were(self, dataset_dir, workers):
         data = open_dataset(dataset_dir)
         before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-        read(data, flip=True, with_images=True, workers=workers)
+        read(data, with_images=True, workers=workers)
         assert torch.equal(before[0], torch.get_rng_state())
         assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
         assert before[2] == random.getstate()

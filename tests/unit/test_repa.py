@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from data_sets import one_line
 from PIL import Image
 
+from stablevm.data.dataset import check_finite
 from stablevm.data.loader import training_loader
+from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset, latent_name
 from stablevm.errors import UserError
@@ -75,7 +78,7 @@ def test_what_the_folder_says_of_itself_counts(tmp_path):
     latent = {"shape": [4, 2, 2], "scale": 0.5, "shift": 0.1, "autoencoder": "somewhere"}
     facts = {"latent": latent, "class_names": ["cat", "dog"], "resolution": [SIDE, SIDE], "crop": "none"}
     dataset = RepaDataset(write_repa(tmp_path, facts))
-    assert dataset.latent.to_dict() == {**latent, "shape": (4, 2, 2)}
+    assert dataset.latent.to_dict() == {**latent, "shape": (4, 2, 2), "fingerprint": None}
     assert dataset.class_names == ("cat", "dog") and dataset.crop == "none"
 
 
@@ -121,8 +124,8 @@ def test_the_training_loader_reads_it_like_shards(tmp_path):
             assert torch.equal(batch.moments[:, 0, 0, 0].long(), torch.tensor(NUMBERS)[batch.rows])
             assert torch.equal(batch.images[:, 0, 0, 0].long(), torch.tensor(NUMBERS)[batch.rows])
     assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == sorted([*range(COUNT)] * 2)
-    with pytest.raises(UserError, match="without the moments of mirrored"):
-        training_loader(dataset, global_batch=4, seed=0, num_steps=1, flip=True)
+    with pytest.raises(UserError, match="no latents of mirrored images"):
+        MirroredDataset(dataset)
 
 
 def test_unpaired_files_are_named(tmp_path):
@@ -210,3 +213,38 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     assert not dataset.has_images and len(dataset.moments([0])) == 1
     with pytest.raises(UserError, match="has no images"):
         dataset.check_images()
+
+
+def test_values_beyond_float16_are_refused_by_name(tmp_path):
+    """They became infinite; NaN is left to who reads, as in shards."""
+    write_repa(tmp_path)
+    path = tmp_path / "vae-sd" / latent_name(f"{stem(4)}.png")
+    for value, fits in ((65_519.0, True), (-65_520.0, False), (1e30, False), (np.nan, True)):
+        np.save(path, np.full((8, 2, 2), value, np.float32))
+        dataset = open_dataset(tmp_path)
+        if fits:
+            dataset.moments(range(COUNT))
+            continue
+        with pytest.raises(UserError, match=r"img-mean-std-00000004.npy: holds .*, latents.*float16") as error:
+            dataset.moments(range(COUNT))
+        assert f"holds {abs(value):g}" in one_line(error)
+    with pytest.raises(UserError, match=r"row 3 \(.*vae-sd/00000/img-mean-std-00000004.npy\) is not finite"):
+        check_finite(dataset, range(COUNT), dataset.moments(range(COUNT)))
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    """The same for a folder, its copy and its archives; another when two files or two labels change places."""
+    one = write_repa(tmp_path / "one")
+    known = open_dataset(one).fingerprint(with_images=True)
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    for part in ("images", "vae-sd"):
+        shutil.make_archive(str(archives / part), "zip", one / part)
+    assert open_dataset(write_repa(tmp_path / "two")).fingerprint(with_images=True) == known
+    assert open_dataset(archives).fingerprint(with_images=True) == known
+    first, second = (one / "vae-sd" / latent_name(f"{stem(number)}.png") for number in (3, 7))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    found = open_dataset(one).fingerprint(with_images=True)
+    assert found.difference(known) == "other latents or labels, or the same in another order"
