@@ -6,11 +6,16 @@ process i modulo their number.
 """
 
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -68,24 +73,30 @@ class Job:
         parts = self.parts()
         missing = [part for part in parts if not done(names, part)]
         mine = [part for part in parts[self.process.rank :: self.process.world_size] if not done(names, part)]
-        results = iter(Calls(work, [each for part in mine for each in _pieces(part, batch)], workers))
+        results = _results(Calls(work, [each for part in mine for each in _pieces(part, batch)], workers))
         finished = self.count - sum(map(len, missing))
-        with tqdm(
-            total=finished + sum(map(len, mine)),
-            initial=finished,
-            desc=self.title,
-            unit="image",
-            disable=not self.process.is_first,
-            dynamic_ncols=True,
-        ) as bar:
+        with (
+            tqdm(
+                total=finished + sum(map(len, mine)),
+                initial=finished,
+                desc=self.title,
+                unit="image",
+                disable=not self.process.is_first,
+                dynamic_ncols=True,
+            ) as bar,
+            Stop() as stop,
+            closing(results),
+        ):
 
             def outcome(part: range) -> Iterator[Result]:
                 for each in _pieces(part, batch):
+                    stop.check()
                     yield next(results)
                     bar.update(len(each))
 
             for part in mine:
                 yield part, outcome(part)
+                stop.check()
 
     def wait(self, paths: Sequence[Path]) -> None:
         """Until other processes have made these files."""
@@ -95,6 +106,48 @@ class Job:
                 tqdm.write(f"{self.title}: waiting for {missing} files of other processes")
 
         wait_for_files(paths, tell)
+
+
+class Stop:
+    """While entered, Ctrl-C is only noted, for `check`; a second one ends the program at once.
+
+    An exception that could come anywhere would be lost, or shown with a traceback, wherever nobody can raise: in a
+    worker that has only just been forked, or in the clearing up of torch's loader. Everything on the disk is complete
+    or absent, so that the end may be abrupt.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = self._is_ending = False
+
+    def __enter__(self) -> "Stop":
+        self._process, self._before = os.getpid(), signal.getsignal(signal.SIGINT)
+        self._takes = threading.current_thread() is threading.main_thread() and self._before != signal.SIG_IGN
+        if self._takes:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._takes:
+            signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """KeyboardInterrupt after a Ctrl-C."""
+        if self._wanted:
+            self._is_ending = True
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker: it ends when this process says so
+        if self._is_ending:
+            return
+        if self._wanted:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # torch would raise an error for the workers
+            for child in multiprocessing.active_children():
+                child.kill()
+            os.write(2, b"\ninterrupted; run the same command again to go on\n")
+            os._exit(128 + number)
+        self._wanted = True
 
 
 def begin(dest: Path, plan: dict[str, Any], process: Process) -> Report | None:
@@ -184,6 +237,10 @@ def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> N
 def encoding_part_length(batch: int) -> int:
     """Whole batches, so that each image's batch is the same whatever was done before."""
     return -(-_ENCODING_PART_LENGTH // batch) * batch
+
+
+def _results(calls: Calls[Result]) -> Generator[Result, None, None]:
+    yield from calls
 
 
 def _pieces(whole: range, length: int) -> list[range]:

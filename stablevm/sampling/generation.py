@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stablevm.compiler import check_compiler
+from stablevm.errors import UserError
 from stablevm.files import remove_temporary_of, replacing
 from stablevm.images import save_gif, save_png
 from stablevm.interpolant import get_interpolant
@@ -153,9 +154,10 @@ def _make(run: Run, missing: list[range]) -> None:
                 progress.update(run.parts.num_present() - progress.n)
 
         evaluations = _draw(run, missing, show_progress) if missing else None
-        if run.process.is_first:
-            _wait(run, progress, show_progress)
-    if run.process.is_first:
+        others = run.process.is_first and _wait(run, progress, show_progress)
+    if others:
+        print(f"{run.target}: another command has completed it")
+    elif run.process.is_first:
         _assemble(run)
         cost = "" if evaluations is None else f"{evaluations} network evaluations per image, "
         print(f"{run.target}: complete, {cost}{time.monotonic() - started:.1f} s")
@@ -179,11 +181,17 @@ def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> 
     return evaluations
 
 
-def _wait(run: Run, progress: tqdm, show_progress: Callable[[], None]) -> None:
+def _wait(run: Run, progress: tqdm, show_progress: Callable[[], None]) -> bool:
+    """Until all parts are there; True where somebody else has assembled them meanwhile, which locks prevent."""
     while run.parts.missing():
+        if run.target.exists():
+            return True
+        if not run.parts.folder.exists():
+            raise UserError(f"{run.parts.folder}: was removed while its images were drawn; run the same command again")
         progress.set_description("waiting for the other processes")
         time.sleep(_POLL_SECONDS)
         show_progress()
+    return False
 
 
 def _assemble(run: Run) -> None:
