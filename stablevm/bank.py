@@ -124,7 +124,10 @@ class ClassBank:
 
     def _check_values(self, samples: Tensor, ids: Tensor | None) -> None:
         """UserError for what would spoil targets for as long as it stays in the bank; on a GPU it is not looked at."""
-        if samples.device.type != "cpu":
+        if samples.device.type != "cpu" or not samples.numel():
+            return
+        limit = torch.finfo(self._data.dtype).max
+        if all(-limit <= end <= limit for end in samples.detach().aminmax()):  # one pass; NaN becomes both ends
             return
         stored = samples.detach().flatten(1).to(self._data.dtype).isfinite().all(dim=1)
         if stored.all():
@@ -241,6 +244,14 @@ def check_positions(name: str, values: Tensor, rows: int | None, bound: int) -> 
         raise UserError(f"{name} are {described(values)}: expected torch.int64 ({'B' if rows is None else rows},)")
     if values.device.type == "cpu" and not 0 <= values.min() <= values.max() < bound:
         raise UserError(f"{name} reach from {values.min()} to {values.max()}: expected 0 to {bound - 1}")
+
+
+def check_shares(shares: Tensor, classes: int) -> None:
+    """UserError unless these are shares of so many classes."""
+    if shares.shape != (classes,):
+        raise UserError(f"class_shares are {tuple(shares.shape)}: expected ({classes},), one per class")
+    if not (shares.isfinite() & (shares >= 0)).all():
+        raise UserError(f"class_shares {shares.tolist()}: expected finite numbers, 0 or more")
 
 
 def _check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], capacity: int) -> None:

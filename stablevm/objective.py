@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions
+from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions, check_shares
 from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
@@ -85,6 +85,9 @@ class _Objective:
     protocol: Protocol
     _has_drawn = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.protocol})"
+
     def _begin(self, latents: Tensor, labels: Tensor | None, stream: AnyGenerator, ids: Tensor | None = None) -> None:
         """Check the batch, and at the first draw that no other process draws the same."""
         check_batch(latents, labels, ids)
@@ -100,9 +103,6 @@ class FlowMatching(_Objective):
 
     def __init__(self, protocol: Protocol | None = None) -> None:
         self.protocol = protocol or Protocol()
-
-    def __repr__(self) -> str:
-        return f"FlowMatching({self.protocol})"
 
     def draw(self, latents: Tensor, labels: Tensor, stream: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
         """latents (B, *shape), labels (B,) int64; stream: where the times, noise and dropped labels come from.
@@ -208,10 +208,8 @@ class StableVM(_Objective):
             raise UserError(f"--bank-anchors {anchors}: expected bank or batch")
         if pool_size < 1:
             raise UserError(f"a pool of {pool_size} references: expected at least 1")
-        if class_shares is not None and class_shares.shape != (bank.num_classes,):
-            raise UserError(
-                f"class_shares are {tuple(class_shares.shape)}: expected ({bank.num_classes},), one per class"
-            )
+        if class_shares is not None:
+            check_shares(class_shares, bank.num_classes)
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
         self.class_shares = None if class_shares is None else class_shares.to(bank.device, torch.float32)
         self.references_from = _time(references_from)
@@ -317,9 +315,7 @@ class StableVM(_Objective):
 
 
 def draw_anchors(bank: ClassBank, rows: int, stream: AnyGenerator) -> tuple[Tensor, Tensor]:
-    """Labels and flat slots (rows,) of the samples to perturb: the first numbers that `StableVM.draw` takes from its
-    stream, so that they can be known ahead of it.
-    """
+    """Labels and flat slots (rows,) of the samples to perturb: the first numbers that `StableVM.draw` takes."""
     return bank.draw(rand((rows, 2), stream))
 
 

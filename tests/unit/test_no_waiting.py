@@ -11,7 +11,7 @@ from stablevm import rng
 from stablevm.bank import ClassBank
 from stablevm.models.config import sit_config
 from stablevm.models.sit import SiT
-from stablevm.objective import FlowMatching, Protocol, StableVM, squared_error
+from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
 from stablevm.training.ema import MovingAverage
 
 CLASSES, ROWS, SHAPE = 5, 12, (4, 8, 8)
@@ -60,6 +60,19 @@ def test_stablevm_draws_without_waiting(anchors, protocol):
         draw = objective.draw(latents, labels, streams, ids=labels, pool_stream=rng.generator(0))
     assert copies.found == []
     assert draw.target.shape == latents.shape and draw.target.device.type == "meta" and draw.host_t.device.type == "cpu"
+
+
+@pytest.mark.parametrize("references_from", [0.5, 1.0])
+def test_rows_without_references_are_found_without_waiting(references_from):
+    bank = ClassBank(CLASSES, 6, SHAPE, device="meta")
+    objective = StableVM(bank, NULL, references_from=references_from)
+    latents, labels, streams = batch()
+    with BlockingCopies() as copies:
+        slots = bank.insert(latents, labels, ids=labels)
+        objective.draw(latents, labels, streams, ids=labels, slots=slots, pool_stream=rng.generator(0))
+        field = StableTargetField(NULL, references_from=references_from)
+        field.draw(latents, labels, streams, anchors=torch.empty(ROWS, dtype=torch.int64, device="meta"))
+    assert copies.found == []
 
 
 @pytest.mark.parametrize("protocol", [Protocol(), NULL])

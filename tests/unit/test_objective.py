@@ -1,5 +1,7 @@
 """Draws: what they hold, and the exact facts about their targets."""
 
+import copy
+
 import pytest
 import torch
 
@@ -359,6 +361,21 @@ def test_a_time_outside_the_path_is_refused(wrong):
         StableVM(ClassBank(1, 2, (1,)), references_from=wrong)
     with pytest.raises(UserError, match=r"references_from .*: expected a time in \[0, 1\]"):
         StableTargetField(references_from=wrong)
+
+
+@pytest.mark.parametrize("shares", [[1.0, -0.1, 1.0], [1.0, float("nan"), 1.0]])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(UserError, match=r"class_shares \[1.0, .*: expected finite numbers, 0 or more"):
+        StableVM(ClassBank(CLASSES, 4, SHAPE), class_shares=torch.tensor(shares))
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), StableTargetField(), StableVM(ClassBank(CLASSES, 4, SHAPE))])
+def test_draws_are_the_same_in_autocast_and_usable_after_inference_mode(objective, batch):
+    expected = copy.deepcopy(objective).draw(*batch, same_stream())
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objective.draw(*batch, same_stream())
+    assert torch.equal(found.target, expected.target) and found.target.dtype == torch.float32
+    objective.draw(*batch, same_stream())
 
 
 # Positions
