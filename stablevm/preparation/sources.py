@@ -240,6 +240,12 @@ def _doubts(storage: Storage, found: _Files, prefix: str, names: list[str]) -> I
     folders = {
         _first_part(name, prefix) for name in found.others if name.startswith(prefix) and "/" in name[len(prefix) :]
     }
+    stray = [name for name in found.images if "/" not in name[len(prefix) :]]
+    if stray:
+        yield (
+            f"{storage.root}: {len(stray):,} images are in no class folder and are left out, the first is "
+            f"{printable(min(stray))}"
+        )
     without = sorted(folders - set(names))
     if without:
         yield f"{storage.root}: no image in {printable(some_of(without))}, so no class of that name"

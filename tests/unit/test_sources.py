@@ -41,7 +41,10 @@ def test_class_folders_in_the_order_of_their_names(folder):
     assert source.names == sorted(source.names) and len(source) == 6
     assert source.labels.tolist() == [1, 1, 2, 2, 3, 3]
     assert source.stray == ("stray.jpg",) and (source.ignored, source.hidden) == (1, 1)
-    assert source.warnings == (f"{folder}: 1 of 4 classes have no image (a empty)",)
+    assert source.warnings == (
+        f"{folder}: 1 images are in no class folder and are left out, the first is stray.jpg",
+        f"{folder}: 1 of 4 classes have no image (a empty)",
+    )
 
 
 def test_a_listing_decides_and_its_names_are_sorted(folder, tmp_path):
