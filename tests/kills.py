@@ -22,9 +22,11 @@ def steps(folder, source, vae, side):
     crop = ["--source", str(source), "--resolution", f"{side}x{side}", "--num-workers", "1"]
     crop += ["--transform", "center-crop-dhariwal"]
     images, latents, shards, packed = (folder / name for name in ("DATA/images", "DATA/vae-sd", "shards", "packed"))
+    archive = folder / "archive" / "images.zip"
     model = ["--vae", str(vae), "--num-workers", "1", "--batch-size", "8"]
     return [
         ("dataset_tools", ["convert", *crop, "--dest", str(images)], images),
+        ("dataset_tools", ["convert", *crop, "--dest", str(archive)], archive.parent),
         ("dataset_tools", ["encode", "--source", str(images), "--dest", str(latents), *model], latents),
         ("prepare", ["pack", "--source", str(folder / "DATA"), "--dest", str(packed)], packed),
         ("prepare", ["convert", *crop, "--dest", str(shards)], shards),
