@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from stablevm.files import write_json
 from stablevm.models.config import SiTConfig
 from stablevm.models.sit import SiT
 from stablevm.tensor_files import save_tensors
+from stablevm.text import shown
 
 CARD_FILE = "model.json"
 FORMAT_VERSION = 1
@@ -115,14 +116,18 @@ def load_card(folder: str | Path) -> ModelCard:
 
 
 def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`; UserError when the file is absent or damaged."""
+    """The tensors of `NAME.safetensors`; UserError when the file is absent or damaged, or weights are not finite."""
     path = Path(folder) / f"{name}.safetensors"
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: {path.name} is missing") from None
     except SafetensorError as error:
         raise UserError(f"{folder}: {path.name} is damaged ({error}); use an earlier checkpoint") from None
+    for key, value in tensors.items() if name in get_args(Weights) else ():
+        if not value.isfinite().all():
+            raise UserError(f"{folder}: {path.name}: {shown(key)} is not finite; use an earlier checkpoint")
+    return tensors
 
 
 def load_model(

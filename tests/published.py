@@ -80,6 +80,9 @@ class PublishedSiT(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=stream))
+            if learn_sigma:  # no gradient reaches the dropped half, which stays at the zeros it begins with
+                for value in (self.final_layer.linear.weight, self.final_layer.linear.bias):
+                    value.unflatten(0, (-1, 2 * CHANNELS))[:, CHANNELS:] = 0
         self.eval()
 
     @staticmethod

@@ -1,5 +1,6 @@
 """`stablevm import`: from a published file to a checkpoint folder."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from stablevm.locks import is_foreign, owned
 from stablevm.models.config import SiTConfig
 from stablevm.options import as_typed
 from stablevm.snapshot import ModelCard, Weights
+from stablevm.text import shown
 
 # Of Stable Diffusion's autoencoder (Rombach et al., 2022), as all three projects write into their code.
 SD_LATENT_SCALE, SD_FACTOR = 0.18215, 8
@@ -41,6 +43,7 @@ def _import(config: ImportConfig) -> Path:
     published = read_published(config.checkpoint)
     turned = _source(config, published) == "sit"
     sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
+    _check_no_dit(config, published)
     model = _model(config, published, next(iter(sets.values())))
     card = ModelCard(
         model=model,
@@ -49,7 +52,7 @@ def _import(config: ImportConfig) -> Path:
         prediction=_prediction(config, published),
         class_names=tuple(map(str, range(model.num_classes))),
         step=published.steps or 0,
-        label_dropout=_label_dropout(published.options),
+        label_dropout=_label_dropout(published, model),
     )
     converted = {name: _convert(state, model, turned) for name, state in sets.items()}
     snapshot.save(config.output, card, converted)
@@ -101,13 +104,56 @@ def _model(config: ImportConfig, published: PublishedCheckpoint, state: dict[str
     depth = depth or config.encoder_depth
     if depth is None and has_projectors:
         raise UserError(f"{config.checkpoint} has projectors and does not record their block; give --encoder-depth")
-    model = conversion.infer_config(state, depth if has_projectors else None)
-    if config.num_classes not in (None, model.num_classes):
+    return conversion.infer_config(state, depth if has_projectors else None, _num_classes(config, published))
+
+
+def _num_classes(config: ImportConfig, published: PublishedCheckpoint) -> int | None:
+    """As recorded or given; the label table has a row for each, and one for the null class where labels were dropped.
+
+    None for a file that is no SiT's. UserError where rows, recorded and given numbers contradict each other.
+    """
+    table = published.any_weights.get(conversion.LABEL_TABLE)
+    if table is None or table.ndim != 2:
+        return None
+    rows, recorded = len(table), published.options.get("num_classes")
+    if recorded is not None and not (type(recorded) is int and recorded >= 1):
+        raise UserError(f"{config.checkpoint}: records {shown(recorded)} as num_classes; give a whole checkpoint")
+    if None not in (recorded, config.num_classes) and recorded != config.num_classes:
+        raise UserError(f"--num-classes {config.num_classes}: {config.checkpoint} records {recorded}; leave it out")
+    number, chance = config.num_classes or recorded, _recorded_dropout(published.options)
+    if number is None:
+        number = rows if chance == 0 else rows - 1
+        if chance is None:
+            print(
+                f"warning: {config.checkpoint}: {rows:,} rows in the label table are taken for {number:,} classes and "
+                f"the null class; give --num-classes {rows} if the last one is a class",
+                file=sys.stderr,
+            )
+    fitting = {None: (number, number + 1), 0.0: (number,)}.get(chance, (number + 1,))
+    if rows not in fitting or number < 1:
+        said = "--num-classes" if config.num_classes else "recorded"
         raise UserError(
-            f"--num-classes {config.num_classes}: the checkpoint's label table has {model.num_classes + 1} rows, which "
-            f"is {model.num_classes} classes and the null class"
+            f"{config.checkpoint}: {number:,} classes ({said}) and {rows:,} rows in the label table, expected "
+            f"{' or '.join(map(str, fitting))}; check --num-classes, or give the checkpoint as it was written"
         )
-    return model
+    return number
+
+
+def _check_no_dit(config: ImportConfig, published: PublishedCheckpoint) -> None:
+    """UserError for a DiT's weights, which have a SiT's names and shapes but predict noise, at times up to 1000."""
+    state, name = published.any_weights, published.options.get("model")
+    if isinstance(name, str) and name.lower().startswith("dit"):
+        raise UserError(f"{config.checkpoint}: a {shown(name, quoted=False)}, which predicts noise, not a velocity; "
+                        "only networks of flow matching can be imported")  # fmt: skip
+    recorded = published.options.get("path_type") is not None
+    if recorded or not conversion.predicts_twice(state) or not conversion.second_half_is_trained(state):
+        return
+    if config.source != "sit":
+        raise UserError(
+            f"{config.checkpoint}: the second half of its outputs is trained, as a DiT's is, which predicts noise and "
+            "can't be imported, and a SiT's never is; give --source sit if you know that it predicts a velocity"
+        )
+    print(f"warning: {config.checkpoint} looks like a DiT's; --source sit says that it is a velocity", file=sys.stderr)
 
 
 def _latent(config: ImportConfig, model: SiTConfig) -> LatentSpec:
@@ -148,8 +194,15 @@ def _prediction(config: ImportConfig, published: PublishedCheckpoint) -> Literal
     return "v" if _fact(config, published, "prediction") == "v" else "x"
 
 
-def _label_dropout(options: dict[str, Any]) -> float | None:
-    """The chance of a dropped label where the training's options record it, as REPA's and StableVelocity's do."""
+def _label_dropout(published: PublishedCheckpoint, model: SiTConfig) -> float | None:
+    """The chance of a dropped label, as recorded; 0 where the label table has no row for the null class."""
+    if len(published.any_weights[conversion.LABEL_TABLE]) == model.num_classes:
+        return 0.0
+    return _recorded_dropout(published.options)
+
+
+def _recorded_dropout(options: dict[str, Any]) -> float | None:
+    """REPA's and StableVelocity's training scripts record it."""
     chance = options.get("cfg_prob")
     return float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
 
@@ -161,5 +214,7 @@ def _typed(option: str) -> str:
 def _convert(state: dict[str, Tensor], model: SiTConfig, turned: bool) -> dict[str, Tensor]:
     if conversion.predicts_twice(state):
         state = conversion.first_half(state, model)
+    if len(state[conversion.LABEL_TABLE]) == model.num_classes:
+        state = conversion.with_null_class(state)
     conversion.check_fits(state, model)
     return conversion.turn_time(state) if turned else state

@@ -11,6 +11,7 @@ from stablevm.errors import UserError
 from stablevm.models.config import SIZES, SiTConfig, sit_config
 from stablevm.models.sit import SiT, time_frequencies
 
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 NAMES_SHOWN = 6  # in the message about tensors that don't fit
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.")
 
@@ -42,8 +43,11 @@ def legacy_depth(state: dict[str, Tensor]) -> int | None:
     return _count_blocks(state)
 
 
-def infer_config(state: dict[str, Tensor], encoder_depth: int | None) -> SiTConfig:
-    """The network that has these weights (under our names); UserError where they are not a SiT of a known size."""
+def infer_config(state: dict[str, Tensor], encoder_depth: int | None, num_classes: int | None = None) -> SiTConfig:
+    """The network that has these weights (under our names); UserError where they are not a SiT of a known size.
+
+    num_classes: the rows of the label table but one, where it is not given.
+    """
     shapes = {key: tuple(value.shape) for key, value in state.items()}
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
@@ -73,7 +77,7 @@ def infer_config(state: dict[str, Tensor], encoder_depth: int | None) -> SiTConf
         f"{size}/{patch}",
         input_size=math.isqrt(shape("pos_embed", 3)[1]) * patch,
         in_channels=channels,
-        num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        num_classes=shape(LABEL_TABLE, 2)[0] - 1 if num_classes is None else num_classes,
         mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
         time_scale=1.0,  # all published networks embed t itself
@@ -90,6 +94,24 @@ def predicts_twice(state: dict[str, Tensor]) -> bool:
     names = ("x_embedder.proj.weight", "final_layer.linear.bias")
     patches, outputs = (state[name].shape if name in state else torch.Size() for name in names)
     return len(patches) == 4 and len(outputs) == 1 and outputs[0] == 2 * math.prod(patches[1:])
+
+
+def second_half_is_trained(state: dict[str, Tensor]) -> bool:
+    """Whether the second half of outputs, where `predicts_twice`, was ever trained.
+
+    SiT drops it, so that no gradient reaches its weights and they stay at the zeros they begin with. A DiT (Peebles
+    and Xie, 2022), whose weights have the same names and shapes, predicts the variance there, and noise in the first.
+    """
+    patches = state["x_embedder.proj.weight"].shape
+    weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
+    halves = [value.unflatten(0, (-1, 2 * patches[1]))[:, patches[1] :] for value in (weight, bias)]
+    return any(bool(half.any()) for half in halves)
+
+
+def with_null_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with a row of zeros for the null class at the end of a label table that has none."""
+    table = state[LABEL_TABLE]
+    return state | {LABEL_TABLE: torch.cat([table, table.new_zeros(1, table.shape[1])])}
 
 
 def first_half(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:

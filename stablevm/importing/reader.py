@@ -13,6 +13,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from stablevm.errors import UserError
 from stablevm.foreign_weights import UNREADABLE
 from stablevm.snapshot import Weights
+from stablevm.text import shown
 
 # Put before parameters' names by torch's wrappers for several processes and for compilation.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -44,6 +45,9 @@ def read_published(path: Path) -> PublishedCheckpoint:
         if not isinstance(values, dict) or not values or not all(isinstance(v, Tensor) for v in values.values()):
             keys = ", ".join(map(str, list(content)[:8]))
             raise UserError(f"{path}: expected named weights, or a dictionary with ema or model; found {keys}")
+        for key, value in values.items():
+            if fault := _fault(key, value):
+                raise UserError(f"{path}: {shown(key)}: {fault}; save plain weights, floating and dense")
     options = content.get("args", {})
     if isinstance(options, argparse.Namespace):
         options = vars(options)
@@ -53,6 +57,21 @@ def read_published(path: Path) -> PublishedCheckpoint:
         options=options if isinstance(options, dict) else {},
         steps=steps if isinstance(steps, int) else None,
     )
+
+
+def _fault(key: object, value: Tensor) -> str | None:
+    """Why a tensor can't be a weight; None where it can."""
+    if not isinstance(key, str):
+        return "is a key, expected a name"
+    if value.is_meta:
+        return "a tensor without values (meta)"
+    if value.is_quantized:
+        return "a quantised tensor"
+    if value.layout != torch.strided:
+        return "a sparse tensor"
+    if not value.is_floating_point():
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+    return None if bool(value.isfinite().all()) else "holds values that are not finite"
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from stablevm.errors import UserError
 from stablevm.snapshot import ModelCard, Weights, load_card, load_weights
 
+NAMES_SHOWN = 8  # classes in the line about them
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 # Fields of the network and of its latents that decide what each weight means.
 NETWORK_FACTS = (
@@ -23,7 +24,8 @@ def initial_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of the checkpoint in `folder` for the network of `card`, and lines that say what they leave out.
 
-    With another number of classes the labels' rows are the `fresh` ones, but for the null class's; projectors are fresh
+    Labels' rows are those of the classes of the same name, and `fresh` for others; the null class's is taken over.
+    Projectors are fresh
     unless the checkpoint's read the same block for encoders of the same widths. UserError for a checkpoint that can't
     be read, and naming both values where it differs in anything else.
     """
@@ -34,13 +36,9 @@ def initial_weights(
     lines = [f"starting from the weights {weights} of {folder}, step {theirs.step:,}"]
     if not theirs.latent.has_autoencoder_of(card.latent):
         lines.append(f"its autoencoder was {theirs.latent.autoencoder}, this run's is {card.latent.autoencoder}")
-    if theirs.model.num_classes != card.model.num_classes:
-        start[LABEL_TABLE] = fresh[LABEL_TABLE].clone()
-        start[LABEL_TABLE][card.model.null_class] = found[LABEL_TABLE][theirs.model.null_class]
-        lines.append(
-            f"labels begin anew: {card.model.num_classes:,} classes instead of {theirs.model.num_classes:,}; "
-            "the null class is taken over"
-        )
+    if _names(theirs) != _names(card):
+        start[LABEL_TABLE], line = _label_rows(theirs, card, found[LABEL_TABLE], fresh[LABEL_TABLE])
+        lines.append(line)
     if card.model.projector_dims and any(
         getattr(theirs.model, fact) != getattr(card.model, fact) for fact in PROJECTOR_FACTS
     ):
@@ -48,6 +46,47 @@ def initial_weights(
         had = "none" if not theirs.model.projector_dims else "others"
         lines.append(f"projectors begin anew: the checkpoint has {had}")
     return start, lines
+
+
+def _label_rows(theirs: ModelCard, ours: ModelCard, found: Tensor, fresh: Tensor) -> tuple[Tensor, str]:
+    """The label table with the rows of classes of the same name, and a line that says which they are.
+
+    Where one side only numbers its classes, as imported checkpoints do, names tell nothing: then the numbers count,
+    if both have as many classes, and no class is taken over if not.
+    """
+    names, table = _names(theirs), fresh.clone()
+    table[ours.model.null_class] = found[theirs.model.null_class]
+    numbered = names == _numbers(theirs) or _names(ours) == _numbers(ours)
+    if numbered and theirs.model.num_classes == ours.model.num_classes:
+        return found, "labels are taken over by their numbers: only one side names its classes; check their order"
+    if numbered and not (names == _numbers(theirs) and _names(ours) == _numbers(ours)):
+        kept: list[int] = []
+    else:
+        kept = [label for label, name in enumerate(_names(ours)) if names.count(name) == 1]
+    for label in kept:
+        table[label] = found[names.index(_names(ours)[label])]
+    new = sorted(set(range(ours.model.num_classes)) - set(kept))
+    if not kept:
+        counts = f"{ours.model.num_classes:,} classes, none of them among the {theirs.model.num_classes:,} by name"
+        return table, f"labels begin anew: {counts}; the null class is taken over"
+    return table, (
+        f"labels: taken over by name {_listed(ours, kept)}" + (f"; begun anew {_listed(ours, new)}" if new else "")
+        + "; the null class is taken over"
+    )  # fmt: skip
+
+
+def _names(card: ModelCard) -> tuple[str, ...]:
+    """One for each class; those beyond the recorded ones are called by their numbers."""
+    return card.class_names + _numbers(card)[len(card.class_names) :]
+
+
+def _numbers(card: ModelCard) -> tuple[str, ...]:
+    return tuple(map(str, range(card.model.num_classes)))
+
+
+def _listed(card: ModelCard, labels: list[int]) -> str:
+    shown = ", ".join(_names(card)[label] for label in labels[:NAMES_SHOWN])
+    return f"{len(labels):,} of {card.model.num_classes:,} ({shown}{', ...' if len(labels) > NAMES_SHOWN else ''})"
 
 
 def _check_same(folder: Path, theirs: ModelCard, ours: ModelCard) -> None:

@@ -62,7 +62,7 @@ def test_other_classes_and_new_projectors_begin_anew(root, earlier, capfd):
     assert not same(found[LABEL_TABLE][:2], start[LABEL_TABLE][:2])
     assert all(found[name].std() > 0 for name in found if re.match(r"projectors.*weight", name))
     said = capfd.readouterr().out
-    assert "labels begin anew: 2 classes instead of 3; the null class is taken over" in said
+    assert "labels begin anew: 2 classes, none of them among the 3 by name; the null class is taken over" in said
     assert "projectors begin anew: the checkpoint has none" in said
 
 
@@ -97,8 +97,8 @@ DIFFERENCES = {
     "hidden size is 64, this run's is 128": replace(CARD, model=replace(CARD.model, hidden_size=128)),
     "patch size is 4, this run's is 2": replace(CARD, model=replace(CARD.model, patch_size=2)),
     "qk norm is False, this run's is True": replace(CARD, model=replace(CARD.model, qk_norm=True)),
-    r"latent's shape is \(1, 8, 8\), this run's is \(3, 8, 8\)": replace(
-        CARD, latent=replace(CARD.latent, shape=(3, 8, 8))
+    "in channels is 1, this run's is 3": replace(
+        CARD, model=replace(CARD.model, in_channels=3), latent=replace(CARD.latent, shape=(3, 8, 8))
     ),
     "latent's scale is 1.0, this run's is 0.5": replace(CARD, latent=replace(CARD.latent, scale=0.5)),
     "path type is linear, this run's is cosine": replace(CARD, path_type="cosine"),
@@ -133,3 +133,43 @@ def test_another_start_is_another_run(root, earlier, capsys):
     runs.AcceleratorState._reset_state(True)
     assert cli.train(runs.as_arguments(settings)) == 2
     assert "--init-from None" in capsys.readouterr().err
+
+
+def begun(theirs, ours):
+    """The cards of a checkpoint and of a run that begins with it, of classes of these names."""
+    known = replace(tiny_card(num_classes=len(theirs)), class_names=theirs)
+    card = replace(tiny_card(num_classes=len(ours)), class_names=ours)
+    return known, card
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "rows", "told"),
+    [
+        (("cat", "dog", "owl"), ("ant", "cat", "dog"), {1: 0, 2: 1},
+         "labels: taken over by name 2 of 3 (cat, dog); begun anew 1 of 3 (ant); the null class is taken over"),
+        (("cat", "dog"), ("dog", "cat"), {0: 1, 1: 0}, "taken over by name 2 of 2 (dog, cat); the null class"),
+        (("cat", "dog"), ("dog", "eel", "cat"), {0: 1, 2: 0}, "begun anew 1 of 3 (eel)"),
+        (("cat", "cat", "dog"), ("cat", "dog"), {1: 2}, "taken over by name 1 of 2 (dog); begun anew 1 of 2 (cat)"),
+        (("cat", "dog"), ("ant", "eel", "owl"), {}, "labels begin anew: 3 classes, none of them among the 2 by name"),
+        (("0", "1"), ("cat", "dog"), {0: 0, 1: 1}, "taken over by their numbers: only one side names its classes"),
+        (("0", "1"), ("cat", "dog", "owl"), {}, "labels begin anew"),
+        (("0", "1"), ("0", "1", "2"), {0: 0, 1: 1}, "taken over by name 2 of 3 (0, 1); begun anew 1 of 3 (2)"),
+    ],
+)  # fmt: skip
+def test_rows_of_the_label_table_are_matched_by_class_name(theirs, ours, rows, told, tmp_path):
+    known, card = begun(theirs, ours)
+    save(tmp_path, known, {"ema": random_weights(known, 1)})
+    found, fresh = random_weights(known, 1)[LABEL_TABLE], random_weights(card, 2)
+    start, lines = initial_weights(tmp_path, "ema", card, fresh)
+    assert any(told in line for line in lines), lines
+    for label in range(len(ours)):
+        expected = found[rows[label]] if label in rows else fresh[LABEL_TABLE][label]
+        assert torch.equal(start[LABEL_TABLE][label], expected), label
+    assert torch.equal(start[LABEL_TABLE][len(ours)], found[len(theirs)])
+
+
+def test_the_same_names_need_no_line(tmp_path):
+    known, card = begun(("cat", "dog"), ("cat", "dog"))
+    save(tmp_path, known, {"ema": random_weights(known, 1)})
+    start, lines = initial_weights(tmp_path, "ema", card, random_weights(card, 2))
+    assert len(lines) == 1 and torch.equal(start[LABEL_TABLE], random_weights(known, 1)[LABEL_TABLE])

@@ -173,7 +173,7 @@ MISTAKES = {
     "depth": (sit(projectors=(3,)).state_dict(), TOLD, "has projectors .*; give --encoder-depth"),
     "other depth": (training_file(sit(projectors=(3,)), REPA_ARGS), {"encoder_depth": 2}, "-depth 2.*records 1"),
     "idle depth": (STATE, {**REPA, "encoder_depth": 2}, "--encoder-depth 2: the checkpoint has no projectors"),
-    "classes": (STATE, {**REPA, "num_classes": 6}, "--num-classes 6: .* 6 rows, which is 5 classes and the null"),
+    "classes": (STATE, {**REPA, "num_classes": 7}, r"7 classes \(--num-classes\) and 6 rows .* expected 7 or 8"),
     "resolution": (STATE, {**REPA, "resolution": 128}, r"images of 128 pixels, the network takes \(4, 8, 8\)"),
     "missing": (without(STATE, "blocks.1.attn.proj.bias"), REPA, "missing: blocks.1.attn.proj.bias$"),
     "unknown": ({**STATE, "w": STATE["pos_embed"]}, REPA, "unknown: w$"),
@@ -228,3 +228,107 @@ def test_the_command_leaves_a_used_folder_alone(tmp_path, capsys):
     )
     assert cli.main(["import", *command]) == 2
     assert "ours: holds model.json; give a new folder" in capsys.readouterr().err
+
+
+# Classes, DiTs, tensors that are no weights
+
+
+def warned(capsys):
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "classes", "dropout"),
+    [
+        ({"num_classes": 5, "cfg_prob": 0.1}, {}, 5, 0.1),
+        ({"num_classes": 6, "cfg_prob": 0.0}, {}, 6, 0.0),
+        ({"num_classes": 6}, {}, 6, 0.0),
+        ({"num_classes": 5}, {}, 5, None),
+        ({"cfg_prob": 0.0}, {}, 6, 0.0),
+        ({}, {"num_classes": 6}, 6, 0.0),
+        ({}, {"num_classes": 5}, 5, None),
+    ],
+    ids=str,
+)
+def test_the_number_of_classes_follows_from_table_and_record(args, given, classes, dropout, tmp_path, capsys):
+    """The label table has six rows: of six classes, or of five and the null class."""
+    card, model = imported(training_file(sit(), {**REPA_ARGS, **args}, steps=1), tmp_path, **given)
+    assert (card.model.num_classes, card.label_dropout, len(card.class_names)) == (classes, dropout, classes)
+    assert "warning" not in warned(capsys)
+    table = model.y_embedder.embedding_table.weight
+    assert len(table) == classes + 1 and (classes == 5 or not table[6].any())
+
+
+def test_a_file_that_does_not_tell_its_classes_is_told(tmp_path, capsys):
+    card, _ = imported({"ema": sit().state_dict()}, tmp_path, source="repa", **TOLD)
+    assert card.model.num_classes == 5
+    assert "6 rows in the label table are taken for 5 classes and the null class; give" in warned(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "told"),
+    [
+        ({"num_classes": 1000}, {}, r"1,000 classes \(recorded\) and 6 rows in the label table, expected 1000 or 1001"),
+        ({"num_classes": 6, "cfg_prob": 0.1}, {}, "6 classes .* expected 7"),
+        ({"num_classes": 5, "cfg_prob": 0.0}, {}, "5 classes .* expected 5"),
+        ({"num_classes": 5}, {"num_classes": 6}, "--num-classes 6: .* records 5"),
+        ({"num_classes": "six"}, {}, "records .*six.* as num_classes"),
+    ],
+    ids=str,
+)
+def test_numbers_of_classes_that_contradict_each_other_are_refused(args, given, told, tmp_path):
+    with pytest.raises(UserError, match=told) as error:
+        imported(training_file(sit(), {**REPA_ARGS, **args}, steps=1), tmp_path, **given)
+    one_line(error)
+
+
+def dit():
+    """Its names and shapes are a SiT's; both halves of its outputs are trained: noise and its variance."""
+    network = sit(learn_sigma=True)
+    with torch.no_grad():
+        network.final_layer.linear.bias.add_(0.1)
+    return network
+
+
+def test_a_dit_is_not_a_velocity(tmp_path, capsys):
+    for content, options in ((dit().state_dict(), {}), ({"ema": dit().state_dict(), "args": {"image_size": 64}}, {})):
+        with pytest.raises(UserError, match=r"second half of its outputs is trained, as a DiT's .* --source sit"):
+            imported(content, tmp_path, **{**TOLD, **options})
+    with pytest.raises(UserError, match=r"a DiT-XXS/2, which predicts noise"):
+        imported({"ema": dit().state_dict(), "args": {"model": "DiT-XXS/2"}}, tmp_path, source="sit", **TOLD)
+    imported(dit().state_dict(), tmp_path, source="sit", **TOLD)
+    assert "looks like a DiT's; --source sit says that it is a velocity" in warned(capsys)
+
+
+def spoiled(name, value):
+    state = sit().state_dict()
+    return {"ema": {**state, name: value(state.get(name))}}
+
+
+BIAS = "final_layer.linear.bias"
+NO_WEIGHTS = {
+    "nan": (spoiled(BIAS, lambda v: v * torch.nan), "final_layer.linear.bias.*holds values that are not finite"),
+    "infinite": (spoiled(BIAS, lambda v: v / 0), "not finite"),
+    "sparse": (spoiled(BIAS, lambda v: v.to_sparse()), "sparse"),
+    "meta": (spoiled(BIAS, lambda v: v.to("meta")), "meta"),
+    "integers": (spoiled(BIAS, lambda v: v.int()), "a tensor of int32"),
+    "complex": (spoiled(BIAS, lambda v: v.to(torch.complex64)), "a tensor of complex64"),
+    "a number for a name": (spoiled(3, lambda _: torch.ones(2)), "3.*expected a name"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_tensors_that_are_no_weights_are_one_line(kind, tmp_path):
+    content, told = NO_WEIGHTS[kind]
+    with pytest.raises(UserError, match=told) as error:
+        imported(content, tmp_path, source="repa", **TOLD)
+    one_line(error)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_tensors_are_one_line(tmp_path):
+    content = spoiled(BIAS, lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8))
+    with pytest.raises(UserError) as error:
+        imported(content, tmp_path, source="repa", **TOLD)
+    one_line(error)

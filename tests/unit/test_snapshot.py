@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from checkpoints import save_checkpoint, tiny_card
+from checkpoints import random_weights, save_checkpoint, tiny_card
 from data_sets import one_line
 
 from stablevm.errors import UserError
-from stablevm.snapshot import CARD_FILE, load_card, load_model
+from stablevm.snapshot import CARD_FILE, load_card, load_model, save
 
 
 def without_latent(card):
@@ -38,6 +38,18 @@ def test_damaged_cards(damage, message, tmp_path):
     (folder / CARD_FILE).write_text(json.dumps(card))
     with pytest.raises(UserError, match=f"^checkpoint: {folder}/.*{message}") as error:
         load_card(folder)
+    one_line(error)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    card = tiny_card()
+    weights = random_weights(card, 0)
+    weights["pos_embed"][0, 0, 0] = float("nan")
+    save(tmp_path, card, {"ema": weights})
+    with pytest.raises(
+        UserError, match=r"ema.safetensors: .*pos_embed.* is not finite; use an earlier checkpoint"
+    ) as error:
+        load_model(tmp_path, card)
     one_line(error)
 
 
