@@ -178,6 +178,14 @@ def test_verify_misses_no_image_that_is_not_listed(tmp_path, capsys):
     assert "1 latents have no image" in capsys.readouterr().out
 
 
+def test_verify_names_values_beyond_float16(tmp_path, capsys):
+    folder = write_repa(tmp_path)
+    path = sorted((folder / "vae-sd").rglob("*.npy"))[1]
+    np.save(path, np.full_like(np.load(path), 70_000.0))
+    assert cli.data(["verify", str(folder), "--num-workers", "0"]) == 1
+    assert f"{path}: holds 70000, latents are kept in float16" in capsys.readouterr().out
+
+
 def test_a_complete_set_is_refused_to_other_options_and_sheds_its_images(source, tmp_path, capsys):
     folder = tmp_path / "shards"
     cli.prepare(convert(source, folder))
