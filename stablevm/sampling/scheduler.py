@@ -248,6 +248,9 @@ class _Schedule(Tensor):
         ours = self.as_subclass(Tensor)
         return torch.cat([self.euler[: index + 1], ours[self.below[min(index, len(self.below) - 1)] :]])
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Schedule":
         copy = self.of(self.as_subclass(Tensor).clone(), self.euler.clone(), self.below, self.anywhere)
         copy.cut_at = self.cut_at

@@ -11,8 +11,8 @@ from stablevm.options import as_typed, idle_warnings, require, writable
 
 CONFIG_FILE = "config.json"
 _REMEDY = "restore it, or begin anew under another --exp-name"
-# What aligned runs did whose file does not know the option yet.
-_BEFORE = {"encoder_resize": "antialiased"}
+# What aligned runs of version 0.1 did, whose files do not know the option.
+BEFORE = {"encoder_resize": "antialiased"}
 TRACKERS = ("tensorboard", "wandb", "none")
 
 # Options of StableVelocity's train.py that are taken so that its commands run, and why nothing hangs on them.
@@ -309,7 +309,7 @@ class TrainConfig:
         path = run / CONFIG_FILE
         values = read_object(path, "run", remedy=_REMEDY)
         if values.get("use_proj_loss"):
-            values = _BEFORE | values
+            values = BEFORE | values
         return card_of(cls, values, f"run: {path}", finite=False, remedy=_REMEDY)
 
     def check_continues(self, earlier: "TrainConfig") -> None:

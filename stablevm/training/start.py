@@ -1,20 +1,29 @@
 """Where a run begins: at step 0, or at a checkpoint of an earlier command that is whole."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from stablevm.bank import ClassBank
-from stablevm.cards import read_card
+from stablevm.cards import read_card, read_object
 from stablevm.data.dataset import Fingerprint, PreparedDataset
 from stablevm.errors import UserError
 from stablevm.files import write_json
 from stablevm.locks import is_foreign
 from stablevm.options import as_typed
 from stablevm.training.checkpoint import checkpoint_folder, damage, existing_folder, saved_steps
-from stablevm.training.config import CONFIG_FILE, TrainConfig
+from stablevm.training.config import BEFORE, CONFIG_FILE, TrainConfig
 
 DATA_FILE = "data.json"
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The options with those that the run was begun with before there was a choice, by version 0.1: it goes on so."""
+    path = config.folder / CONFIG_FILE
+    if not path.exists():
+        return config
+    run, known = TrainConfig.read(config.folder), read_object(path, "run")
+    return replace(config, **{name: getattr(run, name) for name in BEFORE if name not in known})
 
 
 def find_start(config: TrainConfig, *, show: bool, before: int | None = None) -> int:

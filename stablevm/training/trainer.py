@@ -33,7 +33,7 @@ from stablevm.training.setup import (
     open_data,
     prefill,
 )
-from stablevm.training.start import check_bank, check_data, find_start, record_data
+from stablevm.training.start import as_begun, check_bank, check_data, find_start, record_data
 from stablevm.training.tracker import EVALUATED, Trackers, evaluated
 
 
@@ -52,11 +52,14 @@ def _train(config: TrainConfig) -> int:
     config = as_launched(config)
     accelerator = make_accelerator(config)
     check_same_options(config, accelerator)
+    given, config = config, as_begun(config)
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     unchecked = check_data(config, dataset, start)
     if accelerator.is_main_process:
         notes = empty_classes_warning(config, dataset) + decoding_notes(config.vae, dataset.latent)
+        if config != given:
+            notes.append(f"--encoder-resize {config.encoder_resize} stays: version 0.1 began this run so")
         for line in config.warnings() + notes + unchecked:
             print(f"warning: {line}", file=sys.stderr)
     trainer = Trainer(config, dataset, accelerator)

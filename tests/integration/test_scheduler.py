@@ -117,7 +117,7 @@ def test_it_agrees_with_the_sampler_on_the_mixture(noise_factor):
     for t in scheduler.timesteps:
         velocity = mixture.field(LINEAR, x, t.double() / 1000).float()
         x = scheduler.step(velocity, t, x, generator=stream).prev_sample
-    assert torch.allclose(x.double(), expected, rtol=0, atol=2e-4)
+    assert torch.allclose(x, expected, rtol=0, atol=2e-4)
 
 
 def test_noise_needs_its_generator_alone_and_half_precision_stays():
@@ -262,6 +262,7 @@ def test_a_scheduler_that_is_copied_in_the_middle(duplicate):
     scheduler = StableVSFlowMatchScheduler(shift=3.0)
     scheduler.set_timesteps(30)
     other = duplicate(scheduler)
+    assert repr(other.timesteps) == repr(torch.tensor(scheduler.timesteps.tolist()))
     assert torch.equal(other.timesteps[18:], scheduler.timesteps[18:])
     other.set_begin_index(18)
     assert len(scheduler.timesteps) == 20 and other.begin_index == 18 and scheduler.begin_index is None

@@ -11,6 +11,7 @@ from data_sets import one_line
 
 from stablevm.errors import UserError
 from stablevm.training.config import FREE_ON_RESUME, TrainConfig
+from stablevm.training.start import as_begun
 
 PLAIN = TrainConfig(exp_name="run", data_dir=Path("data"))
 STABLE = replace(PLAIN, loss_type="stablevm")
@@ -132,12 +133,15 @@ def test_a_run_of_before_keeps_its_images(begun, resize, tmp_path):
     """Version 0.1 smoothed the images that encoders saw, and had no option for it."""
     values = begun.to_dict()
     del values["encoder_resize"]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    run = TrainConfig.read(tmp_path)
-    assert run == replace(begun, encoder_resize=resize)
-    if run != begun:
-        with pytest.raises(UserError, match="holds a run with --encoder-resize antialiased, this command says"):
-            begun.check_continues(run)
+    begun = replace(begun, output_dir=tmp_path)
+    assert as_begun(begun) == begun, "there is no run yet"
+    begun.folder.mkdir()
+    (begun.folder / "config.json").write_text(json.dumps(values | {"output_dir": str(tmp_path)}))
+    assert TrainConfig.read(begun.folder) == as_begun(begun) == replace(begun, encoder_resize=resize)
+    (begun.folder / "config.json").write_text(json.dumps(begun.to_dict()))
+    assert as_begun(begun) == begun
+    with pytest.raises(UserError, match="holds a run with --encoder-resize bicubic, this command says"):
+        replace(begun, encoder_resize="antialiased").check_continues(TrainConfig.read(begun.folder))
 
 
 def test_a_field_of_another_version_is_refused():
