@@ -307,7 +307,7 @@ CASES = {
         _prepare_evaluation,
         lambda: cli.evaluate(["samples.npz", "--reference=real.npz", "--output=out/r.json", "--report", *JUDGE]),
     ),
-    "reference": Case(_prepare_evaluation, lambda: cli.reference(["--source=data", "--output=out/ref.npz", *JUDGE])),
+    "reference": Case(_prepare_evaluation, lambda: cli.reference(["data", "--output=out/ref.npz", *JUDGE])),
     "variance": Case(
         _prepare_evaluation,
         lambda: cli.main(

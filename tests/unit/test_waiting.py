@@ -1,0 +1,31 @@
+"""The first process of a generation waits for parts of others, but not for what nobody will make."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from stablevm.errors import UserError
+from stablevm.locks import owned
+from stablevm.sampling import generation
+from stablevm.sampling.parts import PartFolder
+
+
+def test_waiting_ends_when_the_result_is_there_or_the_parts_are_gone(tmp_path):
+    run = SimpleNamespace(target=tmp_path / "x.npz", parts=PartFolder(tmp_path / "x.parts", 20, {}))
+    with pytest.raises(UserError, match="was removed while its images were drawn"):
+        generation._wait(run, None, None)
+    run.target.touch()
+    assert generation._wait(run, None, None)
+
+
+def test_a_name_is_drawn_by_one_command_at_a_time(tmp_path, monkeypatch):
+    run = SimpleNamespace(name="x", target=tmp_path / "x.npz", file=lambda suffix: tmp_path / f"x{suffix}")
+    monkeypatch.setattr(generation, "_prepare", lambda config, process: run)
+    monkeypatch.setattr(generation, "_generate", lambda run, process: None)
+    config = SimpleNamespace(validate=lambda: None, sample_dir=tmp_path)
+    (tmp_path / ".tmp-123-0123abcd-x.npz").touch()
+    (tmp_path / ".tmp-123-0123abcd-y.npz").touch()
+    with owned(tmp_path, "x"), pytest.raises(UserError, match="x: another command is at work there"):
+        generation.generate(config)
+    generation.generate(config)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-123-0123abcd-y.npz"], "what may be another's stays"
