@@ -17,7 +17,7 @@ from stablevm.evaluation.statistics import check_features
 from stablevm.precision import full_precision
 
 BLOCK_ROWS = 4096  # a block of products is 64 MiB
-PAIRS_AT_ONCE = {"cpu": 32, "cuda": 512}  # by differences in float64; on a CPU they stay in its cache
+PAIRS_AT_ONCE = {"cpu": 32}  # by differences in float64, 512 elsewhere; on a CPU they stay in its cache
 VAGUE = 256  # a bound that may be off by more than one part in this many of the squared distance is taken again
 FEW_PAIRS = 2  # per row and column of a block: so many vague pairs are settled by differences
 MAX_DEPTH = 8  # a crowd within a crowd is 60 times smaller: float32 has room for four of them
@@ -194,7 +194,7 @@ def squared_distances(a: Points, b: Points, rows: Tensor, columns: Tensor) -> Te
 
     One pair has one value in whatever company and order it is computed, so that a point on the edge of a ball is in it.
     """
-    blocks, at_once = [], PAIRS_AT_ONCE[a.rows.device.type]
+    blocks, at_once = [], PAIRS_AT_ONCE.get(a.rows.device.type, 512)
     for some_rows, some_columns in zip(rows.split(at_once), columns.split(at_once), strict=True):
         difference = a.rows[some_rows].double() - b.rows[some_columns].double()
         blocks.append(torch.linalg.vecdot(difference, difference))
