@@ -102,12 +102,12 @@ class PreparedDataset(ABC):
         """UserError if the set was prepared without images, or if one of their files is missing or cut short."""
 
 
-def drawn_latents(dataset: PreparedDataset, rows: Sequence[int], *key: int | str, mirrored: bool = False) -> Tensor:
+def drawn_latents(dataset: PreparedDataset, rows: Sequence[int], *key: int | str) -> Tensor:
     """Latents (n, *shape) in the network's space: a draw of each row's mean and deviation by its stream (*key, row).
 
     UserError naming a row whose moments are not finite.
     """
-    moments = dataset.moments_flip(rows) if mirrored else dataset.moments(rows)
+    moments = dataset.moments(rows)
     check_finite(dataset, rows, moments)
     streams = rng.RowGenerators.for_keys(*key, positions=rows)
     return dataset.latent.from_moments(moments, rng.randn((len(rows), *dataset.latent.shape), streams))

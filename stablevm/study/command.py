@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from stablevm import rng
 from stablevm.data.dataset import PreparedDataset, drawn_latents
+from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.errors import UserError
 from stablevm.files import remove_temporary_of, write_json
@@ -38,10 +39,8 @@ def measure_variance(config: VarianceConfig) -> Path:
 
 def _measure(config: VarianceConfig) -> Path:
     dataset = open_dataset(config.data_dir)
-    if config.horizontal_flips and not dataset.has_flips:
-        raise UserError(
-            f"--horizontal-flips: {config.data_dir} was prepared without mirrored samples; encode it with --flip"
-        )
+    if config.horizontal_flips:
+        dataset = MirroredDataset(dataset)
     labels = dataset.labels()
     counts = torch.bincount(labels, minlength=dataset.num_classes).tolist()
     chosen = _choose_classes(config, counts)
@@ -82,28 +81,24 @@ class _Blocks:
 
     def __init__(self, dataset: PreparedDataset, rows: Tensor, config: VarianceConfig) -> None:
         self.dataset, self.rows, self.seed = dataset, rows, config.seed
-        self.kinds = (False, True) if config.horizontal_flips else (False,)
 
     def __len__(self) -> int:
-        return len(self.rows) * len(self.kinds)
+        return len(self.rows)
 
     def __call__(self) -> Iterator[Tensor]:
-        for mirrored in self.kinds:
-            key = ("prefill, mirrored",) if mirrored else ("prefill",)
-            for part in self.rows.split(BLOCK_ROWS):
-                yield drawn_latents(self.dataset, part.tolist(), self.seed, *key, mirrored=mirrored)
+        for part in self.rows.split(BLOCK_ROWS):
+            yield drawn_latents(self.dataset, part.tolist(), self.seed, "prefill")
 
     def variances(self) -> tuple[float, float]:
         """Means over dimensions: of the autoencoder's own variance, and of that between the samples' means."""
-        spec, read = self.dataset.latent, (self.dataset.moments, self.dataset.moments_flip)
+        spec = self.dataset.latent
         own = total = squares = torch.zeros(spec.shape, dtype=torch.float64)
-        for mirrored in self.kinds:
-            for part in self.rows.split(BLOCK_ROWS):
-                moments = read[mirrored](part)
-                means = spec.means(moments)
-                deviations = spec.from_moments(moments, torch.ones_like(means)) - means
-                own = own + deviations.double().square().sum(0)
-                total, squares = total + means.double().sum(0), squares + means.double().square().sum(0)
+        for part in self.rows.split(BLOCK_ROWS):
+            moments = self.dataset.moments(part)
+            means = spec.means(moments)
+            deviations = spec.from_moments(moments, torch.ones_like(means)) - means
+            own = own + deviations.double().square().sum(0)
+            total, squares = total + means.double().sum(0), squares + means.double().square().sum(0)
         between = squares / len(self) - (total / len(self)).square()
         return float(own.mean() / len(self)), float(between.mean())
 

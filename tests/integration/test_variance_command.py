@@ -117,7 +117,7 @@ def test_references_from_a_time_on(data, tmp_path):
         (["--classes=0,0"], "--classes 0,0: expected all, or distinct class indices"),
         (["--references=1"], "--references 1: expected at least 2"),
         (["--references-from=1.5"], r"--references-from 1.5: expected a time in \[0, 1\]"),
-        (["--horizontal-flips"], "--horizontal-flips: .* without mirrored samples; encode it with --flip"),
+        (["--horizontal-flips"], "holds no latents of mirrored images; .* encode --flip"),
     ],
 )
 def test_mistakes_are_one_line(options, expected, data, tmp_path, capsys):

@@ -387,7 +387,7 @@ def test_claims_against_the_checkpoint_name_both_values(given, message):
 def test_decoding_with_an_autoencoder_from_a_folder(tmp_path):
     """A folder may be a copy of the recorded autoencoder, so it is no contradiction; pixels need none."""
     latent = CARD.latent.__class__(shape=(4, 8, 8), scale=0.18215, shift=0.0, autoencoder="stabilityai/sd-vae-ft-mse")
-    card = CARD.__class__(CARD.model, latent, "linear", "v", CARD.class_names, 1)
+    card = CARD.__class__(dataclasses.replace(CARD.model, in_channels=4), latent, "linear", "v", CARD.class_names, 1)
     check_claims(options(vae=str(tmp_path)), card)
     check_claims(options(vae="mse"), card)
     with pytest.raises(UserError, match=r"--vae ema: .* records stabilityai/sd-vae-ft-mse"):
