@@ -39,6 +39,12 @@ def shown(value: Any, *, quoted: bool = True) -> str:
     return json.dumps(value) if value is None or isinstance(value, int | float) else type(value).__name__
 
 
+def brief(value: Any, longest: int = 200) -> str:
+    """Any value on one line of at most about `longest` characters, as `str` writes it but printable."""
+    text = str(value)
+    return printable(text[:longest]) + ("…" if len(text) > longest else "")
+
+
 def caption(text: str, longest: int = 80) -> str:
     """Foreign text as a caption: one line without characters that have no picture, of at most `longest` characters."""
     head = text[: 4 * longest]

@@ -5,7 +5,7 @@ be smaller, but which rows it has depends on nothing outside it: shards can be m
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stablevm.autoencoder import full_name, latent_spec_of
+from stablevm.cards import card_of
 from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard
 from stablevm.data.png import encode_png
@@ -113,24 +114,42 @@ def _encode(config: EncodeShardsConfig, folder: Path, process: Process) -> Repor
     return report
 
 
+@dataclass(frozen=True)
+class _Converted:
+    """What encoding needs of the plan in the report of the conversion."""
+
+    class_names: tuple[str, ...]
+    side: int
+    transform: str
+    compress: bool
+
+    @classmethod
+    def of(cls, plan: dict[str, Any], folder: Path) -> "_Converted":
+        """UserError for a plan that no conversion made."""
+        spoken = {field.name: field.name.replace("_", " ") for field in fields(cls)}
+        values = {name: plan[key] for name, key in spoken.items() if key in plan}
+        return card_of(cls, values, f"{folder / REPORT_FILE}: plan", remedy="convert again into a new folder")
+
+
 class _Encoding:
     """The latents of the rows of image shards."""
 
     def __init__(self, config: EncodeShardsConfig, plan: dict[str, Any], process: Process) -> None:
         self.config, self.process, self.folder = config, process, config.data_dir
-        latent = latent_spec_of(config.vae, plan["side"])
+        converted = _Converted.of(plan, self.folder)
+        latent = latent_spec_of(config.vae, converted.side)
         settings = {"vae": latent.autoencoder_id, "precision": config.precision, "flip": config.flip}
         begin_step(self.folder / WORK_FOLDER / _LATENTS, {**settings, "batch size": config.batch_size})
         self.images = ShardRecord.read_all(self.folder / WORK_FOLDER / _IMAGES)
         self.manifest = Manifest(
-            class_names=tuple(plan["class names"]),
-            resolution=plan["side"],
-            crop=plan["transform"],
+            class_names=converted.class_names,
+            resolution=converted.side,
+            crop=converted.transform,
             latent=latent,
             has_flips=config.flip,
             has_images=True,
             precision=config.precision,
-            compressed=plan["compress"],
+            compressed=converted.compress,
             shards=tuple(Shard(record.rows, None, record.files["images"]) for record in self.images if record.rows),
         )
         self.dataset = ShardDataset(self.folder, self.manifest)

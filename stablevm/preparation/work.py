@@ -29,6 +29,7 @@ from stablevm.files import is_temporary, write_json
 from stablevm.locks import is_foreign
 from stablevm.preparation.report import REPORT_FILE, Report
 from stablevm.processes import Process, wait_for_files
+from stablevm.text import brief
 
 PLAN_FILE = "plan.json"
 # An interruption loses at most this much of each process's work, and each part costs two waits for the disk.
@@ -228,7 +229,9 @@ def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> N
     for name in dict.fromkeys([*plan, *earlier]):
         if json.dumps(plan.get(name)) == json.dumps(earlier.get(name)):  # a tuple is read back as a list
             continue
-        what = f"{name} {earlier.get(name)}, this command says {plan.get(name)}: give the same options again"
+        what = (
+            f"{brief(name)} {brief(earlier.get(name))}, this command says {plan.get(name)}: give the same options again"
+        )
         if name in ("source", "class names"):
             what = "another list of images: restore it"
         raise UserError(f"{folder}: was begun with {what}, give another folder, or remove this one to begin anew")

@@ -28,6 +28,7 @@ from stablevm.quickstart import recipe
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.quickstart.recipe import Guidance
 from stablevm.sampling.generation import generate
+from stablevm.text import brief
 from stablevm.training import checkpoint
 from stablevm.training.tracker import METRICS_FILE, read_metrics
 from stablevm.training.trainer import train
@@ -130,7 +131,7 @@ def _claim_folder(config: QuickstartConfig) -> None:
         for option, value in mine.items():
             if theirs.get(option) != value:
                 raise UserError(
-                    f"--output-dir {config.output_dir}: holds a quickstart with {option} {theirs.get(option)}, "
+                    f"--output-dir {config.output_dir}: holds a quickstart with {option} {brief(theirs.get(option))}, "
                     f"this one has {value}; give another folder"
                 )
     elif config.output_dir.exists() and any(map(is_foreign, config.output_dir.iterdir())):

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.errors import UserError
+from stablevm.files import parse_json
 from stablevm.images import read_png_text
 from stablevm.sampling.protocol import Protocol
+from stablevm.text import shown
 
 
 def write_archive(
@@ -47,10 +50,21 @@ def read_protocol(path: Path) -> Protocol:
     """The protocol of an archive or of a picture; UserError when `path` is not one of ours."""
     if path.suffix == ".png":
         text = read_png_text(path).get("protocol")
-        if text is not None:
-            return json.loads(text)
-    elif zipfile.is_zipfile(path):
+    else:
+        text = _text_in_archive(path) if zipfile.is_zipfile(path) else None
+    if text is None:
+        raise UserError(f"{path} exists and was not made by this command; give another --name or --sample-dir")
+    values = parse_json(text, f"{path}: its protocol")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: its protocol is no object; move the file away")
+    return values
+
+
+def _text_in_archive(path: Path) -> str | None:
+    """The protocol as text; None where there is none. UserError for a damaged archive."""
+    try:
         with np.load(path) as archive:
-            if "protocol" in archive:
-                return json.loads(archive["protocol"].item())
-    raise UserError(f"{path} exists and was not made by this command; give another --name or --sample-dir")
+            text = archive["protocol"].item() if "protocol" in archive else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: damaged ({shown(str(error), quoted=False)}); move it away") from None
+    return text if isinstance(text, str) else None

@@ -17,6 +17,7 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
 from stablevm.snapshot import ModelCard, load_card
+from stablevm.text import brief
 
 Protocol = dict[str, Any]
 _HASH_DIGITS = 8
@@ -179,6 +180,6 @@ def check_same(protocol: Protocol, found: Protocol, where: Path) -> None:
         ours, theirs = protocol.get(key), found.get(key)
         if ours != theirs:
             raise UserError(
-                f"{where} holds images made with {key} {theirs}, this run has {ours}; "
+                f"{where} holds images made with {brief(key)} {brief(theirs)}, this run has {ours}; "
                 "give another --name or --sample-dir, or the same options"
             )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.errors import UserError
-from stablevm.files import write_text
+from stablevm.files import parse_json, write_text
+from stablevm.text import printable
 
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = "metrics.damaged"  # lines of it that can't be read
 EVALUATED = "eval_"  # begins the names of an evaluation's numbers
 
 
@@ -29,6 +32,7 @@ class Trackers:
         self._others = [_open_tracker(name, folder, config) for name in names]
         path = folder / METRICS_FILE
         if path.exists():
+            _set_damaged_lines_aside(path)
             kept = [row for row in read_metrics(path) if row["step"] <= first_step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
@@ -65,9 +69,30 @@ class Trackers:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a kill left half-written is ignored."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a metrics file; damaged lines are left out, and a last one that a kill left half-written."""
+    return [row for line in _whole_lines(path) if (row := _row(line)) is not None]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None for what is none."""
+    try:
+        row = parse_json(line, "line")
+    except UserError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _set_damaged_lines_aside(path: Path) -> None:
+    """Move the lines that are no rows into a file beside it, and say so: the run goes on without them."""
+    damaged = [line for line in _whole_lines(path) if _row(line) is None]
+    if damaged:
+        with (path.parent / DAMAGED_FILE).open("ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+        print(f"warning: {path}: {len(damaged)} damaged lines, now in {DAMAGED_FILE}", file=sys.stderr)
 
 
 def evaluated(folder: Path, step: int) -> dict[str, float] | None:
@@ -85,7 +110,9 @@ def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     PartialState()  # the trackers ask it which process they are on
-    plain = {key: value if isinstance(value, int | float | bool) else str(value) for key, value in config.items()}
+    plain = {
+        key: value if isinstance(value, int | float | bool) else printable(str(value)) for key, value in config.items()
+    }
     if name == "tensorboard":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a TensorFlow that happens to be installed stays quiet
         tracker: Any = TensorBoardTracker("tensorboard", logging_dir=str(folder))

@@ -101,3 +101,16 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
 def test_without_trackers_there_is_only_the_file(tmp_path):
     write(tmp_path, [1])
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_a_damaged_line_stops_nothing_and_is_kept_aside(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    bad = [b"{", b"[1]", b'{"step": "x"}', b"\xff\x00", b'{"step": ' + b"7" * 5000 + b"}", b"[" * 100_000]
+    path.write_bytes(b'{"step": 1, "loss": 2}\n' + b"".join(line + b"\n" for line in bad) + b'{"step": 2}\n{"ste')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    Trackers(tmp_path, [], {}, first_step=5).close()
+    assert path.read_text() == '{"step": 1, "loss": 2}\n{"step": 2}\n'
+    assert (tmp_path / "metrics.damaged").read_bytes().split(b"\n")[:-1] == bad
+    assert "6 damaged lines, now in metrics.damaged" in capsys.readouterr().err
+    Trackers(tmp_path, [], {}, first_step=5).close()
+    assert capsys.readouterr().err == ""
