@@ -38,7 +38,8 @@ def source(tmp_path_factory):
 
 def convert(source, dest):
     size = f"{SIDE}x{SIDE}"
-    return ["convert", "--source", str(source), "--dest", str(dest), "--resolution", size, "--num-workers", "0"]
+    crop = ["--resolution", size, "--transform", "center-crop-dhariwal"]
+    return ["convert", "--source", str(source), "--dest", str(dest), *crop, "--num-workers", "0"]
 
 
 @pytest.mark.parametrize("shard_length", [5, 1000])
