@@ -80,7 +80,7 @@ def sample_size_in_training(folder, root, monkeypatch, **options):
 
 
 def test_it_weighs_what_training_weighs(tmp_path, monkeypatch, capsys):
-    """Draws, not means: those resemble each other (20 effective references), these do not."""
+    """Draws, not means: of 32 references 7 take part by the means, 1 by the draws."""
     folder = noisy_data(tmp_path / "data")
     assert run(folder, tmp_path / "out", "--references=32", "--times=2", "--rows=400") == 0
     found = json.loads((tmp_path / "out" / "variance.json").read_text())
