@@ -27,6 +27,7 @@ MOCO_MISSPELT = {
     "blocks.14.mlp.fc14": "blocks.14.mlp.fc2",
 }
 FEATURE_PIXELS = 224  # side of an image whose pooled features are compared, as for FD-DINOv2 (Stein et al., 2023)
+NOT_PLAIN = "not a plain vision transformer, of one token for each patch; choose one, such as dinov2-vit-b"
 ERROR_LENGTH = 240  # characters of another library's message that ours quotes
 
 
@@ -208,6 +209,7 @@ def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: to
     spec = _spec_of(name)
     if weights is None and not spec.downloadable:
         raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
+    _check_plain(name, spec)
     network = _create(name, spec, grid_size, pretrained=weights is None)
     if weights is not None:
         state = _for_timm(read_weights(weights, "--encoder-weights"), network)
@@ -232,6 +234,21 @@ def _spec_of(name: str) -> TimmEncoderSpec:
     return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
 
 
+def _check_plain(name: str, spec: TimmEncoderSpec) -> None:
+    """UserError for a network whose tokens are not one for each patch of a grid; before any weights are looked for.
+
+    Of others, such as hybrids of convolutions and a transformer, the patches' size does not tell the number of tokens.
+    """
+    import timm
+    from timm.layers import PatchEmbed
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        network: Any = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
+    plain = isinstance(getattr(network, "patch_embed", None), PatchEmbed)
+    if not (plain and hasattr(network, "num_prefix_tokens") and hasattr(network, "set_input_size")):
+        raise UserError(f"--enc-type {name}: {NOT_PLAIN}")
+
+
 def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained: bool) -> Any:
     """timm's network for an image of grid_size patches per side; timm resamples the position embedding."""
     import timm
@@ -246,7 +263,7 @@ def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained:
             f"--enc-type {name}: no download of {spec.timm_name} ({_quote(error)}); give a file with --encoder-weights"
         ) from None
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
-        raise UserError(f"--enc-type {name}: not a plain vision transformer; choose one, such as dinov2-vit-b")
+        raise UserError(f"--enc-type {name}: {NOT_PLAIN}")
     side = _patch_size(network) * (grid_size or FEATURE_PIXELS // _patch_size(network))
     network.set_input_size(img_size=(side, side))
     return network

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from stablevm.errors import UserError
 from stablevm.files import parse_json, write_text
-from stablevm.text import printable
+from stablevm.text import printable, shown
 
+WANDB_ALONE = ("offline", "disabled", "dryrun")
+WANDB_REMEDY = "run wandb login, set WANDB_MODE=offline, or give --report-to tensorboard"
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged"  # lines of it that can't be read
 EVALUATED = "eval_"  # begins the names of an evaluation's numbers
@@ -103,6 +105,28 @@ def evaluated(folder: Path, step: int) -> dict[str, float] | None:
         if row["step"] == step and numbers:
             return {name: math.nan if value is None else value for name, value in numbers.items()}
     return None
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError where wandb is asked for, and nobody is logged in to it; its offline modes need no login."""
+    if "wandb" not in names:
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--report-to wandb: it is not installed; pip install 'stablevm[wandb]'") from None
+    if os.environ.get("WANDB_MODE", "online").lower() in WANDB_ALONE:
+        return
+    try:
+        known = wandb.login(prompt=False)
+    except wandb.errors.Error as error:
+        raise _wandb_error(error) from None
+    if not known:
+        raise UserError(f"--report-to wandb: nobody is logged in; {WANDB_REMEDY}")
+
+
+def _wandb_error(error: Exception) -> UserError:
+    return UserError(f"--report-to wandb: {shown(str(error), quoted=False)}; {WANDB_REMEDY}")
 
 
 def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:

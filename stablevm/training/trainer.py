@@ -34,7 +34,7 @@ from stablevm.training.setup import (
     prefill,
 )
 from stablevm.training.start import as_begun, check_bank, check_data, find_start, record_data
-from stablevm.training.tracker import EVALUATED, Trackers, evaluated
+from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evaluated
 
 
 def train(config: TrainConfig) -> int:
@@ -52,6 +52,7 @@ def _train(config: TrainConfig) -> int:
     config = as_launched(config)
     accelerator = make_accelerator(config)
     check_same_options(config, accelerator)
+    on_main(accelerator, lambda: check_trackers(config.trackers))
     given, config = config, as_begun(config)
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)

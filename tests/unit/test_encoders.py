@@ -311,3 +311,12 @@ def test_digits_errors(digits, weights):
         load(weights, "digits")
     with pytest.raises(UserError, match="images have 16 x 16 pixels, this encoder reads 8 x 8"):
         load(path, "digits")(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["vit_small_r26_s32_224", "vit_tiny_r_s16_p8_224", "vit_base_mci_224"])
+def test_hybrids_are_refused_before_weights_are_looked_for(name, tmp_path):
+    pytest.importorskip("timm")
+    for weights in (None, tmp_path / "absent.pth"):
+        with pytest.raises(UserError, match=f"--enc-type {name}: (not a plain|its weights can't)") as error:
+            load_encoder(name, grid_size=16, weights=weights, device="cpu")
+        assert "\n" not in str(error.value)

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
+from stablevm.errors import UserError
+from stablevm.training.tracker import METRICS_FILE, Trackers, check_trackers, read_metrics
 
 BIN = "velocity_loss/t=0.0-0.1"  # a name as the trainer gives them
 
@@ -114,3 +115,28 @@ def test_a_damaged_line_stops_nothing_and_is_kept_aside(tmp_path, capsys):
     assert "6 damaged lines, now in metrics.damaged" in capsys.readouterr().err
     Trackers(tmp_path, [], {}, first_step=5).close()
     assert capsys.readouterr().err == ""
+
+
+def test_wandb_without_login_is_one_line_at_the_start(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    with pytest.raises(UserError, match=r"nobody is logged in; run wandb login, set WANDB_MODE=offline") as error:
+        check_trackers(["tensorboard", "wandb"])
+    assert "\n" not in str(error.value)
+    check_trackers(["tensorboard"])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(["wandb"])
+
+
+def test_what_wandb_says_is_one_line(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def login(prompt):
+        raise wandb.errors.UsageError("api_key not configured.\nCall it.")
+
+    monkeypatch.setattr(wandb, "login", login)
+    with pytest.raises(UserError, match=r"--report-to wandb: api_key not configured") as error:
+        check_trackers(["wandb"])
+    assert "\n" not in str(error.value)
