@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.errors import UserError
 from stablevm.files import output_fault
-from stablevm.text import shown
+from stablevm.text import printable, shown
 
 Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
 
@@ -18,7 +18,7 @@ def as_typed(option: str, value: Any) -> str:
     dashed = option.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {value}"
+    return f"--{dashed} {printable(str(value))}"
 
 
 def require(config: Any, expectations: Iterable[Expectation]) -> None:
