@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from stablevm.benchmark.machine import describe_machine
+from stablevm.profiling.machine import describe_machine
 from stablevm.sampling.archive import write_archive
 from stablevm.sampling.parts import PartFolder
 

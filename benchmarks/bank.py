@@ -14,8 +14,8 @@ from common import GIBIBYTE, MEBIBYTE, DeviceName, allocated_bytes, choose_devic
 from torch import Tensor
 
 from stablevm.bank import ClassBank
-from stablevm.benchmark.machine import describe_machine
 from stablevm.objective import POOL_SIZE
+from stablevm.profiling.machine import describe_machine
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from stablevm.benchmark.machine import CPU, synchronize
+from stablevm.profiling.machine import CPU, synchronize
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Run = Callable[[], object]

@@ -13,9 +13,9 @@ import scipy.linalg
 import torch
 import tyro
 
-from stablevm.benchmark.machine import describe_machine
-from stablevm.evaluation.neighbours import precision_recall
-from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance, inception_score
+from stablevm.metrics.neighbours import precision_recall
+from stablevm.metrics.statistics import FeatureStatistics, frechet_distance, inception_score
+from stablevm.profiling.machine import describe_machine
 
 WIDTH, CLASSES = 2048, 1008
 

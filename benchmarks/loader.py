@@ -19,13 +19,13 @@ import tyro
 from common import DeviceName, choose_device, copy_bandwidth, timed
 from PIL import Image
 
-from stablevm.autoencoder import LatentSpec
-from stablevm.benchmark.machine import CPU, describe_machine
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import training_loader
 from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import MIN_ROWS, ShardWriter
+from stablevm.networks.autoencoder import LatentSpec
+from stablevm.profiling.machine import CPU, describe_machine
 
 SIDE, MOMENTS, CLASSES = 256, (8, 32, 32), 1000
 

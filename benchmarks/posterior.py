@@ -31,9 +31,9 @@ from common import (
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stablevm.benchmark.machine import describe_machine
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
+from stablevm.profiling.machine import describe_machine
 
 WIDE_VALUES = 2**31  # batch x references x dimensions from which one repetition must do
 CHECKED_ROWS = 16

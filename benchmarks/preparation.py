@@ -16,10 +16,10 @@ import tyro
 from common import Run, timed
 from PIL import Image
 
-from stablevm.benchmark.machine import describe_machine
 from stablevm.preparation import folders, shards
 from stablevm.preparation.config import ConvertConfig, ConvertShardsConfig
 from stablevm.preparation.pictures import dhariwal
+from stablevm.profiling.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from sources import write_source

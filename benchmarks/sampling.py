@@ -18,16 +18,16 @@ from pathlib import Path
 import tyro
 from torch import Tensor
 
-from stablevm import snapshot
-from stablevm.autoencoder import IDENTITY, LatentSpec
-from stablevm.benchmark.machine import describe_machine, synchronize
-from stablevm.models.config import sit_config
-from stablevm.models.sit import SiT
-from stablevm.processes import Process
+from stablevm.networks import snapshot
+from stablevm.networks.autoencoder import IDENTITY, LatentSpec
+from stablevm.networks.sit import SiT
+from stablevm.networks.sit_config import sit_config
+from stablevm.networks.snapshot import ModelCard
+from stablevm.profiling.machine import describe_machine, synchronize
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.sampling.solvers import sde_times
-from stablevm.snapshot import ModelCard
+from stablevm.solvers.fixed_steps import sde_times
+from stablevm.support.processes import Process
 
 
 @dataclass(frozen=True)

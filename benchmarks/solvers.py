@@ -22,16 +22,18 @@ from typing import Any
 import torch
 
 from stablevm.evaluation.evaluate import evaluate
-from stablevm.files import read_json
 from stablevm.interpolant import LINEAR
+from stablevm.networks.snapshot import load_card, load_model
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
-from stablevm.rng import RowGenerators, generator
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
+from stablevm.sampling.guidance import draw_latents
 from stablevm.sampling.protocol import labels_of, sampler_settings
-from stablevm.sampling.sampler import SamplerSettings, draw_latents, integrate
-from stablevm.snapshot import load_card, load_model
+from stablevm.solvers.integration import integrate
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.files import read_json
+from stablevm.support.rng import RowGenerators, generator
 from stablevm.toy.mixture import published_mixture
 from stablevm.training.checkpoint import checkpoint_folder, saved_steps
 

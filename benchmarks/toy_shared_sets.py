@@ -12,9 +12,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from stablevm import rng
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
+from stablevm.support import rng
 from stablevm.toy.config import ToyConfig
 from stablevm.toy.training import mixture_of
 

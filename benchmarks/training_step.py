@@ -20,12 +20,12 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from stablevm import rng
-from stablevm.benchmark.machine import describe_machine, synchronize
-from stablevm.benchmark.random_data import RandomDataset
 from stablevm.data.loader import TrainingBatch
 from stablevm.data.opening import open_dataset
-from stablevm.models.sit import SiT
+from stablevm.networks.sit import SiT
+from stablevm.profiling.machine import describe_machine, synchronize
+from stablevm.profiling.random_data import RandomDataset
+from stablevm.support import rng
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine

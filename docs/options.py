@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
-from stablevm.importing.config import ImportConfig
-from stablevm.options import as_typed
+from stablevm.integrations.config import ImportConfig
 from stablevm.preparation import config as preparation
+from stablevm.profiling.config import BenchmarkConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
+from stablevm.support.options import as_typed
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import TrainConfig
 

@@ -4,7 +4,7 @@
 
 What makes x_t comes from the bank, so it is not the batch that went in: `draw.ids` names the rows of the data set that
 the encoder must see. The encoder here is the first half of a classifier of digits, trained on the spot. Any frozen
-module from images to tokens (B, T, D) will do; `stablevm.encoders.load_encoder` has DINOv2 and the like.
+module from images to tokens (B, T, D) will do; `stablevm.networks.encoders.load_encoder` has DINOv2 and the like.
 """
 
 import torch

@@ -15,39 +15,42 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from stablevm.support.moved import keep_old_addresses
+from stablevm.support.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
+    from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
     from stablevm.bank import ClassBank
-    from stablevm.errors import UserError
-    from stablevm.evaluation.neighbours import coverage, precision_recall
-    from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance
+    from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
     from stablevm.interpolant import COSINE, LINEAR, Interpolant
+    from stablevm.metrics.neighbours import coverage, precision_recall
+    from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
     from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, StableVM, squared_error
     from stablevm.posterior import Posterior
-    from stablevm.sampling.sampler import integrate
-    from stablevm.sampling.scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
-    from stablevm.sampling.settings import SamplerSettings
-    from stablevm.sampling.solvers import stable_velocity_step
-    from stablevm.schedules import AlignmentSchedule, draw_times
+    from stablevm.solvers.fixed_steps import stable_velocity_step
+    from stablevm.solvers.integration import integrate
+    from stablevm.solvers.settings import SamplerSettings
+    from stablevm.support.errors import UserError
+    from stablevm.times import draw_times
     from stablevm.variance import VarianceCurve, variance_curve
+
+keep_old_addresses()
 
 # Where each public name lives. __all__ has them too, but for the one that needs diffusers, which is optional.
 _HOMES = {
-    "alignment": ("alignment_loss", "normalize_over_space", "weighted_alignment"),
+    "alignment": ("AlignmentSchedule", "alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
-    "errors": ("UserError",),
-    "evaluation.neighbours": ("coverage", "precision_recall"),
-    "evaluation.statistics": ("FeatureStatistics", "frechet_distance"),
+    "integrations.diffusers_scheduler": ("StableVSFlowMatchScheduler",),
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
+    "metrics.neighbours": ("coverage", "precision_recall"),
+    "metrics.statistics": ("FeatureStatistics", "frechet_distance"),
     "objective": ("Draw", "FlowMatching", "Protocol", "StableTargetField", "StableVM", "squared_error"),
     "posterior": ("Posterior",),
-    "sampling.sampler": ("integrate",),
-    "sampling.scheduler": ("StableVSFlowMatchScheduler",),
-    "sampling.settings": ("SamplerSettings",),
-    "sampling.solvers": ("stable_velocity_step",),
-    "schedules": ("AlignmentSchedule", "draw_times"),
+    "solvers.fixed_steps": ("stable_velocity_step",),
+    "solvers.integration": ("integrate",),
+    "solvers.settings": ("SamplerSettings",),
+    "support.errors": ("UserError",),
+    "times": ("draw_times",),
     "variance": ("VarianceCurve", "variance_curve"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stablevm.errors import UserError
-from stablevm.rng import rand, to_device
-from stablevm.shapes import described
+from stablevm.support.errors import UserError
+from stablevm.support.rng import rand, to_device
+from stablevm.support.shapes import described
 
 NO_ID = -1
 

@@ -13,13 +13,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import tyro
 
-from stablevm import __version__
-from stablevm.benchmark.config import BenchmarkConfig
-from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
-from stablevm.files import check_output
-from stablevm.importing.config import ImportConfig
-from stablevm.launcher import is_alone, tell
+from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
@@ -29,10 +24,15 @@ from stablevm.preparation.config import (
     PackConfig,
     VerifyConfig,
 )
+from stablevm.profiling.config import BenchmarkConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
-from stablevm.text import printable_streams, usable_streams
+from stablevm.support.errors import UserError
+from stablevm.support.files import check_output
+from stablevm.support.launcher import is_alone, tell
+from stablevm.support.text import printable_streams, usable_streams
+from stablevm.support.version import __version__
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
@@ -99,11 +99,11 @@ generate = _command(GenerateConfig, "generate", "stablevm.sampling.generation:ge
 toy = _command(ToyConfig, "gmm_exp", "stablevm.toy.experiment:run")
 
 reference = _command(ReferenceConfig, "stablevm reference", "stablevm.evaluation.reference:reference")
-import_checkpoint = _command(ImportConfig, "stablevm import", "stablevm.importing.command:import_checkpoint")
+import_checkpoint = _command(ImportConfig, "stablevm import", "stablevm.integrations.importing:import_checkpoint")
 quickstart = _command(QuickstartConfig, "stablevm quickstart", "stablevm.quickstart.run:quickstart")
 extractor = _command(ExtractorConfig, "stablevm extractor", "stablevm.quickstart.run:extractor")
 variance = _command(VarianceConfig, "stablevm variance", "stablevm.study.command:measure_variance", resumes=False)
-benchmark = _command(BenchmarkConfig, "stablevm benchmark", "stablevm.benchmark.run:benchmark", resumes=False)
+benchmark = _command(BenchmarkConfig, "stablevm benchmark", "stablevm.profiling.run:benchmark", resumes=False)
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:

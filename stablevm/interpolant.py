@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stablevm.errors import UserError
-from stablevm.shapes import ShownByShape
+from stablevm.support.errors import UserError
+from stablevm.support.shapes import ShownByShape
 
 Kind = Literal["velocity", "x0", "noise", "score"]
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions, check_shares
-from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
-from stablevm.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
-from stablevm.schedules import TimeName, draw_times
-from stablevm.shapes import ShownByShape
+from stablevm.support.errors import UserError
+from stablevm.support.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
+from stablevm.support.shapes import ShownByShape
+from stablevm.times import TimeName, draw_times
 
 Prediction = Literal["v", "x"]
 Anchors = Literal["bank", "batch"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant
-from stablevm.precision import full_precision
-from stablevm.shapes import ShownByShape
+from stablevm.support.precision import full_precision
+from stablevm.support.shapes import ShownByShape
 
 # Logits this far below the largest get the weight 0: e^-43 is 2e-19, and the square of anything smaller is below
 # float32's normal numbers, which makes a CPU slow.

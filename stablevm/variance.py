@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stablevm.interpolant import Interpolant, align
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
-from stablevm.rng import rand, randn
+from stablevm.support.rng import rand, randn
 
 BAND = (0.15, 0.85)  # quantiles over samples, as published
 # Up to the split point fewer references than this take part, on average: x_t still tells which sample it came from.

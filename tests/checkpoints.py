@@ -2,10 +2,10 @@
 
 import torch
 
-from stablevm.autoencoder import IDENTITY, LatentSpec
-from stablevm.models.config import sit_config
-from stablevm.models.sit import SiT
-from stablevm.snapshot import ModelCard, save
+from stablevm.networks.autoencoder import IDENTITY, LatentSpec
+from stablevm.networks.sit import SiT
+from stablevm.networks.sit_config import sit_config
+from stablevm.networks.snapshot import ModelCard, save
 
 
 def tiny_card(num_classes=4, prediction="v", path_type="linear", label_dropout=None, **model_options):

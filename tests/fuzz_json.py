@@ -21,13 +21,11 @@ import runs
 import torch
 from checkpoints import save_checkpoint, tiny_card
 
-from stablevm import rng
 from stablevm.data.manifest import ShardFile
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor
-from stablevm.files import write_json, write_with
-from stablevm.models.digits_net import DigitsNet
+from stablevm.networks.digits_net import DigitsNet
+from stablevm.networks.snapshot import load_card, load_model
 from stablevm.preparation.joining import ShardRecord
 from stablevm.preparation.report import Problem, Report, read_problems
 from stablevm.preparation.shards import _Converted
@@ -36,7 +34,9 @@ from stablevm.quickstart.config import QuickstartConfig
 from stablevm.quickstart.run import CONFIG_FILE, Clock, _claim_folder
 from stablevm.sampling.archive import read_protocol, write_archive
 from stablevm.sampling.parts import PartFolder
-from stablevm.snapshot import load_card, load_model
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.files import write_json, write_with
 from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
 from stablevm.toy.network import make_network

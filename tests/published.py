@@ -1,6 +1,6 @@
 """SiT written anew after its paper, with the parameter names of the published checkpoints: a stand-in for those.
 
-It shares nothing with stablevm.models: neither layers nor formulas.
+It shares nothing with stablevm.networks: neither layers nor formulas.
 """
 
 import math

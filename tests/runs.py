@@ -8,10 +8,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
 from stablevm.data.manifest import Manifest
 from stablevm.data.writer import ShardWriter
-from stablevm.models.digits_net import DigitsNet
+from stablevm.networks.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
+from stablevm.networks.digits_net import DigitsNet
 from stablevm.training.config import TrainConfig
 from stablevm.training.trainer import train
 

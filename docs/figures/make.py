@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from stablevm import LINEAR
-from stablevm.plotting import PAGE_WIDTH, SOFT_INK, new_figure, save_figure, style
+from stablevm.figures.style import PAGE_WIDTH, SOFT_INK, new_figure, save_figure, style
 from stablevm.posterior import posterior
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablevm import rng
-from stablevm.autoencoder import LatentSpec
-from stablevm.errors import UserError
-from stablevm.options import some_of
+from stablevm.networks.autoencoder import LatentSpec
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.options import some_of
 
 _NAMES_SHOWN = 6  # classes named in a command's last line
 

@@ -8,12 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stablevm.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
 from stablevm.data.dataset import describe_classes
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardKind
 from stablevm.data.writer import ShardWriter, shard_name
-from stablevm.errors import UserError
-from stablevm.locks import is_foreign, owned
+from stablevm.networks.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
+from stablevm.support.errors import UserError
+from stablevm.support.locks import is_foreign, owned
 
 SPLITS = ("train", "test")
 TEST_FRACTION = 0.25  # 1,347 digits for training, 450 for the test

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stablevm.data.storage import FolderStorage, Storage, ZipStorage, is_inside, plain_name
-from stablevm.errors import UserError
-from stablevm.files import parse_json
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json
 
 LISTING_FILE = "dataset.json"
 WORK_FOLDER = ".prepare"  # in a result's folder, until the result is complete

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablevm import rng
 from stablevm.data.dataset import PreparedDataset, check_finite
 from stablevm.data.workers import Calls
-from stablevm.errors import UserError
+from stablevm.support import rng
+from stablevm.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stablevm import files
-from stablevm.autoencoder import LatentSpec
-from stablevm.cards import card_of, check_version, read_object
-from stablevm.errors import UserError
-from stablevm.text import shown
+from stablevm.networks.autoencoder import LatentSpec
+from stablevm.support import files
+from stablevm.support.cards import card_of, check_version, read_object
+from stablevm.support.errors import UserError
+from stablevm.support.text import shown
 
 MANIFEST_FILE = "dataset.json"
 FORMAT_VERSION = 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 
 class MirroredDataset(PreparedDataset):

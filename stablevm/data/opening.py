@@ -7,7 +7,7 @@ from stablevm.data.folders import is_dataset_folder, why_no_dataset
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.repa import RepaDataset, is_repa_folder
 from stablevm.data.shards import ShardDataset
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 
 def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:

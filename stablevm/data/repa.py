@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stablevm.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
-from stablevm.cards import card_of
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows, digest
 from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
-from stablevm.errors import UserError
+from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
+from stablevm.support.cards import card_of
+from stablevm.support.errors import UserError
 
 LATENTS, IMAGES = "vae-sd", "images"
 # What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.

@@ -22,7 +22,7 @@ from stablevm.data.manifest import MANIFEST_FILE, REMEDY, Manifest, Shard, Shard
 from stablevm.data.png import decode_png
 from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 from stablevm.data.tensor_file import Opener, TensorFile, bytes_of, opener
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 
 class ShardDataset(PreparedDataset):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 # Faults of one file; others, such as too many open files, are the machine's and must not pass for a damaged file.
 _FILE_FAULTS = {

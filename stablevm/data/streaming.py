@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stablevm import files
+from stablevm.support import files
 
 _FORMAT_NAMES = {"float16": "F16", "int64": "I64", "uint8": "U8"}  # NumPy's names, and those of the format
 NUMPY_NAMES = {ours: numpy for numpy, ours in _FORMAT_NAMES.items()}

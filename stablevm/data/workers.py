@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")

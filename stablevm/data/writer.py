@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablevm import files
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard, ShardFile, ShardKind
-from stablevm.errors import UserError
-from stablevm.tensor_files import save_tensors
+from stablevm.support import files
+from stablevm.support.errors import UserError
+from stablevm.support.tensor_files import save_tensors
 
 MIN_ROWS, MAX_ROWS = 8_192, 16_384  # per shard: few enough files for a million samples, small enough to rewrite
 

@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablevm.compiler import check_compiler
 from stablevm.evaluation.config import EvaluateCheckpointConfig
 from stablevm.evaluation.evaluate import Results, begin, compare, finish_digits, results_owned
 from stablevm.evaluation.outputs import check_outputs, inputs_of, outputs_of
 from stablevm.evaluation.samples import Samples
+from stablevm.networks.snapshot import ModelCard
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.protocol import Protocol, checked_card, decoding_notes, default_name, labels_of, protocol_of
-from stablevm.snapshot import ModelCard
+from stablevm.support.compiler import check_compiler
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stablevm.evaluation.adm_distances import membership_adm
-from stablevm.evaluation.kernel_distance import kernel_distance
-from stablevm.evaluation.neighbours import (
+from stablevm.metrics.adm_distances import membership_adm
+from stablevm.metrics.kernel_distance import kernel_distance
+from stablevm.metrics.neighbours import (
     COVERAGE_K,
     PRECISION_RECALL_K,
     Membership,
@@ -18,7 +18,7 @@ from stablevm.evaluation.neighbours import (
     membership,
     neighbourhood,
 )
-from stablevm.evaluation.statistics import (
+from stablevm.metrics.statistics import (
     AnyMoments,
     chunk_scores,
     frechet_distance,

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from stablevm.errors import UserError
-from stablevm.options import idle_warnings, require, writable
 from stablevm.sampling.config import GenerateConfig
+from stablevm.support.errors import UserError
+from stablevm.support.options import idle_warnings, require, writable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from stablevm import rng
 from stablevm.evaluation.comparison import KERNEL, OTHER_KEYS, PUBLISHED_KEYS, TITLES, Comparison
+from stablevm.support import rng
 
 SUBSETS = (8, 4, 2)  # numbers of subsets that the samples are cut into
 MIN_SUBSET = 8  # images; fewer have next to no neighbours and no covariance to speak of

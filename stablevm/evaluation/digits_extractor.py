@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stablevm import rng
-from stablevm.autoencoder import pixels_to_unit
-from stablevm.cards import read_card
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE
-from stablevm.errors import UserError
-from stablevm.files import sha256, write_json
-from stablevm.models.digits_net import CLASSES, IMAGE_SIZE, DigitsNet
-from stablevm.tensor_files import save_tensors
+from stablevm.networks.autoencoder import pixels_to_unit
+from stablevm.networks.digits_net import CLASSES, IMAGE_SIZE, DigitsNet
+from stablevm.support import rng
+from stablevm.support.cards import read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import sha256, write_json
+from stablevm.support.tensor_files import save_tensors
 
 NAME = "digits-cnn"
 WEIGHTS_FILE = "extractor.safetensors"

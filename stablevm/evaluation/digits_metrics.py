@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
-from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import (
     DigitsExtractor,
     all_images,
@@ -17,15 +16,16 @@ from stablevm.evaluation.digits_extractor import (
     data_checksum,
     to_grey,
 )
-from stablevm.evaluation.neighbours import (
+from stablevm.metrics.neighbours import (
     COVERAGE_K,
     PRECISION_RECALL_K,
     memorised_share,
     nearest_distance,
     neighbourhood,
 )
-from stablevm.evaluation.statistics import FeatureStatistics, frechet_distance
-from stablevm.models.digits_net import IMAGE_SIZE
+from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
+from stablevm.networks.digits_net import IMAGE_SIZE
+from stablevm.support.errors import UserError
 
 
 def judge_digits(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
 from stablevm.evaluation import comparison
 from stablevm.evaluation.comparison import Comparison, class_order
 from stablevm.evaluation.config import EvaluateConfig, JudgeConfig
@@ -23,9 +22,10 @@ from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.outputs import check_outputs, default_output, inputs_of, outputs_of
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
-from stablevm.files import remove_temporary_of, write_json
-from stablevm.locks import owned
-from stablevm.processes import Process
+from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary_of, write_json
+from stablevm.support.locks import owned
+from stablevm.support.processes import Process
 
 Results = dict[str, Any]
 

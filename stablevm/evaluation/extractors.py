@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stablevm.encoders import Encoder, load_encoder
-from stablevm.precision import full_precision, tf32
+from stablevm.networks.encoders import Encoder, load_encoder
+from stablevm.support.precision import full_precision, tf32
 
 
 class FeatureExtractor(Protocol):

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.errors import UserError
 from stablevm.evaluation.extractors import FeatureExtractor
 from stablevm.evaluation.sources import ImageSource
-from stablevm.files import is_temporary
-from stablevm.processes import Process, wait_for_files
-from stablevm.tensor_files import save_tensors
+from stablevm.support.errors import UserError
+from stablevm.support.files import is_temporary
+from stablevm.support.processes import Process, wait_for_files
+from stablevm.support.tensor_files import save_tensors
 
 PART_LENGTH = 128  # images; an interruption loses at most this much work of each process
 CACHE_VERSION = 2  # raised when the same images and weights shall give other features

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablevm.errors import UserError
 from stablevm.evaluation.extractors import fingerprint
-from stablevm.files import sha256
-from stablevm.foreign_weights import read_weights
-from stablevm.precision import full_precision, tf32
+from stablevm.support.errors import UserError
+from stablevm.support.files import sha256
+from stablevm.support.foreign_weights import read_weights
+from stablevm.support.precision import full_precision, tf32
 
 BLOCK_ROWS = 4096  # pool features multiplied at once: 32 MiB
 WIDTH = 2048  # of the pool features

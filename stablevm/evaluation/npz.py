@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stablevm.cards import card_of
-from stablevm.errors import UserError
 from stablevm.evaluation.sources import ArraySource, ImageSource, StreamedSource
-from stablevm.evaluation.statistics import Moments, check_covariance
-from stablevm.files import parse_json
-from stablevm.text import printable, shown
+from stablevm.metrics.statistics import Moments, check_covariance
+from stablevm.support.cards import card_of
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json
+from stablevm.support.text import printable, shown
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # ours, and the second array of ADM's sampling script

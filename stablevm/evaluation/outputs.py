@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from stablevm.errors import UserError
 from stablevm.evaluation.config import JudgeConfig
+from stablevm.support.errors import UserError
 
 
 def default_output(samples: Path) -> Path:

@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stablevm import rng
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.opening import dataset_folder, open_dataset
 from stablevm.data.repa import is_repa_folder
-from stablevm.errors import UserError
 from stablevm.evaluation.config import ReferenceConfig
 from stablevm.evaluation.features import FeatureCache, Features, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.outputs import check_outputs
 from stablevm.evaluation.sources import DatasetSource, FolderSource, ImageSource
-from stablevm.evaluation.statistics import FeatureStatistics
-from stablevm.files import remove_temporary_of, write_with
-from stablevm.locks import owned
+from stablevm.metrics.statistics import FeatureStatistics
 from stablevm.preparation.crops import first_size
 from stablevm.preparation.sources import open_source
-from stablevm.processes import Process
 from stablevm.sampling.archive import write_archive
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary_of, write_with
+from stablevm.support.locks import owned
+from stablevm.support.processes import Process
 
 CHUNK = 256  # images in memory at once, beside those of a batch
 

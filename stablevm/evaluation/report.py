@@ -13,9 +13,9 @@ from html import escape
 from pathlib import Path
 from types import MappingProxyType
 
-from stablevm.errors import UserError
 from stablevm.evaluation.report_style import SCRIPT, STYLE
-from stablevm.files import write_text
+from stablevm.support.errors import UserError
+from stablevm.support.files import write_text
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXELS_PER_CSS_PIXEL = 2  # pictures are drawn for dense displays (figures.py)

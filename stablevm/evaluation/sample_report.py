@@ -14,21 +14,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm import __version__
 from stablevm.evaluation.comparison import TITLES, Comparison
 from stablevm.evaluation.curves import SUBSETS, metric_curves
-from stablevm.evaluation.neighbours import Neighbourhood, nearest, radii
-from stablevm.evaluation.points import points
 from stablevm.evaluation.report import Figure, Value, write_report
-from stablevm.evaluation.sample_figures import (
+from stablevm.evaluation.samples import Reference, Samples
+from stablevm.figures.samples import (
     GRID_COLUMNS,
     GRID_ROWS,
     metric_panels,
     neighbour_rows,
     sample_grid,
 )
-from stablevm.evaluation.samples import Reference, Samples
-from stablevm.text import caption
+from stablevm.metrics.neighbours import Neighbourhood, nearest, radii
+from stablevm.metrics.points import points
+from stablevm.support.text import caption
+from stablevm.support.version import __version__
 
 NEIGHBOUR_SAMPLES, NEIGHBOURS = 6, 5
 MAX_CLASSES = 100  # rows of the table of classes
@@ -133,7 +133,7 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 
 def _curves_figure(comparison: Comparison, values: Mapping[str, Any], picture: Path) -> Figure:
     with tqdm(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
-        metric_panels(metric_curves(comparison, values, progress=bar.update), picture)
+        metric_panels(metric_curves(comparison, values, progress=bar.update), TITLES, picture)
     return Figure(
         f"Dependence on the number of samples, {comparison.extractor}",
         picture,

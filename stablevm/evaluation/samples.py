@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stablevm import rng
-from stablevm.errors import UserError
 from stablevm.evaluation.inception import PUBLISHED_NAME, SPATIAL_WIDTH, WIDTH, InceptionExtractor
-from stablevm.evaluation.neighbours import PRECISION_RECALL_K
 from stablevm.evaluation.npz import IMAGES, Archive, ArchiveCard
 from stablevm.evaluation.sources import FolderSource, ImageSource, image_size
-from stablevm.evaluation.statistics import Moments
+from stablevm.metrics.neighbours import PRECISION_RECALL_K
+from stablevm.metrics.statistics import Moments
 from stablevm.preparation.crops import first_size
 from stablevm.preparation.sources import open_source
-from stablevm.text import printable
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.text import printable
 
 
 @dataclass(frozen=True)

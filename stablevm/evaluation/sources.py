@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.data.dataset import PreparedDataset
-from stablevm.errors import UserError
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture
 from stablevm.preparation.sources import Source
+from stablevm.support.errors import UserError
 
 
 class ImageSource(Protocol):

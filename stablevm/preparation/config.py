@@ -7,8 +7,8 @@ from typing import Literal
 
 import tyro
 
-from stablevm.errors import UserError
-from stablevm.options import require, writable
+from stablevm.support.errors import UserError
+from stablevm.support.options import require, writable
 
 Transform = Literal["scale", "center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
 

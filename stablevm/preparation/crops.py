@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.errors import UserError
 from stablevm.preparation.config import ConvertConfig
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture, result_size
 from stablevm.preparation.report import Problem
 from stablevm.preparation.sources import Source, printable
+from stablevm.support.errors import UserError
 
 
 @dataclass

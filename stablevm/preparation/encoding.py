@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablevm.autoencoder import Autoencoder, LatentSpec, load_autoencoder
-from stablevm.errors import UserError
-from stablevm.precision import DTYPES, autocast, tf32
-from stablevm.processes import Process
+from stablevm.networks.autoencoder import Autoencoder, LatentSpec, load_autoencoder
+from stablevm.support.errors import UserError
+from stablevm.support.precision import DTYPES, autocast, tf32
+from stablevm.support.processes import Process
 
 
 @dataclass(frozen=True)

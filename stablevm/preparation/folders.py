@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stablevm.autoencoder import latent_spec_of
 from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, format_listing
 from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
-from stablevm.errors import UserError
+from stablevm.networks.autoencoder import latent_spec_of
 from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
@@ -31,7 +30,8 @@ from stablevm.preparation.work import (
     encoding_part_length,
     shared,
 )
-from stablevm.processes import Process
+from stablevm.support.errors import UserError
+from stablevm.support.processes import Process
 
 IMAGES_PER_FOLDER = 1000
 

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stablevm import rng
-from stablevm.autoencoder import PerChannel
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset
 from stablevm.data.shards import ShardDataset
-from stablevm.images import tile
-from stablevm.options import some_of
-from stablevm.plotting import PAGE_WIDTH, new_figure, plain, save_figure, style
+from stablevm.figures.style import PAGE_WIDTH, new_figure, plain, save_figure, style
+from stablevm.networks.autoencoder import PerChannel
 from stablevm.preparation.config import InfoConfig
 from stablevm.preparation.verify import split_folders
+from stablevm.support import rng
+from stablevm.support.images import tile
+from stablevm.support.options import some_of
 
 _MEASURED = 1024  # rows whose latents give the mean and the standard deviation of the table
 _NAME_SHARE = 0.2  # of the picture's width, for the classes' names

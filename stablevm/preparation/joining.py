@@ -9,14 +9,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stablevm.cards import card_of, read_card
 from stablevm.data.manifest import ShardFile, ShardKind
 from stablevm.data.streaming import StreamedTensor, join_files, write_streamed
 from stablevm.data.writer import shard_name
-from stablevm.errors import UserError
-from stablevm.files import parse_json, write_json
 from stablevm.preparation.report import REDO, Problem
 from stablevm.preparation.work import Job
+from stablevm.support.cards import card_of, read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json, write_json
 
 # Images of the source per shard: up to a third of them may be bad before a shard has fewer than 8,192 rows.
 SHARD_LENGTH = 12_288

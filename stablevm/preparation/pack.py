@@ -10,15 +10,15 @@ from torch import Tensor
 from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import Manifest, Shard, ShardKind
 from stablevm.data.repa import RepaDataset
-from stablevm.errors import UserError
-from stablevm.locks import owned
 from stablevm.preparation.config import PackConfig
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude
 from stablevm.preparation.shards import image_tensors, pack_images
 from stablevm.preparation.sources import fingerprint, printable
 from stablevm.preparation.work import Job, begin, clear, shared
-from stablevm.processes import Process
+from stablevm.support.errors import UserError
+from stablevm.support.locks import owned
+from stablevm.support.processes import Process
 
 _BATCH = 16  # files handed to a worker at a time
 

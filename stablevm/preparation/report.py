@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stablevm.cards import card_of, read_object
 from stablevm.data.dataset import describe_classes
 from stablevm.data.listing import LISTING_FILE
-from stablevm.errors import UserError
-from stablevm.files import parse_json, read_json, write_text
 from stablevm.preparation import sources
 from stablevm.preparation.sources import Source
-from stablevm.processes import Process
-from stablevm.text import printable
+from stablevm.support.cards import card_of, read_object
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json, read_json, write_text
+from stablevm.support.processes import Process
+from stablevm.support.text import printable
 
 REPORT_FILE = "report.json"
 SKIPPED_STATUS = 3

@@ -13,15 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablevm.autoencoder import full_name, latent_spec_of
-from stablevm.cards import card_of
 from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, Shard
 from stablevm.data.png import encode_png
 from stablevm.data.shards import ShardDataset
-from stablevm.errors import UserError
-from stablevm.locks import owned
-from stablevm.options import as_typed
+from stablevm.networks.autoencoder import full_name, latent_spec_of
 from stablevm.preparation.config import ConvertShardsConfig, EncodeShardsConfig
 from stablevm.preparation.crops import Cropper, make_cropper, merged
 from stablevm.preparation.encoding import make_encoder
@@ -38,7 +34,11 @@ from stablevm.preparation.work import (
     shared,
     sweep,
 )
-from stablevm.processes import Process
+from stablevm.support.cards import card_of
+from stablevm.support.errors import UserError
+from stablevm.support.locks import owned
+from stablevm.support.options import as_typed
+from stablevm.support.processes import Process
 
 _IMAGES, _LATENTS = "images", "latents"  # work of the two steps
 

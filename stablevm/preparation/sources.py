@@ -16,9 +16,9 @@ from stablevm.data.folders import why_no_source
 from stablevm.data.listing import LISTING_FILE, Listing, read_listing
 from stablevm.data.repa import LATENTS, is_repa_folder
 from stablevm.data.storage import FolderStorage, Storage, is_fault_of_file, open_storage
-from stablevm.errors import UserError
-from stablevm.options import some_of
 from stablevm.preparation.pictures import is_picture
+from stablevm.support.errors import UserError
+from stablevm.support.options import some_of
 
 # Names that tell of an image. What can't be read after all is skipped with its cause.
 IMAGE_SUFFIXES = frozenset(

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stablevm.cards import card_of
 from stablevm.data.listing import LISTING_FILE, WORK_FOLDER
-from stablevm.errors import UserError
-from stablevm.files import parse_json, replacing, sync, write_json, write_text, write_with
-from stablevm.locks import owned
 from stablevm.preparation.config import is_archive
 from stablevm.preparation.report import REDO, REPORT_FILE, Problem, Report, read_problems
 from stablevm.preparation.work import begin, check_same, clear
-from stablevm.processes import Process
+from stablevm.support.cards import card_of
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json, replacing, sync, write_json, write_text, write_with
+from stablevm.support.locks import owned
+from stablevm.support.processes import Process
 
 _PROBLEMS_FILE = "problems.json"  # in the archive of a part
 _PERMISSIONS = 0o644 << 16  # of an unpacked member

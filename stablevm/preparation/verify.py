@@ -13,8 +13,8 @@ from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardFile
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import IMAGES, LATENTS, RepaDataset, is_repa_folder
 from stablevm.data.workers import Calls
-from stablevm.errors import UserError
 from stablevm.preparation.config import VerifyConfig
+from stablevm.support.errors import UserError
 
 DAMAGED_STATUS = 1
 _BATCH = 256  # rows checked at a time

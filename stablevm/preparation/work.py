@@ -20,16 +20,16 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from stablevm.cards import read_object
 from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
-from stablevm.errors import UserError
-from stablevm.files import is_temporary, write_json
-from stablevm.locks import is_foreign
 from stablevm.preparation.report import REPORT_FILE, Report
-from stablevm.processes import Process, wait_for_files
-from stablevm.text import brief
+from stablevm.support.cards import read_object
+from stablevm.support.errors import UserError
+from stablevm.support.files import is_temporary, write_json
+from stablevm.support.locks import is_foreign
+from stablevm.support.processes import Process, wait_for_files
+from stablevm.support.text import brief
 
 PLAN_FILE = "plan.json"
 # An interruption loses at most this much of each process's work, and each part costs two waits for the disk.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stablevm.options import require, writable
+from stablevm.support.options import require, writable
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from stablevm.evaluation.config import EvaluateConfig
-from stablevm.options import as_typed
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
+from stablevm.support.options import as_typed
 from stablevm.training.config import TrainConfig
 
 NUM_SAMPLES = 500

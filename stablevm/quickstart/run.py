@@ -10,30 +10,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stablevm import __version__, rng
-from stablevm.cards import read_card, read_object
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
 from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor, train_extractor
 from stablevm.evaluation.digits_metrics import digits_rows
 from stablevm.evaluation.evaluate import evaluate
-from stablevm.evaluation.figures import samples_beside_real, training_curves
 from stablevm.evaluation.report import Figure, write_report
-from stablevm.files import write_json
+from stablevm.figures.evaluation import samples_beside_real, training_curves
+from stablevm.figures.variance import variance_figure
 from stablevm.interpolant import get_interpolant
-from stablevm.locks import is_foreign, owned
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.quickstart.recipe import Guidance
 from stablevm.sampling.generation import generate
-from stablevm.text import brief
+from stablevm.support import rng
+from stablevm.support.cards import read_card, read_object
+from stablevm.support.errors import UserError
+from stablevm.support.files import write_json
+from stablevm.support.locks import is_foreign, owned
+from stablevm.support.text import brief
+from stablevm.support.version import __version__
 from stablevm.training import checkpoint
 from stablevm.training.tracker import METRICS_FILE, read_metrics
 from stablevm.training.trainer import train
 from stablevm.variance import VarianceCurve, variance_curve
-from stablevm.variance_figure import variance_figure
 
 CONFIG_FILE = "quickstart.json"
 CURVE_TIMES = torch.linspace(0.05, 0.95, 19)

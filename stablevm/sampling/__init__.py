@@ -1,1 +1,1 @@
-"""From noise to images: solvers, guidance, and the command that fills an `.npz`. Importing it does not import torch."""
+"""From a checkpoint to images: guidance, and the command that fills an `.npz`. Importing it does not import torch."""

@@ -11,11 +11,11 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.errors import UserError
-from stablevm.files import parse_json
-from stablevm.images import read_png_text
 from stablevm.sampling.protocol import Protocol
-from stablevm.text import shown
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json
+from stablevm.support.images import read_png_text
+from stablevm.support.text import shown
 
 
 def write_archive(

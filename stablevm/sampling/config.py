@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stablevm.errors import UserError
-from stablevm.options import Expectation, as_typed, distinct_indices, idle_warnings, require, writable
-from stablevm.sampling.settings import expectations, without_effect
+from stablevm.solvers.settings import expectations, without_effect
+from stablevm.support.errors import UserError
+from stablevm.support.options import Expectation, as_typed, distinct_indices, idle_warnings, require, writable
 
 _LONGEST_STEM = 240  # bytes: a disk takes 255, with the suffix
 

@@ -19,14 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.compiler import check_compiler
-from stablevm.errors import UserError
-from stablevm.files import remove_temporary_of, replacing
-from stablevm.images import save_gif, save_png
+from stablevm.figures import sheets as pictures
 from stablevm.interpolant import get_interpolant
-from stablevm.locks import owned
-from stablevm.processes import Process
-from stablevm.sampling import pictures
+from stablevm.networks.snapshot import ModelCard
 from stablevm.sampling.archive import read_protocol, write_archive
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
@@ -41,7 +36,12 @@ from stablevm.sampling.protocol import (
     labels_of,
     protocol_of,
 )
-from stablevm.snapshot import ModelCard
+from stablevm.support.compiler import check_compiler
+from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary_of, replacing
+from stablevm.support.images import save_gif, save_png
+from stablevm.support.locks import owned
+from stablevm.support.processes import Process
 
 _POLL_SECONDS = 1.0
 _WEIGHTS = {"ema": "EMA weights", "model": "last weights (not EMA)"}

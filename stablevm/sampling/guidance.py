@@ -1,15 +1,40 @@
-"""The velocity of a class-conditional network, with classifier-free guidance in an interval of time."""
+"""Latents of a class-conditional network, with classifier-free guidance in an interval of time.
 
+The one place where training's previews and generation meet the solvers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from stablevm.interpolant import Interpolant
-from stablevm.precision import DTYPES, autocast
-from stablevm.sampling.settings import Precision
+from stablevm.interpolant import Interpolant, get_interpolant
+from stablevm.networks.snapshot import ModelCard
+from stablevm.solvers.integration import integrate
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.errors import UserError
+from stablevm.support.precision import DTYPES, autocast
+from stablevm.support.rng import RowGenerators, randn
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide these and leave the others to the class alone
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """How `draw_latents` asks the network: classifier-free guidance and precision; `GenerateConfig` has the meaning."""
+
+    cfg_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    legacy: bool = False
+    precision: Precision = "fp32"
+
+
+UNGUIDED = GuidanceSettings()
 
 
 class GuidedVelocity:
@@ -73,3 +98,68 @@ class GuidedVelocity:
             output = self.model(x.float(), times.float(), labels)
         source: Literal["velocity", "x0"] = "velocity" if self.prediction == "v" else "x0"
         return self.path.convert(output.to(x.dtype), x, times, source, "velocity")
+
+
+@torch.no_grad()
+def draw_latents(
+    model: nn.Module,
+    card: ModelCard,
+    labels: Tensor,
+    streams: RowGenerators,
+    settings: SamplerSettings,
+    device: torch.device | str,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    *,
+    guidance: GuidanceSettings = UNGUIDED,
+) -> tuple[Tensor, int]:
+    """One latent per label: float32 (B, C, h, w) in the network's space, and the network evaluations per image.
+
+    `labels` is int64 (B,), the null class included; `model` is on `device`, in evaluation mode. Image i's noise, the
+    initial one and each step's, comes from row i of `streams` alone, so how images are batched does not change them.
+    `watch(x, t, v)` is called with each state, its time and its velocity on the way; not with dopri5, where each image
+    has times of its own. Its evaluations are a mean over the images, rounded.
+    UserError for labels, or guidance, of which the card says that they were never trained.
+    """
+    _check_trained(card, labels, guidance.cfg_scale)
+    shape = (len(labels), *card.latent.shape)
+    path = get_interpolant(card.path_type)
+    velocity = GuidedVelocity(
+        model,
+        path,
+        card.prediction,
+        labels.to(device),
+        card.model.null_class,
+        scale=guidance.cfg_scale,
+        low=guidance.guidance_low,
+        high=guidance.guidance_high,
+        legacy=guidance.legacy,
+        precision=guidance.precision,
+    )
+
+    def watched(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        v = velocity(x, t, rows)
+        if watch is not None and rows is None:
+            watch(x, t, v)
+        return v
+
+    def noise() -> Tensor:
+        return randn(shape, streams, device).double()
+
+    latents = integrate(watched, noise, path, settings)
+    return latents.float(), round(velocity.evaluations)
+
+
+def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:
+    """UserError where the network is to be asked about labels that its training never showed it."""
+    null = labels == card.model.null_class
+    if not card.null_is_trained and (cfg_scale != 1 or null.any()):
+        asked = "labels of the null class" if null.any() else f"cfg_scale {cfg_scale:g}"
+        raise UserError(
+            f"{asked}: the network was trained with label_dropout 0, so its null class is untrained; "
+            "draw classes with cfg_scale 1"
+        )
+    if not card.classes_are_trained and not null.all():
+        raise UserError(
+            "labels: the network was trained with label_dropout 1, so its classes are untrained; "
+            f"draw the null class, {card.model.null_class}"
+        )

@@ -8,15 +8,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablevm.autoencoder import Autoencoder, load_autoencoder
-from stablevm.errors import UserError
-from stablevm.models.sit import SiT
-from stablevm.precision import tf32
-from stablevm.rng import RowGenerators
+from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
+from stablevm.networks.sit import SiT
+from stablevm.networks.snapshot import ModelCard, load_model
 from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.guidance import draw_latents
 from stablevm.sampling.protocol import guidance_settings, sampler_settings
-from stablevm.sampling.sampler import draw_latents
-from stablevm.snapshot import ModelCard, load_model
+from stablevm.support.errors import UserError
+from stablevm.support.precision import tf32
+from stablevm.support.rng import RowGenerators
 
 
 @dataclass(frozen=True)

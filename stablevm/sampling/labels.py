@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stablevm.rng import generator
-from stablevm.snapshot import ModelCard
+from stablevm.networks.snapshot import ModelCard
+from stablevm.support.rng import generator
 
 
 def balanced_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor:

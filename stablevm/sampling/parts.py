@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.cards import read_object
-from stablevm.errors import UserError
-from stablevm.files import remove_temporary, write_json, write_with
 from stablevm.sampling.archive import write_npy
 from stablevm.sampling.protocol import Protocol, check_same
+from stablevm.support.cards import read_object
+from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary, write_json, write_with
 
 # A property of the folder, not an option: whatever the batch size and the number of processes, a part holds the same
 # images, so that a run may go on with others. Small, as an interruption loses at most this much beyond a batch.

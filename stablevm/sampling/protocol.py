@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablevm import files
-from stablevm.autoencoder import IDENTITY, LatentSpec, autoencoder_id, full_name, is_folder, latent_spec_of
-from stablevm.errors import UserError
-from stablevm.options import as_typed, some_of
+from stablevm.networks.autoencoder import IDENTITY, LatentSpec, autoencoder_id, full_name, is_folder, latent_spec_of
+from stablevm.networks.snapshot import ModelCard, load_card
 from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.guidance import GuidanceSettings
 from stablevm.sampling.labels import balanced_labels, random_labels
-from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
-from stablevm.snapshot import ModelCard, load_card
-from stablevm.text import brief
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support import files
+from stablevm.support.errors import UserError
+from stablevm.support.options import as_typed, some_of
+from stablevm.support.text import brief
 
 Protocol = dict[str, Any]
 _HASH_DIGITS = 8

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm import rng
 from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
-from stablevm.files import remove_temporary_of, write_json
+from stablevm.figures.variance import variance_figure
 from stablevm.interpolant import get_interpolant
-from stablevm.locks import owned
 from stablevm.study.config import VarianceConfig
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary_of, write_json
+from stablevm.support.locks import owned
 from stablevm.variance import class_variance_curve
-from stablevm.variance_figure import variance_figure
 
 FILES = ("variance.json", "variance.png")
 DEFAULT_CLASSES = 10

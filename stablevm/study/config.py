@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stablevm.errors import UserError
-from stablevm.options import distinct_indices, require, writable
+from stablevm.support.errors import UserError
+from stablevm.support.options import distinct_indices, require, writable
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from stablevm.errors import UserError
-from stablevm.options import idle_warnings, require, writable
+from stablevm.support.errors import UserError
+from stablevm.support.options import idle_warnings, require, writable
 
 Method = Literal["cfm", "stf", "stable_vm", "stable_vm_efficient"]
 METHODS: tuple[Method, ...] = get_args(Method)

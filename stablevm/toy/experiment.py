@@ -8,18 +8,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stablevm.errors import UserError
-from stablevm.files import is_temporary, remove_temporary_of, write_json, write_text
-from stablevm.locks import owned
+from stablevm.figures.toy import FIELD_NAMES, divergence_figure
+from stablevm.figures.variance import variance_figure
+from stablevm.support.errors import UserError
+from stablevm.support.files import is_temporary, remove_temporary_of, write_json, write_text
+from stablevm.support.locks import owned
 from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
-from stablevm.toy.figures import FIELD_NAMES, divergence_figure
 from stablevm.toy.training import train_method
 from stablevm.toy.variance import curve_jobs, in_field
 from stablevm.toy.visualization import visualize
 from stablevm.training.tracker import Trackers
 from stablevm.variance import VarianceCurve
-from stablevm.variance_figure import variance_figure
 
 FROM_THE_START = -1  # of an interrupted run no row is kept, not even that of update 0
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant, Kind
-from stablevm.precision import full_precision
+from stablevm.support.precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from stablevm import rng
-from stablevm.cards import read_card
-from stablevm.errors import UserError
-from stablevm.files import write_json
-from stablevm.tensor_files import save_tensors
-from stablevm.text import shown
+from stablevm.support import rng
+from stablevm.support.cards import read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import write_json
+from stablevm.support.tensor_files import save_tensors
+from stablevm.support.text import shown
 from stablevm.toy.config import METHODS, Method, ToyConfig
 from stablevm.toy.network import ToyNetwork, make_network
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stablevm import rng
 from stablevm.interpolant import LINEAR
 from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, squared_error
+from stablevm.support import rng
 from stablevm.toy.config import Method, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
 from stablevm.toy.network import ToyNetwork, make_network

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablevm import rng
-from stablevm.autoencoder import pixels_to_unit
 from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
 from stablevm.interpolant import LINEAR
+from stablevm.networks.autoencoder import pixels_to_unit
 from stablevm.posterior import posterior
+from stablevm.support import rng
+from stablevm.support.errors import UserError
 from stablevm.toy.config import ToyConfig
 from stablevm.toy.mixture import GaussianMixture
 from stablevm.toy.training import mixture_of

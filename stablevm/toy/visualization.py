@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablevm import rng
-from stablevm.images import save_gif
+from stablevm.figures.style import BLUE, GREEN, SOFT_INK, VERMILION, panels, save_figure, style
+from stablevm.figures.toy import FIELD_NAMES
 from stablevm.interpolant import LINEAR
-from stablevm.plotting import BLUE, GREEN, SOFT_INK, VERMILION, panels, save_figure, style
-from stablevm.sampling.solvers import ode_times
+from stablevm.solvers.fixed_steps import ode_times
+from stablevm.support import rng
+from stablevm.support.images import save_gif
 from stablevm.toy.config import ToyConfig
-from stablevm.toy.figures import FIELD_NAMES
 from stablevm.toy.mixture import GaussianMixture
 from stablevm.toy.network import ToyNetwork
 from stablevm.toy.training import mixture_of, to_field

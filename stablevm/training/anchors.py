@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from stablevm import rng
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import StepSampler
 from stablevm.objective import draw_anchors
+from stablevm.support import rng
 from stablevm.training.config import TrainConfig
 
 

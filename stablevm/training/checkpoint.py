@@ -1,7 +1,8 @@
 """Checkpoints: folders that are complete or absent, in safetensors and JSON, with a checksum of every file.
 
-`checkpoints/0050000/` holds what generation needs (`stablevm.snapshot`), and beside it the state of the optimiser, the
-bank and the gradient scaler. Random numbers and data positions need none: they are functions of the seed and the step.
+`checkpoints/0050000/` holds what generation needs (`stablevm.networks.snapshot`), and beside it the state of the
+optimiser, the bank and the gradient scaler. Random numbers and data positions need none: they are functions of the seed
+and the step.
 `SHA256SUMS` is what the program sha256sum writes and checks.
 """
 
@@ -17,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from stablevm import snapshot
-from stablevm.cards import read_card
-from stablevm.errors import UserError
-from stablevm.files import sha256, sync, write_json, write_text
-from stablevm.snapshot import ModelCard
-from stablevm.tensor_files import save_tensors
+from stablevm.networks import snapshot
+from stablevm.networks.snapshot import ModelCard
+from stablevm.support.cards import read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import sha256, sync, write_json, write_text
+from stablevm.support.tensor_files import save_tensors
 from stablevm.training.progress import Progress
 
 CHECKPOINTS = "checkpoints"

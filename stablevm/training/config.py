@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stablevm.cards import card_of, read_object
-from stablevm.errors import UserError
-from stablevm.options import as_typed, idle_warnings, require, writable
+from stablevm.support.cards import card_of, read_object
+from stablevm.support.errors import UserError
+from stablevm.support.options import as_typed, idle_warnings, require, writable
 
 CONFIG_FILE = "config.json"
 _REMEDY = "restore it, or begin anew under another --exp-name"

@@ -9,19 +9,19 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from stablevm import rng
-from stablevm.compiler import check_compiler
+from stablevm.alignment import AlignmentSchedule
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.data.workers import Calls
-from stablevm.encoders import Encoder
-from stablevm.errors import UserError
 from stablevm.interpolant import get_interpolant
-from stablevm.models.sit import SiT
+from stablevm.networks.encoders import Encoder
+from stablevm.networks.sit import SiT
+from stablevm.networks.snapshot import ModelCard
 from stablevm.objective import StableVM
-from stablevm.schedules import AlignmentSchedule
-from stablevm.snapshot import ModelCard
-from stablevm.text import shown
+from stablevm.support import rng
+from stablevm.support.compiler import check_compiler
+from stablevm.support.errors import UserError
+from stablevm.support.text import shown
 from stablevm.training.anchors import AnchorPlan
 from stablevm.training.checkpoint import DamagedError, TrainingState
 from stablevm.training.clock import PhaseClock

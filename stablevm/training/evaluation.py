@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablevm.autoencoder import Autoencoder
-from stablevm.errors import UserError
 from stablevm.evaluation.comparison import Comparison
 from stablevm.evaluation.digits_extractor import load_extractor
 from stablevm.evaluation.digits_metrics import judge_digits
@@ -17,11 +15,14 @@ from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extrac
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.samples import Reference, open_reference
-from stablevm.processes import Process
-from stablevm.rng import RowGenerators
+from stablevm.networks.autoencoder import Autoencoder
+from stablevm.networks.snapshot import ModelCard
+from stablevm.sampling.guidance import draw_latents
 from stablevm.sampling.labels import balanced_labels, trained_labels
-from stablevm.sampling.sampler import SamplerSettings, draw_latents
-from stablevm.snapshot import ModelCard
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.errors import UserError
+from stablevm.support.processes import Process
+from stablevm.support.rng import RowGenerators
 from stablevm.training.config import TrainConfig
 
 SETTINGS = SamplerSettings(mode="ode", num_steps=40)  # no guidance: its best scale changes while the network learns

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 from stablevm.training.checkpoint import saved_steps
 
 ROWS_SHOWN = 5

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from stablevm.errors import UserError
-from stablevm.snapshot import ModelCard, Weights, load_card, load_weights
+from stablevm.networks.snapshot import ModelCard, Weights, load_card, load_weights
+from stablevm.support.errors import UserError
 
 NAMES_SHOWN = 8  # classes in the line about them
 LABEL_TABLE = "y_embedder.embedding_table.weight"

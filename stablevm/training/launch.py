@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 
-from stablevm.errors import UserError
-from stablevm.launcher import Place
-from stablevm.options import as_typed
+from stablevm.support.errors import UserError
+from stablevm.support.launcher import Place
+from stablevm.support.options import as_typed
 from stablevm.training.config import TrainConfig
 
 # What `accelerate launch` asks for in the environment and we do not do, with what to do instead.

@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 Result = TypeVar("Result")
 

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stablevm.autoencoder import Autoencoder
-from stablevm.images import save_png, tile
-from stablevm.rng import RowGenerators
+from stablevm.networks.autoencoder import Autoencoder
+from stablevm.networks.snapshot import ModelCard
+from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, draw_latents
 from stablevm.sampling.labels import trained_labels
-from stablevm.sampling.sampler import UNGUIDED, draw_latents
-from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
-from stablevm.snapshot import ModelCard
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.images import save_png, tile
+from stablevm.support.rng import RowGenerators
 
 SETTINGS, GUIDANCE = SamplerSettings(mode="ode", num_steps=40), GuidanceSettings(cfg_scale=1.5)
 CLASSES, PER_CLASS = 10, 6

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm import rng
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
-from stablevm.encoders import Encoder, load_encoder
-from stablevm.errors import UserError
 from stablevm.interpolant import get_interpolant
-from stablevm.models.config import SiTConfig, sit_config
+from stablevm.networks.encoders import Encoder, load_encoder
+from stablevm.networks.sit_config import SiTConfig, sit_config
 from stablevm.objective import FlowMatching, Protocol, StableVM
-from stablevm.options import some_of
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.options import some_of
 from stablevm.training.config import TrainConfig
 
 GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take: activations need the rest

@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from stablevm.bank import ClassBank
-from stablevm.cards import read_card, read_object
 from stablevm.data.dataset import Fingerprint, PreparedDataset
-from stablevm.errors import UserError
-from stablevm.files import write_json
-from stablevm.locks import is_foreign
-from stablevm.options import as_typed
+from stablevm.support.cards import read_card, read_object
+from stablevm.support.errors import UserError
+from stablevm.support.files import write_json
+from stablevm.support.locks import is_foreign
+from stablevm.support.options import as_typed
 from stablevm.training.checkpoint import checkpoint_folder, damage, existing_folder, saved_steps
 from stablevm.training.config import BEFORE, CONFIG_FILE, TrainConfig
 

@@ -9,14 +9,13 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from stablevm import rng
-from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
+from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
-from stablevm.encoders import Encoder
-from stablevm.errors import UserError
+from stablevm.networks.encoders import Encoder
 from stablevm.objective import Draw, FlowMatching, StableVM, squared_error
-from stablevm.schedules import AlignmentSchedule
+from stablevm.support import rng
+from stablevm.support.errors import UserError
 from stablevm.training.anchors import objective_streams
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig

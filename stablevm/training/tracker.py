@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.errors import UserError
-from stablevm.files import parse_json, write_text
-from stablevm.text import printable, shown
+from stablevm.support.errors import UserError
+from stablevm.support.files import parse_json, write_text
+from stablevm.support.text import printable, shown
 
 WANDB_ALONE = ("offline", "disabled", "dryrun")
 WANDB_REMEDY = "run wandb login, set WANDB_MODE=offline, or give --report-to tensorboard"

@@ -6,15 +6,15 @@ from dataclasses import replace
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from stablevm.autoencoder import Autoencoder, load_autoencoder
 from stablevm.data.dataset import PreparedDataset
-from stablevm.encoders import Encoder
-from stablevm.errors import UserError
-from stablevm.files import remove_temporary, write_json
-from stablevm.locks import owned
+from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
+from stablevm.networks.encoders import Encoder
 from stablevm.objective import StableVM
-from stablevm.precision import DTYPES, tf32
 from stablevm.sampling.protocol import decoding_notes
+from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary, write_json
+from stablevm.support.locks import owned
+from stablevm.support.precision import DTYPES, tf32
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import DamagedError, Record
 from stablevm.training.config import CONFIG_FILE, TrainConfig

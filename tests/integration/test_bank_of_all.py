@@ -9,9 +9,10 @@ import pytest
 import runs
 import torch
 
-from stablevm import cli, rng
+from stablevm import cli
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
+from stablevm.support import rng
+from stablevm.support.errors import UserError
 from stablevm.training.setup import make_bank, make_objective, model_config, prefill
 
 ALL = {"loss_type": "stablevm", "bank_capacity_per_class": "all"}

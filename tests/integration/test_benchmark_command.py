@@ -12,10 +12,10 @@ from PIL import Image
 
 from stablevm import cli
 from stablevm.bank import ClassBank
-from stablevm.benchmark.config import OBJECTIVES
-from stablevm.benchmark.measure import Measurement, fill, operations_per_image
-from stablevm.benchmark.random_data import IMAGENET_IMAGES, RandomDataset
-from stablevm.benchmark.report import PHASES, Report
+from stablevm.profiling.config import OBJECTIVES
+from stablevm.profiling.measure import Measurement, fill, operations_per_image
+from stablevm.profiling.random_data import IMAGENET_IMAGES, RandomDataset
+from stablevm.profiling.report import PHASES, Report
 from stablevm.training.engine import Engine
 from stablevm.training.launch import make_accelerator
 

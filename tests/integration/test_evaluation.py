@@ -12,9 +12,8 @@ from checkpoints import save_checkpoint, tiny_card
 from data_sets import one_line, source, write
 from PIL import Image
 
-from stablevm.errors import UserError
 from stablevm.evaluation import evaluate as command
-from stablevm.evaluation import features, statistics
+from stablevm.evaluation import features
 from stablevm.evaluation.checkpoint import CheckpointSource, evaluate_checkpoint
 from stablevm.evaluation.comparison import Comparison
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, JudgeConfig, ReferenceConfig
@@ -24,10 +23,12 @@ from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor
 from stablevm.evaluation.reference import reference
 from stablevm.evaluation.sources import ArraySource, StreamedSource
-from stablevm.evaluation.statistics import frechet_distance, moments_of
-from stablevm.processes import Process
+from stablevm.metrics import statistics
+from stablevm.metrics.statistics import frechet_distance, moments_of
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
+from stablevm.support.errors import UserError
+from stablevm.support.processes import Process
 
 COUNT, SIDE = 26, 12
 REAL, FAKE = (inception.smooth_images(COUNT, SIDE, seed).numpy() for seed in (1, 2))
@@ -101,7 +102,7 @@ def test_all_five_numbers_agree_with_torch_fidelity(options, home, capsys):
 
 
 def test_published_weights_alone_give_fid(options, monkeypatch, home, capsys):
-    from stablevm.files import sha256
+    from stablevm.support.files import sha256
 
     monkeypatch.setattr("stablevm.evaluation.inception.PUBLISHED_SHA256", sha256(home / "weights.pth"))
     results = evaluate(options())["inception"]

@@ -12,8 +12,8 @@ from data_sets import one_line
 from safetensors.torch import load_file
 
 from stablevm import cli
-from stablevm.errors import UserError
-from stablevm.snapshot import save
+from stablevm.networks.snapshot import save
+from stablevm.support.errors import UserError
 from stablevm.training.initial import LABEL_TABLE, initial_weights
 
 TWO_CLASSES = (torch.arange(20) % 2, ("left", "right"))

@@ -17,9 +17,9 @@ from PIL import Image
 from tiny_vae import save_tiny_vae
 
 from stablevm import cli
-from stablevm.autoencoder import LatentSpec, fingerprint, latent_spec_of
-from stablevm.models.projectors import ConvProjector
-from stablevm.models.sit import SiT
+from stablevm.networks.autoencoder import LatentSpec, fingerprint, latent_spec_of
+from stablevm.networks.projectors import ConvProjector
+from stablevm.networks.sit import SiT
 from stablevm.sampling.archive import read_protocol, write_npy
 from stablevm.sampling.parts import PartFolder
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from checkpoints import random_weights, save_checkpoint, tiny_card
 
-from stablevm.errors import UserError
-from stablevm.rng import RowGenerators
+from stablevm.networks.snapshot import load_card, load_model, save
 from stablevm.sampling import generation, image_sampler
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
+from stablevm.sampling.guidance import GuidanceSettings, draw_latents
 from stablevm.sampling.parts import PART_LENGTH, PartFolder
-from stablevm.sampling.sampler import draw_latents
-from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
-from stablevm.snapshot import load_card, load_model, save
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.errors import UserError
+from stablevm.support.rng import RowGenerators
 
 COUNT = 70  # four full parts and one of six
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stablevm import cli
-from stablevm.files import sha256
+from stablevm.support.files import sha256
 from stablevm.training.checkpoint import best_record, saved_steps
 from stablevm.training.interruption import Interruption
 

@@ -13,16 +13,16 @@ from sources import write_source
 from tiny_vae import save_tiny_vae
 
 from stablevm import cli
-from stablevm.autoencoder import LatentSpec
 from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.png import encode_png
 from stablevm.data.repa import latent_name
 from stablevm.data.writer import ShardWriter
-from stablevm.errors import UserError
+from stablevm.networks.autoencoder import LatentSpec
 from stablevm.preparation import joining
 from stablevm.preparation.pictures import TRANSFORMS
 from stablevm.preparation.sources import fingerprint, open_source
+from stablevm.support.errors import UserError
 
 SIDE = 16
 
@@ -201,9 +201,9 @@ def test_a_complete_set_is_refused_to_other_options_and_sheds_its_images(source,
 
 def test_a_latent_that_is_not_finite_ends_the_encoding_with_its_name(tmp_path):
     pytest.importorskip("diffusers")
-    from stablevm.autoencoder import latent_spec_of
+    from stablevm.networks.autoencoder import latent_spec_of
     from stablevm.preparation.encoding import make_encoder
-    from stablevm.processes import Process
+    from stablevm.support.processes import Process
 
     spec = latent_spec_of(str(save_tiny_vae(tmp_path / "vae")), 16)
     encoder = make_encoder(spec, "fp32", Process(0, 1, torch.device("cpu")))

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_vae import save_tiny_vae
 
-from stablevm.autoencoder import latent_spec_of
 from stablevm.data.manifest import Manifest
 from stablevm.data.writer import ShardWriter
-from stablevm.encoders import SHORT_NAMES
+from stablevm.networks.autoencoder import latent_spec_of
+from stablevm.networks.encoders import SHORT_NAMES
 from stablevm.training.tracker import read_metrics
 
 ROOT = Path(__file__).parents[2]

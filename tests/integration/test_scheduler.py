@@ -20,10 +20,11 @@ from diffusers.configuration_utils import register_to_config
 from mixtures import make_mixture
 from torch import nn
 
+from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler
 from stablevm.interpolant import LINEAR
-from stablevm.sampling.sampler import SamplerSettings, integrate
-from stablevm.sampling.scheduler import StableVSFlowMatchScheduler
-from stablevm.sampling.solvers import euler, heun, ode_times, stable_velocity, thinned
+from stablevm.solvers.fixed_steps import euler, heun, ode_times, stable_velocity, thinned
+from stablevm.solvers.integration import integrate
+from stablevm.solvers.settings import SamplerSettings
 from stablevm.toy.mixture import GaussianMixture
 
 SPLIT, BELOW = 0.85, 9

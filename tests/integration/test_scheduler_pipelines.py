@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from stablevm.sampling.scheduler import StableVSFlowMatchScheduler
+from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler
 
 pytest.importorskip("transformers", reason="diffusers has these pipelines where transformers is installed")
 

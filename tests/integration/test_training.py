@@ -13,13 +13,13 @@ import pytest
 import runs
 import torch
 
-from stablevm import rng
 from stablevm.data.dataset import PreparedDataset
-from stablevm.models.sit import SiT
+from stablevm.networks.sit import SiT
+from stablevm.networks.snapshot import load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.sampling.sampler import draw_latents
-from stablevm.snapshot import load_card
+from stablevm.sampling.guidance import draw_latents
+from stablevm.support import rng
 from stablevm.training import previews
 from stablevm.training.anchors import AnchorPlan, objective_streams
 from stablevm.training.step import Alignment, StepRunner

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stablevm import cli
 from stablevm.bank import ClassBank
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 from stablevm.training.start import DATA_FILE, check_bank
 
 BANK = {"loss_type": "stablevm", "prefill_bank_fully": True}

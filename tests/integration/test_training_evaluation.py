@@ -7,10 +7,10 @@ import pytest
 from data_sets import one_line
 from runs import config, run, write_data, write_encoder
 
-from stablevm.errors import UserError
 from stablevm.evaluation.config import ReferenceConfig
 from stablevm.evaluation.reference import reference
-from stablevm.snapshot import load_card
+from stablevm.networks.snapshot import load_card
+from stablevm.support.errors import UserError
 from stablevm.training.checkpoint import Record, best_record, keep_if_best
 
 RECORD = Record("frechet_distance", 1.0, 2)

@@ -20,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stablevm import cli, snapshot, tensor_files
+from stablevm import cli
+from stablevm.networks import snapshot
+from stablevm.support import tensor_files
 from stablevm.training import step
 from stablevm.training.checkpoint import Record, best_record, damage, saved_steps
 

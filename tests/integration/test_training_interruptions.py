@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from stablevm import cli
-from stablevm.files import replacing
+from stablevm.support.files import replacing
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import runs
 import torch
 
 from stablevm import cli
-from stablevm.snapshot import load_card
+from stablevm.networks.snapshot import load_card
 
 ROOT = Path(__file__).parents[2]
 

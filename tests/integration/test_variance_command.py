@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from stablevm import cli, objective
-from stablevm.autoencoder import LatentSpec
 from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
+from stablevm.networks.autoencoder import LatentSpec
 from stablevm.training.setup import make_objective, model_config, prefill
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from stablevm.interpolant import LINEAR
-from stablevm.rng import generator
-from stablevm.sampling.sampler import SamplerSettings, integrate
+from stablevm.solvers.integration import integrate
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.rng import generator
 from stablevm.toy.mixture import GaussianMixture, published_mixture
 
 COUNT, DIMENSION = 10_000, 10

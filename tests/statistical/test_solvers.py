@@ -5,8 +5,8 @@ import torch
 from torchdiffeq import odeint
 
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
-from stablevm.sampling.dopri5 import dopri5
-from stablevm.sampling.solvers import (
+from stablevm.solvers.dopri5 import dopri5
+from stablevm.solvers.fixed_steps import (
     edm_times,
     euler,
     euler_maruyama,

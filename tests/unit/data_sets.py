@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from stablevm.autoencoder import LatentSpec
 from stablevm.data.manifest import Manifest
 from stablevm.data.writer import ShardWriter
+from stablevm.networks.autoencoder import LatentSpec
 
 COUNT = 20_000  # three shards: 8,192, 8,192 and 3,616 rows
 DESCRIPTION = Manifest(

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stablevm.alignment import alignment_loss, normalize_over_space, weighted_alignment
-from stablevm.errors import UserError
+from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
 from stablevm.interpolant import LINEAR
-from stablevm.schedules import AlignmentSchedule
+from stablevm.support.errors import UserError
 from stablevm.training.step import Alignment
 
 

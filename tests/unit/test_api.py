@@ -55,7 +55,7 @@ def test_every_public_name_is_documented():
 
 
 def test_a_moved_name_warns_and_works(monkeypatch):
-    moves = {"Bank": ("stablevm.ClassBank", "0.3"), "sit": ("stablevm.models.sit.SiT", "0.3")}
+    moves = {"Bank": ("stablevm.ClassBank", "0.3"), "sit": ("stablevm.networks.sit.SiT", "0.3")}
     monkeypatch.setattr(stablevm, "_MOVED", moves)
     with pytest.warns(
         DeprecationWarning, match=r"^stablevm\.Bank is now stablevm\.ClassBank; .* goes in stablevm 0\.3$"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_vae import save_tiny_vae
 
-from stablevm import autoencoder
-from stablevm.autoencoder import (
+from stablevm.networks import autoencoder
+from stablevm.networks.autoencoder import (
     LatentSpec,
     fingerprint,
     full_name,
@@ -20,8 +20,8 @@ from stablevm.autoencoder import (
     load_autoencoder,
     unit_to_pixels,
 )
-from stablevm.cards import card_of
-from stablevm.errors import UserError
+from stablevm.support.cards import card_of
+from stablevm.support.errors import UserError
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stablevm.bank import NO_ID, ClassBank
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 CLASSES, CAPACITY = 3, 4
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pytest
 
-from stablevm.cards import card_of, read_card
-from stablevm.errors import UserError
-from stablevm.files import read_json, write_json
-from stablevm.models.config import sit_config
+from stablevm.networks.sit_config import sit_config
+from stablevm.support.cards import card_of, read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from checkpoints import random_weights, tiny_card
 from data_sets import kill_at_rename, one_line
 from safetensors import SafetensorError
 
-from stablevm import snapshot, tensor_files
-from stablevm.errors import UserError
+from stablevm.networks import snapshot
+from stablevm.support import tensor_files
+from stablevm.support.errors import UserError
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import Record, TrainingState
 

@@ -21,7 +21,7 @@ from stablevm.data.opening import open_dataset
 from stablevm.data.png import encode_png
 from stablevm.data.shards import ShardDataset
 from stablevm.data.writer import ShardWriter
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 
 class TestShards:

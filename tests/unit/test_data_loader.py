@@ -18,7 +18,7 @@ from stablevm.data.loader import StepSampler, training_loader
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.workers import Calls
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 
 def global_batches(world, *, num_samples=10, global_batch=4, seed=0, start_step=0, num_steps=10):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from data_sets import damaged, kill_at_rename, one_line, source, write
 
-from stablevm.autoencoder import load_autoencoder, pixels_to_unit
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
+from stablevm.networks.autoencoder import load_autoencoder, pixels_to_unit
+from stablevm.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

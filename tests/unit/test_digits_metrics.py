@@ -15,7 +15,6 @@ from torch import Tensor
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
-from stablevm.errors import UserError
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.evaluation.digits_extractor import (
     CARD_FILE,
@@ -28,6 +27,7 @@ from stablevm.evaluation.digits_extractor import (
 )
 from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
 from stablevm.evaluation.evaluate import evaluate
+from stablevm.support.errors import UserError
 
 FEW_STEPS = 60  # of 1,500: enough to recognise most digits
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import stablevm
-from stablevm import encoders, interpolant
-from stablevm.sampling import sampler, solvers
+from stablevm import interpolant
+from stablevm.networks import encoders
+from stablevm.solvers import fixed_steps as solvers
+from stablevm.solvers import integration as sampler
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md")})

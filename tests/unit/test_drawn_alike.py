@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from stablevm import ClassBank, FlowMatching, StableTargetField, StableVM
-from stablevm.rng import RowGenerators
+from stablevm.support.rng import RowGenerators
 
 BATCH = torch.zeros(4, 2), torch.arange(4) % 2
 

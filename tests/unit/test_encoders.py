@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from stablevm import encoders
-from stablevm.encoders import SHORT_NAMES, TimmEncoder, TimmEncoderSpec, load_encoder
-from stablevm.errors import UserError
-from stablevm.models.digits_net import DigitsNet
+from stablevm.networks import encoders
+from stablevm.networks.digits_net import DigitsNet
+from stablevm.networks.encoders import SHORT_NAMES, TimmEncoder, TimmEncoderSpec, load_encoder
+from stablevm.support.errors import UserError
 
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # 192 wide, class token, mean and std 0.5
 GRID = 4

@@ -5,8 +5,8 @@ import torch
 from data_sets import one_line
 from safetensors.torch import save_file
 
-from stablevm.errors import UserError
-from stablevm.foreign_weights import read_weights
+from stablevm.support.errors import UserError
+from stablevm.support.foreign_weights import read_weights
 
 STATE = {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(2)}
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from stablevm import cli, files
-from stablevm.images import save_gif, save_png
-from stablevm.plotting import new_figure, save_figure
+from stablevm import cli
+from stablevm.figures.style import new_figure, save_figure
 from stablevm.sampling.archive import write_archive
 from stablevm.sampling.parts import PartFolder
-from stablevm.tensor_files import save_tensors
+from stablevm.support import files
+from stablevm.support.images import save_gif, save_png
+from stablevm.support.tensor_files import save_tensors
 
 NOISE = np.random.default_rng(0).integers(0, 256, (3, 200, 200, 3), np.uint8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from data_sets import one_line
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 from stablevm.training.ema import MovingAverage
 from stablevm.training.guard import Guard, GuardedAdamW, spread
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from stablevm.images import save_png, tile
+from stablevm.support.images import save_png, tile
 
 
 def test_tile_lays_images_out_row_by_row():

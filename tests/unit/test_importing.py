@@ -11,12 +11,13 @@ import torch
 from data_sets import one_line
 
 from stablevm import cli
-from stablevm.errors import UserError
-from stablevm.importing.command import import_checkpoint
-from stablevm.importing.config import ImportConfig
-from stablevm.rng import RowGenerators, randn
-from stablevm.sampling.sampler import SamplerSettings, draw_latents
-from stablevm.snapshot import load_card, load_model
+from stablevm.integrations.config import ImportConfig
+from stablevm.integrations.importing import import_checkpoint
+from stablevm.networks.snapshot import load_card, load_model
+from stablevm.sampling.guidance import draw_latents
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.errors import UserError
+from stablevm.support.rng import RowGenerators, randn
 
 TOLD = {"path_type": "linear", "prediction": "v"}
 SIT_ARGS = {"image_size": 64, "path_type": "Linear", "prediction": "velocity", "loss_weight": None}

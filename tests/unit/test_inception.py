@@ -10,8 +10,8 @@ import torch
 from data_sets import one_line
 from safetensors.torch import save_file
 
-from stablevm.errors import UserError
 from stablevm.evaluation.inception import PUBLISHED_SHA256, load_inception
+from stablevm.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

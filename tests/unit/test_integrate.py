@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stablevm import LINEAR, SamplerSettings, UserError, integrate, stable_velocity_step
-from stablevm.sampling.dopri5 import dopri5
+from stablevm.solvers.dopri5 import dopri5
 
 EULER = SamplerSettings("ode", num_steps=4)
 DOPRI5 = SamplerSettings("ode", solver="dopri5")

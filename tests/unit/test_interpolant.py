@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from stablevm.errors import UserError
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR, get_interpolant
+from stablevm.support.errors import UserError
 
 PATHS = pytest.mark.parametrize("path", INTERPOLANTS.values(), ids=INTERPOLANTS.keys())
 

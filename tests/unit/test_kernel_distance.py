@@ -6,8 +6,8 @@ import torch
 from test_statistics import normal
 from torch import Tensor
 
-from stablevm.errors import UserError
-from stablevm.evaluation.kernel_distance import kernel_distance
+from stablevm.metrics.kernel_distance import kernel_distance
+from stablevm.support.errors import UserError
 
 
 def by_pairs(a: Tensor, b: Tensor) -> float:

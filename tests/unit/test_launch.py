@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 from stablevm.training.launch import as_launched, compare_options, make_accelerator
 

@@ -6,9 +6,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from stablevm import cli, launcher
-from stablevm.errors import UserError
-from stablevm.launcher import Place, tell
+from stablevm import cli
+from stablevm.support import launcher
+from stablevm.support.errors import UserError
+from stablevm.support.launcher import Place, tell
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,49 +10,28 @@ from pathlib import Path
 import pytest
 
 import stablevm
+from stablevm.support.moved import MOVED
 
 PACKAGE = Path(stablevm.__file__).parent
 FLOORS = dict(
     enumerate(
         [
-            ("errors", "text", "shapes"),
-            ("files", "foreign_weights", "hub", "interpolant", "launcher", "rng", "precision", "compiler"),
-            (
-                "locks",
-                "processes",
-                "posterior",
-                "schedules",
-                "bank",
-                "alignment",
-                "models",
-                "autoencoder",
-                "images",
-                "plotting",
-                "cards",
-                "tensor_files",
-                "options",
-            ),
-            (
-                "objective",
-                "encoders",
-                "snapshot",
-                "variance",
-                "data",
-                "evaluation.statistics",
-                "sampling.solvers",
-                "sampling.dopri5",
-            ),
-            ("sampling", "preparation", "importing", "variance_figure"),
+            ("support",),
+            ("interpolant", "metrics"),
+            ("posterior", "times", "alignment", "bank", "solvers", "networks"),
+            ("objective", "variance", "data"),
+            ("figures", "integrations"),
+            ("sampling", "preparation", "study"),
             ("evaluation",),
-            ("training", "study"),
-            ("toy", "quickstart", "benchmark"),
+            ("training",),
+            ("toy", "quickstart", "profiling"),
             ("cli",),
             ("__main__", "__init__"),
         ]
     )
 )
 # Packages of training machinery and of the command line, and the lowest floor that may use them.
-LOWEST_FLOOR = {"accelerate": 6, "wandb": 6, "tensorboard": 6, "tyro": 4, "tqdm": 4, "matplotlib": 2}
+LOWEST_FLOOR = {"accelerate": 7, "wandb": 7, "tensorboard": 7, "tyro": 4, "tqdm": 5, "matplotlib": 4}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
@@ -60,12 +40,11 @@ def dotted(module):
 
 
 def home(name):
-    """The floor and the room of `models.sit` or the like: the longest entry of the table that it starts with."""
-    rooms = [(room, floor) for floor, rooms in FLOORS.items() for room in rooms]
-    matching = [(room, floor) for room, floor in rooms if f"{name}.".startswith(f"{room}.")]
-    assert matching, f"stablevm.{name} is on no floor: add it to the table in {Path(__file__).name}"
-    room, floor = max(matching, key=lambda entry: len(entry[0]))
-    return floor, room.split(".")[0]
+    """The floor and the room of `networks.sit` or the like."""
+    room = name.partition(".")[0]
+    floors = [floor for floor, rooms in FLOORS.items() if room in rooms]
+    assert floors, f"stablevm.{name} is on no floor: add it to the table in {Path(__file__).name}"
+    return floors[0], room
 
 
 def imports(module):
@@ -86,8 +65,8 @@ def test_imports_lead_downstairs(module):
     floor, room = home(dotted(module))
     for name in imports(module):
         package, _, inner = name.partition(".")
-        if package == "stablevm" and inner:
-            below, other = home(inner)
+        if package == "stablevm":
+            below, other = home(inner or "__init__")
             assert below < floor or other == room, f"{module} (floor {floor}) imports {name} (floor {below})"
         assert floor >= LOWEST_FLOOR.get(package, 0), f"{module} (floor {floor}) imports {package}"
 
@@ -100,11 +79,17 @@ def test_the_documents_show_the_same_floors():
     assert shown == {floor: set(rooms) for floor, rooms in FLOORS.items() if rooms != ("__main__", "__init__")}
 
 
+def test_the_documents_list_every_file():
+    page = PACKAGE.parent / "docs" / "design.md"
+    done = runpy.run_path(str(PACKAGE.parent / "docs" / "tree.py"))
+    assert done["with_tree"](page.read_text()) == page.read_text(), "run python docs/tree.py"
+
+
 def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
         "stablevm.evaluation.config, stablevm.preparation.config, "
-        "stablevm.importing.config, stablevm.study.config, stablevm.benchmark.config; "
+        "stablevm.integrations.config, stablevm.study.config, stablevm.profiling.config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -140,3 +125,30 @@ def test_help_into_a_pipe_that_nobody_reads_is_no_traceback():
     command = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     command.stdout.close()
     assert command.stderr.read() == b"" and command.wait() == 141
+
+
+@pytest.mark.parametrize(
+    "old, name",
+    [
+        ("schedules", "draw_times"), ("schedules", "AlignmentSchedule"), ("models.sit", "SiT"), ("errors", "UserError"),
+        ("sampling.sampler", "draw_latents"), ("sampling.sampler", "SamplerSettings"), ("sampling.solvers", "heun"),
+        ("evaluation.statistics", "frechet_distance"), ("benchmark.config", "BenchmarkConfig"),
+    ],
+)  # fmt: skip
+def test_old_addresses_import_with_a_warning(old, name):
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from stablevm.{old} import {name}
+assert any(w.category is DeprecationWarning and "stablevm.{old} is now stablevm." in str(w.message) for w in told), told
+assert not {name}.__module__.startswith("stablevm.{old}")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_old_addresses_lead_to_modules_that_are_there():
+    for new in MOVED.values():
+        assert (PACKAGE / new.replace(".", "/")).with_suffix(".py").exists() or (
+            PACKAGE / new.replace(".", "/")
+        ).is_dir()

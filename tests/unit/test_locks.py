@@ -9,20 +9,21 @@ import time
 
 import pytest
 
-from stablevm import cli, locks
-from stablevm.errors import UserError
-from stablevm.locks import is_foreign, owned
+from stablevm import cli
+from stablevm.support import locks
+from stablevm.support.errors import UserError
+from stablevm.support.locks import is_foreign, owned
 
 HOLDER = """
 import sys, time
-from stablevm.locks import owned
+from stablevm.support.locks import owned
 with owned(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
 FORKING = """
 import os, sys, time
-from stablevm.locks import owned
+from stablevm.support.locks import owned
 with owned(sys.argv[1]):
     if os.fork() == 0:
         os.setsid()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from stablevm.errors import UserError
-from stablevm.models.config import MODEL_NAMES, SiTConfig, sit_config
-from stablevm.models.digits_net import DigitsNet
-from stablevm.models.sit import SiT
+from stablevm.networks.digits_net import DigitsNet
+from stablevm.networks.sit import SiT
+from stablevm.networks.sit_config import MODEL_NAMES, SiTConfig, sit_config
+from stablevm.support.errors import UserError
 
 LINEAR = ("weight", "bias")
 NAMES = {

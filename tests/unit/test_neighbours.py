@@ -8,10 +8,9 @@ import torch
 from test_statistics import normal
 from torch import Tensor
 
-from stablevm.errors import UserError
-from stablevm.evaluation import adm_distances
-from stablevm.evaluation.adm_distances import membership_adm
-from stablevm.evaluation.neighbours import (
+from stablevm.metrics import adm_distances
+from stablevm.metrics.adm_distances import membership_adm
+from stablevm.metrics.neighbours import (
     coverage,
     membership,
     memorised_share,
@@ -21,7 +20,8 @@ from stablevm.evaluation.neighbours import (
     precision_recall,
     radii,
 )
-from stablevm.evaluation.points import Points, points, squared_distances
+from stablevm.metrics.points import Points, points, squared_distances
+from stablevm.support.errors import UserError
 
 
 def brute_force(reference: Tensor, samples: Tensor, k: int) -> tuple[float, float, float]:
@@ -47,7 +47,7 @@ def brute_force(reference: Tensor, samples: Tensor, k: int) -> tuple[float, floa
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_recall_and_coverage_agree_with_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stablevm.evaluation.points.BLOCK_ROWS", 7)  # several blocks, the last one short
+    monkeypatch.setattr("stablevm.metrics.points.BLOCK_ROWS", 7)  # several blocks, the last one short
     reference, samples = normal(40, 3, 7), 0.8 * normal(33, 3, 8, shift=0.2)
     precision, recall, covered = brute_force(reference, samples, k)
     assert 0 < precision < 1 and 0 < recall < 1 and 0 < covered < 1
@@ -111,8 +111,8 @@ def exact(reference: Tensor, samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
 def test_nothing_is_lost_to_cancellation(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tight clusters far from the common mean: |a|^2 + |b|^2 - 2ab in float32 has no digit of their distances left."""
-    monkeypatch.setattr("stablevm.evaluation.points.BLOCK_ROWS", 64)
-    monkeypatch.setattr("stablevm.evaluation.neighbours.PAIRS_MARKED", 50)
+    monkeypatch.setattr("stablevm.metrics.points.BLOCK_ROWS", 64)
+    monkeypatch.setattr("stablevm.metrics.neighbours.PAIRS_MARKED", 50)
     centres = 30 * normal(4, 48, 1)
     reference = centres[torch.arange(150) % 4] + spread * normal(150, 48, 2)
     samples = centres[torch.arange(130) % 3] + 0.9 * spread * normal(130, 48, 3)
@@ -229,7 +229,7 @@ KINDS = ("distinct", "collapsed", "modes", "crowds in crowds", "duplicates", "la
 @pytest.mark.parametrize("block", [48, 4096])
 @pytest.mark.parametrize("kind", KINDS)
 def test_near_copies_are_compared_exactly(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stablevm.evaluation.points.BLOCK_ROWS", block)
+    monkeypatch.setattr("stablevm.metrics.points.BLOCK_ROWS", block)
     stream = torch.Generator().manual_seed(3)
     samples = near_copies(kind, stream)
     for reference in (near_copies(kind, stream), near_copies("distinct", stream, width=samples.shape[1])):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablevm import rng
 from stablevm.bank import ClassBank
-from stablevm.models.config import sit_config
-from stablevm.models.sit import SiT
+from stablevm.networks.sit import SiT
+from stablevm.networks.sit_config import sit_config
 from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
+from stablevm.support import rng
 from stablevm.training.ema import MovingAverage
 
 CLASSES, ROWS, SHAPE = 5, 12, (4, 8, 8)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from data_sets import one_line
 
-from stablevm.errors import UserError
 from stablevm.evaluation import npz
 from stablevm.evaluation.npz import Archive, ArchiveCard
 from stablevm.evaluation.sources import ArraySource, StreamedSource, pixels_key
+from stablevm.support.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 6, 5, 3), dtype=np.uint8)
 KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)

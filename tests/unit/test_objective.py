@@ -7,11 +7,11 @@ import torch
 
 import stablevm.objective as module
 from stablevm.bank import NO_ID, ClassBank
-from stablevm.errors import UserError
 from stablevm.interpolant import COSINE, LINEAR
 from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
-from stablevm.rng import RowGenerators
-from stablevm.schedules import draw_times
+from stablevm.support.errors import UserError
+from stablevm.support.rng import RowGenerators
+from stablevm.times import draw_times
 
 SHAPE, CLASSES, ROWS = (2, 3, 3), 3, 12
 CONDITIONAL = {"label_dropout": 0.3, "null_class": CLASSES}

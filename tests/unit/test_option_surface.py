@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 from stablevm import cli
-from stablevm.benchmark.config import BenchmarkConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
-from stablevm.importing.config import ImportConfig
+from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
@@ -22,6 +21,7 @@ from stablevm.preparation.config import (
     PackConfig,
     VerifyConfig,
 )
+from stablevm.profiling.config import BenchmarkConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig

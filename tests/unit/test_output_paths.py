@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from stablevm import cli
-from stablevm.errors import UserError
-from stablevm.files import check_output, output_fault, replacing
+from stablevm.support.errors import UserError
+from stablevm.support.files import check_output, output_fault, replacing
 
 LONG = "x" * 300
 # Each command with arguments that are right but for the output, and the option that names it.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stablevm.precision import full_precision, tf32
+from stablevm.support.precision import full_precision, tf32
 
 
 def readings():

@@ -23,9 +23,8 @@ from stablevm import (
     integrate,
 )
 from stablevm.posterior import posterior
-from stablevm.rng import RowGenerators, rand, randn
-from stablevm.sampling.guidance import GuidedVelocity
-from stablevm.sampling.settings import GuidanceSettings
+from stablevm.sampling.guidance import GuidanceSettings, GuidedVelocity
+from stablevm.support.rng import RowGenerators, rand, randn
 
 CLASSES, ROWS, SHAPE = 3, 12, (2, 4, 4)
 NULL = Protocol(label_dropout=0.4, null_class=CLASSES, weighting="logit_normal")

@@ -16,7 +16,7 @@ from stablevm.data.loader import training_loader
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset, latent_name
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 
 COUNT, SIDE = 6, 16
 NUMBERS = [0, 1, 3, 4, 7, 9]  # convert leaves out the numbers of bad images

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablevm.errors import UserError
-from stablevm.evaluation.figures import samples_beside_real, training_curves
 from stablevm.evaluation.report import Figure, write_report
+from stablevm.figures.evaluation import samples_beside_real, training_curves
+from stablevm.support.errors import UserError
 
 VOID = {"meta", "img", "br", "link"}
 

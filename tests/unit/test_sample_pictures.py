@@ -8,11 +8,8 @@ import torch
 from checkpoints import tiny_card
 from PIL import Image
 
-from stablevm.evaluation.figures import rows_side_by_side
-from stablevm.images import read_png_text, save_gif, save_png
-from stablevm.interpolant import INTERPOLANTS, get_interpolant
-from stablevm.rng import randn
-from stablevm.sampling.pictures import (
+from stablevm.figures.evaluation import rows_side_by_side
+from stablevm.figures.sheets import (
     FILM_FRAMES,
     Film,
     arrange,
@@ -22,6 +19,9 @@ from stablevm.sampling.pictures import (
     quick_look_size,
     sheet,
 )
+from stablevm.interpolant import INTERPOLANTS, get_interpolant
+from stablevm.support.images import read_png_text, save_gif, save_png
+from stablevm.support.rng import randn
 
 GREY = np.full((6, 64, 64, 3), 128, dtype=np.uint8)
 

@@ -14,16 +14,15 @@ import torch
 from checkpoints import tiny_card
 from torch import nn
 
-from stablevm.errors import UserError
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR, get_interpolant
-from stablevm.rng import RowGenerators
 from stablevm.sampling.archive import read_protocol, write_archive
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import GuidedVelocity
+from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, GuidedVelocity, draw_latents
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.protocol import check_claims
-from stablevm.sampling.sampler import UNGUIDED, draw_latents
-from stablevm.sampling.settings import GuidanceSettings, SamplerSettings
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.errors import UserError
+from stablevm.support.rng import RowGenerators
 
 
 class Recorder(nn.Module):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from stablevm.errors import UserError
+from stablevm.alignment import AlignmentSchedule
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
-from stablevm.rng import RowGenerators
-from stablevm.schedules import AlignmentSchedule, draw_times
+from stablevm.support.errors import UserError
+from stablevm.support.rng import RowGenerators
+from stablevm.times import draw_times
 
 TIMES = torch.tensor([0.0, 0.2, 0.6999, 0.7, 0.9, 1.0], dtype=torch.float64)
 TAU, STEEPNESS = 0.7, 20.0

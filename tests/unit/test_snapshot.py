@@ -7,8 +7,8 @@ import pytest
 from checkpoints import random_weights, save_checkpoint, tiny_card
 from data_sets import one_line
 
-from stablevm.errors import UserError
-from stablevm.snapshot import CARD_FILE, load_card, load_model, save
+from stablevm.networks.snapshot import CARD_FILE, load_card, load_model, save
+from stablevm.support.errors import UserError
 
 
 def without_latent(card):

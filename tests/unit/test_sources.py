@@ -12,9 +12,9 @@ from data_sets import one_line
 from PIL import Image, features
 from sources import write_source
 
-from stablevm.errors import UserError
 from stablevm.preparation.pictures import BadPictureError, read_picture
 from stablevm.preparation.sources import ONE_CLASS, open_source
+from stablevm.support.errors import UserError
 
 
 @pytest.fixture

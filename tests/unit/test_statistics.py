@@ -6,9 +6,8 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from stablevm.errors import UserError
-from stablevm.evaluation import statistics
-from stablevm.evaluation.statistics import (
+from stablevm.metrics import statistics
+from stablevm.metrics.statistics import (
     FeatureStatistics,
     Moments,
     check_covariance,
@@ -16,6 +15,7 @@ from stablevm.evaluation.statistics import (
     inception_score,
     moments_of,
 )
+from stablevm.support.errors import UserError
 
 
 def normal(rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stablevm.text import caption, printable, printable_streams, shown, usable_streams
+from stablevm.support.text import caption, printable, printable_streams, shown, usable_streams
 
 FOREIGN = [
     ("\x1b[31mred", r"\x1b[31mred"),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from mixtures import make_mixture
 
-from stablevm import rng
-from stablevm.errors import UserError
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
 from stablevm.posterior import posterior
+from stablevm.support import rng
+from stablevm.support.errors import UserError
 from stablevm.toy import training
 from stablevm.toy.config import METHODS, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture

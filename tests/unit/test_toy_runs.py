@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stablevm import rng
 from stablevm.interpolant import LINEAR
+from stablevm.support import rng
 from stablevm.toy import experiment, visualization
 from stablevm.toy.config import RESULT_FIELDS, ToyConfig
 from stablevm.toy.results import load, load_network, result_path

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 from stablevm.training.tracker import METRICS_FILE, Trackers, check_trackers, read_metrics
 
 BIN = "velocity_loss/t=0.0-0.1"  # a name as the trainer gives them

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_sets import one_line
 
-from stablevm.errors import UserError
+from stablevm.support.errors import UserError
 from stablevm.training.config import FREE_ON_RESUME, TrainConfig
 from stablevm.training.start import as_begun
 

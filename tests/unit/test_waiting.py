@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from stablevm.errors import UserError
-from stablevm.locks import owned
 from stablevm.sampling import generation
 from stablevm.sampling.parts import PartFolder
+from stablevm.support.errors import UserError
+from stablevm.support.locks import owned
 
 
 def test_waiting_ends_when_the_result_is_there_or_the_parts_are_gone(tmp_path):

@@ -1,0 +1,109 @@
+"""Pictures for the report: training curves, samples beside real images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablevm.figures.style import (
+    BLUE,
+    INK,
+    PAGE_WIDTH,
+    VERMILION,
+    new_figure,
+    panels,
+    plain,
+    plain_log_labels,
+    save_figure,
+    style,
+)
+from stablevm.support.errors import UserError
+from stablevm.support.images import tile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Velocity loss (log scale) and, where the run aligns features, the alignment loss, against the step.
+
+    `metrics` are rows of the trainer's `metrics.jsonl`; rows without `velocity_loss` (evaluations) are not training
+    steps. UserError when no training step is left.
+    """
+    rows = [row for row in metrics if "velocity_loss" in row]
+    if not rows:
+        raise UserError("metrics: no row holds velocity_loss; train for at least one logged step")
+    aligned = [row for row in rows if "alignment_loss" in row]
+    with style():
+        figure, axes = panels(2 if aligned else 1)
+        _curve(axes[0], rows, "velocity_loss", BLUE)
+        axes[0].set(title="Velocity loss", ylabel="mean squared error per dimension", yscale="log")
+        plain_log_labels(axes[0])
+        if aligned:
+            _curve(axes[1], aligned, "alignment_loss", VERMILION)
+            axes[1].set(title="Alignment loss", ylabel="minus cosine similarity")
+        save_figure(figure, path)
+
+
+def samples_beside_real(
+    samples: NDArray[np.uint8], real: NDArray[np.uint8], path: str | Path, class_names: Sequence[str]
+) -> None:
+    """One row per class: real images on the left, generated ones on the right.
+
+    `samples` and `real` are uint8 (classes, n, H, W, 3), each with its own n and the same H and W.
+    """
+    if not len(samples) == len(real) == len(class_names):
+        raise UserError(
+            f"samples of {len(samples)} classes, real images of {len(real)}, {len(class_names)} names: "
+            "give one row each"
+        )
+    rows_side_by_side({"Real": real, "Generated": samples}, class_names, path)
+
+
+def rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path) -> None:
+    """Sets of images uint8 (rows, n, H, W, 3) beside each other, each with its own n and under its title."""
+    sheets = [_sheet(images) for images in halves.values()]
+    pixels = sum(sheet.shape[1] for sheet in sheets)
+    margin, gap = 0.8, 0.35  # inches: row names on the left, between the halves
+    inch = (PAGE_WIDTH - margin - gap) / pixels
+    height = sheets[0].shape[0] * inch + 0.45
+    with style():
+        figure = new_figure(height)
+        left = margin
+        for sheet, title in zip(sheets, halves, strict=True):
+            width, tall = sheet.shape[1] * inch, sheet.shape[0] * inch
+            axes = figure.add_axes((left / PAGE_WIDTH, 0.05 / height, width / PAGE_WIDTH, tall / height))
+            axes.imshow(sheet, interpolation="nearest", aspect="auto")
+            axes.set(title=title, xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+            left += width + gap
+        middles = (np.arange(len(row_names)) + 0.5) * sheets[0].shape[0] / len(row_names)
+        figure.axes[0].set_yticks(middles, list(map(plain, row_names)), color=INK, fontsize=11)
+        figure.axes[0].tick_params(length=0, pad=6)
+        save_figure(figure, path)
+
+
+def _sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Classes in rows; small images enlarged, so that the gap is thin beside them."""
+    classes, columns, height, width, channels = images.shape
+    flat = images.reshape(classes * columns, height, width, channels)
+    return tile(flat, columns=columns, scale=max(1, 64 // height), pad=4)
+
+
+def _curve(axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, color: str) -> None:
+    steps = np.array([row["step"] for row in rows])
+    values = np.array([row[key] for row in rows], dtype=np.float64)
+    window = max(1, len(values) // 25)
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1, label="each logged step")
+    axes.plot(steps, _moving_mean(values, window), color=color, label=f"mean of {window}")
+    axes.set_xlabel("training step")
+    axes.legend(loc="best")
+
+
+def _moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Centred mean over `window` values, over fewer at the ends."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")

@@ -1,0 +1,159 @@
+"""Generated images laid out for people: a sheet that names their classes, and a film of images that form."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablevm.interpolant import Interpolant
+from stablevm.networks.snapshot import ModelCard
+from stablevm.support.images import tile
+from stablevm.support.text import caption
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+COLUMNS = 8
+MAX_CLASS_ROWS = 16  # with more classes than this, a row for each would be too tall a picture
+FILM_SIDE = 1024  # pixels: a film's images fit about into a square of this side
+FILM_FRAMES = 40
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
+_MIN_SIDE = 64  # smaller images are enlarged to about this many pixels a side
+_FONT_SIZE, _LINE = 13, 20  # pixels
+_MAX_NAME_WIDTH = 200  # pixels
+_INK, _BAR, _BAR_GROUND = (31, 41, 51), (0, 114, 178), (228, 231, 235)
+
+Pixels = NDArray[np.uint8]
+
+
+def quick_look_size(num_classes: int) -> int:
+    """How many images a quick look at so many classes shows."""
+    return COLUMNS * num_classes if num_classes <= MAX_CLASS_ROWS else COLUMNS**2
+
+
+def arrange(labels: NDArray[np.int64], columns: int = COLUMNS, rows: int = MAX_CLASS_ROWS) -> tuple[list[int], int]:
+    """Which images to show, and in how many columns: a row for each class where there are few, else the first ones."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if 1 < len(classes) <= rows:
+        columns = min(columns, counts.min())
+        return np.concatenate([np.flatnonzero(labels == label)[:columns] for label in classes]).tolist(), columns
+    return list(range(min(columns * min(columns, rows), len(labels)))), min(columns, len(labels))
+
+
+def film_columns_and_rows(image_side: int) -> tuple[int, int]:
+    """The most columns and rows of a film of images with `image_side` pixels a side."""
+    fitting = max(1, FILM_SIDE // (image_side * _enlargement(image_side)))
+    return min(COLUMNS, fitting), min(MAX_CLASS_ROWS, fitting)
+
+
+def captions_of(labels: Iterable[int], card: ModelCard) -> list[str]:
+    """What to write beside an image of each label: its number with the class's name if it has one; "" for no class."""
+
+    def numbered(label: int) -> str:
+        if label == card.model.null_class:
+            return ""
+        name = caption(card.class_names[label]) if label < len(card.class_names) else ""
+        return str(label) if name in ("", str(label)) else f"{label} {name}"
+
+    return [numbered(int(label)) for label in labels]
+
+
+def sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
+    """Images (N, H, W, 3) in rows of `columns`; captions on the left where each row has but one, else under each."""
+    images = images.repeat(_enlargement(images.shape[1]), axis=1).repeat(_enlargement(images.shape[1]), axis=2)
+    if not any(captions):
+        return tile(images, columns)
+    rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
+    if all(len(set(row)) == 1 for row in rows):
+        return _with_row_names(tile(images, columns), [row[0] for row in rows])
+    return _with_captions(images, columns, captions)
+
+
+def film_frame(picture: Pixels, t: float) -> Pixels:
+    """The picture under a line that tells the time: a number, and a bar that fills from noise (1) to image (0)."""
+    from PIL import Image, ImageDraw
+
+    head = Image.new("RGB", (picture.shape[1], _LINE + 4), "white")
+    draw = ImageDraw.Draw(head)
+    draw.text((4, 3), f"t = {t:.2f}", fill=_INK, font=_font())
+    left, right = min(72, head.width), head.width - 4
+    if right > left:
+        draw.rectangle((left, 9, right, 15), fill=_BAR_GROUND)
+        draw.rectangle((left, 9, left + (right - left) * (1 - t), 15), fill=_BAR)
+    return np.concatenate([np.asarray(head), picture])
+
+
+class Film:
+    """Watches a solver, and keeps what the network foresees at about `FILM_FRAMES` evenly spaced times.
+
+    The noisy states themselves would show nothing but noise for most of the way, and an autoencoder is not made to
+    decode them; the prediction of the image, `E[x0 | x_t]`, tells when layout, shapes and details are decided.
+    """
+
+    def __init__(self, path: Interpolant, decode: Callable[[Tensor], Pixels]) -> None:
+        self.path = path
+        self.decode = decode
+        self.frames: list[tuple[float, Pixels]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, v: Tensor) -> None:
+        """Keep a frame if `t` is far enough below the last one's; also where a solver tries out times in between."""
+        if not self.frames or t <= self.frames[-1][0] - 1 / FILM_FRAMES + torch.finfo(torch.float32).eps:
+            self.frames.append((float(t), self.decode(self.path.convert(v, x, t, "velocity", "x0"))))
+
+    def pictures(self, last: Pixels, columns: int, captions: Sequence[str]) -> Iterator[Pixels]:
+        """A sheet for each time, and that of the finished images."""
+        for t, images in [*self.frames, (0.0, last)]:
+            yield film_frame(sheet(images, columns, captions), t)
+
+
+def _enlargement(side: int) -> int:
+    return max(1, _MIN_SIDE // side)
+
+
+def _font() -> "FreeTypeFont":
+    """DejaVu Sans, which matplotlib brings along: Pillow's own font knows Latin letters only."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_SIZE)
+
+
+def _shortened(text: str, width: float, font: "FreeTypeFont") -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def _with_row_names(picture: Pixels, names: Sequence[str]) -> Pixels:
+    """A margin on the left with the name of each row, once where several rows share it."""
+    from PIL import Image, ImageDraw
+
+    font = _font()
+    names = [_shortened(name, _MAX_NAME_WIDTH, font) for name in names]
+    margin = Image.new("RGB", (int(max(map(font.getlength, names))) + 12, len(picture)), "white")
+    draw = ImageDraw.Draw(margin)
+    for row, name in enumerate(names):
+        if row == 0 or name != names[row - 1]:
+            draw.text(
+                (margin.width - 6, (row + 0.5) * len(picture) / len(names)), name, fill=_INK, font=font, anchor="rm"
+            )
+    return np.concatenate([np.asarray(margin), picture], axis=1)
+
+
+def _with_captions(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
+    from PIL import Image, ImageDraw
+
+    font, width = _font(), images.shape[2]
+    strips = []
+    for each in captions:
+        strip = Image.new("RGB", (width, _LINE), "white")
+        text = _shortened(each, width, font)
+        ImageDraw.Draw(strip).text((width / 2, 2), text, fill=_INK, font=font, anchor="ma")
+        strips.append(np.asarray(strip))
+    return tile(np.concatenate([images, np.stack(strips)], axis=1), columns)

@@ -1,0 +1,58 @@
+"""The figure of variance curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stablevm.figures.style import BLUE, GREEN, SOFT_INK, VERMILION, panels, plain_log_labels, save_figure, style
+from stablevm.variance import VarianceCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEGEND_ROOM = 1.6  # height of a panel in terms of its highest curve
+DASHES, DOTS = (0, (4, 3)), (0, (1, 1.5))
+
+
+def variance_figure(
+    curves: Mapping[str, VarianceCurve], path: Path, taus: Mapping[str, float] | None = None, target: str = ""
+) -> None:
+    """One row per distribution, by its title: variances with their bands, the split point and, where given, tau; beside
+    them the effective sample size. target: what the variance is of, where it is not the velocity.
+    """
+    with style():
+        figure, axes = panels(2, len(curves), row_height=2.9)
+        for row, (title, curve) in enumerate(curves.items()):
+            _variance_panel(axes[2 * row], title, curve, (taus or {}).get(title))
+            axes[2 * row].set_ylabel("variance per dimension" + (f" of {target}" if target else ""))
+            _ess_panel(axes[2 * row + 1], curve)
+        for panel in axes[-2:]:
+            panel.set_xlabel("time t  (0 data, 1 noise)")
+        save_figure(figure, path)
+
+
+def _variance_panel(panel: "Axes", title: str, curve: VarianceCurve, tau: float | None) -> None:
+    lines = (
+        ("CFM", curve.cfm, curve.cfm_band, VERMILION),
+        (f"StableVM, {curve.references:,} references", curve.stablevm, curve.stablevm_band, BLUE),
+    )
+    for label, mean, band, colour in lines:
+        low, high = zip(*band, strict=True)
+        panel.fill_between(curve.t, low, high, color=colour, alpha=0.15, linewidth=0)
+        panel.plot(curve.t, mean, color=colour, marker="o", markersize=3, label=label)
+    split = curve.split_point()
+    panel.axvline(split, color=SOFT_INK, linestyle=DASHES, linewidth=1.2, label=f"split point ξ = {split:.2f}")
+    if tau is not None:
+        panel.axvline(tau, color=GREEN, linestyle=DOTS, linewidth=1.4, label=f"half the variance open, τ = {tau:.2f}")
+    highest = max(high for _, high in curve.cfm_band)
+    panel.set(title=title, xlim=(0, 1), ylim=(0, LEGEND_ROOM * highest))
+    panel.legend(loc="upper left", fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none")
+
+
+def _ess_panel(panel: "Axes", curve: VarianceCurve) -> None:
+    panel.axhline(curve.references, color=SOFT_INK, linestyle=DASHES, linewidth=1.2, label="all references")
+    panel.plot(curve.t, curve.ess, color=GREEN, marker="o", markersize=3, label="effective")
+    panel.set(title="Effective sample size", ylabel="number of references", xlim=(0, 1), yscale="log")
+    panel.set_ylim(0.9, 1.5 * curve.references)
+    plain_log_labels(panel)
+    panel.legend(loc="center left", fontsize=8.5)

@@ -1,1 +1,0 @@
-"""Published checkpoints of SiT, REPA and StableVelocity, turned into checkpoint folders of this program."""

@@ -1,0 +1,43 @@
+"""The options of `stablevm import`. Free of torch, so that `--help` stays quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from stablevm.support.options import require, writable
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Turn a published checkpoint of SiT, REPA or StableVelocity into a checkpoint folder for `generate` and
+    `train --init-from`. Sizes are read off the weights; nothing in the file is executed."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The .pt file: named weights, taken for the moving average, or a dictionary that holds them as ema or model."""
+    output: Path
+    """New folder for model.json with ema.safetensors and model.safetensors, as far as the file holds them."""
+    source: Literal["sit", "repa", "stablevelocity"] | None = None
+    """Whose training made it: sit's time runs from noise to data, the others' from data to noise. Default: told from
+    the file, where it shows."""
+    path_type: Literal["linear", "cosine"] | None = None
+    """Path of the training; cosine is SiT's GVP. Needed where the file does not record it."""
+    prediction: Literal["v", "x"] | None = None
+    """What the network predicts: v, the velocity; x, the data. Needed where the file does not record it."""
+    encoder_depth: int | None = None
+    """Block, from 1, whose tokens the projectors read. Needed where there are projectors and the file does not record
+    it."""
+    num_classes: int | None = None
+    """Number of classes, checked against the label table."""
+    resolution: int | None = None
+    """Side of the images in pixels, checked against the positions of the tokens. Default: 8 per latent pixel."""
+    vae: str = "mse"
+    """Autoencoder of the latents: mse or ema (Stable Diffusion's), identity, a hub name, or a folder."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        numbers = ("encoder_depth", "num_classes", "resolution")
+        given = [(name, getattr(self, name)) for name in numbers if getattr(self, name) is not None]
+        numbers_expected = [(name, value >= 1, "at least 1") for name, value in given]
+        require(self, [*numbers_expected, writable("output", self.output)])

@@ -1,0 +1,181 @@
+"""Published weights to ours: the names, and SiT's direction of time."""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablevm.networks.sit import SiT, time_frequencies
+from stablevm.networks.sit_config import SIZES, SiTConfig, sit_config
+from stablevm.support.errors import UserError
+
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+NAMES_SHOWN = 6  # in the message about tensors that don't fit
+_PROJECTOR = re.compile(r"projectors\.(\d+)\.")
+
+
+def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under our names, float32 where they are stored in less.
+
+    Early REPA checkpoints call the blocks after the aligned one `decoder_blocks`, StableVelocity calls the layer of its
+    convolutional projectors `conv`, and projectors for an encoder of width 0 stand for none.
+    """
+    first_decoder = _count_blocks(state)
+    empty = {found[0] for key, value in state.items() if not value.numel() and (found := _PROJECTOR.match(key))}
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith(tuple(empty)):
+            continue
+        name = key.replace(".conv.", ".projection_layer.") if key.startswith("projectors.") else key
+        if key.startswith("decoder_blocks."):
+            _, number, rest = key.split(".", 2)
+            name = f"blocks.{first_decoder + int(number)}.{rest}"
+        renamed[name] = value.float()
+    return renamed
+
+
+def legacy_depth(state: dict[str, Tensor]) -> int | None:
+    """The aligned block of an early REPA checkpoint: the last before its `decoder_blocks`. None for all others."""
+    if not any(key.startswith("decoder_blocks.") for key in state):
+        return None
+    return _count_blocks(state)
+
+
+def infer_config(state: dict[str, Tensor], encoder_depth: int | None, num_classes: int | None = None) -> SiTConfig:
+    """The network that has these weights (under our names); UserError where they are not a SiT of a known size.
+
+    num_classes: the rows of the label table but one, where it is not given.
+    """
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+
+    def shape(key: str, dimensions: int) -> tuple[int, ...]:
+        if len(shapes.get(key, ())) != dimensions:
+            raise UserError(f"no tensor {key} of {dimensions} dimensions in the checkpoint: it is not a SiT's")
+        return shapes[key]
+
+    hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    depth = _count_blocks(state)
+    size = next((name for name, known in SIZES.items() if (known.depth, known.hidden_size) == (depth, hidden)), None)
+    if size is None:
+        known_sizes = ", ".join(f"{name} {value.depth} x {value.hidden_size}" for name, value in SIZES.items())
+        raise UserError(f"the checkpoint has {depth} blocks of width {hidden}; the sizes known are {known_sizes}")
+    projectors: dict[str, Any] = {}
+    last_layers = _projector_outputs(state)
+    if last_layers:
+        convolutional = state[last_layers[0]].ndim == 4
+        hidden_width = 2048 if convolutional else shape("projectors.0.0.weight", 2)[0]
+        projectors = {
+            "projector_dims": tuple(shapes[key][0] for key in last_layers),
+            "projector_kind": "conv" if convolutional else "mlp",
+            "projector_hidden": hidden_width,
+        }
+    if encoder_depth is not None:
+        projectors["encoder_depth"] = encoder_depth
+    return sit_config(
+        f"{size}/{patch}",
+        input_size=math.isqrt(shape("pos_embed", 3)[1]) * patch,
+        in_channels=channels,
+        num_classes=shape(LABEL_TABLE, 2)[0] - 1 if num_classes is None else num_classes,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        time_scale=1.0,  # all published networks embed t itself
+        **projectors,
+    )
+
+
+def has_projectors(state: dict[str, Tensor]) -> bool:
+    return bool(_projector_outputs(state))
+
+
+def predicts_twice(state: dict[str, Tensor]) -> bool:
+    """Whether the network puts out twice the channels it is given (SiT's `learn_sigma`): the first half counts."""
+    names = ("x_embedder.proj.weight", "final_layer.linear.bias")
+    patches, outputs = (state[name].shape if name in state else torch.Size() for name in names)
+    return len(patches) == 4 and len(outputs) == 1 and outputs[0] == 2 * math.prod(patches[1:])
+
+
+def second_half_is_trained(state: dict[str, Tensor]) -> bool:
+    """Whether the second half of outputs, where `predicts_twice`, was ever trained.
+
+    SiT drops it, so that no gradient reaches its weights and they stay at the zeros they begin with. A DiT (Peebles
+    and Xie, 2022), whose weights have the same names and shapes, predicts the variance there, and noise in the first.
+    """
+    patches = state["x_embedder.proj.weight"].shape
+    weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
+    halves = [value.unflatten(0, (-1, 2 * patches[1]))[:, patches[1] :] for value in (weight, bias)]
+    return any(bool(half.any()) for half in halves)
+
+
+def with_null_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with a row of zeros for the null class at the end of a label table that has none."""
+    table = state[LABEL_TABLE]
+    return state | {LABEL_TABLE: torch.cat([table, table.new_zeros(1, table.shape[1])])}
+
+
+def first_half(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
+    """The weights without the outputs that nobody reads, where `predicts_twice`. Each patch has its channels last."""
+    kept = {}
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        per_pixel = state[name].unflatten(0, (config.patch_size**2, 2 * config.in_channels))
+        kept[name] = per_pixel[:, : config.in_channels].flatten(0, 1)
+    return state | kept
+
+
+def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose network gives `-v(x, 1 - t)` where the given ones' gives `v(x, t)`: SiT's time runs from noise to
+    data, ours from data to noise.
+
+    The sign is that of the last layer. The time enters as cos(f t) and sin(f t), and by the addition theorems
+    cos(f (1 - t)) and sin(f (1 - t)) are combinations of those, so that a rotation of the first layer's columns turns
+    it round: exact, but for the rounding of the weights.
+    """
+    turned = {name: -state[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    weight = state["t_embedder.mlp.0.weight"].double()
+    cosines, sines = weight.chunk(2, dim=1)
+    f = time_frequencies(weight.device).double()
+    rotated = [cosines * f.cos() + sines * f.sin(), cosines * f.sin() - sines * f.cos()]
+    turned["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1).to(torch.float32)
+    return state | turned
+
+
+def check_fits(state: dict[str, Tensor], config: SiTConfig) -> None:
+    """UserError listing tensors that the network of `config` lacks, needs, or has in another shape."""
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in SiT(config).state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    faults = {
+        "unknown": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - found.keys()),
+        "of another shape": [
+            f"{key} {found[key]} instead of {expected[key]}"
+            for key in sorted(found.keys() & expected.keys())
+            if found[key] != expected[key]
+        ],
+    }
+    if any(faults.values()):
+        raise UserError(
+            f"the checkpoint is not a {config.name}'s: "
+            + "; ".join(f"{kind}: {_first(names)}" for kind, names in faults.items() if names)
+        )
+
+
+def _count_blocks(state: dict[str, Tensor]) -> int:
+    return 1 + max((_number(key) for key in state if key.startswith("blocks.")), default=-1)
+
+
+def _projector_outputs(state: dict[str, Tensor]) -> list[str]:
+    """The weights of the projectors' last layers, in order."""
+    last = [key for key in state if re.fullmatch(r"projectors\.\d+\.(4|projection_layer)\.weight", key)]
+    return sorted(last, key=_number)
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
+
+
+def _number(key: str) -> int:
+    """N of "blocks.N.rest"."""
+    return int(key.split(".")[1])

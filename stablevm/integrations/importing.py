@@ -1,0 +1,220 @@
+"""`stablevm import`: from a published file to a checkpoint folder."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from stablevm.integrations import conversion
+from stablevm.integrations.config import ImportConfig
+from stablevm.integrations.reader import PublishedCheckpoint, read_published
+from stablevm.networks import snapshot
+from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec, full_name, latent_spec_of
+from stablevm.networks.sit_config import SiTConfig
+from stablevm.networks.snapshot import ModelCard, Weights
+from stablevm.support.errors import UserError
+from stablevm.support.locks import is_foreign, owned
+from stablevm.support.options import as_typed
+from stablevm.support.text import shown
+
+# Of Stable Diffusion's autoencoder (Rombach et al., 2022), as all three projects write into their code.
+SD_LATENT_SCALE, SD_FACTOR = 0.18215, 8
+# What the projects' own options call our values; SiT has a path (VP) and predictions (noise, score) that we have not.
+RECORDED: dict[str, dict[str, str]] = {
+    "path_type": {"Linear": "linear", "GVP": "cosine", "linear": "linear", "cosine": "cosine"},
+    "prediction": {"velocity": "v", "v": "v", "x": "x"},
+}
+
+
+def import_checkpoint(config: ImportConfig) -> Path:
+    """Write the folder `config.output`; returns it.
+
+    Raises UserError, before anything is written, for a file that is no such checkpoint, for tensors that are unknown
+    or missing, for facts that neither file nor options tell, and for a folder that is in use.
+    """
+    config.validate()
+    _check_free(config.output)
+    with owned(config.output):
+        return _import(config)
+
+
+def _import(config: ImportConfig) -> Path:
+    published = read_published(config.checkpoint)
+    turned = _source(config, published) == "sit"
+    sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
+    _check_no_dit(config, published)
+    model = _model(config, published, next(iter(sets.values())))
+    card = ModelCard(
+        model=model,
+        latent=_latent(config, model),
+        path_type=_fact(config, published, "path_type"),
+        prediction=_prediction(config, published),
+        class_names=tuple(map(str, range(model.num_classes))),
+        step=published.steps or 0,
+        label_dropout=_label_dropout(published, model),
+    )
+    converted = {name: _convert(state, model, turned) for name, state in sets.items()}
+    snapshot.save(config.output, card, converted)
+    projectors = f", projectors of {', '.join(map(str, model.projector_dims))}" if model.projector_dims else ""
+    print(
+        f"{config.output}: {model.name}, {model.num_classes:,} classes, latents of "
+        f"{' x '.join(map(str, card.latent.shape))}, path {card.path_type}, prediction {card.prediction}{projectors}; "
+        f"weights: {' and '.join(converted)}"
+    )
+    return config.output
+
+
+def _check_free(folder: Path) -> None:
+    """What an interrupted import leaves, weights without a card, may be written over."""
+    ours = {f"{name}.safetensors" for name in get_args(Weights)}
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: a file; give a new folder")
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in ours and is_foreign(path):
+            raise UserError(f"--output {folder}: holds {path.name}; give a new folder")
+
+
+def _source(config: ImportConfig, published: PublishedCheckpoint) -> str:
+    """Whose checkpoint it is: as the option says, unless the file contradicts, or else as the file shows."""
+    state, options = published.any_weights, published.options
+    sit = conversion.predicts_twice(state) or "image_size" in options
+    repa = any(key.startswith(("projectors.", "decoder_blocks.")) for key in state) or "encoder_depth" in options
+    repa = repa or published.steps is not None
+    if config.source is None and sit == repa:
+        raise UserError(
+            f"{config.checkpoint} does not show whose it is, and their times run in opposite directions; "
+            "give --source sit, repa or stablevelocity"
+        )
+    if config.source is not None and (repa if config.source == "sit" else sit):
+        other = "repa or stablevelocity" if config.source == "sit" else "sit"
+        raise UserError(f"--source {config.source}: {config.checkpoint} is of {other}; leave the option out")
+    return config.source or ("sit" if sit else "repa")
+
+
+def _model(config: ImportConfig, published: PublishedCheckpoint, state: dict[str, Tensor]) -> SiTConfig:
+    depth = conversion.legacy_depth(published.any_weights)
+    if depth is None:
+        depth = published.options.get("encoder_depth")
+    if None not in (depth, config.encoder_depth) and depth != config.encoder_depth:
+        raise UserError(f"--encoder-depth {config.encoder_depth}: {config.checkpoint} records {depth}; leave it out")
+    has_projectors = conversion.has_projectors(state)
+    if config.encoder_depth is not None and not has_projectors:
+        raise UserError(f"--encoder-depth {config.encoder_depth}: the checkpoint has no projectors; leave it out")
+    depth = depth or config.encoder_depth
+    if depth is None and has_projectors:
+        raise UserError(f"{config.checkpoint} has projectors and does not record their block; give --encoder-depth")
+    return conversion.infer_config(state, depth if has_projectors else None, _num_classes(config, published))
+
+
+def _num_classes(config: ImportConfig, published: PublishedCheckpoint) -> int | None:
+    """As recorded or given; the label table has a row for each, and one for the null class where labels were dropped.
+
+    None for a file that is no SiT's. UserError where rows, recorded and given numbers contradict each other.
+    """
+    table = published.any_weights.get(conversion.LABEL_TABLE)
+    if table is None or table.ndim != 2:
+        return None
+    rows, recorded = len(table), published.options.get("num_classes")
+    if recorded is not None and not (type(recorded) is int and recorded >= 1):
+        raise UserError(f"{config.checkpoint}: records {shown(recorded)} as num_classes; give a whole checkpoint")
+    if None not in (recorded, config.num_classes) and recorded != config.num_classes:
+        raise UserError(f"--num-classes {config.num_classes}: {config.checkpoint} records {recorded}; leave it out")
+    number, chance = config.num_classes or recorded, _recorded_dropout(published.options)
+    if number is None:
+        number = rows if chance == 0 else rows - 1
+        if chance is None:
+            print(
+                f"warning: {config.checkpoint}: {rows:,} rows in the label table are taken for {number:,} classes and "
+                f"the null class; give --num-classes {rows} if the last one is a class",
+                file=sys.stderr,
+            )
+    fitting = {None: (number, number + 1), 0.0: (number,)}.get(chance, (number + 1,))
+    if rows not in fitting or number < 1:
+        said = "--num-classes" if config.num_classes else "recorded"
+        raise UserError(
+            f"{config.checkpoint}: {number:,} classes ({said}) and {rows:,} rows in the label table, expected "
+            f"{' or '.join(map(str, fitting))}; check --num-classes, or give the checkpoint as it was written"
+        )
+    return number
+
+
+def _check_no_dit(config: ImportConfig, published: PublishedCheckpoint) -> None:
+    """UserError for a DiT's weights, which have a SiT's names and shapes but predict noise, at times up to 1000."""
+    state, name = published.any_weights, published.options.get("model")
+    if isinstance(name, str) and name.lower().startswith("dit"):
+        raise UserError(f"{config.checkpoint}: a {shown(name, quoted=False)}, which predicts noise, not a velocity; "
+                        "only networks of flow matching can be imported")  # fmt: skip
+    recorded = published.options.get("path_type") is not None
+    if recorded or not conversion.predicts_twice(state) or not conversion.second_half_is_trained(state):
+        return
+    if config.source != "sit":
+        raise UserError(
+            f"{config.checkpoint}: the second half of its outputs is trained, as a DiT's is, which predicts noise and "
+            "can't be imported, and a SiT's never is; give --source sit if you know that it predicts a velocity"
+        )
+    print(f"warning: {config.checkpoint} looks like a DiT's; --source sit says that it is a velocity", file=sys.stderr)
+
+
+def _latent(config: ImportConfig, model: SiTConfig) -> LatentSpec:
+    side, channels = model.input_size, model.in_channels
+    name = full_name(config.vae)
+    resolution = config.resolution or side * SD_FACTOR
+    if name in SHORT_NAMES.values():  # these need no look at their configuration, so no network
+        shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
+        latent = LatentSpec(shape, SD_LATENT_SCALE, 0.0, name)
+    else:
+        latent = latent_spec_of(config.vae, resolution)
+    if latent.shape != (channels, side, side):
+        raise UserError(
+            f"--vae {config.vae}: it makes latents of {latent.shape} from images of {resolution} pixels, the network "
+            f"takes {(channels, side, side)}; give the --vae and --resolution of its training"
+        )
+    return latent
+
+
+def _fact(config: ImportConfig, published: PublishedCheckpoint, option: str) -> str:
+    """An option of the training: as the file records it, or as given."""
+    given, recorded = getattr(config, option), published.options.get(option)
+    if recorded is None:
+        if given is None:
+            raise UserError(f"{config.checkpoint} does not record its path and prediction; give {_typed(option)}")
+        return given
+    ours = RECORDED[option].get(str(recorded))
+    if ours is None:
+        raise UserError(
+            f"{config.checkpoint} was trained with {as_typed(option, recorded)}; only {_typed(option)} can be imported"
+        )
+    if given not in (None, ours):
+        raise UserError(f"{as_typed(option, given)}: {config.checkpoint} records {recorded}; leave the option out")
+    return ours
+
+
+def _prediction(config: ImportConfig, published: PublishedCheckpoint) -> Literal["v", "x"]:
+    return "v" if _fact(config, published, "prediction") == "v" else "x"
+
+
+def _label_dropout(published: PublishedCheckpoint, model: SiTConfig) -> float | None:
+    """The chance of a dropped label, as recorded; 0 where the label table has no row for the null class."""
+    if len(published.any_weights[conversion.LABEL_TABLE]) == model.num_classes:
+        return 0.0
+    return _recorded_dropout(published.options)
+
+
+def _recorded_dropout(options: dict[str, Any]) -> float | None:
+    """REPA's and StableVelocity's training scripts record it."""
+    chance = options.get("cfg_prob")
+    return float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
+
+
+def _typed(option: str) -> str:
+    return as_typed(option, " or ".join(sorted(set(RECORDED[option].values()))))
+
+
+def _convert(state: dict[str, Tensor], model: SiTConfig, turned: bool) -> dict[str, Tensor]:
+    if conversion.predicts_twice(state):
+        state = conversion.first_half(state, model)
+    if len(state[conversion.LABEL_TABLE]) == model.num_classes:
+        state = conversion.with_null_class(state)
+    conversion.check_fits(state, model)
+    return conversion.turn_time(state) if turned else state

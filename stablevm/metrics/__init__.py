@@ -1,0 +1,1 @@
+"""Statistics of features: each metric in a file."""

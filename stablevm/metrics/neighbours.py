@@ -1,0 +1,296 @@
+"""Sets of features compared by distances: precision and recall, density and coverage, nearest neighbours.
+
+Blocked, and exact: bounds (points.py) sort out, and the few pairs that they leave open are settled by differences in
+float64. The result is that of comparing all pairs one by one, with points on the edge of a ball inside.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablevm.metrics.points import (
+    BLOCK_ROWS,
+    Bounds,
+    Points,
+    about,
+    bounds_between,
+    mean_of,
+    points,
+    squared_distances,
+)
+from stablevm.metrics.statistics import check_features
+from stablevm.support.errors import UserError
+
+PRECISION_RECALL_K = 3  # Kynkäänniemi et al., 2019, "Improved precision and recall metric"
+COVERAGE_K = 5  # Naeem et al., 2020, "Reliable fidelity and diversity metrics": equal sets then get 1 - 2^-5 = 0.97
+SPARE_CANDIDATES = 5  # beyond the k nearest by the bounds: enough to prove nearly every row
+PAIRS_MARKED = 512  # measured before those are left out whose row is inside by then
+ROWS_COMPARED_WITH_ALL = BLOCK_ROWS // 8  # their candidates are listed before they are measured
+MEMORISED_SHARE = 0.01  # of real images that count as copies of another: the yardstick of memorisation
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who lies in a ball of the other set: (samples,) and (references,) bool; their means are precision and recall."""
+
+    samples: Tensor
+    reference: Tensor
+
+    @property
+    def precision(self) -> float:
+        return float(self.samples.double().mean())
+
+    @property
+    def recall(self) -> float:
+        return float(self.reference.double().mean())
+
+
+@dataclass(frozen=True)
+class Neighbourhood(Membership):
+    """Membership by `PRECISION_RECALL_K`, and what else the same distances tell."""
+
+    holding: Tensor  # (samples,) in how many of the reference's balls of `COVERAGE_K` neighbours each sample lies
+    covered: Tensor  # (references,) whether that ball holds a sample
+    to_reference: Tensor  # (samples,) distance to the nearest reference image, float64
+    within_reference: Tensor  # (references,) distance to the nearest other one, float64
+
+    @property
+    def density(self) -> float:
+        """Mean number of the reference's balls that hold a sample, over k (Naeem et al., 2020, equation 4)."""
+        return float(self.holding.double().mean()) / COVERAGE_K
+
+    @property
+    def coverage(self) -> float:
+        """Share of the reference's balls that hold a sample (Naeem et al., 2020, equation 5)."""
+        return float(self.covered.double().mean())
+
+    @property
+    def memorisation(self) -> float:
+        """`memorised_share` of the samples, with the reference's own distances as the yardstick."""
+        return memorised_share(self.to_reference, self.within_reference)
+
+
+def memorised_share(samples: Tensor, unseen: Tensor) -> float:
+    """Share of samples that lie nearer to a training image than 99 of 100 real images that were not trained on.
+
+    Both are distances to the nearest training image: `samples` (n,) of generated images, `unseen` (m,) of real ones.
+    These are test images; or the training images themselves, each without itself, since a training image that is left
+    out is to the others what a test image is. With q the ceil(m / 100)-th smallest of `unseen`, the share of `samples`
+    that are at most q is returned: about 0.01 for a generator that draws new images, 1 for one that copies. Lower is
+    better down to 0.01. It finds copies of the images that the distances are to, and of no others.
+    """
+    rank = max(1, math.ceil(MEMORISED_SHARE * len(unseen)))
+    return float((samples <= unseen.kthvalue(rank).values).double().mean())
+
+
+def neighbourhood(reference: Tensor, samples: Tensor, device: torch.device | None = None) -> Neighbourhood:
+    """All that distances between features (n, width) tell; UserError for a reference of `COVERAGE_K` rows or fewer.
+
+    A ball reaches to the k-th nearest neighbour of its centre, itself excluded, and is closed.
+    """
+    check_counts(reference, samples, PRECISION_RECALL_K)
+    check_counts(reference, reference, COVERAGE_K)
+    real, fake = points(reference, samples, device=device)
+    closest, real_radii, wide = radii_of(real, (1, PRECISION_RECALL_K, COVERAGE_K))
+    found = _Crossing(real, fake, real_radii, radii(fake, PRECISION_RECALL_K), wide)
+    to_reference = _settled(fake, real, found.bounds, found.indices, 1, exclude_self=False)[1]
+    return Neighbourhood(
+        samples=found.in_real.cpu(),
+        reference=found.in_fake.cpu(),
+        holding=found.holding.cpu(),
+        covered=found.covered.cpu(),
+        to_reference=to_reference.sqrt().cpu(),
+        within_reference=closest.sqrt().cpu(),
+    )
+
+
+def membership(
+    reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K, device: torch.device | None = None
+) -> Membership:
+    """Which samples lie inside the reference's manifold, and which of the reference inside the samples'.
+
+    A set's manifold is the union of the closed balls around its points that reach the k-th nearest neighbour, itself
+    excluded (Kynkäänniemi et al., 2019, equations 1 and 2).
+    """
+    check_counts(reference, samples, k)
+    real, fake = points(reference, samples, device=device)
+    found = _Crossing(real, fake, radii(real, k), radii(fake, k))
+    return Membership(samples=found.in_real.cpu(), reference=found.in_fake.cpu())
+
+
+def precision_recall(reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K) -> tuple[float, float]:
+    """Share of samples inside the reference's manifold, and of the reference inside the samples' (both in [0, 1])."""
+    found = membership(reference, samples, k)
+    return found.precision, found.recall
+
+
+def coverage(reference: Tensor, samples: Tensor, k: int = COVERAGE_K) -> float:
+    """Share of the reference's k-nearest-neighbour balls that hold a sample (Naeem et al., 2020)."""
+    check_counts(reference, samples, k)
+    real, fake = points(reference, samples)
+    _, squared = _nearest(real, fake)
+    return float((squared <= radii(real, k)).double().mean())
+
+
+def nearest(queries: Tensor, among: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Of each query (n, width), the nearest of `among` (m, width): its position (n,) and its distance, float64 (n,)."""
+    indices, squared = _nearest(*points(queries, among, device=device))
+    return indices.cpu(), squared.sqrt().cpu()
+
+
+def nearest_distance(queries: Tensor, among: Tensor) -> Tensor:
+    """Euclidean distance of each query (n, width) to the nearest of `among` (m, width): float32 (n,)."""
+    return nearest(queries, among)[1].float()
+
+
+def radii(among: Points, k: int) -> Tensor:
+    """Squared distance of each point to its k-th nearest neighbour, itself excluded by position: float64 (n,)."""
+    return radii_of(among, (k,))[0]
+
+
+def radii_of(among: Points, ks: Sequence[int]) -> list[Tensor]:
+    """`radii` for several k; the bounds are computed once."""
+    among = about(mean_of(among.rows), among.rows)
+    bounds, indices = _no_candidates(len(among), min(max(ks) + SPARE_CANDIDATES, len(among) - 1), among)
+    for start, block in among.blocks():
+        mine = slice(start, start + len(block))
+        for other_start, other in among.blocks():
+            if other_start < start:  # a block and its mirror image come from one product
+                continue
+            lower = bounds_between(block, other, same=start == other_start).lower
+            _keep_smallest(bounds[mine], indices[mine], lower, other_start)
+            if start != other_start:
+                theirs = slice(other_start, other_start + len(other))
+                _keep_smallest(bounds[theirs], indices[theirs], lower.T.contiguous(), start)
+    return [_settled(among, among, bounds, indices, k, exclude_self=True)[1] for k in ks]
+
+
+def check_counts(reference: Tensor, samples: Tensor, k: int) -> None:
+    """UserError where a set has too few rows for k nearest neighbours."""
+    for name, features in (("reference", reference), ("samples", samples)):
+        check_features(features)
+        if len(features) <= k:
+            raise UserError(f"{name}: {len(features)} images, but {k} nearest neighbours need at least {k + 1}")
+
+
+def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:
+    """Position and squared distance of the nearest of `among`, (n,) each."""
+    bounds, indices = _no_candidates(len(queries), min(1 + SPARE_CANDIDATES, len(among)), among)
+    for start, block in queries.blocks():
+        mine = slice(start, start + len(block))
+        for other_start, other in among.blocks():
+            _keep_smallest(bounds[mine], indices[mine], bounds_between(block, other).lower, other_start)
+    return _settled(queries, among, bounds, indices, 1, exclude_self=False)
+
+
+def _no_candidates(count: int, kept: int, among: Points) -> tuple[Tensor, Tensor]:
+    """Lower bounds and positions, (count, kept) each, for `_keep_smallest` to fill."""
+    bounds = torch.full((count, kept), torch.inf, dtype=torch.float32, device=among.rows.device)
+    return bounds, torch.zeros((count, kept), dtype=torch.int64, device=among.rows.device)
+
+
+def _keep_smallest(bounds: Tensor, indices: Tensor, lower: Tensor, start: int) -> None:
+    """Let `bounds` and `indices` (n, kept) be the smallest of them and of a block whose columns begin at `start`."""
+    values, columns = lower.topk(min(bounds.shape[1], lower.shape[1]), dim=1, largest=False, sorted=False)
+    values, indices_of_both = torch.cat([bounds, values], 1), torch.cat([indices, columns + start], 1)
+    best, chosen = values.topk(bounds.shape[1], dim=1, largest=False)
+    bounds.copy_(best)
+    indices.copy_(indices_of_both.gather(1, chosen))
+
+
+def _settled(
+    queries: Points, among: Points, bounds: Tensor, indices: Tensor, k: int, *, exclude_self: bool
+) -> tuple[Tensor, Tensor]:
+    """The k-th nearest of each query, position and squared distance (n,), from the nearest by lower bounds (n, kept).
+
+    Only candidates whose bounds leave it open whether they are the k-th are measured. A row is proven when the k-th
+    distance is at most the largest bound kept: everything else is at least as far. The others are compared with all.
+    """
+    upper = (bounds + queries.spread[:, None] + among.spread[indices]) * (1 + torch.finfo(torch.float32).eps)
+    kth_lower, kth_upper = (each.kthvalue(k, dim=1, keepdim=True).values for each in (bounds, upper))
+    squared = torch.where(upper < kth_lower, -torch.inf, torch.inf).double()
+    rows, columns = ((upper >= kth_lower) & (bounds <= kth_upper)).nonzero().T
+    squared[rows, columns] = squared_distances(queries, among, rows, indices[rows, columns])
+    kth, place = squared.kthvalue(k, dim=1)
+    position = indices.gather(1, place[:, None])[:, 0]
+    complete = indices.shape[1] == len(among) - exclude_self
+    unproven = (~(complete | (kth <= bounds.amax(1)) | (kth == 0))).nonzero().flatten()
+    for rows in unproven.split(ROWS_COMPARED_WITH_ALL) if len(unproven) else ():
+        position[rows], kth[rows] = _kth_of_all(queries, among, rows, kth[rows], k, exclude_self=exclude_self)
+    return position, kth
+
+
+def _kth_of_all(
+    queries: Points, among: Points, rows: Tensor, at_most: Tensor, k: int, *, exclude_self: bool
+) -> tuple[Tensor, Tensor]:
+    """Of these `rows` of the queries, the k-th nearest of all, which is `at_most` so far: position and distance."""
+    found_rows, found_columns = [], []
+    for start, block in among.blocks():
+        near = bounds_between(queries[rows], block)
+        some, columns = near.pairs_within(at_most[:, None])
+        found_rows.append(some)
+        found_columns.append(columns + start)
+    some, columns = torch.cat(found_rows), torch.cat(found_columns)
+    if exclude_self:
+        others = rows[some] != columns
+        some, columns = some[others], columns[others]
+    squared = squared_distances(queries, among, rows[some], columns)
+    order = squared.argsort()
+    order = order[some[order].argsort(stable=True)]  # row by row, the nearest first
+    first = torch.searchsorted(some[order], torch.arange(len(rows), device=order.device))
+    chosen = order[first + k - 1]
+    return columns[chosen], squared[chosen]
+
+
+class _Crossing:
+    """Two sets compared in one pass over their blocks; all radii are squared.
+
+    `wide` are the reference's radii for density and coverage; without them only the first two results are computed.
+    """
+
+    def __init__(
+        self, real: Points, fake: Points, real_radii: Tensor, fake_radii: Tensor, wide: Tensor | None = None
+    ) -> None:
+        device = real.rows.device
+        self.in_real = torch.zeros(len(fake), dtype=torch.bool, device=device)  # in a ball around a real one
+        self.in_fake = torch.zeros(len(real), dtype=torch.bool, device=device)
+        self.holding = torch.zeros(len(fake), dtype=torch.int64, device=device)
+        self.covered = torch.zeros(len(real), dtype=torch.bool, device=device)
+        # of each fake one, the real ones that may be nearest
+        self.bounds, self.indices = _no_candidates(len(fake), min(1 + SPARE_CANDIDATES, len(real)), real)
+        for start, block in real.blocks():
+            mine = slice(start, start + len(block))
+            for other_start, other in fake.blocks():
+                theirs = slice(other_start, other_start + len(other))
+                near = bounds_between(block, other)
+                _mark(self.in_fake[mine], near, fake_radii[theirs])
+                near = near.mirrored
+                _mark(self.in_real[theirs], near, real_radii[mine])
+                if wide is not None:
+                    _count(self.holding[theirs], self.covered[mine], near, wide[mine])
+                    _keep_smallest(self.bounds[theirs], self.indices[theirs], near.lower.contiguous(), start)
+
+
+def _mark(inside: Tensor, near: Bounds, squared_radii: Tensor) -> None:
+    """Set `inside` for the rows of `near.a` that lie in one of the balls around the rows of `near.b`."""
+    inside |= near.any_surely_within(squared_radii)
+    rows, columns = near.pairs_within(squared_radii, rows=(~inside).nonzero().flatten())
+    for some, balls in zip(rows.split(PAIRS_MARKED), columns.split(PAIRS_MARKED), strict=True):
+        waiting = ~inside[some]
+        some, balls = some[waiting], balls[waiting]
+        hits = squared_distances(near.a, near.b, some, balls) <= squared_radii[balls]
+        inside[some[hits]] = True
+
+
+def _count(holding: Tensor, covered: Tensor, near: Bounds, squared_radii: Tensor) -> None:
+    """Add to `holding` how many balls hold each row of `near.a`, and set `covered` for balls that hold one."""
+    rows, balls = near.pairs_within(squared_radii)
+    inside = near.upper(rows, balls) <= squared_radii[balls]
+    undecided = (~inside).nonzero().flatten()
+    squared = squared_distances(near.a, near.b, rows[undecided], balls[undecided])
+    inside[undecided] = squared <= squared_radii[balls[undecided]]
+    holding.index_add_(0, rows[inside], torch.ones_like(rows[inside]))
+    covered[balls[inside]] = True

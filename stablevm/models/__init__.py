@@ -1,1 +1,0 @@
-"""Networks: SiT with its projectors and size table, and the small network that judges the handwritten digits."""

@@ -1,0 +1,303 @@
+"""Frozen image encoders: their patch tokens are what representation alignment aims at."""
+
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stablevm.networks.autoencoder import pixels_to_unit
+from stablevm.networks.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
+from stablevm.support.errors import UserError
+from stablevm.support.foreign_weights import read_weights
+from stablevm.support.precision import without_autocast
+
+DIGITS = "digits"
+MOCO_PREFIX = "module.base_encoder."  # of the encoder among the parameters of a MoCo v3 checkpoint
+# Misspelt layers in MoCo v3 checkpoints that REPA's loader renames.
+MOCO_MISSPELT = {
+    "blocks.13.norm13": "blocks.13.norm1",
+    "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
+    "blocks.14.norm14": "blocks.14.norm2",
+    "blocks.14.mlp.fc14": "blocks.14.mlp.fc2",
+}
+FEATURE_PIXELS = 224  # side of an image whose pooled features are compared, as for FD-DINOv2 (Stein et al., 2023)
+NOT_PLAIN = "not a plain vision transformer, of one token for each patch; choose one, such as dinov2-vit-b"
+ERROR_LENGTH = 240  # characters of another library's message that ours quotes
+
+
+@dataclass(frozen=True)
+class TimmEncoderSpec:
+    """A network of timm's, and how its tokens are read."""
+
+    timm_name: str
+    final_norm: bool = True  # REPA reads MAE and CLIP before their last normalisation
+    downloadable: bool = True
+    num_heads: int | None = None  # where it differs from timm's entry
+
+
+# REPA's names (Yu et al., 2024). timm has no MoCo v3: its weights go into entries that have its architecture and
+# pixel statistics, MAE's, and DINO's for the small one, which MoCo v3 gives 12 heads instead of 6. Of timm's two CLIP
+# entries, "quickgelu" has the activation that CLIP was trained with.
+SHORT_NAMES = {
+    "dinov2-vit-s": TimmEncoderSpec("vit_small_patch14_dinov2.lvd142m"),
+    "dinov2-vit-b": TimmEncoderSpec("vit_base_patch14_dinov2.lvd142m"),
+    "dinov2-vit-l": TimmEncoderSpec("vit_large_patch14_dinov2.lvd142m"),
+    "dinov2-vit-g": TimmEncoderSpec("vit_giant_patch14_dinov2.lvd142m"),
+    "dinov2reg-vit-s": TimmEncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m"),
+    "dinov2reg-vit-b": TimmEncoderSpec("vit_base_patch14_reg4_dinov2.lvd142m"),
+    "dinov2reg-vit-l": TimmEncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m"),
+    "dinov2reg-vit-g": TimmEncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m"),
+    "dinov1-vit-b": TimmEncoderSpec("vit_base_patch16_224.dino"),
+    "mocov3-vit-s": TimmEncoderSpec("vit_small_patch16_224.dino", downloadable=False, num_heads=12),
+    "mocov3-vit-b": TimmEncoderSpec("vit_base_patch16_224.mae", downloadable=False),
+    "mocov3-vit-l": TimmEncoderSpec("vit_large_patch16_224.mae", downloadable=False),
+    "mae-vit-l": TimmEncoderSpec("vit_large_patch16_224.mae", final_norm=False),
+    "clip-vit-L": TimmEncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", final_norm=False),
+    "jepa-vit-h": TimmEncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa"),
+}
+
+
+class Encoder(nn.Module, ABC):
+    """Images to tokens, without gradients and in evaluation mode for ever."""
+
+    network: Any  # the frozen part: DigitsNet, or a model of timm's, which has no useful static type
+
+    def __init__(self, network: nn.Module, *, dim: int, grid_size: int) -> None:
+        """`dim` is the width of a token, `grid_size` the number of tokens per side."""
+        super().__init__()
+        self.network = network
+        self.dim = dim
+        self.grid_size = grid_size
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stay in evaluation mode, whatever `mode` says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) on the encoder's device to float32 tokens (B, grid_size^2, dim), row by row."""
+        with without_autocast(images.device):
+            return self._tokens(images).float()
+
+    @torch.no_grad()
+    def pooled(self, images: Tensor) -> Tensor:
+        """One float32 vector per image (B, dim), by the network's own pooling: the class token, where it has one."""
+        with without_autocast(images.device):
+            return self._pooled(images).float()
+
+    @abstractmethod
+    def _tokens(self, images: Tensor) -> Tensor:
+        """The tokens in whatever precision the network runs in."""
+
+    @abstractmethod
+    def _pooled(self, images: Tensor) -> Tensor:
+        """The vectors in whatever precision the network runs in."""
+
+
+class DigitsEncoder(Encoder):
+    """The patches of DigitsNet, for grey images of 8 x 8."""
+
+    def __init__(self, network: DigitsNet, dtype: torch.dtype) -> None:
+        super().__init__(network.to(dtype), dim=FEATURE_DIM, grid_size=GRID_SIZE)
+        self.dtype = dtype
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        return self.network.patches(self._grey(images))
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return self.network.features(self._grey(images))
+
+    def _grey(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            raise UserError(
+                f"--enc-type {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, this "
+                f"encoder reads {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
+            )
+        return pixels_to_unit(images[:, :1]).to(self.dtype)
+
+
+class TimmEncoder(Encoder):
+    """The patch tokens of a vision transformer of timm's, for images of any size."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any, dtype: torch.dtype, antialias: bool = False) -> None:
+        """antialias: as in `load_encoder`."""
+        grid_size = network.patch_embed.grid_size[0]
+        super().__init__(network.to(dtype), dim=network.num_features, grid_size=grid_size)
+        self.dtype = dtype
+        self.antialias = antialias
+        self.input_size = grid_size * _patch_size(network)
+        for name in ("mean", "std"):
+            statistic = torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1)
+            self.register_buffer(name, statistic, persistent=False)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        return self._all_tokens(images)[:, self.network.num_prefix_tokens :]
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return self.network.forward_head(self._all_tokens(images), pre_logits=True)
+
+    def _all_tokens(self, images: Tensor) -> Tensor:
+        side = self.input_size
+        pixels = F.interpolate(images.float() / 255, size=(side, side), mode="bicubic", antialias=self.antialias)
+        inputs = (pixels - self.mean) / self.std
+        return self.network.forward_features(inputs.to(self.dtype))
+
+
+def load_encoder(
+    name: str,
+    *,
+    grid_size: int | None,
+    weights: Path | None,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    antialias: bool = False,
+) -> Encoder:
+    """The frozen encoder called `name`, giving grid_size x grid_size tokens and running in `dtype` on `device`.
+
+    With `grid_size` None: as many tokens as an image of 224 x 224 pixels has.
+
+    `name` is "digits", a short name of REPA's (`SHORT_NAMES`) or a vision transformer's name in timm. `weights` is a
+    safetensors or torch file in timm's or the authors' layout; without one, timm downloads the pretrained weights.
+    Images are resized by bicubic interpolation to the pixels of so many tokens: of the nearest pixels alone, as REPA
+    does, or with `antialias` of all that a smaller one covers.
+    Raises UserError for an unknown name, a file that doesn't fit, or weights that can't be downloaded.
+    """
+    if name == DIGITS:
+        return _load_digits(grid_size, weights, dtype).to(device)
+    return _load_timm(name, grid_size, weights, dtype, antialias).to(device)
+
+
+def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, dtype: torch.dtype) -> Encoder:
+    """The encoder called `name` with random weights, for measuring what it costs.
+
+    UserError for an unknown name, or a network whose tokens are not as many.
+    """
+    if name == DIGITS:
+        _check_digits_grid(grid_size)
+        return DigitsEncoder(DigitsNet(), dtype).to(device)
+    return TimmEncoder(_create(name, _spec_of(name), grid_size, pretrained=False), dtype).to(device)
+
+
+def _check_digits_grid(grid_size: int | None) -> None:
+    if grid_size not in (None, GRID_SIZE):
+        raise UserError(
+            f"--enc-type {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has {grid_size} x {grid_size}; "
+            f"choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
+        )
+
+
+def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
+    _check_digits_grid(grid_size)
+    if weights is None:
+        raise UserError(f"--enc-type {DIGITS}: give its weights with --encoder-weights FILE.safetensors")
+    network = DigitsNet()
+    _load_strictly(network, read_weights(weights, "--encoder-weights"), DIGITS, weights)
+    return DigitsEncoder(network, dtype)
+
+
+def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype, antialias: bool) -> Encoder:
+    spec = _spec_of(name)
+    if weights is None and not spec.downloadable:
+        raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
+    _check_plain(name, spec)
+    network = _create(name, spec, grid_size, pretrained=weights is None)
+    if weights is not None:
+        state = _for_timm(read_weights(weights, "--encoder-weights"), network)
+        _load_strictly(network, state, spec.timm_name, weights)
+    if not spec.final_norm:
+        network.norm = nn.Identity()
+    return TimmEncoder(network, dtype, antialias)
+
+
+def _spec_of(name: str) -> TimmEncoderSpec:
+    """By a short name, or a name in timm, which also says whether there is something to download; UserError else."""
+    import timm
+
+    spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
+    try:
+        pretrained = timm.get_pretrained_cfg(spec.timm_name)
+    except RuntimeError:  # a known architecture, with an unknown tag after the dot
+        pretrained = None
+    if pretrained is None:
+        names = ", ".join((DIGITS, *SHORT_NAMES))
+        raise UserError(f"--enc-type {name}: expected one of {names}, or the name of a timm vision transformer")
+    return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
+
+
+def _check_plain(name: str, spec: TimmEncoderSpec) -> None:
+    """UserError for a network whose tokens are not one for each patch of a grid; before any weights are looked for.
+
+    Of others, such as hybrids of convolutions and a transformer, the patches' size does not tell the number of tokens.
+    """
+    import timm
+    from timm.layers import PatchEmbed
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        network: Any = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
+    plain = isinstance(getattr(network, "patch_embed", None), PatchEmbed)
+    if not (plain and hasattr(network, "num_prefix_tokens") and hasattr(network, "set_input_size")):
+        raise UserError(f"--enc-type {name}: {NOT_PLAIN}")
+
+
+def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained: bool) -> Any:
+    """timm's network for an image of grid_size patches per side; timm resamples the position embedding."""
+    import timm
+
+    options: dict[str, Any] = {} if spec.num_heads is None else {"num_heads": spec.num_heads}
+    try:
+        # timm draws first values from the global random state, also where weights replace them at once
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            network: Any = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
+    except OSError as error:
+        raise UserError(
+            f"--enc-type {name}: no download of {spec.timm_name} ({_quote(error)}); give a file with --encoder-weights"
+        ) from None
+    if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
+        raise UserError(f"--enc-type {name}: {NOT_PLAIN}")
+    side = _patch_size(network) * (grid_size or FEATURE_PIXELS // _patch_size(network))
+    network.set_input_size(img_size=(side, side))
+    return network
+
+
+def _patch_size(network: Any) -> int:
+    height, width = network.patch_embed.patch_size
+    assert height == width
+    return height
+
+
+def _for_timm(checkpoint: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    """Parameters under timm's names, for the network's grid, without the classifier."""
+    nested = checkpoint.get("state_dict", checkpoint)
+    moco = {_moco_name(key): value for key, value in nested.items() if key.startswith(MOCO_PREFIX)}
+    state = moco or checkpoint
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        state = convert(state, network)
+    return {key: value for key, value in state.items() if not key.startswith("head")}
+
+
+def _moco_name(key: str) -> str:
+    name = key.removeprefix(MOCO_PREFIX)
+    layer, _, parameter = name.rpartition(".")
+    return f"{MOCO_MISSPELT[layer]}.{parameter}" if layer in MOCO_MISSPELT else name
+
+
+def _load_strictly(network: nn.Module, state: dict[str, Any], name: str, path: Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"--encoder-weights {path}: not the weights of {name} ({_quote(error)})") from None
+
+
+def _quote(error: Exception) -> str:
+    return shorten(str(error), ERROR_LENGTH)

@@ -1,0 +1,40 @@
+"""Projectors: from the tokens of a SiT block to the feature width of a frozen encoder."""
+
+from torch import Tensor, nn
+
+
+def build_projector(
+    kind: str, *, hidden_size: int, projector_hidden: int, feature_dim: int, grid_size: int
+) -> nn.Module:
+    """A module that maps tokens (B, grid_size^2, hidden_size) to (B, grid_size^2, feature_dim).
+
+    kind: one of `stablevm.networks.sit_config.PROJECTOR_KINDS`.
+    """
+    if kind == "mlp":
+        return mlp_projector(hidden_size, projector_hidden, feature_dim)
+    return ConvProjector(hidden_size, feature_dim, grid_size)
+
+
+def mlp_projector(hidden_size: int, projector_hidden: int, feature_dim: int) -> nn.Sequential:
+    """Three linear layers with SiLU between, on each token alone (REPA: Yu et al., 2024)."""
+    return nn.Sequential(
+        nn.Linear(hidden_size, projector_hidden),
+        nn.SiLU(),
+        nn.Linear(projector_hidden, projector_hidden),
+        nn.SiLU(),
+        nn.Linear(projector_hidden, feature_dim),
+    )
+
+
+class ConvProjector(nn.Module):
+    """One 3 x 3 convolution on the grid of tokens, zero-padded (iREPA: Singh et al., 2025)."""
+
+    def __init__(self, hidden_size: int, feature_dim: int, grid_size: int) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+        self.projection_layer = nn.Conv2d(hidden_size, feature_dim, kernel_size=3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, hidden_size) to (B, T, feature_dim); tokens are in row-major order."""
+        grid = tokens.transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
+        return self.projection_layer(grid).flatten(2).transpose(1, 2)

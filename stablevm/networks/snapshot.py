@@ -1,0 +1,149 @@
+"""A trained network that knows all that sampling needs: `model.json` beside its weights in safetensors."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stablevm.networks.autoencoder import LatentSpec
+from stablevm.networks.sit import SiT
+from stablevm.networks.sit_config import SiTConfig
+from stablevm.support.cards import read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import write_json
+from stablevm.support.tensor_files import save_tensors
+from stablevm.support.text import shown
+
+CARD_FILE = "model.json"
+FORMAT_VERSION = 1
+_REMEDY = "use another checkpoint"
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The facts that a network's weights are useless without."""
+
+    model: SiTConfig
+    latent: LatentSpec
+    path_type: str
+    prediction: Literal["v", "x"]
+    class_names: tuple[str, ...]
+    step: int
+    # Facts of the training that cards of earlier versions and imported ones do not tell (None).
+    class_counts: tuple[int, ...] | None = None  # samples of each class in the training data
+    label_dropout: float | None = None  # chance that a sample was trained without its label
+
+    def __post_init__(self) -> None:
+        """UserError for facts that contradict each other."""
+        side, channels = self.model.input_size, self.model.in_channels
+        if self.latent.shape != (channels, side, side):
+            raise UserError(f"the latent is {list(self.latent.shape)}, but the network takes {[channels, side, side]}")
+        if len(self.class_names) > self.model.num_classes:
+            raise UserError(f"{len(self.class_names)} class_names, but num_classes is {self.model.num_classes}")
+        if self.step < 0:
+            raise UserError(f"step {self.step}, expected 0 or more")
+        counts = self.class_counts
+        if counts is not None and (len(counts) > self.model.num_classes or not all(count >= 0 for count in counts)):
+            raise UserError(f"class_counts of {len(counts)} classes, expected {self.model.num_classes} of 0 or more")
+        if self.label_dropout is not None and not 0 <= self.label_dropout <= 1:
+            raise UserError(f"label_dropout {self.label_dropout}, expected a chance in [0, 1]")
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """The classes that the training data had samples of; all where the card does not tell."""
+        if self.class_counts is None:
+            return tuple(range(self.model.num_classes))
+        return tuple(label for label, count in enumerate(self.class_counts) if count)
+
+    @property
+    def null_is_trained(self) -> bool:
+        """Whether the null class, which guidance and unconditional images need, was seen; assumed where not told."""
+        return self.label_dropout != 0
+
+    @property
+    def classes_are_trained(self) -> bool:
+        """Whether the classes were seen: not where every label was dropped; assumed where not told."""
+        return self.label_dropout != 1
+
+    def agrees_with(self, other: "ModelCard") -> bool:
+        """Whether both are of one training, whatever the step; what one of them does not tell is no difference."""
+        other = replace(
+            other,
+            step=self.step,
+            class_counts=self.class_counts if other.class_counts is None else other.class_counts,
+            label_dropout=self.label_dropout if other.label_dropout is None else other.label_dropout,
+        )
+        told = replace(
+            self,
+            class_counts=other.class_counts if self.class_counts is None else self.class_counts,
+            label_dropout=other.label_dropout if self.label_dropout is None else self.label_dropout,
+        )
+        return told == other
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model.to_dict(),
+            "latent": self.latent.to_dict(),
+            "path_type": self.path_type,
+            "prediction": self.prediction,
+            "class_names": list(self.class_names),
+            "step": self.step,
+            "class_counts": None if self.class_counts is None else list(self.class_counts),
+            "label_dropout": self.label_dropout,
+        }
+
+
+def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> None:
+    """Write each set of weights as `NAME.safetensors`, then the card; an existing file is replaced whole."""
+    folder = Path(folder)
+    for name, tensors in weights.items():
+        save_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(folder / CARD_FILE, card.to_dict())
+
+
+def load_card(folder: str | Path) -> ModelCard:
+    """Read the card; UserError when `folder` is no checkpoint, its card is damaged, or of another format version."""
+    folder = Path(folder)
+    if not (folder / CARD_FILE).is_file():
+        raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
+    return read_card(folder / CARD_FILE, ModelCard, "checkpoint", version=FORMAT_VERSION, remedy=_REMEDY)
+
+
+def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of `NAME.safetensors`; UserError when the file is absent or damaged, or weights are not finite."""
+    path = Path(folder) / f"{name}.safetensors"
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: {path.name} is missing") from None
+    except SafetensorError as error:
+        raise UserError(f"{folder}: {path.name} is damaged ({error}); use an earlier checkpoint") from None
+    for key, value in tensors.items() if name in get_args(Weights) else ():
+        if not value.isfinite().all():
+            raise UserError(f"{folder}: {path.name}: {shown(key)} is not finite; use an earlier checkpoint")
+    return tensors
+
+
+def load_model(
+    folder: str | Path, card: ModelCard, *, weights: Weights = "ema", device: torch.device | str = "cpu"
+) -> SiT:
+    """The network of `card` with the weights in `folder`: evaluation mode, float32, without gradients.
+
+    UserError when the weights are absent, damaged, or those of another network.
+    """
+    with torch.device("meta"):  # first values would be thrown away
+        model = SiT(card.model)
+    try:
+        model.load_state_dict(load_weights(folder, weights), assign=True)
+    except RuntimeError:
+        raise UserError(
+            f"{folder}: {weights}.safetensors holds other tensors than the {card.model.name} of {CARD_FILE}; "
+            "use another checkpoint"
+        ) from None
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,58 @@
+"""The machine that is measured: what it is, and how fast it multiplies at best."""
+
+import os
+import platform
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from stablevm.support.precision import DTYPES
+
+CPU = torch.device("cpu")
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}  # of square matrices, large enough for the full rate
+PRODUCT_REPEATS = {"cuda": 300, "cpu": 5}  # about half a second
+
+
+def describe_machine(device: torch.device = CPU, processes: int = 1) -> str:
+    """One line: hardware, threads, versions, and how much else the machine is doing."""
+    if device.type == "cuda":
+        hardware = f"{processes} x {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        hardware = f"{_processor()}, {processes} x {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{hardware}, {versions}, load {os.getloadavg()[0]:.1f}"
+
+
+def _processor() -> str:
+    """The model's name, where Linux tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
+
+
+def product_rate(device: torch.device, mixed_precision: str) -> float:
+    """Operations per second (a multiplication and an addition are two) of large matrix products, in the precision that
+    accelerate calls `mixed_precision`: after some, as a GPU slows down under load, the median of as many.
+    """
+    side, dtype = PRODUCT_SIDE[device.type], DTYPES[mixed_precision]
+    stream = torch.Generator(device).manual_seed(0)
+    left, right = torch.randn(2, side, side, generator=stream, device=device).to(dtype)
+    times = [_seconds(left, right) for _ in range(2 * PRODUCT_REPEATS[device.type])]
+    return 2 * side**3 / median(times[len(times) // 2 :])
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    synchronize(left.device)
+    started = time.perf_counter()
+    left @ right
+    synchronize(left.device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,151 @@
+"""Steps of a real engine, timed by the trainer's own journal."""
+
+import copy
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from stablevm.bank import ClassBank
+from stablevm.data.dataset import PreparedDataset
+from stablevm.networks.encoders import Encoder
+from stablevm.networks.sit import SiT
+from stablevm.objective import StableVM
+from stablevm.training.config import TrainConfig
+from stablevm.training.engine import Engine
+from stablevm.training.journal import Journal
+from stablevm.training.main_process import on_main
+from stablevm.training.setup import choose_rows
+from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
+
+FILL_ROWS = 4096  # of the bank, at a time
+PHASE = "seconds/"  # begins the names of the journal's phases
+STEP_PER_FORWARD = 3  # a backward pass has twice the products of a forward pass
+WEIGHT_GRID = 1000  # times at which the share of samples that are encoded is looked at
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one training's steps cost."""
+
+    name: str
+    batch_size: int  # over all processes
+    parts: int  # into which each process split its share of a step
+    seconds: dict[str, float]  # of each phase of a step: the median over rounds
+    step_seconds: list[float]  # of a step, in each round
+    gpu_gib: float | None  # that were held at most
+    host_gib: float  # by the main process, trainings before this one included
+    operations: float  # per image, of the network's and the encoder's products
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step: the median over rounds."""
+        return median(self.step_seconds)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.step
+
+    @property
+    def rate(self) -> float:
+        """Operations per second."""
+        return self.operations * self.images_per_second
+
+
+def measure(
+    name: str,
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    accelerator: Accelerator,
+    encoders: Sequence[Encoder],
+    *,
+    warmup: int,
+) -> Measurement | None:
+    """The steps of `config` after `warmup` others, in rounds of `config.log_steps`; None on all processes but the main.
+
+    encoders: those that `config` names. The bank is full of random values.
+    """
+    device, steps = accelerator.device, config.max_train_steps
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    engine = Engine(config, dataset, accelerator, [encoder.to(device) for encoder in encoders])
+    if isinstance(engine.objective, StableVM):
+        fill(engine.objective.bank, dataset.labels())
+    trackers = on_main(accelerator, lambda: Trackers(config.folder, config.trackers, config.to_dict()))
+    journal = Journal(config, accelerator, trackers, engine.guard, step=0, total_steps=steps)
+    try:
+        for step, batch in enumerate(engine.loader(steps), start=1 - warmup):
+            journal.clock.end("data_wait")
+            journal.add(engine.train_step(batch, config.learning_rate, journal.clock))
+            if step >= 0 and step % config.log_steps == 0:
+                journal.flush(step, config.learning_rate)
+            journal.clock.end("logging")
+            if step == 0:
+                journal.clock.read()  # so that no round holds the flush of the warm-up
+    finally:
+        journal.close()
+    return _summary(name, config, operations_per_image(engine)) if accelerator.is_main_process else None
+
+
+def free_memory(accelerator: Accelerator, encoders: Sequence[Encoder]) -> None:
+    """Give back what a training held that is over, or that did not fit."""
+    accelerator.free_memory()
+    for encoder in encoders:
+        encoder.cpu()
+    gc.collect()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
+    """From the rows that the journal wrote, without that of the warm-up."""
+    rows = [row for row in read_metrics(config.folder / METRICS_FILE) if row["step"] > 0]
+    phases = [{key.removeprefix(PHASE): row[key] for key in row if key.startswith(PHASE)} for row in rows]
+    names = dict.fromkeys(phase for row in phases for phase in row)
+    return Measurement(
+        name=name,
+        batch_size=config.batch_size,
+        parts=config.accumulation_steps,
+        seconds={phase: median(row.get(phase, 0.0) for row in phases) for phase in names},
+        step_seconds=[sum(row.values()) for row in phases],
+        gpu_gib=rows[-1].get("memory/gpu_peak_gib"),
+        host_gib=rows[-1]["memory/host_peak_gib"],
+        operations=operations,
+    )
+
+
+def fill(bank: ClassBank, labels: Tensor) -> None:
+    """Fill each class with random values in place of samples of that class; labels (N,) of the data set."""
+    stream = torch.Generator(bank.device).manual_seed(0)
+    counts = torch.bincount(labels, minlength=bank.num_classes)
+    for rows in choose_rows(labels, counts, bank.capacity, seed=0).split(FILL_ROWS):
+        values = torch.randn(len(rows), *bank.shape, generator=stream, device=bank.device)
+        bank.insert(values, labels[rows].to(bank.device), rows.to(bank.device))
+
+
+@torch.no_grad()
+def operations_per_image(engine: Engine) -> float:
+    """Of the products of a training step: the network's, forward and backward, and the encoders' on the share of images
+    that they see. Counted on torch's "meta" device, which computes nothing.
+    """
+    model, data = engine.card.model, engine.dataset
+    with torch.device("meta"):
+        network = SiT(model)
+        latent = torch.empty(1, model.in_channels, model.input_size, model.input_size)
+        time, label = torch.empty(1), torch.empty(1, dtype=torch.int64)
+        image = torch.empty(1, 3, data.resolution, data.resolution, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        network.to("meta")(latent, time, label, features=True)
+    operations = STEP_PER_FORWARD * float(counter.get_total_flops())
+    if engine.alignment is None:
+        return operations
+    with FlopCounterMode(display=False) as counter:
+        for encoder in engine.alignment.encoders:
+            copy.deepcopy(encoder).to("meta")(image)
+    seen = (engine.alignment.schedule(torch.linspace(0, 1, WEIGHT_GRID)) != 0).float().mean()
+    return operations + float(seen) * counter.get_total_flops()

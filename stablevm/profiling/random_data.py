@@ -1,0 +1,65 @@
+"""Data of ImageNet's shape that nobody has to prepare: random values, of which a few are used again and again."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows
+from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+
+IMAGENET_IMAGES = 1_281_167
+DISTINCT = 512  # samples that differ: more would only take memory
+CHANNELS, PIXELS_PER_LATENT = 4, 8  # of Stable Diffusion's autoencoder
+SCALE = 0.18215  # of its latents
+COARSENESS = 2  # latents of images are smooth: here, over so many places
+DEVIATION = 0.3  # of the autoencoder's posterior, small beside its means' 1 / SCALE
+
+
+class RandomDataset(PreparedDataset):
+    """As many rows as ImageNet has, in `num_classes` equal classes; row r has the values of row r modulo `DISTINCT`."""
+
+    def __init__(self, num_classes: int, resolution: int) -> None:
+        """resolution: side of the images in pixels."""
+        side = resolution // PIXELS_PER_LATENT
+        self.folder = Path("random data")
+        self.latent = LatentSpec((CHANNELS, side, side), SCALE, 0.0, SHORT_NAMES["ema"])
+        self.class_names = tuple(map(str, range(num_classes)))
+        self.resolution = resolution
+        self.has_images, self.has_flips = True, False
+        stream = rng.generator("random data")
+        coarse = torch.randn(DISTINCT, CHANNELS, side // COARSENESS, side // COARSENESS, generator=stream)
+        means = F.interpolate(coarse, size=(side, side), mode="bilinear")
+        means *= 1 / (SCALE * means.std())  # the network sees unit variance
+        self._moments = torch.cat([means, torch.full_like(means, DEVIATION)], dim=1).half()
+        self._images = torch.randint(0, 256, (DISTINCT, 3, resolution, resolution), dtype=torch.uint8, generator=stream)
+
+    def __len__(self) -> int:
+        return IMAGENET_IMAGES
+
+    def labels(self) -> Tensor:
+        return torch.arange(len(self)) % self.num_classes
+
+    def index(self) -> Tensor:
+        return torch.arange(len(self))
+
+    def moments(self, rows: Rows) -> Tensor:
+        return self._moments[checked_rows(rows, len(self)) % DISTINCT]
+
+    def moments_flip(self, rows: Rows) -> Tensor:
+        raise UserError("the random data of a benchmark hold no mirrored images")
+
+    def images(self, rows: Rows) -> Tensor:
+        return self._images[checked_rows(rows, len(self)) % DISTINCT]
+
+    def describe(self, row: int) -> str:
+        return f"row {row} of random data"
+
+    def fingerprint(self, *, with_images: bool) -> Fingerprint:
+        return Fingerprint(len(self), "numbers", f"random {self.latent.shape}", "random" if with_images else "")
+
+    def check_images(self) -> None:
+        """There are images of every row."""

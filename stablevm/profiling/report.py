@@ -1,0 +1,110 @@
+"""What was measured, as a table, as JSON and as a picture."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stablevm.figures.style import panels, save_figure, style
+from stablevm.profiling.measure import Measurement
+from stablevm.support.files import write_json
+
+FILES = ("steps.json", "steps.png")
+EPOCHS = (80, 800)  # after which papers report on ImageNet
+PHASES = ("data_wait", "draw", "encoder", "forward", "backward", "optimizer", "ema", "logging")
+# Told apart by hue and lightness; the phases that this library adds to a plain step stand out.
+COLOURS = ("#9aa5b1", "#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#616e7c")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one machine and one network, for several trainings."""
+
+    machine: str
+    settings: str  # network, batch, precision
+    options: dict[str, Any]  # as the command was given them
+    images: int  # of the data set, for what an epoch takes
+    product_rate: float  # operations per second of large products
+    measurements: Sequence[Measurement]
+
+    def table(self) -> str:
+        """For people; one row per training."""
+        lines = [
+            self.machine,
+            self.settings,
+            f"large matrix products: {_figures(self.product_rate / 1e12)} TFLOP/s",
+            "",
+        ]
+        header = f"{'':18}{'images/s':>9}{'ms/step':>9}{'TFLOP/s':>9}{'of best':>8}{'GPU GiB':>9}{'host GiB':>9}"
+        lines.append(header + "".join(f"{f'h to {epochs}':>10}" for epochs in EPOCHS) + f" epochs of {self.images:,}")
+        lines += [self._row(measured) for measured in self.measurements]
+        lines += ["", f"{'ms per step':18}" + "".join(f"{phase:>10}" for phase in PHASES)]
+        for measured in self.measurements:
+            cells = (f"{1e3 * measured.seconds.get(phase, 0.0):10.2f}" for phase in PHASES)
+            lines.append(f"{measured.name:18}" + "".join(cells))
+        return "\n".join(lines + self._extras())
+
+    def _row(self, measured: Measurement) -> str:
+        gpu = "-" if measured.gpu_gib is None else f"{measured.gpu_gib:.2f}"
+        row = (
+            f"{measured.name:18}{_figures(measured.images_per_second):>9}{1e3 * measured.step:9.1f}"
+            f"{_figures(measured.rate / 1e12):>9}"
+            f"{measured.rate / self.product_rate:8.0%}{gpu:>9}{measured.host_gib:9.2f}"
+        )
+        hours = (epochs * self.images / measured.images_per_second / 3600 for epochs in EPOCHS)
+        return row + "".join(f"{count:10,.0f}" for count in hours)
+
+    def _extras(self) -> list[str]:
+        """What StableVM adds to flow matching, in each pair of trainings that differ in that alone."""
+        lines = [
+            f"stablevm draws {1e3 * (pair[1].seconds['draw'] - pair[0].seconds['draw']):.2f} ms longer than "
+            f"{pair[0].name}: {self.extra(*pair):.2%} of its step"
+            for pair in self.pairs()
+        ]
+        return ["", *lines] if lines else []
+
+    def pairs(self) -> list[tuple[Measurement, Measurement]]:
+        """Flow matching and StableVM, both without alignment or both with it."""
+        named = {measured.name: measured for measured in self.measurements}
+        names = [("si", "stablevm"), ("si+repa", "stablevm+va-repa")]
+        return [(named[plain], named[ours]) for plain, ours in names if plain in named and ours in named]
+
+    @staticmethod
+    def extra(plain: Measurement, ours: Measurement) -> float:
+        """The share of a step of `plain` that the draws of `ours` take beyond its own."""
+        return (ours.seconds["draw"] - plain.seconds["draw"]) / plain.step
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{**asdict(measured), "images_per_second": measured.images_per_second} for measured in self.measurements]
+        return {**asdict(self), "measurements": rows}
+
+    def write(self, folder: Path) -> None:
+        """steps.json and steps.png."""
+        numbers, picture = (folder / name for name in FILES)
+        write_json(numbers, self.to_dict())
+        self.draw(picture)
+
+    def draw(self, path: Path) -> None:
+        """A bar for each training, of the phases of its step."""
+        with style():
+            figure, (axes,) = panels(1, row_height=1.6 + 0.5 * len(self.measurements))
+            names = [measured.name for measured in self.measurements]
+            left = [0.0] * len(names)
+            for phase, colour in zip(PHASES, COLOURS, strict=True):
+                widths = [1e3 * measured.seconds.get(phase, 0.0) for measured in self.measurements]
+                axes.barh(names, widths, left=left, color=colour, label=phase.replace("_", " "))
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+            for row, (end, measured) in enumerate(zip(left, self.measurements, strict=True)):
+                axes.text(end, row, f"  {_figures(measured.images_per_second)} images/s", va="center")
+            axes.invert_yaxis()
+            axes.grid(axis="y", visible=False)
+            axes.set_xlim(0, 1.18 * max(left))
+            axes.set_xlabel("milliseconds per step")
+            axes.set_title(self.settings)
+            figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize=9)
+            save_figure(figure, path)
+
+
+def _figures(value: float) -> str:
+    """Three significant figures, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

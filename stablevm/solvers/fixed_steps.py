@@ -1,0 +1,188 @@
+"""Integrators from the prior (t = 1) to data (t = 0), and their time grids.
+
+States are best held in float64: hundreds of small steps are added to them. Times are scalars of a decreasing float64
+grid on the CPU. A solver knows nothing of networks: `velocity(x, t)` is any function of a state (B, ...) and a scalar.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stablevm.interpolant import Interpolant
+from stablevm.support.errors import UserError
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+# Karras et al. (2022), "EDM", table 1.
+EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0
+
+
+def ode_times(num_steps: int) -> Tensor:
+    """`num_steps + 1` evenly spaced times from 1 to 0, float64."""
+    # Quotients, not accumulated steps: the grid then holds 0.7 itself where a guidance interval ends at 0.7.
+    return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
+
+
+def sde_times(num_steps: int, last_time: float) -> Tensor:
+    """`num_steps` evenly spaced times from 1 to `last_time`, then 0: the grid of SiT and REPA, float64."""
+    noisy = torch.linspace(1, last_time, num_steps, dtype=torch.float64)
+    return torch.cat([noisy, noisy.new_zeros(1)])
+
+
+def edm_times(num_steps: int, path: Interpolant) -> Tensor:
+    """EDM's noise levels (Karras et al., 2022, equation 5) as times of the path: `num_steps` of them, then 0; float64.
+
+    A level is `sigma / alpha` of the path. The first one, 80, is read as infinite, because the state there is drawn
+    from the prior: it is at t = 1, and not at 80/81. `num_steps` is 2 or more.
+    """
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    highest, lowest = (level ** (1 / EDM_RHO) for level in (EDM_SIGMA_MAX, EDM_SIGMA_MIN))
+    times = path.time_at_ratio((highest + ramp * (lowest - highest)) ** EDM_RHO)
+    times[0] = 1
+    return torch.cat([times, times.new_zeros(1)])
+
+
+def split_times(num_steps: int, split: float, steps_below: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced times from 1 to `split`, and `steps_below + 1` from there to 0: `num_steps` steps in all."""
+    above = 1 - (1 - split) * (1 - ode_times(num_steps - steps_below))
+    return above, split * ode_times(steps_below)
+
+
+def thinned(count: int, kept: int) -> Tensor:
+    """Which of `count` falling noise levels the published StableVS takes its steps from: int64 (min(count, kept),).
+
+    `kept` of them, evenly by their number from the first to the last but one, so that the step to 0 is a large one;
+    all of them where there are no more than `kept`.
+    """
+    if count <= kept:
+        return torch.arange(count)
+    return torch.linspace(0, count - 2, kept).round().long()
+
+
+def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """Explicit Euler for `dx/dt = v`, of order 1. One evaluation per step: `len(times) - 1`."""
+    for t, t_next in _steps(times):
+        x = x + (t_next - t) * velocity(x, t)
+    return x
+
+
+def heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """Heun's method for `dx/dt = v`, of order 2. Two evaluations per step, but one for a step that ends at t = 0.
+
+    A velocity made from a prediction of the data divides by sigma, which is 0 at t = 0, so the step that arrives there
+    is an Euler step (Karras et al., 2022, "EDM", algorithm 1). Its error of O(h^2) is made once, so the order stays 2.
+    """
+    for t, t_next in _steps(times):
+        slope = velocity(x, t)
+        ahead = x + (t_next - t) * slope
+        x = ahead if t_next == 0 else x + (t_next - t) * (slope + velocity(ahead, t_next)) / 2
+    return x
+
+
+def euler_maruyama(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    diffusion_scale: float = 1.0,
+) -> Tensor:
+    """Euler-Maruyama for the SDE with the ODE's marginals, run from t = 1 down (Ma et al., 2024, "SiT", section 2):
+
+        dx = [v - w s / 2] dt + sqrt(w) dB,  w = diffusion_scale * sigma,  s = the score that v implies.
+
+    A step that ends at t = 0 takes the drift without noise, as published. `noise()` gives standard normal values of
+    x's shape. `diffusion_scale` is 1 for StableVM and 2 for REPA. One evaluation per step: `len(times) - 1`.
+    """
+    for t, t_next in _steps(times):
+        drift, w = _drift_and_diffusion(velocity, x, t, path, diffusion_scale)
+        x = x + (t_next - t) * drift
+        if t_next > 0:
+            x = x + (w * (t - t_next)).sqrt() * noise()
+    return x
+
+
+def stochastic_heun(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    diffusion_scale: float = 1.0,
+) -> Tensor:
+    """Heun's method for the SDE of `euler_maruyama`: the mean of the drifts before and after a step, with one noise.
+
+    As the noise does not depend on x, distributions converge with order 2 (Kloeden and Platen, 1992, section 15.1).
+    Two evaluations per step, but one for a step that ends at t = 0, which is Euler's and takes no noise.
+    """
+    for t, t_next in _steps(times):
+        drift, w = _drift_and_diffusion(velocity, x, t, path, diffusion_scale)
+        ahead = x + (t_next - t) * drift
+        if t_next > 0:
+            w_next = diffusion_scale * path.coefficients(t_next).sigma
+            kick = ((w + w_next) / 2 * (t - t_next)).sqrt() * noise()
+            drift_ahead, _ = _drift_and_diffusion(velocity, ahead + kick, t_next, path, diffusion_scale)
+            ahead = x + (t_next - t) * (drift + drift_ahead) / 2 + kick
+        x = ahead
+    return x
+
+
+def _drift_and_diffusion(
+    velocity: Velocity, x: Tensor, t: Tensor, path: Interpolant, diffusion_scale: float
+) -> tuple[Tensor, Tensor]:
+    v = velocity(x, t)
+    w = diffusion_scale * path.coefficients(t).sigma
+    return v - w / 2 * path.convert(v, x, t, "velocity", "score"), w
+
+
+def stable_velocity(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    noise_factor: float = 0.0,
+) -> Tensor:
+    """StableVS (Yang et al., 2026): large steps where x_t nearly determines x0, so that v hardly changes on the way.
+
+    `noise()` gives standard normal values of x's shape. One evaluation per step: `len(times) - 1`.
+    """
+    for t, t_next in _steps(times):
+        x = stable_velocity_step(velocity(x, t), x, t, t_next, path, noise, noise_factor)
+    return x
+
+
+def stable_velocity_step(
+    v: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    path: Interpolant,
+    noise: Callable[[], Tensor],
+    noise_factor: float = 0.0,
+) -> Tensor:
+    """With the data x0 and the noise e that v implies at x and t, a draw from the Gaussian posterior at tau = t_next:
+
+        x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I).
+
+    Given x0 it has the marginal of the path for every `noise_factor` in [0, 1]. On the linear path and with
+    `noise_factor` 0 it is x + (tau - t) v. Computed in float32 or wider, and returned in x's dtype. UserError for a
+    velocity of another shape than x.
+    """
+    if v.shape != x.shape:
+        raise UserError(f"the velocity is {tuple(v.shape)}, the state {tuple(x.shape)}: expected the same")
+    if not 0 <= noise_factor <= 1:
+        raise UserError(f"noise_factor {noise_factor}: expected a number in [0, 1]")
+    given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    v, x = v.to(dtype), x.to(dtype)
+    at = path.coefficients(t_next)
+    beta = noise_factor * at.sigma
+    x0, direction = path.convert(v, x, t, "velocity", "x0"), path.convert(v, x, t, "velocity", "noise")
+    x = at.alpha * x0 + (at.sigma**2 - beta**2).sqrt() * direction
+    return (x + beta * noise() if beta > 0 else x).to(given)
+
+
+def _steps(times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return pairwise(times.unbind())

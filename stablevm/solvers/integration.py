@@ -1,0 +1,93 @@
+"""`integrate`: from noise to data with the sampler that `SamplerSettings` describes, for any velocity."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablevm.interpolant import Interpolant
+from stablevm.solvers.dopri5 import dopri5
+from stablevm.solvers.fixed_steps import (
+    edm_times,
+    euler,
+    euler_maruyama,
+    heun,
+    ode_times,
+    sde_times,
+    split_times,
+    stable_velocity,
+    stochastic_heun,
+)
+from stablevm.solvers.settings import SamplerSettings
+from stablevm.support.errors import UserError
+from stablevm.support.shapes import described
+
+# Solvers with a given number of steps, by the word of --solver. A solver of the ODE alone stands in the first only.
+_FIXED_STEPS = {"euler": euler, "heun": heun}
+_FIXED_STEPS_SDE = {"euler": euler_maruyama, "heun": stochastic_heun}
+
+
+class Field(Protocol):
+    """A velocity at states x (n, ...) and a scalar time, or at times (n,) for the rows (n,) of a batch."""
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor: ...
+
+
+def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
+    """What the sampler of `settings` makes at t = 0 of `noise()` at t = 1, a floating point tensor (B, ...); later
+    noise, of the same shape, comes from there too.
+
+    Hundreds of small steps are added up in float32 or wider: a bfloat16 or float16 state would not move. The velocity
+    is asked at states of the dtype that the noise came in, and the result has that dtype too. UserError where noise
+    or velocities are of another shape than the state.
+    """
+    if not isinstance(path, Interpolant) or not isinstance(settings, SamplerSettings):
+        raise UserError(f"path {path!r}, settings {settings!r}: expected an Interpolant and SamplerSettings")
+    first = noise()
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
+        shown = described(first) if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        raise UserError(f"noise() is {shown}: expected floating point numbers (B, ...), a row for each sample")
+    dtype = torch.promote_types(first.dtype, torch.float32)
+
+    def wide(name: str, value: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            shown = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"the {name} is {shown}, the state {tuple(x.shape)}: expected the same")
+        return value.to(dtype)
+
+    def slope(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        given = x.to(first.dtype)
+        return wide("velocity", velocity(given, t) if rows is None else velocity(given, t, rows), x)
+
+    end = _integrate(slope, first.to(dtype), lambda: wide("noise", noise(), first), path, settings)
+    return end.to(first.dtype)
+
+
+def _integrate(
+    velocity: Field, x: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
+) -> Tensor:
+    if settings.mode == "stablevs":
+        above, below = split_times(settings.num_steps, settings.split_time, settings.steps_below)
+        x = _fixed_steps(velocity, x, above, noise, path, settings)
+        return stable_velocity(velocity, x, below, path, noise, settings.noise_factor)
+    if settings.solver == "dopri5":
+        return dopri5(velocity, x, settings.rtol, settings.atol)
+    return _fixed_steps(velocity, x, _times(path, settings), noise, path, settings)
+
+
+def _fixed_steps(
+    velocity: Field, x: Tensor, times: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
+) -> Tensor:
+    kind = settings.above_split if settings.mode == "stablevs" else settings.mode
+    if kind == "sde":
+        return _FIXED_STEPS_SDE[settings.solver](velocity, x, times, path, noise, settings.diffusion_scale)
+    return _FIXED_STEPS[settings.solver](velocity, x, times)
+
+
+def _times(path: Interpolant, settings: SamplerSettings) -> Tensor:
+    if settings.edm_schedule:
+        return edm_times(settings.num_steps, path)
+    if settings.mode == "sde":
+        return sde_times(settings.num_steps, settings.last_time)
+    return ode_times(settings.num_steps)

@@ -1,0 +1,1 @@
+"""What all rooms use: errors, files, options, seeds, precision, processes. Nothing here knows the method."""

@@ -1,0 +1,234 @@
+"""JSON that describes something, such as a checkpoint's card, read into its dataclass: every type is checked.
+
+Files are damaged by disks, edited by people, and sent by strangers. What is read here is either what the dataclass
+declares, or one line that names the file, the field, what stands there and what was expected.
+"""
+
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from stablevm.support.errors import UserError
+from stablevm.support.files import LARGEST_JSON, read_json
+from stablevm.support.text import shown
+
+INTEGERS = range(-(2**63), 2**63)  # what tensors and other programs hold
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    type(None): "null",
+}
+
+T = TypeVar("T")
+
+
+class _MismatchError(Exception):
+    """A value that is not of the declared type: where it stands, and what is wrong with it."""
+
+    def __init__(self, where: str, fault: str) -> None:
+        super().__init__(where, fault)
+        self.where = where
+        self.fault = fault
+
+
+def read_card(
+    path: str | Path,
+    kind: type[T],
+    what: str,
+    *,
+    version: int | None = None,
+    finite: bool = True,
+    remedy: str = "restore or remake it",
+) -> T:
+    """Read a JSON file into the dataclass `kind`, as `card_of`.
+
+    what: names the file's subject at the beginning of the message, remedy: what to do at its end. With `version` the
+    file says its `format_version`, which must be this one. UserError also when the file is absent or no JSON.
+    """
+    values = read_object(path, what, remedy=remedy)
+    if version is not None:
+        check_version(values, version, f"{what}: {path}")
+        values = {name: value for name, value in values.items() if name != "format_version"}
+    return card_of(kind, values, f"{what}: {path}", finite=finite, remedy=remedy)
+
+
+def read_object(
+    path: str | Path, what: str, *, remedy: str = "restore or remake it", largest: int = LARGEST_JSON
+) -> dict[str, Any]:
+    """Read a JSON file that holds an object, whatever is in it; UserError when it is absent or damaged."""
+    values = read_json(path, what, largest=largest)
+    if not isinstance(values, dict):
+        raise UserError(f"{what}: {path}: expected an object, found {shown(values)}; {remedy}")
+    return values
+
+
+def check_version(values: Mapping[str, Any], version: int, where: str) -> None:
+    """UserError unless the file's `format_version` is `version`."""
+    found = values.get("format_version")
+    if type(found) is not int or found != version:
+        raise UserError(
+            f"{where}: has format version {shown(found)}, this program reads {version}; "
+            "use the program that wrote it, or make it again"
+        )
+
+
+def card_of(kind: type[T], values: Any, where: str, *, finite: bool = True, remedy: str = "restore or remake it") -> T:
+    """Values as JSON gives them, as the dataclass or other type `kind`, with all that it is made of.
+
+    A list becomes a tuple and text a path where one is declared, and an integer a float; nothing else is converted.
+    A field with a default may be absent, as it is in files of older versions; a field that `kind` does not know is an
+    error, and so is NaN or infinity anywhere with `finite`. UserError, which begins with `where` and names the field;
+    what a `__post_init__` raises as ValueError too.
+    """
+    try:
+        if finite:
+            _check_finite(values, "")
+        return cast(T, _convert(kind, values, ""))
+    except _MismatchError as error:
+        place = f"{where}: {error.where}" if error.where else where
+        raise UserError(f"{place}: {error.fault}; {remedy}") from None
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _mismatch(float, value, where)
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _check_finite(each, _inside(where, name))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            _check_finite(each, f"{where}[{number}]")
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _convert(get_args(hint)[0], value, where)
+    if hint is Any or hint is object:
+        return value
+    if is_dataclass(hint):
+        return _dataclass(cast(type, hint), value, where)
+    if origin in (Union, types.UnionType):
+        return _first_that_fits(get_args(hint), value, where)
+    if origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in get_args(hint)):
+            return value
+        raise _mismatch(hint, value, where)
+    if origin in (list, tuple):
+        return _sequence(hint, value, where)
+    if origin is dict:
+        return _mapping(hint, value, where)
+    return _plain(hint, value, where)
+
+
+def _plain(hint: Any, value: Any, where: str) -> Any:
+    match value:
+        case bool() | None:
+            fits = hint is type(value)
+        case int():
+            fits = hint in (int, float) and value in INTEGERS
+        case float():
+            fits = hint is float
+        case str():
+            fits = hint in (str, Path) and _is_text(value) and not (hint is Path and ("\0" in value or not value))
+        case _:
+            fits = False
+    if not fits:
+        raise _mismatch(hint, value, where)
+    return hint(value) if hint in (float, Path) else value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written: JSON may hold halves of characters; those that stand for a name's bytes are fine."""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _mismatch(kind, value, where)
+    known, hints = (
+        {field.name: field for field in fields(kind) if field.init},
+        get_type_hints(kind, include_extras=True),
+    )
+    if unknown := [name for name in value if name not in known]:
+        raise _MismatchError(_inside(where, unknown[0]), "unknown to this version")
+    absent = [name for name in known if name not in value]
+    for name in absent:
+        if known[name].default is MISSING and known[name].default_factory is MISSING:
+            raise _MismatchError(_inside(where, name), "missing")
+    converted = {name: _convert(hints[name], each, _inside(where, name)) for name, each in value.items()}
+    try:
+        return kind(**converted)
+    except ValueError as error:  # from __post_init__, which knows the ranges
+        raise _MismatchError(where, str(error)) from None
+
+
+def _first_that_fits(hints: Iterable[Any], value: Any, where: str) -> Any:
+    faults = []
+    for hint in hints:
+        try:
+            return _convert(hint, value, where)
+        except _MismatchError as error:
+            faults.append((hint, error))
+    containers = [
+        error for hint, error in faults if error.where != where or (is_dataclass(hint) and isinstance(value, dict))
+    ]
+    if containers:  # the value has the form of this one, and something in it is wrong
+        raise containers[0]
+    expected = " or ".join(_name(hint) for hint, _ in faults if hint is not type(None))
+    raise _MismatchError(where, f"{shown(value)}, expected {expected}")
+
+
+def _sequence(hint: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _mismatch(hint, value, where)
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise _mismatch(hint, value, where)
+        elements = arguments
+    else:
+        elements = (arguments[0],) * len(value)
+    converted = [
+        _convert(element, each, f"{where}[{number}]")
+        for number, (element, each) in enumerate(zip(elements, value, strict=True))
+    ]
+    return tuple(converted) if get_origin(hint) is tuple else converted
+
+
+def _mapping(hint: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _mismatch(hint, value, where)
+    of_key, of_value = get_args(hint)
+    return {
+        _convert(of_key, key, _inside(where, key)): _convert(of_value, each, _inside(where, key))
+        for key, each in value.items()
+    }
+
+
+def _inside(where: str, name: str) -> str:
+    return f"{where}.{shown(name, quoted=False)}" if where else shown(name, quoted=False)
+
+
+def _mismatch(hint: Any, value: Any, where: str) -> _MismatchError:
+    return _MismatchError(where, f"{shown(value)}, expected {_name(hint)}")
+
+
+def _name(hint: Any) -> str:
+    """What a person would call values of the type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)}"
+    return _NAMES.get(hint) or ("a list" if origin in (list, tuple) else "an object")

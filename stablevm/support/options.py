@@ -1,0 +1,87 @@
+"""What the commands' configurations share: ranges, choices, and options that have no effect. Free of torch."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stablevm.support.errors import UserError
+from stablevm.support.files import output_fault
+from stablevm.support.text import printable, shown
+
+Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
+
+
+def as_typed(option: str, value: Any) -> str:
+    """The option as it is given on the command line."""
+    dashed = option.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {printable(str(value))}"
+
+
+def require(config: Any, expectations: Iterable[Expectation]) -> None:
+    """Raise UserError for the first field of a configuration that is outside its choices or not as expected."""
+    for option, met, expected in [*_choices(config), *_finite(config), *expectations]:
+        if not met:
+            raise UserError(f"{as_typed(option, getattr(config, option))}: expected {expected}")
+
+
+def writable(option: str, path: Path | None, *, is_folder: bool = True) -> Expectation:
+    """That the folder or file which an option names can be written, as far as it can be told before; None can."""
+    fault = None if path is None else output_fault(path, is_folder=is_folder)
+    return option, fault is None, f"a {'folder' if is_folder else 'file'} that can be written; {fault}"
+
+
+def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
+    """One line for each field of `idle` (option: the options that make it useless) that is not at its default."""
+    defaults = {field.name: field.default for field in fields(config)}
+    return [
+        f"{as_typed(option, getattr(config, option))} has no effect with {reason}"
+        for option, reason in idle.items()
+        if getattr(config, option) != defaults[option]
+    ]
+
+
+def some_of(values: Sequence[object], most: int = 10) -> str:
+    """The first of several values for a message, fit for a terminal, and a sign that there are more."""
+    return ", ".join(shown(str(value), quoted=False) for value in values[:most]) + (
+        ", ..." if len(values) > most else ""
+    )
+
+
+def distinct_indices(text: str) -> tuple[int, ...] | None:
+    """The numbers in "3, 5"; None where they are not distinct integers from 0."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        return None
+    return tuple(map(int, parts))
+
+
+def _choices(config: Any) -> list[Expectation]:
+    """One expectation for each field that takes words: of type Literal[...], alone or beside None or int."""
+    expectations = []
+    for option, hint in get_type_hints(type(config)).items():
+        parts = [hint] if get_origin(hint) is Literal else get_args(hint)
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        if choices:
+            others = tuple(part for part in parts if isinstance(part, type))
+            value = getattr(config, option)
+            expectations.append((option, value in choices or isinstance(value, others), _listed(choices, others)))
+    return expectations
+
+
+def _finite(config: Any) -> list[Expectation]:
+    """One expectation for each field that holds a number with decimals, or several: infinity and NaN fit nowhere."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return [
+        (option, all(map(math.isfinite, numbers)), "a finite number")
+        for option, value in values.items()
+        if (numbers := [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, float)])
+    ]
+
+
+def _listed(choices: list[Any], others: tuple[type, ...]) -> str:
+    names = f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
+    return f"a number or {names}" if int in others else names

@@ -1,0 +1,24 @@
+"""The one writer of safetensors files: complete or absent, and a full disk is the system's error."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stablevm.support.files import replacing
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all; OSError, as for any file, when the disk is full."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:  # it tells of the system's error in words only
+            if told := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from None
+            raise
