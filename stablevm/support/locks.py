@@ -42,10 +42,10 @@ def owned(folder: str | Path, name: str = "", *, patience: float = PATIENCE) -> 
     process, where one still holds the lock after `patience` seconds. Where there can be no lock, a warning says so.
     """
     folder = Path(folder)
-    made = _make(folder)
+    path = folder / f"{LOCK}{_rank()}{f'-{name}' if name else ''}"
+    made: list[Path] = []
     try:
-        path = folder / f"{LOCK}{_rank()}{f'-{name}' if name else ''}"
-        descriptor = _take(path, folder / name, patience)
+        descriptor = _make_and_take(path, folder / name, patience, made)
         try:
             yield
         finally:
@@ -62,6 +62,22 @@ def is_foreign(path: Path) -> bool:
     return not path.name.startswith(LOCK) and not is_temporary(path)
 
 
+def _make_and_take(path: Path, what: Path, patience: float, made: list[Path]) -> int | None:
+    """As `_take`, in a folder that is made if need be: once more where its last holder removes it meanwhile.
+
+    made: gets the folders that were not there before, the innermost first.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            made += _make(path.parent)
+            return _take(path, what, begun + patience)
+        except FileNotFoundError as error:
+            if time.monotonic() > begun + min(patience, PATIENCE):
+                raise UserError(f"{path.parent}: the folder can't be made ({error.strerror}); give another") from None
+            time.sleep(_POLL_SECONDS)
+
+
 def _make(folder: Path) -> list[Path]:
     """Make the folder; returns those that were not there before, the innermost first."""
     made = []
@@ -75,9 +91,8 @@ def _make(folder: Path) -> list[Path]:
     return made
 
 
-def _take(path: Path, what: Path, patience: float) -> int | None:
+def _take(path: Path, what: Path, deadline: float) -> int | None:
     """The descriptor that holds the lock; None where there can be none."""
-    deadline = time.monotonic() + patience
     taken = None
     try:
         while True:

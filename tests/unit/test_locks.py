@@ -121,6 +121,28 @@ def test_a_folder_into_which_nothing_was_written_is_not_left(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept"]
 
 
+def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch):
+    """As where two commands of one name end at once, because their data are missing."""
+    folder, opened = tmp_path / "run", []
+
+    def open_too_late(path):
+        opened.append(path)
+        if len(opened) == 1:
+            folder.rmdir()
+        return real(path)
+
+    real = locks._open
+    monkeypatch.setattr(locks, "_open", open_too_late)
+    with owned(folder):
+        assert (folder / ".lock-0").exists() and len(opened) == 2
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told():
+    with pytest.raises(UserError, match=r"^/proc/none: the folder can't be made"), owned("/proc/none"):
+        pass
+
+
 def test_one_that_waits_goes_on_when_the_other_has_ended(tmp_path):
     process, _ = start(tmp_path)
     waiting = subprocess.Popen(
