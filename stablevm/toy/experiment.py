@@ -11,7 +11,7 @@ from tqdm import tqdm
 from stablevm.figures.toy import FIELD_NAMES, divergence_figure
 from stablevm.figures.variance import variance_figure
 from stablevm.support.errors import UserError
-from stablevm.support.files import is_temporary, remove_temporary_of, write_json, write_text
+from stablevm.support.files import is_temporary, remove_temporary, remove_temporary_of, write_json, write_text
 from stablevm.support.locks import owned
 from stablevm.toy import results
 from stablevm.toy.config import ToyConfig
@@ -35,7 +35,7 @@ def run(config: ToyConfig) -> None:
             for method in config.methods:
                 _train(config, method, seed)
     with owned(config.output_dir, "figures", patience=math.inf):
-        _sweep(config.output_dir)
+        _sweep(config)
         _compare(config)
         if jobs:
             _draw_variance(config, jobs)
@@ -43,9 +43,14 @@ def run(config: ToyConfig) -> None:
             _visualize(config)
 
 
-def _sweep(folder: Path) -> None:
+def _curves_path(config: ToyConfig) -> Path:
+    return config.output_dir / "data" / f"variance-{config.vector_field}.json"
+
+
+def _sweep(config: ToyConfig) -> None:
     """Remove what interrupted commands left of figures, frames and curves, but nothing of results in the making."""
-    remove_temporary_of(folder / "data" / "variance.json")
+    folder = config.output_dir
+    remove_temporary_of(_curves_path(config))
     for path in (*folder.glob("*"), *folder.glob("*/*.png")):
         if is_temporary(path):
             path.unlink()
@@ -53,10 +58,10 @@ def _sweep(folder: Path) -> None:
 
 def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
     path = results.result_path(config, method, seed)
-    if path.exists():
-        print(f"{path}: is there already")
-        return
     with owned(path.parent, path.name):  # others may train other methods, or with other seeds
+        if path.exists():
+            print(f"{path}: is there already")
+            return
         remove_temporary_of(path, path.with_suffix(".safetensors"))
         _train_anew(config, method, seed, path)
 
@@ -64,6 +69,8 @@ def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
 def _train_anew(config: ToyConfig, method: results.Method, seed: int, path: Path) -> None:
     names = [name for name, wanted in (("wandb", config.use_wandb), ("tensorboard", config.use_tensorboard)) if wanted]
     folder = config.output_dir / "logs" / path.stem
+    if folder.exists():
+        remove_temporary(folder)
     trackers = Trackers(folder, names, config.result_settings(), first_step=FROM_THE_START)
     try:
         rows, network, seconds = train_method(method, config, seed, trackers)
@@ -96,7 +103,7 @@ def _draw_variance(config: ToyConfig, jobs: dict[str, Callable[[], VarianceCurve
         title: {**dataclasses.asdict(curve), "split_point": curve.split_point()} for title, curve in curves.items()
     }
     figure = config.output_dir / f"variance-{config.vector_field}.png"
-    write_json(config.output_dir / "data" / f"variance-{config.vector_field}.json", values)
+    write_json(_curves_path(config), values)
     target = "" if config.vector_field == "velocity" else FIELD_NAMES[config.vector_field]
     variance_figure(curves, figure, target=target)
     for title, curve in curves.items():

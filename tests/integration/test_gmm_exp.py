@@ -109,3 +109,14 @@ def test_mistakes_are_one_line_before_anything_is_trained(options, expected, tmp
     error = capsys.readouterr().err
     assert error.startswith(expected) and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    assert toy(tmp_path, "-e", "cfm") == 0
+    (result,) = (tmp_path / "data").glob("cfm-*.json")
+    logs = tmp_path / "logs" / result.stem
+    result.unlink()  # as if it had been killed right before that
+    for path in (tmp_path / "data" / "variance-velocity.json", result, logs / "metrics.jsonl", tmp_path / "x.png"):
+        path.with_name(f".tmp-1-0123abcd-{path.name}").write_text("half")
+    assert toy(tmp_path, "-e", "cfm") == 0
+    assert result.exists() and not list(tmp_path.rglob(".*"))
