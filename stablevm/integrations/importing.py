@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from stablevm.integrations import conversion
@@ -12,8 +13,9 @@ from stablevm.integrations.reader import PublishedCheckpoint, read_published
 from stablevm.networks import snapshot
 from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec, full_name, latent_spec_of
 from stablevm.networks.sit_config import SiTConfig
-from stablevm.networks.snapshot import ModelCard, Weights
+from stablevm.networks.snapshot import CARD_FILE, ModelCard, Weights
 from stablevm.support.errors import UserError
+from stablevm.support.files import remove_temporary
 from stablevm.support.locks import is_foreign, owned
 from stablevm.support.options import as_typed
 from stablevm.support.text import shown
@@ -31,11 +33,12 @@ def import_checkpoint(config: ImportConfig) -> Path:
     """Write the folder `config.output`; returns it.
 
     Raises UserError, before anything is written, for a file that is no such checkpoint, for tensors that are unknown
-    or missing, for facts that neither file nor options tell, and for a folder that is in use.
+    or missing, for facts that neither file nor options tell, and for a folder that is in use. One that holds just this
+    result stays as it is.
     """
     config.validate()
-    _check_free(config.output)
     with owned(config.output):
+        _check_free(config.output)
         return _import(config)
 
 
@@ -55,7 +58,11 @@ def _import(config: ImportConfig) -> Path:
         label_dropout=_label_dropout(published, model),
     )
     converted = {name: _convert(state, model, turned) for name, state in sets.items()}
-    snapshot.save(config.output, card, converted)
+    if not _is_there(config.output, card, converted):
+        for name in get_args(Weights):  # of an interrupted import, maybe of another file
+            (config.output / f"{name}.safetensors").unlink(missing_ok=True)
+        remove_temporary(config.output)
+        snapshot.save(config.output, card, converted)
     projectors = f", projectors of {', '.join(map(str, model.projector_dims))}" if model.projector_dims else ""
     print(
         f"{config.output}: {model.name}, {model.num_classes:,} classes, latents of "
@@ -66,13 +73,27 @@ def _import(config: ImportConfig) -> Path:
 
 
 def _check_free(folder: Path) -> None:
-    """What an interrupted import leaves, weights without a card, may be written over."""
-    ours = {f"{name}.safetensors" for name in get_args(Weights)}
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file; give a new folder")
-    for path in folder.iterdir() if folder.exists() else ():
+    """What an interrupted import leaves, weights without a card, may be written over; of a card see `_is_there`."""
+    ours = {CARD_FILE, *(f"{name}.safetensors" for name in get_args(Weights))}
+    for path in folder.iterdir():
         if path.name not in ours and is_foreign(path):
             raise UserError(f"--output {folder}: holds {path.name}; give a new folder")
+
+
+def _is_there(folder: Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> bool:
+    """Whether the folder holds just this result already; UserError where it holds another checkpoint."""
+    if not (folder / CARD_FILE).exists():
+        return False
+    names = {name for name in get_args(Weights) if (folder / f"{name}.safetensors").exists()}
+    if names == weights.keys() and snapshot.load_card(folder) == card:
+        found = {name: snapshot.load_weights(folder, name) for name in weights}
+        if all(_same(found[name], weights[name]) for name in weights):
+            return True
+    raise UserError(f"--output {folder}: holds {CARD_FILE}; give a new folder")
+
+
+def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def _source(config: ImportConfig, published: PublishedCheckpoint) -> str:

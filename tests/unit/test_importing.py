@@ -227,8 +227,21 @@ def test_the_command_leaves_a_used_folder_alone(tmp_path, capsys):
     assert "ours: SiT-XXS/2, 5 classes, latents of 4 x 8 x 8, path linear, prediction v; weights: ema" in (
         capsys.readouterr().out
     )
-    assert cli.main(["import", *command]) == 2
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "ours").iterdir()}
+    assert cli.main(["import", *command]) == 0, "the same once more, as after a kill at its very end"
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "ours").iterdir()} == before
+    capsys.readouterr()
+    assert cli.main(["import", *command[:-1], "--prediction=x"]) == 2
     assert "ours: holds model.json; give a new folder" in capsys.readouterr().err
+
+
+def test_weights_that_an_interrupted_import_left_do_not_stay(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "model.safetensors").write_bytes(b"of another file")
+    (tmp_path / "ours" / ".tmp-1-00000000-ema.safetensors").write_bytes(b"half")
+    import_checkpoint(ImportConfig(tmp_path / "x.pt", tmp_path / "ours", **REPA))
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"ema.safetensors", "model.json"}
 
 
 # Classes, DiTs, tensors that are no weights
