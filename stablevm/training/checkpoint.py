@@ -83,8 +83,8 @@ def existing_folder(run: Path, step: int) -> Path:
     return checkpoint_folder(run, step)
 
 
-def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
-    """Write the checkpoint of `state.card.step` below `run`; then, if `keep` > 0, remove all but the newest `keep`.
+def save(run: Path, state: TrainingState, keep: int = 0, every: int = 1) -> Path:
+    """Write the checkpoint of `state.card.step` below `run`; then `prune`.
 
     The folder appears under its name only when everything in it is on the disk. OSError, with the earlier checkpoints
     as they were, when the disk is full.
@@ -99,13 +99,19 @@ def save(run: Path, state: TrainingState, keep: int = 0) -> Path:
         snapshot.save(folder, state.card, {"ema": state.ema, "model": state.model})
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         write_text(folder / SUMS_FILE, "".join(sums))
-    prune(run, keep)
+    prune(run, keep, every)
     return target
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`; 0: none."""
-    for step in saved_steps(run)[:-keep] if keep else []:
+def prune(run: Path, keep: int, every: int = 1) -> None:
+    """Remove all checkpoints but the newest `keep`; 0: none.
+
+    Those of whole intervals of `every` steps, and the newest of all, come before others: an interruption between two
+    of them leaves one to go on from, which takes no place of theirs afterwards.
+    """
+    steps = saved_steps(run)
+    by_worth = sorted(steps, key=lambda step: (step % every == 0 or step == steps[-1], step))
+    for step in by_worth[:-keep] if keep else []:
         shutil.rmtree(checkpoint_folder(run, step))
 
 
@@ -188,13 +194,13 @@ def set_aside(run: Path, step: int) -> Path | None:
 
     They belong to a course of the run that is left: beside the coming ones they would pass for the newest. A note says
     so from the first move on, until `end_return`, so that a kill in between leaves none of them in its place; what it
-    left is moved now.
+    left is moved now. The best checkpoint goes with them if it is one of theirs.
     """
     note = _return_note(run)
-    if note is None or any(other > step for other in saved_steps(run)):
+    if note is None or _has_newer(run, step):
         if note is not None:
             _move(run, note)
-        if not any(other > step for other in saved_steps(run)):
+        if not _has_newer(run, step):
             return None
         note = _Return(step, _free_name(run, step))
         write_json(run / CHECKPOINTS / _RETURN_FILE, asdict(note))
@@ -224,9 +230,20 @@ def _return_note(run: Path) -> _Return | None:
     return read_card(path, _Return, "return to a checkpoint", remedy=remedy) if path.exists() else None
 
 
+def _has_newer(run: Path, step: int) -> bool:
+    return any(other > step for other in saved_steps(run)) or _has_newer_best(run, step)
+
+
+def _has_newer_best(run: Path, step: int) -> bool:
+    best = best_record(run)
+    return best is not None and best.step > step
+
+
 def _move(run: Path, note: _Return) -> Path:
     aside = run / CHECKPOINTS / note.folder
     aside.mkdir(exist_ok=True)
+    if _has_newer_best(run, note.step):
+        (run / CHECKPOINTS / BEST).replace(aside / BEST)
     for path in sorted((run / CHECKPOINTS).iterdir()):
         if path.name.isdigit() and int(path.name) > note.step:
             path.replace(aside / path.name)

@@ -1,5 +1,6 @@
 """Grids of samples during training, always of the same noise, so that one sees the network learn."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from stablevm.support.rng import RowGenerators
 SETTINGS, GUIDANCE = SamplerSettings(mode="ode", num_steps=40), GuidanceSettings(cfg_scale=1.5)
 CLASSES, PER_CLASS = 10, 6
 MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
+PREVIEWS = "samples"  # their folder in that of the run
+_NAME = re.compile(r"step-(\d+)\.png")
 
 
 class Previews:
@@ -42,3 +45,12 @@ class Previews:
         grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
         save_png(self.path(card.step), grid)
         return grid
+
+
+def set_previews_aside(folder: Path, step: int, target: Path) -> None:
+    """Move the grids after `step` to `target`: they would pass for those of the course that is begun."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = _NAME.fullmatch(path.name)
+        if name and int(name[1]) > step:
+            target.mkdir(exist_ok=True)
+            path.replace(target / path.name)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.support.errors import UserError
-from stablevm.support.files import parse_json, write_text
+from stablevm.support.files import parse_json, write_text, write_with
 from stablevm.support.text import printable, shown
 
 WANDB_ALONE = ("offline", "disabled", "dryrun")
@@ -105,6 +105,13 @@ def evaluated(folder: Path, step: int) -> dict[str, float] | None:
         if row["step"] == step and numbers:
             return {name: math.nan if value is None else value for name, value in numbers.items()}
     return None
+
+
+def keep_metrics(folder: Path, target: Path) -> None:
+    """Copy the metrics file into `target`, once: the rows of the course that is left will be taken off it."""
+    source, copy = folder / METRICS_FILE, target / METRICS_FILE
+    if source.exists() and not copy.exists():
+        write_with(copy, lambda temporary: temporary.write_bytes(source.read_bytes()))
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from stablevm.training.interruption import Interruption
 from stablevm.training.journal import Journal
 from stablevm.training.launch import as_launched, check_same_options, make_accelerator
 from stablevm.training.main_process import on_main, told_by_main
-from stablevm.training.previews import Previews
+from stablevm.training.previews import PREVIEWS, Previews, set_previews_aside
 from stablevm.training.rate import rate_at
 from stablevm.training.setup import (
     empty_classes_warning,
@@ -34,7 +34,7 @@ from stablevm.training.setup import (
     prefill,
 )
 from stablevm.training.start import as_begun, check_bank, check_data, find_start, record_data
-from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evaluated
+from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evaluated, keep_metrics
 
 
 def train(config: TrainConfig) -> int:
@@ -177,7 +177,7 @@ class Trainer:
         state = replace(self.engine.state(), progress=journal.progress(means))
 
         def write() -> None:
-            checkpoint.save(self.config.folder, state, self._kept())
+            checkpoint.save(self.config.folder, state, self._kept(), self.config.checkpointing_steps)
             self._keep_if_best(means)
 
         on_main(self.accelerator, write)
@@ -200,6 +200,8 @@ class Trainer:
         remove_temporary(folder)
         checkpoint.sweep(folder)
         if aside := checkpoint.set_aside(folder, step):
+            set_previews_aside(folder / PREVIEWS, step, aside / PREVIEWS)
+            keep_metrics(folder, aside)
             self.say(f"going on from step {step}; newer checkpoints were moved to {aside}")
         if not (folder / CONFIG_FILE).exists() or TrainConfig.read(folder) != config:
             write_json(folder / CONFIG_FILE, config.to_dict())
@@ -207,7 +209,7 @@ class Trainer:
         checkpoint.end_return(folder)
         if not step:
             return []
-        checkpoint.prune(folder, self._kept())
+        checkpoint.prune(folder, self._kept(), config.checkpointing_steps)
         self._keep_if_best(self.engine.progress.means)
         owed = []
         if self._due(config.sampling_steps) and self.previews and not self.previews.path(step).exists():
@@ -256,7 +258,7 @@ class Trainer:
             record = Record(*distance_of(numbers), self.engine.step)
             if checkpoint.is_best(folder, record):
                 if state is not None:
-                    checkpoint.save(folder, state, self.config.checkpoints_kept)
+                    checkpoint.save(folder, state, self._kept(), self.config.checkpointing_steps)
                 checkpoint.keep_if_best(folder, record)
 
         on_main(self.accelerator, judge)
@@ -270,7 +272,7 @@ class Trainer:
 
     def _previews(self) -> Previews:
         """Only the main process draws, and only it loads the autoencoder."""
-        return Previews(self.config.folder / "samples", self._autoencoder(), self.config.seed)
+        return Previews(self.config.folder / PREVIEWS, self._autoencoder(), self.config.seed)
 
     def _evaluation(self) -> Evaluation:
         """To be called on the main process, as the previews."""

@@ -57,13 +57,34 @@ def test_a_return_that_is_given_again_goes_on(root, capsys, monkeypatch):
         runs.run(back)
     monkeypatch.undo()
     originals = kill.contents(aside)
-    assert saved_steps(settings.folder) == [4, 8, 9] and {name[:7] for name in originals} == {"0000008", "0000012"}
+    assert saved_steps(settings.folder) == [4, 8, 9] and {name[:7] for name in originals} == {
+        "0000008",
+        "0000012",
+        "metrics",
+    }
     runs.run(back)
     assert "went back to step 4 before; going on from step 9" in capsys.readouterr().out
     assert saved_steps(settings.folder) == [4, 8, 9, 12] and kill.contents(aside) == originals
     runs.run(settings)
     runs.run(back)  # another command came between, so this one is a new wish
     assert kill.contents(aside) == originals and aside.with_name("newer-than-0000004-2").is_dir()
+
+
+def test_what_a_course_left_behind_does_not_pass_for_the_new_ones(root):
+    """Grids and the best checkpoint of later steps, and the rows that are taken off the metrics."""
+    settings = runs.config(root, "left", **RHYTHM, keep_best="loss", sampling_steps=4)
+    folder = runs.run(settings)
+    rows = (folder / "metrics.jsonl").read_text()
+    samples = folder / "samples"
+    before = {path.name for path in samples.iterdir()}
+    assert before == {"step-0000004.png", "step-0000008.png", "step-0000012.png"}
+    best = best_record(folder)
+    runs.run(replace(settings, resume_step=4, max_train_steps=5))
+    aside = folder / "checkpoints" / "newer-than-0000004"
+    assert {path.name for path in samples.iterdir()} == {"step-0000004.png", "step-0000005.png"}
+    assert {path.name for path in (aside / "samples").iterdir()} == before - {"step-0000004.png"}
+    assert (aside / "metrics.jsonl").read_text() == rows
+    assert best_record(folder).step <= 5 and (best.step <= 4 or best_record(aside.parent.parent) != best)
 
 
 def spoil(folder, part, change):

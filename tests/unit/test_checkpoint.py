@@ -159,7 +159,7 @@ def full_disk(patch, after):
     """Let the disk be full for the file of tensors number `after`, counted from 0."""
     written = []
 
-    def save_file(tensors, path):
+    def save_file(tensors, path, metadata=None):
         written.append(path)
         if len(written) > after:
             Path(path).write_bytes(b"half")
@@ -193,6 +193,29 @@ def test_newer_checkpoints_are_set_aside(state, tmp_path):
     another = checkpoint.set_aside(tmp_path, 10)
     assert another.name == "newer-than-0000010-2" and names(another) == ["0000020"]
     assert (aside / "0000020" / "bank.safetensors").exists(), "nothing set aside is replaced"
+
+
+def test_the_best_of_a_course_that_is_left_goes_with_it(state, tmp_path):
+    for step, value in ((10, 0.5), (20, 0.4)):
+        checkpoint.save(tmp_path, at(state, step))
+        checkpoint.keep_if_best(tmp_path, Record("loss", value, step))
+    aside = checkpoint.set_aside(tmp_path, 10)
+    assert names(aside) == ["0000020", "best"] and checkpoint.best_record(tmp_path) is None
+    checkpoint.end_return(tmp_path)
+    assert checkpoint.keep_if_best(tmp_path, Record("loss", 0.5, 10))
+    checkpoint.save(tmp_path, at(state, 20))
+    assert names(checkpoint.set_aside(tmp_path, 10)) == ["0000020"]
+    assert checkpoint.best_record(tmp_path) == Record("loss", 0.5, 10), "one of a step before the return stays"
+
+
+def test_checkpoints_between_the_intervals_take_no_place(state, tmp_path):
+    kept = []
+    for step in (10, 15, 20, 25, 30, 37):
+        checkpoint.save(tmp_path, at(state, step), keep=2, every=10)
+        kept.append(checkpoint.saved_steps(tmp_path))
+    assert kept == [[10], [10, 15], [10, 20], [20, 25], [20, 30], [30, 37]]
+    checkpoint.save(tmp_path, at(state, 42), keep=3, every=7)
+    assert checkpoint.saved_steps(tmp_path) == [30, 37, 42], "with another interval those of the old one are no fewer"
 
 
 @pytest.mark.parametrize("moved", [0, 1])
