@@ -154,9 +154,9 @@ def test_what_a_run_leaves(root):
 def test_previews_ask_for_what_was_trained(chance, scale, labels, root, monkeypatch):
     asked = []
 
-    def draw(model, card, wanted, streams, settings, device):
-        asked.append((card.label_dropout, settings.cfg_scale, set(wanted.tolist())))
-        return draw_latents(model, card, wanted, streams, settings, device)
+    def draw(model, card, wanted, *others, guidance):
+        asked.append((card.label_dropout, guidance.cfg_scale, set(wanted.tolist())))
+        return draw_latents(model, card, wanted, *others, guidance=guidance)
 
     monkeypatch.setattr(previews, "draw_latents", draw)
     folder = runs.run(runs.config(root, f"chance-{chance}", cfg_prob=chance, sampling_steps=1, max_train_steps=1))

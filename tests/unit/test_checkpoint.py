@@ -164,7 +164,7 @@ def full_disk(patch, after):
         if len(written) > after:
             Path(path).write_bytes(b"half")
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save(tensors, path)
+        save(tensors, path, metadata)
 
     save = tensor_files.save_file
     patch.setattr(tensor_files, "save_file", save_file)
