@@ -68,11 +68,13 @@ class AlignmentSchedule:
     def __post_init__(self) -> None:
         if self.name not in get_args(WeightName):
             expected = ", ".join(get_args(WeightName))
-            raise UserError(f"--proj-weight-schedule {self.name}: expected one of {expected}")
+            raise UserError(f"name {self.name!r}: expected one of {expected}")
         if not isinstance(self.path, Interpolant):
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         if not 0 < self.tau <= 1:
-            raise UserError(f"--proj-tau {self.tau}: expected a time in (0, 1]")
+            raise UserError(f"tau {self.tau}: expected a time in (0, 1]")
+        if not 0 < self.steepness < math.inf:
+            raise UserError(f"steepness {self.steepness}: expected more than 0, so that the weight falls with time")
 
     def __call__(self, t: Tensor) -> Tensor:
         """Weights in [0, 1] of the shape of `t` (times in [0, 1])."""

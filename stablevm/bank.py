@@ -34,7 +34,7 @@ class ClassBank:
         for name, count in (("classes", num_classes), ("a capacity", capacity)):
             if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
                 raise UserError(f"a bank of {count!r} as {name}: expected a whole number, 1 or more")
-        if not isinstance(shape, Sequence) or not dtype.is_floating_point:
+        if not (_is_shape(shape) and isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(
                 f"a bank of {dtype} {shape!r}: expected a shape such as (4, 32, 32) of floating point numbers"
             )
@@ -209,6 +209,12 @@ class ClassBank:
         return {"entries": self.entries, **books}
 
 
+def _is_shape(shape: Sequence[int]) -> bool:
+    if not isinstance(shape, Sequence):
+        return False
+    return all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 0 for side in shape)
+
+
 def check_labels(labels: Tensor | None) -> None:
     """UserError for None, which only a set of references takes."""
     if labels is None:
@@ -257,6 +263,8 @@ def check_shares(shares: Tensor, classes: int) -> None:
 def _check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], capacity: int) -> None:
     """UserError unless a bank that holds `own` can take `state` over."""
     damaged = "the saved bank is damaged: "
+    if not isinstance(state, Mapping):
+        raise UserError(f"{damaged}it is a {type(state).__name__}, expected what state_dict gave")
     missing = [name for name in own if not isinstance(state.get(name), Tensor)]
     unknown = [name for name in state if name not in own]
     if missing or unknown:

@@ -144,5 +144,5 @@ INTERPOLANTS = {path.name: path for path in (LINEAR, COSINE)}
 def get_interpolant(name: str) -> Interpolant:
     """The path called `name`; UserError otherwise."""
     if name not in INTERPOLANTS:
-        raise UserError(f"--path-type {name}: expected one of {', '.join(INTERPOLANTS)}")
+        raise UserError(f"path {name!r}: expected one of {', '.join(INTERPOLANTS)}")
     return INTERPOLANTS[name]

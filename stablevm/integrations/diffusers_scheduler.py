@@ -6,6 +6,7 @@ Needs diffusers (`pip install 'stablevm[vae]'`); no other module imports this on
 """
 
 import sys
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -71,12 +72,12 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 raise TypeError(f"{published}: the published name of {ours}, which is given too; give one of them")
         given |= {PUBLISHED_NAMES[name]: kwargs.pop(name) for name in PUBLISHED_NAMES if name in kwargs}
         super().__init__(*args, **kwargs)
-        if not 0 < given["split_time"] < 1:
-            raise ValueError(f"split_time {given['split_time']}: expected a sigma between 0 and 1")
-        if given["steps_below"] < 1:
-            raise ValueError(f"steps_below {given['steps_below']}: expected at least 1")
-        if not 0 <= given["noise_factor"] <= 1:
-            raise ValueError(f"noise_factor {given['noise_factor']}: expected a number in [0, 1]")
+        if not (_is_number(given["split_time"]) and 0 < given["split_time"] < 1):
+            raise ValueError(f"split_time {given['split_time']!r}: expected a sigma between 0 and 1")
+        if not (_is_number(given["steps_below"], Integral) and given["steps_below"] >= 1):
+            raise ValueError(f"steps_below {given['steps_below']!r}: expected a whole number, at least 1")
+        if not (_is_number(given["noise_factor"]) and 0 <= given["noise_factor"] <= 1):
+            raise ValueError(f"noise_factor {given['noise_factor']!r}: expected a number in [0, 1]")
         if grid_below not in ("schedule", "even"):
             raise ValueError(f'grid_below {grid_below!r}: expected "schedule" or "even"')
         if self.config.invert_sigmas:
@@ -218,6 +219,10 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index += 1
         ahead = ahead.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=ahead) if return_dict else (ahead,)
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class _Schedule(Tensor):

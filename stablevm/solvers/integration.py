@@ -54,6 +54,8 @@ def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, s
         if not isinstance(value, Tensor) or value.shape != x.shape:
             shown = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise UserError(f"the {name} is {shown}, the state {tuple(x.shape)}: expected the same")
+        if not value.is_floating_point():  # whole numbers are rounded, and of complex ones a part would be dropped
+            raise UserError(f"the {name} is {described(value)}: expected floating point numbers")
         return value.to(dtype)
 
     def slope(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:

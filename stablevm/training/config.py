@@ -167,7 +167,7 @@ class TrainConfig:
     proj_tau: float = 0.7
     """Time around which it fades, in (0, 1]."""
     proj_k: float = 20.0
-    """Steepness of the sigmoid."""
+    """Steepness of the sigmoid, more than 0."""
     enc_type: str = "dinov2-vit-b"
     """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name, or digits."""
     encoder_weights: str | None = None
@@ -255,6 +255,7 @@ class TrainConfig:
                 ("proj_coeff", self.proj_coeff >= 0, "0 or more"),
                 ("references_from", 0 <= self.references_from <= 1, "a time in [0, 1]"),
                 ("proj_tau", 0 < self.proj_tau <= 1, "a time in (0, 1]"),
+                ("proj_k", 0 < self.proj_k < math.inf, "more than 0"),
                 ("keep_best", self.use_proj_loss or self.keep_best != "alignment_loss",
                  "a loss that is computed; add --use-proj-loss or give velocity_loss"),
                 ("irepa_gamma", 0 <= self.irepa_gamma <= 1, "a share in [0, 1]"),

@@ -360,6 +360,10 @@ def test_other_processes_are_refused(config, message):
     [
         {"split_time": 1.0},
         {"steps_below": 0},
+        {"steps_below": 2.5},
+        {"steps_below": True},
+        {"steps_below": "9"},
+        {"split_time": "0.7"},
         {"noise_factor": 1.1},
         {"invert_sigmas": True},
         {"grid_below": "log"},

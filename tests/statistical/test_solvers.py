@@ -273,3 +273,26 @@ def test_sde_without_diffusion_is_euler(path):
     times = sde_times(20, 0.04)
     got = euler_maruyama(gaussian_velocity(path), start, times, path, lambda: torch.ones_like(start), 0.0)
     assert torch.allclose(got, euler(gaussian_velocity(path), start, times), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "path, scale, deviation, expected",
+    [
+        *((LINEAR, 1.0, deviation, share) for deviation, share in ((0.05, 0.545), (0.1, 0.854), (0.2, 0.950))),
+        *((LINEAR, 2.0, deviation, share) for deviation, share in ((0.05, 0.289), (0.1, 0.800), (0.2, 0.944))),
+        *((COSINE, 1.0, deviation, share) for deviation, share in ((0.05, 0.336), (0.1, 0.760), (0.2, 0.927))),
+    ],
+)
+def test_narrow_data_come_out_narrower_as_the_documents_say(path, scale, deviation, expected):
+    """docs/differences.md: the last step is long for them. Exact: steps are linear, so row k takes the noise of step k
+    alone (row 0 the first state), and the squares of the rows add up to the variance.
+    """
+    steps, variance = 50, deviation**2
+
+    def velocity(x, t):
+        at = path.coefficients(t)
+        return (at.d_alpha * at.alpha * variance + at.d_sigma * at.sigma) / (at.alpha**2 * variance + at.sigma**2) * x
+
+    rows = iter(torch.eye(steps, dtype=torch.float64).unbind())
+    end = euler_maruyama(velocity, next(rows), sde_times(steps, 0.04), path, lambda: next(rows), scale)
+    assert end.norm().item() / deviation == pytest.approx(expected, abs=6e-4)

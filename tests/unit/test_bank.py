@@ -215,7 +215,11 @@ def test_of_a_known_sample_that_comes_twice_at_once_the_last_one_stays():
         ((0, 4, (2,)), "a bank of 0 as classes: expected a whole number, 1 or more"),
         ((3, 2.0, (2,)), "a bank of 2.0 as a capacity"),
         ((3, 4, 2), r"a bank of torch.float32 2: expected a shape such as \(4, 32, 32\)"),
+        ((3, 4, (2, -3)), r"a bank of torch.float32 \(2, -3\): expected a shape"),
+        ((3, 4, (2.5,)), r"a bank of torch.float32 \(2.5,\)"),
+        ((3, 4, ("2",)), r"a bank of torch.float32 \('2',\)"),
         ((3, 4, (2,), torch.int64), "a bank of torch.int64"),
+        ((3, 4, (2,), "float16"), "a bank of float16"),
     ],
 )
 def test_a_bank_that_cannot_be(arguments, message):
@@ -317,3 +321,8 @@ def test_a_damaged_state_is_refused_in_a_line_and_changes_nothing(damage, messag
         bank.load_state_dict(state)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert all(torch.equal(value, bank.state_dict()[name]) for name, value in before.items())
+
+
+def test_what_is_no_state_is_refused():
+    with pytest.raises(UserError, match="damaged: it is a NoneType, expected what state_dict gave"):
+        filled([0, 1, 2]).load_state_dict(None)

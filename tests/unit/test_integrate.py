@@ -84,6 +84,14 @@ def test_a_velocity_of_another_shape_is_refused(settings):
         integrate(lambda x, t, rows=None: x[:, :1], start((2, 3, 4)), LINEAR, settings)
 
 
+@pytest.mark.parametrize("settings", [EULER, DOPRI5, SamplerSettings("stablevs")])
+def test_a_velocity_of_whole_or_complex_numbers_is_refused(settings):
+    """Of complex ones the imaginary part would be dropped, with no more than a warning of torch's."""
+    for dtype in (torch.complex64, torch.int64):
+        with pytest.raises(UserError, match=rf"the velocity is {dtype} \(3, 1\): expected floating point numbers"):
+            integrate(lambda x, t, rows=None, dtype=dtype: x.to(dtype), start((3, 1)), LINEAR, settings)
+
+
 def test_noise_that_is_no_batch_and_noise_of_another_shape_are_refused():
     for wrong in (torch.zeros(()), torch.zeros(3, 2, dtype=torch.int64), [0.0]):
         with pytest.raises(UserError, match=r"noise\(\) is .*: expected floating point numbers \(B, ...\)"):

@@ -82,7 +82,7 @@ def test_time_at_ratio_inverts_the_noise_level(path):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="--path-type parabola: expected one of linear, cosine"):
+    with pytest.raises(UserError, match="path 'parabola': expected one of linear, cosine"):
         get_interpolant("parabola")
     with pytest.raises(ValueError, match="drift"):
         LINEAR.convert(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), "drift", "x0")

@@ -208,14 +208,14 @@ def test_squared_error_is_a_mean_per_sample():
 
 def test_mistakes_are_told(batch):
     latents, labels = batch
-    with pytest.raises(UserError, match="--prediction eps: expected v or x"):
+    with pytest.raises(UserError, match="prediction 'eps': expected v or x"):
         Protocol(prediction="eps")
-    with pytest.raises(UserError, match=r"--cfg-prob 2: expected a chance in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"label_dropout 2: expected a chance in \[0, 1\]"):
         Protocol(label_dropout=2, null_class=3)
     with pytest.raises(UserError, match="needs a null class"):
         Protocol(label_dropout=0.1)
     bank = ClassBank(CLASSES, 2, SHAPE)
-    with pytest.raises(UserError, match="--bank-anchors fresh: expected bank or batch"):
+    with pytest.raises(UserError, match="anchors 'fresh': expected bank or batch"):
         StableVM(bank, anchors="fresh")
     with pytest.raises(UserError, match="a pool of 0 references"):
         StableVM(bank, pool_size=0)
@@ -270,7 +270,7 @@ def test_labels_ids_and_streams_of_another_kind_are_refused(objective, batch):
 def test_objectives_that_contradict_themselves_are_refused():
     with pytest.raises(UserError, match="path 'linear': expected an Interpolant"):
         Protocol(path="linear")
-    with pytest.raises(UserError, match="--weighting lognorm: expected one of uniform"):
+    with pytest.raises(UserError, match="weighting 'lognorm': expected one of uniform"):
         Protocol(weighting="lognorm")
     bank = ClassBank(CLASSES, 4, SHAPE)
     with pytest.raises(UserError, match="null class 0 is one of the bank's classes, 0 to 2: give 3"):

@@ -50,10 +50,13 @@ def test_weights_are_shares_at_the_ends_for_any_split(name, path, dtype):
 
 
 def test_bad_schedules_are_refused():
-    with pytest.raises(UserError, match="--proj-weight-schedule slow: expected one of hard"):
+    with pytest.raises(UserError, match="name 'slow': expected one of hard"):
         AlignmentSchedule("slow", LINEAR)
-    with pytest.raises(UserError, match=r"--proj-tau 0: expected a time in \(0, 1\]"):
+    with pytest.raises(UserError, match=r"tau 0: expected a time in \(0, 1\]"):
         AlignmentSchedule("hard", LINEAR, tau=0)
+    for steepness in (0.0, -20.0, float("inf"), float("nan")):  # constant, rising with time, NaN at tau
+        with pytest.raises(UserError, match=f"steepness {steepness}: expected more than 0"):
+            AlignmentSchedule("sigmoid", LINEAR, steepness=steepness)
 
 
 @pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -81,7 +84,7 @@ def test_a_row_has_its_own_times():
 
 
 def test_unknown_distribution(stream):
-    with pytest.raises(UserError, match="--weighting beta: expected one of uniform, lognormal"):
+    with pytest.raises(UserError, match="weighting 'beta': expected one of uniform, lognormal"):
         draw_times("beta", LINEAR, 2, stream)
 
 

@@ -32,6 +32,7 @@ EDGES = [  # option, the least and greatest values allowed, and one beyond each
     *((option, (1e-12,), (0.0, -1.0)) for option in ("learning_rate", "adam_epsilon")),
     *((option, (0.0, 1.0), (-0.001, 1.001)) for option in ("cfg_prob", "irepa_gamma")),
     ("proj_tau", (1e-9, 1.0), (0.0, 1.001)),
+    ("proj_k", (1e-9, 1e9), (0.0, -20.0, float("inf"), float("nan"))),
     ("exp_name", ("a-run",), ("", "..", ".", "a/b", "/a", "a/")),
     ("report_to", ("none", "tensorboard", "wandb, tensorboard"), ("", "tensorboard,pigeon")),
     *(
