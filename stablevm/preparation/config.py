@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -113,10 +113,12 @@ class EncodeConfig:
     """Converted images: the --dest of convert."""
     dest: Path
     """Folder for the latents, or a name that ends with .zip for an uncompressed archive."""
-    vae: str = "mse"
+    vae: Annotated[str, tyro.conf.arg(aliases=["--model-url"])] = "mse"
     """Autoencoder: mse or ema (Stability AI's), any diffusers AutoencoderKL by name or folder, or identity."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder."""
+    max_images: int | None = None
+    """Only the first images, in the order of their names. Default: all."""
     batch_size: int = 16
     """Images encoded at a time by each process."""
     num_workers: int = 8
@@ -126,6 +128,7 @@ class EncodeConfig:
         """Raise UserError for the first option outside its range."""
         require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
                        ("batch_size", self.batch_size >= 1, "at least 1"),
+                       ("max_images", self.max_images is None or self.max_images >= 1, "at least 1"),
                        writable("dest", self.dest, is_folder=not is_archive(self.dest))])  # fmt: skip
 
 

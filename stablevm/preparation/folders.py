@@ -73,7 +73,7 @@ def encode(config: EncodeConfig) -> int:
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
-    source = open_source(config.source)
+    source = open_source(config.source).first(config.max_images)
     tell(source, process)
     _latent_names(source)  # a clash of names is an error before anything is done
     size = first_size(source)

@@ -39,6 +39,7 @@ _LEFT_BY_SYSTEMS = re.compile(
     re.IGNORECASE,
 )
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"])
+_BESIDE_SPLITS = frozenset(["", "image", "images", "img", "imgs", "data", "set", "split"])  # train2017, val_images
 OUR_FILES = (LISTING_FILE, "report.json")
 ONE_CLASS = ("all",)  # of a source without classes
 
@@ -189,7 +190,7 @@ def _is_image(storage: Storage, name: str) -> bool:
 def _walked(storage: Storage, *, classes: bool) -> Source:
     """A source without labels in a file: its classes are folders, or all are of one."""
     found = _Files.below(storage)
-    if classes and isinstance(storage, FolderStorage):
+    if classes:
         _check_no_listing_below(storage, found)
     images, hidden = sorted(found.images), found.hidden
     facts: dict[str, Any] = {"ignored": len(found.others), "hidden": hidden}
@@ -249,18 +250,27 @@ def _doubts(storage: Storage, found: _Files, prefix: str, names: list[str]) -> I
     without = sorted(folders - set(names))
     if without:
         yield f"{storage.root}: no image in {printable(some_of(without))}, so no class of that name"
-    if all(name.lower() in _SPLITS for name in names):
+    if all(map(_is_split, names)):
         yield (
             f"{storage.root}: its classes would be {printable(some_of(names))}, which sound like splits of a data set; "
             "give the folder of one"
         )
 
 
-def _check_no_listing_below(storage: FolderStorage, found: _Files) -> None:
+def _is_split(name: str) -> bool:
+    """Whether a folder's name says which part of a data set it holds, and nothing else."""
+    words = set(re.split(r"[\W\d_]+", name.lower())) - _BESIDE_SPLITS
+    return bool(words) and words <= _SPLITS
+
+
+def _check_no_listing_below(storage: Storage, found: _Files) -> None:
     below = [name for name in found.others if name.endswith(f"/{LISTING_FILE}")]
     if below:
         folder = (storage.root / below[0]).parent
+        remedy = f"give that folder, or remove its {LISTING_FILE}"
+        if not isinstance(storage, FolderStorage):
+            remedy = "unpack the archive and give that folder"
         raise UserError(
             f"{storage.root}: no {LISTING_FILE} here, but in {printable(str(folder))}, which says what is of which "
-            f"class: give that folder, or remove its {LISTING_FILE}"
+            f"class: {remedy}"
         )

@@ -63,13 +63,13 @@ class TrainConfig:
     batch_size: int = 256
     """Samples per step over all processes; a multiple of processes x accumulation steps."""
     gradient_accumulation_steps: int | None = None
-    """Parts into which each process splits its share of a step, to save memory. Default: the launcher's
-    (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), or 1."""
+    """Parts into which each process splits its share of a step, to save memory. Default: as
+    accelerate launch says (--gradient_accumulation_steps), else 1."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns that off."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Arithmetic of the network. Default: as accelerate launch says (--mixed_precision bf16 or fp16), else fp16 on a
-    GPU, no on a CPU."""
+    """Arithmetic of the network. Default: as accelerate launch says (--mixed_precision), else fp16 on a GPU, no on a
+    CPU."""
     allow_tf32: bool = False
     """Let a GPU round the factors of the network's float32 products to TF32. The references' never are."""
     epochs: int = 1400

@@ -1,10 +1,13 @@
 """How this process takes part in a run: alone, with others, in shards; and in which precision."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, gather_object
@@ -28,8 +31,8 @@ ACCUMULATION, CPU = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_USE_CP
 def as_launched(config: TrainConfig) -> TrainConfig:
     """The options with what `accelerate launch` was told, where the command does not say it itself.
 
-    A precision "no" counts as not said: accelerate passes it on where nobody gave one. UserError where both say it and
-    differ, and for what can't be done.
+    A precision "no" in the environment counts as not said: accelerate passes it on where nobody gave one. UserError
+    where both say it and differ, and for what can't be done.
     """
     for variable, remedy in REFUSED.items():
         if _is_on(variable):
@@ -37,15 +40,19 @@ def as_launched(config: TrainConfig) -> TrainConfig:
     if os.environ.get(DYNAMO, "no").lower() != "no":
         raise UserError(f"accelerate launch --dynamo_backend {os.environ[DYNAMO].lower()}: give --compile instead")
     told: dict[str, Any] = {}
+    words = launchers_words()
     precision = os.environ.get(PRECISION, "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"accelerate launch --mixed_precision {precision}: expected bf16, fp16 or no")
-    if precision != "no":
+    if precision != "no" or _said(words, "mixed_precision") == "no":
         told["mixed_precision"] = precision
-    parts = os.environ.get(ACCUMULATION)
+    parts = os.environ.get(ACCUMULATION, _said(words, "gradient_accumulation_steps"))
     if parts is not None:
         if not (parts.isascii() and parts.isdecimal() and int(parts[:9]) >= 1):
-            raise UserError(f"{ACCUMULATION}={parts[:40]}: expected a number from 1; unset it")
+            raise UserError(
+                f"accelerate launch --gradient_accumulation_steps {parts[:40]} ({ACCUMULATION}): expected a number "
+                "from 1; leave it out"
+            )
         told["gradient_accumulation_steps"] = int(parts[:9])
     for option, value in told.items():
         given = getattr(config, option)
@@ -54,6 +61,32 @@ def as_launched(config: TrainConfig) -> TrainConfig:
                 f"{as_typed(option, given)}: accelerate launch says {value} (--{option}); give one of them, or the same"
             )
     return replace(config, **{"gradient_accumulation_steps": config.accumulation_steps, **told})
+
+
+def launchers_words() -> list[str]:
+    """The words of `accelerate launch` before this program's; none where something else started it.
+
+    accelerate tells --gradient_accumulation_steps to DeepSpeed only, and does not tell whether its precision was given.
+    """
+    parent = psutil.Process().parent()
+    try:
+        words = parent.cmdline() if parent is not None else []
+    except psutil.Error:  # it has ended, or may not be looked at
+        return []
+    ours = sys.argv[1:]
+    first = len(words) - len(ours) - 1  # the script's name, or the module's
+    is_ours = first > 0 and words[first + 1 :] == ours
+    return words[:first] if is_ours and any("accelerate" in Path(word).name for word in words[:3]) else []
+
+
+def _said(words: Sequence[str], option: str) -> str | None:
+    """The value of the launcher's option in its words; None where it is not among them."""
+    said = None
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == f"__{option}":
+            said = value if equals else following
+    return said
 
 
 def _is_on(variable: str) -> bool:

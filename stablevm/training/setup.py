@@ -155,9 +155,12 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
     counts = torch.bincount(labels, minlength=bank.num_classes)
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing:
+        remedy = "lower --num-classes"
+        if missing[0] < dataset.num_classes:
+            remedy = "prepare the data with them or, without them, with classes numbered from 0 without gaps"
         raise UserError(
             f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
-            f"({some_of(missing)}), so their bank would stay empty; prepare the data with them or lower --num-classes"
+            f"({some_of(missing)}), so their bank would stay empty; {remedy}"
         )
     fully = config.prefill_bank_fully or config.bank_is_fixed
     rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)

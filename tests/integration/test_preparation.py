@@ -286,6 +286,16 @@ def test_what_is_left_out_is_counted_in_the_last_line(source, tmp_path, capsys):
     assert "1 of 2 classes have no image (0)" in told.err
 
 
+def test_encode_takes_the_published_options(source, vae, tmp_path):
+    images, latents = tmp_path / "images", tmp_path / "latents"
+    assert cli.dataset_tools(convert(source, images, "--num-workers=0")) == 0
+    words = ["encode", f"--source={images}", f"--dest={latents}", f"--model-url={vae}", "--max-images=7"]
+    assert cli.dataset_tools([*words, "--num-workers=0"]) == 0
+    listed = json.loads((latents / "dataset.json").read_text())
+    assert [Path(name).stem for name, _ in listed["labels"]] == [f"img-mean-std-{number:08d}" for number in range(7)]
+    assert listed["latent"]["autoencoder"] == str(vae)
+
+
 def test_the_published_script_scales_without_a_transform(source, tmp_path):
     """Options as published: sizes with a comma, a number of images, and pictures scaled whole without --transform."""
     for number, size in enumerate(("40,24", "40x24")):

@@ -1,5 +1,7 @@
 """What `accelerate launch` says: taken where the command is silent, refused where they differ or it can't be done."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def test_without_a_word_nothing_changes(monkeypatch):
             {"gradient_accumulation_steps": 1},
             "--gradient-accumulation-steps 1: .* says 4",
         ),
-        ({"GRADIENT_ACCUMULATION_STEPS": "auto"}, {}, "STEPS=auto: expected a number from 1"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "auto"}, {}, "_steps auto .*: expected a number from 1"),
         ({"MIXED_PRECISION": "fp8"}, {}, "--mixed_precision fp8: expected bf16, fp16 or no"),
         ({"DYNAMO_BACKEND": "INDUCTOR"}, {}, "--dynamo_backend inductor: give --compile instead"),
         ({"USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported"),
@@ -63,6 +65,24 @@ def test_what_differs_or_can_not_be_done_is_one_line(variables, options, told, m
     with pytest.raises(UserError, match=told) as error:
         as_launched(replace(CONFIG, **options))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [("--gradient_accumulation_steps", "4"), ("--gradient-accumulation-steps=4",)])
+def test_what_accelerate_does_not_pass_on_is_read_off_its_command(given, tmp_path):
+    """It tells the number of parts to DeepSpeed only, and a precision of no as if nobody had said it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom stablevm.training.config import TrainConfig\n"
+        "from stablevm.training.launch import as_launched\n"
+        "found = as_launched(TrainConfig(exp_name='x', data_dir=Path('data')))\n"
+        "print(found.mixed_precision, found.accumulation_steps)\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no", *given]
+    for options in ([], ["--gradient_accumulation_steps", "2"]):
+        done = subprocess.run([*launch, str(script), *options], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["no", "4"]
+    plain = subprocess.run([sys.executable, str(script), *launch], capture_output=True, text=True, check=True)
+    assert plain.stdout.split() == ["None", "1"]
 
 
 def test_accelerate_does_not_divide_the_loss_once_more(monkeypatch):

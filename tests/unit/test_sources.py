@@ -147,13 +147,15 @@ def test_folders_without_an_image_are_no_class_and_are_named(folder, tmp_path):
         assert line.endswith(": no image in Annotations, a video, so no class of that name")
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("Test", "training", "valid")])
+@pytest.mark.parametrize("names", [("train", "val"), ("Test", "training", "valid"), ("train2017", "val_images")])
 def test_splits_that_pass_for_classes_get_a_warning(folder, names, tmp_path):
     (tmp_path / "both").mkdir()
     for number, name in enumerate(names):
         shutil.copytree(folder / f"n0000000{number}", tmp_path / "both" / name)
     (line,) = open_source(tmp_path / "both").warnings
     assert "sound like splits of a data set; give the folder of one" in line
+    (tmp_path / "both" / names[0]).rename(tmp_path / "both" / "freight train")
+    assert not open_source(tmp_path / "both").warnings
 
 
 def test_pictures_are_known_by_their_content_where_names_do_not_tell(folder):
@@ -221,6 +223,9 @@ def test_half_prepared_and_misplaced_folders(folder, tmp_path):
     with pytest.raises(UserError) as error:
         open_source(data)
     assert f"no dataset.json here, but in {images}" in one_line(error)
+    with pytest.raises(UserError) as error:
+        open_source(zipped(data, tmp_path / "DATA.zip"))
+    assert "in " + str(tmp_path / "DATA.zip/images") in one_line(error) and "unpack the archive" in one_line(error)
     assert len(open_source(images)) == 2
 
 
