@@ -2,11 +2,14 @@
 
     python tests/kill.py --command train --every 7            every seventh operation
     python tests/kill.py --command all --every 5 --twice      also kill the second run, somewhere
+    python tests/kill.py --command generate --processes 2     two processes, as torchrun starts them
+    python tests/kill.py --command convert --workers 2        with processes that read and crop
 
 A file operation is one that Python reports to audit hooks: opening for writing, renaming, linking, removing, making a
-folder; below the folder that the command writes to. The kill is a SIGKILL of the process by itself, right before it.
-Commands run in forked processes, so that nothing is imported twice. Seconds and memory, which no two runs share, are
-left out of the comparison; everything else has to be equal byte by byte, and nothing may be left over.
+folder; below the folder that the command writes to. The kill is a SIGKILL right before it, of all processes of the
+command at once, wherever the others are. Commands run in forked processes, so that nothing is imported twice. Seconds
+and memory, which no two runs share, are left out of the comparison; everything else has to be equal byte by byte, and
+nothing may be left over.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
@@ -54,12 +58,23 @@ def main():
     parser.add_argument("--every", type=int, default=1, help="kill at each so many-th operation")
     parser.add_argument("--first", type=int, default=1, help="the first operation to kill at")
     parser.add_argument("--limit", type=int, default=10**6, help="at most so many kills of a command")
+    parser.add_argument("--processes", type=int, default=1, help="so many processes, of which each is counted in turn")
+    parser.add_argument("--workers", type=int, default=0, help="so many readers in each, for commands that prepare")
     parser.add_argument("--twice", action="store_true", help="kill the second run too, at a random operation")
     options = parser.parse_args()
+    COMMON[:] = [f"--num-workers={options.workers}"]
     failures = 0
     for name in CASES if options.command == "all" else [options.command]:
         with tempfile.TemporaryDirectory() as scratch:
-            found = harass(CASES[name], Path(scratch), options.every, options.first, options.limit, options.twice)
+            found = harass(
+                CASES[name],
+                Path(scratch),
+                options.every,
+                options.first,
+                options.limit,
+                options.twice,
+                options.processes,
+            )
         failures += len(found.differences)
         print(
             f"{name}: {found.operations} operations, {found.kills} kills, {len(found.differences)} differ", flush=True
@@ -76,29 +91,35 @@ class Outcome:
     differences: list
 
 
-def harass(case, root, every=1, first=1, limit=10**6, twice=False):
+def harass(case, root, every=1, first=1, limit=10**6, twice=False, processes=1):
     """Kill a command again and again; returns how often, and how results differed."""
     os.chdir(root)
     case.prepare(root)
     stream, output = random.Random(0), root / case.output
     _renew(case, root)
-    status, operations = _run(case, output)
-    assert status == 0, (root / "said").read_text()[-600:]
+    statuses, counts = _run(case, output, processes)
+    assert not any(statuses), _said(root, statuses)
     expected = output.rename(root / "expected")
-    outcome = Outcome(operations, 0, [])
-    for number in list(range(first, operations + 1, every))[:limit]:
+    points = [(rank, number) for rank in range(processes) for number in range(first, counts[rank] + 1, every)]
+    outcome = Outcome(sum(counts), 0, [])
+    for rank, number in points[:limit]:
         _renew(case, root)
-        status, _ = _run(case, output, kill_at=number)
-        outcome.kills += status == -signal.SIGKILL
-        again = stream.randint(1, max(1, operations - number)) if twice else 0
+        kills = [(rank, number)]
         if twice:
-            status, _ = _run(case, output, kill_at=again)
-            outcome.kills += status == -signal.SIGKILL
-        status, _ = _run(case, output)
-        faults = [f"exit status {status}: {(root / 'said').read_text()[-600:]}"] if status else []
+            kills.append((rank, stream.randint(1, max(1, counts[rank] - number))))
+        for kill in kills:
+            statuses, _ = _run(case, output, processes, kill)
+            outcome.kills += -signal.SIGKILL in statuses
+        statuses, _ = _run(case, output, processes)
+        faults = [f"exit status {_said(root, statuses)}"] if any(statuses) else []
         faults += differences(expected, output)
-        outcome.differences += [f"kill at {number}{f' and {again}' if twice else ''}: {fault}" for fault in faults]
+        outcome.differences += [f"kill at {kills}: {fault}" for fault in faults]
     return outcome
+
+
+def _said(root, statuses):
+    texts = [(root / f"said-{rank}").read_text()[-600:] for rank in range(len(statuses))]
+    return " | ".join(f"{status}: {text}" for status, text in zip(statuses, texts, strict=True))
 
 
 def _renew(case, root):
@@ -108,38 +129,58 @@ def _renew(case, root):
         shutil.copytree(root / case.before, root / case.output)
 
 
-def _run(case, output, kill_at=0):
-    """The exit status of the command in a process of its own, and the number of its file operations."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        status = 1
-        try:
-            with Path("said").open("w") as said, redirect_stdout(said), redirect_stderr(said):
-                counter = Counter(output, kill_at)
-                sys.addaudithook(counter)
-                status = case.run() or 0
-                counter.kill_at = 0
-                os.write(writing, struct.pack("i", counter.count))
-        except SystemExit as end:
-            status = end.code
-        except BaseException:
-            import traceback
+def _run(case, output, processes, kill=(0, 0)):
+    """The exit statuses of the command's processes, and the number of file operations of each.
 
-            with Path("said").open("a") as said:
-                traceback.print_exc(file=said)
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        content = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, struct.unpack("i", content)[0] if content else 0
+    kill: (rank, number) of the file operation before which all of them end.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children, pipes = [], []
+    for rank in range(processes):
+        reading, writing = os.pipe()
+        child = os.fork()
+        os.setpgid(child, children[0] if children else child)
+        if child == 0:
+            os.close(reading)
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            _child(case, Counter(output, kill[1] if rank == kill[0] else 0), Path(f"said-{rank}"), writing)
+        os.close(writing)
+        children.append(child)
+        pipes.append(reading)
+    counts = []
+    for pipe in pipes:
+        with os.fdopen(pipe, "rb") as file:
+            content = file.read()
+        counts.append(struct.unpack("i", content)[0] if content else 0)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], counts
+
+
+def _child(case, counter, said, writing):
+    """Run the command in this process, write the number of its file operations, and end."""
+    status = 1
+    try:
+        with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            sys.addaudithook(counter)
+            status = case.run() or 0
+            counter.kill_at = 0
+            os.write(writing, struct.pack("i", counter.count))
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        import traceback
+
+        with said.open("a") as file:
+            traceback.print_exc(file=file)
+    finally:
+        os._exit(status)
 
 
 class Counter:
-    """An audit hook that counts file operations below `folder`, and kills the process right before one of them."""
+    """An audit hook that counts file operations below `folder`, and kills the whole group right before one of them."""
 
     def __init__(self, folder, kill_at):
         self.folder, self.kill_at, self.count = folder, kill_at, 0
@@ -150,7 +191,7 @@ class Counter:
             return
         self.count += 1
         if self.count == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
 
     def _is_operation(self, event, arguments):
         if event == "open":
@@ -250,8 +291,9 @@ def _prepare_images(root):
         cli.prepare(["convert", *crop, "--dest=converted"])
 
 
-CROP = ["--source=source", "--resolution=32x32", "--num-workers=0", "--batch-size=2", "--dest=out"]
-ENCODE = ["--vae=vae", "--num-workers=0", "--batch-size=2"]
+COMMON = ["--num-workers=0"]  # options of all commands that prepare
+CROP = ["--source=source", "--resolution=32x32", "--batch-size=2", "--dest=out"]
+ENCODE = ["--vae=vae", "--batch-size=2"]
 
 
 def _prepare_digits(root):
@@ -281,6 +323,13 @@ def _prepare_published(root):
     torch.save({"ema": model.state_dict()}, root / "published.pt")
 
 
+def _prepare_toy(root):
+    from stablevm.toy import visualization
+
+    visualization.FRAME_TIMES = visualization.FRAME_TIMES[:2]  # each takes a second
+    visualization.PATH_STEPS, visualization.SHOWN_STEPS = 4, 2
+
+
 TOY = ["--updates=4", "--eval-every=2", "--batch-size=8", "--references=16", "--components=3", "--dimension=3",
        "--eval-samples=20", "--variance-samples=10", "--variance-dimensions", "2", "5", "--output-dir=out",
        "-e", "cfm"]  # fmt: skip
@@ -290,19 +339,19 @@ CASES = {
     "train": Case(_prepare_training, lambda: _train(keep_best="loss", sampling_steps=3, loss_type="stablevm")),
     "train-judged": Case(_prepare_training, _train_judged),
     "generate": Case(_prepare_checkpoint, _generate),
-    "convert": Case(_prepare_images, lambda: cli.dataset_tools(["convert", *CROP])),
+    "convert": Case(_prepare_images, lambda: cli.dataset_tools(["convert", *CROP, *COMMON])),
     "encode": Case(
-        _prepare_images, lambda: cli.dataset_tools(["encode", "--source=repa/images", "--dest=out", *ENCODE])
+        _prepare_images, lambda: cli.dataset_tools(["encode", "--source=repa/images", "--dest=out", *ENCODE, *COMMON])
     ),
-    "convert-shards": Case(_prepare_images, lambda: cli.prepare(["convert", *CROP])),
+    "convert-shards": Case(_prepare_images, lambda: cli.prepare(["convert", *CROP, *COMMON])),
     "encode-shards": Case(
-        _prepare_images, lambda: cli.prepare(["encode", "--data-dir=out", *ENCODE]), "out", "converted"
+        _prepare_images, lambda: cli.prepare(["encode", "--data-dir=out", *ENCODE, *COMMON]), "out", "converted"
     ),
-    "pack": Case(_prepare_images, lambda: cli.prepare(["pack", "--source=repa", "--dest=out", "--num-workers=0"])),
+    "pack": Case(_prepare_images, lambda: cli.prepare(["pack", "--source=repa", "--dest=out", *COMMON])),
     "digits": Case(lambda root: None, lambda: cli.prepare(["digits", "out"])),
     "extractor": Case(_prepare_digits, lambda: cli.extractor(["--data-dir=digits", "--output-dir=out"])),
     "quickstart": Case(_prepare_digits, lambda: cli.quickstart(["--output-dir=out", "--steps=4"])),
-    "toy": Case(lambda root: None, lambda: cli.toy([*TOY, "--enable-visualization"])),
+    "toy": Case(_prepare_toy, lambda: cli.toy([*TOY, "--enable-visualization"])),
     "evaluate": Case(
         _prepare_evaluation,
         lambda: cli.evaluate(["samples.npz", "--reference=real.npz", "--output=out/r.json", "--report", *JUDGE]),
