@@ -4,7 +4,9 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
@@ -276,8 +278,13 @@ def _status(run: Callable[[], object], resumes: bool) -> int:
         tell(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
+        _take_no_more_interrupts()
         tell("interrupted; run the same command again to " + ("go on" if resumes else "begin anew"))
         return INTERRUPTED_STATUS
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > 128:  # a training that was told to stop
+            _take_no_more_interrupts()
+        raise
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write
         return UNREAD_STATUS
@@ -289,6 +296,12 @@ def _status(run: Callable[[], object], resumes: bool) -> int:
         tell(f"error: {error.strerror}: {name}{remedy}")
         return USER_ERROR_STATUS
     return status if isinstance(status, int) else 0
+
+
+def _take_no_more_interrupts() -> None:
+    """The command has ended: another Ctrl-C could only fall into Python's clearing up, which would show a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN not inherited by other programs
 
 
 def _given(arguments: Sequence[str] | None) -> list[str]:

@@ -2,6 +2,8 @@
 
 The killed runs have one, two or three processes, whatever the dice say, and all their processes are killed at once. The
 result is compared with that of a run that nobody disturbed: the same labels, no pixel more than one level apart.
+kill.py beside it kills at every file operation; here the number of processes changes from run to run, which moves the
+images between batches, so that results may differ in their last bits.
 """
 
 import argparse

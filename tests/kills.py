@@ -1,6 +1,8 @@
 """Kill a preparing command at random moments until it is done: python tests/kills.py SOURCE VAE FOLDER --kills 20
 
-Each step is first run through, then killed as often as asked, and the two results are compared byte by byte.
+Each step is first run through, then killed as often as asked, and the two results are compared byte by byte. kill.py
+beside it kills at every file operation of forked processes; this one at moments that the clock chooses, of commands as
+users start them, with images in any number: between operations, and while the program starts or ends.
 """
 
 import argparse

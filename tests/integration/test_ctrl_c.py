@@ -45,7 +45,7 @@ def interrupt(process, result, times):
     return [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "image/s" not in line]
 
 
-@pytest.mark.parametrize(("step", "times"), [("convert", 1), ("convert", 2), ("encode", 1)])
+@pytest.mark.parametrize(("step", "times"), [("convert", 1), ("convert", 2), ("encode", 1), ("encode", 2)])
 def test_one_line_and_no_traceback(step, times, made):
     dest = made / f"{step}-{times}"
     options = {"convert": ["--resolution=128x128"], "encode": ["--vae=vae"]}[step]
@@ -55,3 +55,23 @@ def test_one_line_and_no_traceback(step, times, made):
     assert [line for line in lines if "it/s" not in line and "s/image" not in line and "?" not in line] == [
         "interrupted; run the same command again to go on"
     ]
+
+
+ENDING = """
+import atexit, os, signal, sys
+from stablevm import cli
+
+def end(*arguments):
+    raise {how}
+
+cli._load = lambda target: end
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+sys.exit(cli.main(["data", "info", "."]))
+"""
+
+
+@pytest.mark.parametrize("how", ["KeyboardInterrupt", "SystemExit(130)"])
+def test_another_one_while_the_program_ends_shows_nothing(how):
+    ended = subprocess.run([sys.executable, "-c", ENDING.format(how=how)], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 130
+    assert ended.stderr.splitlines() == (["interrupted; run the same command again to go on"] if "Key" in how else [])
