@@ -34,7 +34,10 @@ MISTAKES = {
     "unknown model": ({"model": "SiT-Z/2"}, "--model SiT-Z/2: expected one of SiT-XL/2"),
     "no data": ({"data_dir": Path("nowhere")}, "--data-dir nowhere: no such folder"),
     "too few classes": ({"num_classes": 2}, "--num-classes 2: .* has 3 classes"),
-    "class without a sample": ({"num_classes": 5, "loss_type": "stablevm"}, r"no sample of 2 of 5 classes \(3, 4\).*; lower --num-classes"),
+    "class without a sample": (
+        {"num_classes": 5, "loss_type": "stablevm"},
+        r"no sample of 2 of 5 classes \(3, 4\).*; lower --num-classes",
+    ),
     "resolution": ({"resolution": 256}, "--resolution 256: .* holds images of 8"),
     "batch": ({"gradient_accumulation_steps": 3}, "--batch-size 8: not a multiple of 1 processes x 3"),
     "depth": ({**runs.ALIGNED, "encoder_depth": 9}, "--encoder-depth 9: SiT-XXS/2 has 2 blocks"),
