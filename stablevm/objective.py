@@ -83,6 +83,7 @@ class _Objective:
     """What all objectives have."""
 
     protocol: Protocol
+    bank: ClassBank | None = None  # of references, where the objective keeps one
     _has_drawn = False
 
     def __repr__(self) -> str:
@@ -100,6 +101,8 @@ class _Objective:
 
 class FlowMatching(_Objective):
     """Conditional flow matching (`si`): the target is made of the one sample that made x_t (Lipman et al., 2023)."""
+
+    bank: None = None
 
     def __init__(self, protocol: Protocol | None = None) -> None:
         self.protocol = protocol or Protocol()
@@ -193,6 +196,8 @@ class StableVM(_Objective):
     references_from: below this time the target is plain flow matching's, and nothing is weighed; unbiased for every
     value, as the time is drawn independently of all else (docs/theory.md).
     """
+
+    bank: ClassBank
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.encoders import Encoder
 from stablevm.networks.sit import SiT
-from stablevm.objective import StableVM
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.journal import Journal
@@ -26,7 +25,6 @@ from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 FILL_ROWS = 4096  # of the bank, at a time
 PHASE = "seconds/"  # begins the names of the journal's phases
 STEP_PER_FORWARD = 3  # a backward pass has twice the products of a forward pass
-WEIGHT_GRID = 1000  # times at which the share of samples that are encoded is looked at
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     engine = Engine(config, dataset, accelerator, [encoder.to(device) for encoder in encoders])
-    if isinstance(engine.objective, StableVM):
+    if engine.objective.bank is not None:
         fill(engine.objective.bank, dataset.labels())
     trackers = on_main(accelerator, lambda: Trackers(config.folder, config.trackers, config.to_dict()))
     journal = Journal(config, accelerator, trackers, engine.guard, step=0, total_steps=steps)
@@ -142,10 +140,9 @@ def operations_per_image(engine: Engine) -> float:
     with FlopCounterMode(display=False) as counter:
         network.to("meta")(latent, time, label, features=True)
     operations = STEP_PER_FORWARD * float(counter.get_total_flops())
-    if engine.alignment is None:
-        return operations
-    with FlopCounterMode(display=False) as counter:
-        for encoder in engine.alignment.encoders:
-            copy.deepcopy(encoder).to("meta")(image)
-    seen = (engine.alignment.schedule(torch.linspace(0, 1, WEIGHT_GRID)) != 0).float().mean()
-    return operations + float(seen) * counter.get_total_flops()
+    for term in engine.terms:
+        for encoder, seen in term.frozen():
+            with FlopCounterMode(display=False) as counter:
+                copy.deepcopy(encoder).to("meta")(image)
+            operations += seen * counter.get_total_flops()
+    return operations

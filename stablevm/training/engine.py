@@ -9,15 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from stablevm.alignment import AlignmentSchedule
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.data.workers import Calls
-from stablevm.interpolant import get_interpolant
 from stablevm.networks.encoders import Encoder
 from stablevm.networks.sit import SiT
 from stablevm.networks.snapshot import ModelCard
-from stablevm.objective import StableVM
 from stablevm.support import rng
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
@@ -29,10 +26,11 @@ from stablevm.training.config import TrainConfig
 from stablevm.training.ema import MovingAverage
 from stablevm.training.guard import Guard, GuardedAdamW
 from stablevm.training.initial import initial_weights
+from stablevm.training.objectives import make_objective
 from stablevm.training.progress import Progress
-from stablevm.training.setup import class_counts, class_names, make_objective, model_config
+from stablevm.training.setup import class_counts, class_names, make_terms, model_config
 from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
-from stablevm.training.step import Alignment, BatchDrawer, StepMetrics, StepRunner
+from stablevm.training.step import BatchDrawer, StepMetrics, StepRunner
 
 
 class Engine:
@@ -45,7 +43,8 @@ class Engine:
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.step = 0  # steps that are done
         self.progress = Progress()  # what the command that went so far left open
-        self.alignment = _alignment(config, encoders)
+        self.terms = make_terms(config, encoders)
+        self.with_images = any(term.needs_images for term in self.terms)
         self.card = _model_card(config, dataset, encoders)
         device = accelerator.device
         model = SiT(self.card.model, rng.generator(config.seed, "weights")).to(device)
@@ -65,7 +64,7 @@ class Engine:
         if accelerator.is_fsdp2:
             self.ema.model = fsdp2_prepare_model(accelerator, self.ema.model)  # in shards like the model
         self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
-        self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.alignment)
+        self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.terms)
         self.guard = Guard(accelerator, config.max_bad_steps)
 
     @property
@@ -79,7 +78,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         draw = self.drawer.draw(batch, self.step)
-        images = self.drawer.images(batch, draw) if self.alignment else None
+        images = self.drawer.images(batch, draw) if self.with_images else None
         clock.end("draw")
         metrics = self.runner.run(draw, images, clock)
         norm = metrics.means["grad_norm"]
@@ -100,9 +99,9 @@ class Engine:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
-            with_images=self.alignment is not None,
+            with_images=self.with_images,
             image_rows=self._anchor_plan(num_steps),
-            finite=isinstance(self.objective, StableVM),
+            finite=self.objective.bank is not None,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
@@ -125,7 +124,7 @@ class Engine:
         load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
         load_model_tensors(self.model, state.model)
         load_model_tensors(self.ema.model, state.ema)
-        if isinstance(self.objective, StableVM) and not self.config.bank_is_fixed:
+        if self.objective.bank is not None and not self.config.bank_is_fixed:
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -183,15 +182,15 @@ class Engine:
 
     def _anchor_plan(self, num_steps: int) -> AnchorPlan | None:
         """Whose images the loader reads, where the anchors that they belong to are not the fresh samples."""
-        if self.alignment is None or not isinstance(self.objective, StableVM) or self.objective.anchors == "batch":
+        if not self.with_images or self.objective.bank is None or self.objective.anchors == "batch":
             return None
         bank, positions = self.objective.bank, self.drawer.positions
         return AnchorPlan(bank, self.dataset, self.config, positions, start_step=self.step, num_steps=num_steps)
 
     def _bank_state(self) -> dict[str, Tensor]:
         """Empty without a bank, and for one that follows from the data and the seed alone."""
-        changes = isinstance(self.objective, StableVM) and not self.config.bank_is_fixed
-        return self.objective.bank.state_dict() if changes else {}  # type: ignore[union-attr]
+        bank = self.objective.bank
+        return {} if bank is None or self.config.bank_is_fixed else bank.state_dict()
 
 
 Kinds = dict[str, tuple[torch.Size, torch.dtype]]  # of tensors by their names
@@ -223,17 +222,4 @@ def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequenc
         step=0,
         class_counts=class_counts(config, dataset),
         label_dropout=config.cfg_prob,
-    )
-
-
-def _alignment(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignment | None:
-    if not config.use_proj_loss:
-        return None
-    return Alignment(
-        encoders=list(encoders),
-        schedule=AlignmentSchedule(
-            config.proj_weight_schedule, get_interpolant(config.path_type), config.proj_tau, config.proj_k
-        ),
-        coefficient=config.proj_coeff,
-        irepa_gamma=config.irepa_gamma if config.use_irepa else None,
     )

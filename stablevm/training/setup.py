@@ -1,11 +1,9 @@
 """From the options to the things that training works with; every mismatch between them is an error here."""
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,16 +12,15 @@ from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
-from stablevm.interpolant import get_interpolant
 from stablevm.networks.encoders import Encoder, load_encoder
 from stablevm.networks.sit_config import SiTConfig, sit_config
-from stablevm.objective import FlowMatching, Protocol, StableVM
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
+from stablevm.training.alignment_term import alignment_term
 from stablevm.training.config import TrainConfig
-
-GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take: activations need the rest
+from stablevm.training.objectives import GPU_SHARE, gigabytes
+from stablevm.training.terms import Term
 
 
 def open_data(config: TrainConfig) -> PreparedDataset:
@@ -96,53 +93,14 @@ def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dty
     ]
 
 
-def make_objective(
-    config: TrainConfig, model: SiTConfig, dataset: PreparedDataset, device: torch.device
-) -> FlowMatching | StableVM:
-    """The objective, with an empty bank where it needs one."""
-    protocol = Protocol(
-        path=get_interpolant(config.path_type),
-        prediction=config.prediction,
-        weighting=config.weighting,
-        label_dropout=config.cfg_prob,
-        null_class=model.null_class,
-    )
-    if config.loss_type == "si":
-        return FlowMatching(protocol)
-    shares = torch.bincount(dataset.labels(), minlength=model.num_classes)
-    bank = make_bank(config, shares, dataset.latent.shape, device)
-    return StableVM(
-        bank,
-        protocol,
-        anchors=config.bank_anchors,
-        class_shares=shares,
-        references_from=config.references_from,
-    )
+# Terms of the loss beside the velocity's: from the options and their encoders to the term, or None without it.
+TERMS: tuple[Callable[[TrainConfig, Sequence[Encoder]], Term | None], ...] = (alignment_term,)
 
 
-def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], device: torch.device) -> ClassBank:
-    """An empty bank for data of `counts` (classes,) latents of `shape`, in the GPU's memory where that is wanted.
-
-    One that is to hold all the data goes to the host's where it does not fit beside the network. UserError with the
-    numbers where it does not fit there either.
-    """
-    home = device if config.bank_on_gpu else torch.device("cpu")
-    if config.bank_capacity_per_class != "all":
-        return ClassBank(len(counts), config.bank_capacity_per_class, shape, device=home)
-    slot = torch.float32.itemsize * math.prod(shape)
-    needed = len(counts) * int(counts.max()) * slot
-    if home.type == "cuda" and needed > GPU_SHARE * torch.cuda.mem_get_info(home)[0]:
-        home = torch.device("cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as torchrun and accelerate count
-    available = psutil.virtual_memory().available
-    if home.type == "cpu" and needed * here > available:
-        fits = available // (len(counts) * slot * here)
-        raise UserError(
-            f"--bank-capacity-per-class all: {len(counts):,} classes of up to {int(counts.max()):,} latents take "
-            f"{_gigabytes(needed)} in each of {here} processes, this machine has {_gigabytes(available)} free; "
-            + (f"give {fits} or less" if fits else "give --loss-type si")
-        )
-    return ClassBank(len(counts), int(counts.max()), shape, device=home)
+def make_terms(config: TrainConfig, encoders: Sequence[Encoder]) -> list[Term]:
+    """The terms that the options ask for."""
+    found = (make(config, encoders) for make in TERMS)
+    return [term for term in found if term is not None]
 
 
 def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:
@@ -177,16 +135,12 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
 
 
 def _cost(bank: ClassBank, rows: int, config: TrainConfig) -> str:
-    size = _gigabytes(bank.num_classes * bank.capacity * math.prod(bank.shape) * torch.float32.itemsize)
+    size = gigabytes(bank.num_classes * bank.capacity * math.prod(bank.shape) * torch.float32.itemsize)
     place = "the GPU's memory" if bank.device.type == "cuda" else "the host's memory"
     if config.bank_on_gpu and bank.device.type == "cpu" and torch.cuda.is_available():
         place += f", as it would take more than {GPU_SHARE:.0%} of what is free on the GPU"
     slots = f"{bank.num_classes:,} classes x {bank.capacity:,} slots"
     return f"bank: all {rows:,} latents, {slots}, {size} in each process, in {place}"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
 
 
 def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:

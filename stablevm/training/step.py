@@ -1,6 +1,6 @@
 """One optimiser step: from a batch of the loader to updated weights and a few numbers that stay on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -9,40 +9,17 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
-from stablevm.networks.encoders import Encoder
-from stablevm.objective import Draw, FlowMatching, StableVM, squared_error
+from stablevm.objective import Draw, squared_error
 from stablevm.support import rng
-from stablevm.support.errors import UserError
 from stablevm.training.anchors import objective_streams
 from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import GuardedAdamW, spread
+from stablevm.training.objectives import Objective
 from stablevm.training.state import whole
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """What VA-REPA adds to a step."""
-
-    encoders: list[Encoder]
-    schedule: AlignmentSchedule
-    coefficient: float
-    irepa_gamma: float | None  # None without iREPA
-
-    def __post_init__(self) -> None:
-        if self.irepa_gamma is not None and any(encoder.grid_size == 1 for encoder in self.encoders):
-            raise UserError(
-                "--use-irepa: the network has one token per image, and iREPA normalises features over tokens; "
-                "choose a --model of smaller patches or leave it out"
-            )
-
-    def features(self, encoder: Encoder, images: Tensor) -> Tensor:
-        """Tokens (B, T, D) that the projector of this encoder aims at."""
-        tokens = encoder(images)
-        return tokens if self.irepa_gamma is None else normalize_over_space(tokens, self.irepa_gamma)
+from stablevm.training.terms import Output, Share, Term
 
 
 @dataclass(frozen=True)
@@ -55,36 +32,6 @@ class StepMetrics:
     effective_sample_size: Tensor  # (B,)
 
 
-@dataclass(frozen=True)
-class _Aim:
-    """What the tokens of one micro-batch are aligned with."""
-
-    rows: Tensor  # of the n samples whose weight is not 0; encoders see no other
-    weights: Tensor  # (n,)
-    total: Tensor  # sum of the weights over all micro-batches and processes
-    features: list[Tensor]  # (n, T, D) for each encoder
-
-    @classmethod
-    def at(cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment) -> "_Aim":
-        """images (b, 3, H, W) on the device; weights (b,) on the host, so that nobody waits to learn which are 0."""
-        active = weights.nonzero().squeeze(1)
-        rows = rng.to_device(active, images.device)
-        seen = images[rows]
-        return cls(
-            rows=rows,
-            weights=rng.to_device(weights[active], images.device),
-            total=total,
-            features=[alignment.features(encoder, seen) for encoder in alignment.encoders] if len(active) else [],
-        )
-
-    def loss(self, projected: list[Tensor]) -> Tensor:
-        """The alignment term of the projected tokens (b, T, D) of each encoder, averaged over encoders."""
-        actives = [tokens[self.rows] for tokens in projected]
-        features = self.features or [active.detach() for active in actives]  # no row: a 0 attached to the graph
-        losses = [alignment_loss(*pair) for pair in zip(actives, features, strict=True)]
-        return torch.stack([weighted_alignment(loss, self.weights, self.total) for loss in losses]).mean()
-
-
 class BatchDrawer:
     """Turns a loader's batch into a draw of the objective, the same whatever the number of processes.
 
@@ -94,7 +41,7 @@ class BatchDrawer:
 
     def __init__(
         self,
-        objective: FlowMatching | StableVM,
+        objective: Objective,
         dataset: PreparedDataset,
         accelerator: Accelerator,
         config: TrainConfig,
@@ -112,7 +59,7 @@ class BatchDrawer:
         labels, ids = rng.to_device(batch.labels, device), rng.to_device(batch.rows, device)
         noise = rng.randn((len(labels), *self.dataset.latent.shape), posterior_streams, device)
         latents = self.dataset.latent.from_moments(moments, noise)
-        if isinstance(self.objective, FlowMatching):
+        if self.objective.bank is None:
             return self.objective.draw(latents, labels, streams, ids=ids)
         home = self.objective.bank.device
         if self.config.bank_is_fixed:
@@ -152,25 +99,29 @@ class StepRunner:
         optimizer: AcceleratedOptimizer,
         accelerator: Accelerator,
         config: TrainConfig,
-        alignment: Alignment | None,
+        terms: Sequence[Term],
     ) -> None:
         """model, optimizer: as `accelerator` prepared them, the latter a `GuardedAdamW`."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.adamw: GuardedAdamW = optimizer.optimizer
-        self.config, self.alignment = config, alignment
+        self.config, self.terms = config, terms
 
     def run(self, draw: Draw, images: Tensor | None, clock: PhaseClock) -> StepMetrics:
         """Update the model, unless the gradient's norm is not finite, on any process.
 
-        images: of the draw's anchors, where something is aligned; clock: told of the phases.
+        images: of the draw's anchors, where a term needs them; clock: told of the phases.
         """
         sums: dict[str, Tensor] = {}
         errors: list[Tensor] = []
-        for number, (span, aim) in enumerate(self._parts(draw, images), start=1):
-            if aim is not None:
+        begun = [term.begin(draw, images, self._total) for term in self.terms]
+        parts = torch.arange(len(draw.t)).chunk(self.config.accumulation_steps)
+        for number, rows in enumerate(parts, start=1):
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            shares = [begin(span) for begin in begun]
+            if shares:
                 clock.end("encoder")
             with self._maybe_no_sync(synchronise=number == self.config.accumulation_steps):
-                losses, error = self._losses(draw, aim, span)
+                losses, error = self._losses(draw, span, shares)
                 clock.end("forward")
                 self.accelerator.backward(spread(losses["loss"]))
                 clock.end("backward")
@@ -184,39 +135,31 @@ class StepRunner:
         clock.end("optimizer")
         return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
 
-    def _parts(self, draw: Draw, images: Tensor | None) -> Iterator[tuple[slice, _Aim | None]]:
-        """The micro-batches, each with what its tokens are aligned with, encoded when its turn comes."""
-        alignment = self.alignment
-        if alignment is not None:  # weights are functions of t, whose zeros are looked for on the host
-            weights = alignment.schedule(draw.host_t)
-            total = self.accelerator.reduce(rng.to_device(weights.sum(), draw.t.device), reduction="sum")
-        for rows in torch.arange(len(draw.t)).chunk(self.config.accumulation_steps):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
-            if alignment is None:
-                yield span, None
-            else:
-                assert images is not None and isinstance(total, Tensor)
-                yield span, _Aim.at(images[span], weights[span], total, alignment)
-
-    def _losses(self, draw: Draw, aim: _Aim | None, span: slice) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(self, draw: Draw, span: slice, shares: Sequence[Share]) -> tuple[dict[str, Tensor], Tensor]:
         """This micro-batch's part of each loss, and the velocity's error of each sample (b,).
 
         Over micro-batches the parts add up, over processes they average.
         """
-        inputs = draw.x_t[span], draw.t[span], draw.labels[span]
+        output = self._forward(draw.x_t[span], draw.t[span], draw.labels[span])
+        error = squared_error(output.prediction, draw.target[span])
+        loss = velocity = error.mean() * (len(error) / len(draw.t))
+        values = {}
+        for term, share in zip(self.terms, shares, strict=True):
+            values[term.name] = share(output) * self.accelerator.num_processes
+            loss = loss + term.coefficient * values[term.name]
+        return {"loss": loss, "velocity_loss": velocity, **values}, error
+
+    def _forward(self, *inputs: Tensor) -> Output:
         with self.accelerator.autocast():
-            if aim is None:
-                prediction = self.model(*inputs)
-            else:
-                prediction, projected = self.model(*inputs, features=True)
-        error = squared_error(prediction, draw.target[span])
-        velocity = error.mean() * (len(error) / len(draw.t))
-        if aim is None:
-            return {"loss": velocity, "velocity_loss": velocity}, error
-        assert self.alignment is not None
-        aligned = aim.loss(projected) * self.accelerator.num_processes
-        loss = velocity + self.alignment.coefficient * aligned
-        return {"loss": loss, "velocity_loss": velocity, "alignment_loss": aligned}, error
+            if any(term.needs_tokens for term in self.terms):
+                return Output(*self.model(*inputs, features=True))
+            return Output(self.model(*inputs), [])
+
+    def _total(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        found = self.accelerator.reduce(value, reduction="sum")
+        assert isinstance(found, Tensor)
+        return found
 
     def _maybe_no_sync(self, synchronise: bool) -> AbstractContextManager[None]:
         """Gradients of all but the last micro-batch stay on their process."""

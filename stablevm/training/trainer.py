@@ -9,7 +9,6 @@ from tqdm import tqdm
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
 from stablevm.networks.encoders import Encoder
-from stablevm.objective import StableVM
 from stablevm.sampling.protocol import decoding_notes
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary, write_json
@@ -66,8 +65,8 @@ def _train(config: TrainConfig) -> int:
     trainer = Trainer(config, dataset, accelerator)
     if start:
         _restore(trainer.engine, config, start, show=accelerator.is_main_process)
-        if isinstance(trainer.engine.objective, StableVM):
-            check_bank(config, dataset, trainer.engine.objective.bank)
+        if (bank := trainer.engine.objective.bank) is not None:
+            check_bank(config, dataset, bank)
     elif config.init_from is not None:
         for line in trainer.engine.start_from(config.init_from):
             trainer.say(line)
@@ -108,8 +107,9 @@ class Trainer:
         """Train to the end, or to an interruption; returns the number of finished steps."""
         engine = self.engine
         done = engine.step >= self.total_steps
-        if not done and isinstance(engine.objective, StableVM) and (not engine.step or self.config.bank_is_fixed):
-            prefill(engine.objective.bank, self.dataset, self.config, show=self.accelerator.is_main_process)
+        bank = engine.objective.bank
+        if not done and bank is not None and (not engine.step or self.config.bank_is_fixed):
+            prefill(bank, self.dataset, self.config, show=self.accelerator.is_main_process)
         owed = told_by_main(self.accelerator, self._tidy)
         if done and not owed:
             self.say(f"{self.config.folder}: already at step {engine.step} of {self.total_steps}")

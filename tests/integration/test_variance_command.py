@@ -13,7 +13,8 @@ from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
 from stablevm.networks.autoencoder import LatentSpec
-from stablevm.training.setup import make_objective, model_config, prefill
+from stablevm.training.objectives import make_objective
+from stablevm.training.setup import model_config, prefill
 
 
 @pytest.fixture(scope="module")
