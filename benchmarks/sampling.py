@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stablevm.networks import snapshot
 from stablevm.networks.autoencoder import IDENTITY, LatentSpec
+from stablevm.networks.registry import build_network
 from stablevm.networks.sit import SiT
 from stablevm.networks.sit_config import sit_config
 from stablevm.networks.snapshot import ModelCard
@@ -76,7 +77,7 @@ def save_random(folder: Path, workload: Workload) -> Path:
     model = sit_config(workload.model, input_size=workload.side, in_channels=workload.channels, num_classes=10)
     latent = LatentSpec((workload.channels, workload.side, workload.side), 1.0, 0.0, IDENTITY)
     card = ModelCard(model, latent, "linear", "v", tuple(map(str, range(10))), step=0)
-    snapshot.save(folder, card, {"ema": SiT(model).state_dict()})
+    snapshot.save(folder, card, {"ema": build_network(model).state_dict()})
     return folder
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from stablevm.data.loader import TrainingBatch
 from stablevm.data.opening import open_dataset
-from stablevm.networks.sit import SiT
+from stablevm.networks.registry import build_network
 from stablevm.profiling.machine import describe_machine, synchronize
 from stablevm.profiling.random_data import RandomDataset
 from stablevm.support import rng
@@ -54,7 +54,9 @@ class Plain:
 
     def __init__(self, engine: Engine, config: TrainConfig) -> None:
         self.drawer, self.decay = engine.drawer, config.ema_decay
-        self.model = SiT(engine.card.model, rng.generator(config.seed, "weights")).to(engine.accelerator.device)
+        self.model = build_network(engine.card.model, rng.generator(config.seed, "weights")).to(
+            engine.accelerator.device
+        )
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
 

@@ -3,7 +3,7 @@
 import torch
 
 from stablevm.networks.autoencoder import IDENTITY, LatentSpec
-from stablevm.networks.sit import SiT
+from stablevm.networks.registry import build_network
 from stablevm.networks.sit_config import sit_config
 from stablevm.networks.snapshot import ModelCard, save
 
@@ -19,7 +19,7 @@ def tiny_card(num_classes=4, prediction="v", path_type="linear", label_dropout=N
 def random_weights(card, seed):
     """Weights with no layer left at zero, so that the output depends on every input."""
     stream = torch.Generator().manual_seed(seed)
-    state = SiT(card.model).state_dict()
+    state = build_network(card.model).state_dict()
     return {name: value + 0.1 * torch.randn(value.shape, generator=stream) for name, value in state.items()}
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablevm.networks.sit import SiT, time_frequencies
+from stablevm.networks.registry import build_network
+from stablevm.networks.sit import time_frequencies
 from stablevm.networks.sit_config import SIZES, SiTConfig, sit_config
 from stablevm.support.errors import UserError
 
-LABEL_TABLE = "y_embedder.embedding_table.weight"
+LABEL_TABLE = SiTConfig.label_table
 NAMES_SHOWN = 6  # in the message about tensors that don't fit
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.")
 
@@ -143,7 +144,7 @@ def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_fits(state: dict[str, Tensor], config: SiTConfig) -> None:
     """UserError listing tensors that the network of `config` lacks, needs, or has in another shape."""
     with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in SiT(config).state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     faults = {
         "unknown": sorted(found.keys() - expected.keys()),

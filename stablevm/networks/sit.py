@@ -12,6 +12,7 @@ from timm.layers import GELUTanh
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from stablevm.networks.backbone import Backbone
 from stablevm.networks.initialisation import materialize, normal, xavier_uniform
 from stablevm.networks.projectors import build_projector
 from stablevm.networks.sit_config import SiTConfig
@@ -24,8 +25,10 @@ EMBEDDING_STD = 0.02  # of label rows and of the time embedder's weights at the 
 _LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)  # as in DiT: adaLN supplies the affine part
 
 
-class SiT(nn.Module):
+class SiT(Backbone):
     """Predicts a velocity (or whatever the loss asks for) from a noisy latent, its time and its label."""
+
+    config: SiTConfig
 
     def __init__(self, config: SiTConfig, generator: torch.Generator | None = None) -> None:
         """Build the network on the default device.

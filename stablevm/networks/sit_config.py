@@ -1,8 +1,9 @@
 """What defines a SiT network, and the table of named sizes. Free of torch, so that `--help` stays quick."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from stablevm.networks.network_config import LARGEST_WIDTH, NetworkConfig, check_within
 from stablevm.support.errors import UserError
 
 
@@ -37,47 +38,22 @@ MODEL_NAMES = tuple(f"{size}/{patch}" for size in SIZES for patch in PATCH_SIZES
 
 
 # Far above any network of this kind: a file that says more is damaged, or made to occupy the machine.
-_LARGEST = {
-    "input_size": 4096,
-    "in_channels": 4096,
-    "patch_size": 4096,
-    "depth": 512,
-    "hidden_size": 65_536,
-    "num_heads": 1024,
-    "num_classes": 10_000_000,
-    "encoder_depth": 512,
-    "projector_hidden": 262_144,
-}
-_MOST_PROJECTORS = 64
-PROJECTOR_KINDS = ("mlp", "conv")  # REPA's and iREPA's
+_LARGEST = {"patch_size": 4096, "hidden_size": LARGEST_WIDTH, "num_heads": 1024}
 _LARGEST_POSITIONS = 2**28  # values of the table of positions
 
 
-@dataclass(frozen=True)
-class SiTConfig:
-    """Everything that the network's shape and arithmetic depend on; saved in each checkpoint."""
+@dataclass(frozen=True, kw_only=True)
+class SiTConfig(NetworkConfig):
+    """A SiT network."""
 
-    name: str
-    input_size: int  # side of the latent, in latent pixels
-    in_channels: int
+    kind: ClassVar[str] = "sit"
+    label_table: ClassVar[str] = "y_embedder.embedding_table.weight"
+
     patch_size: int
-    depth: int
     hidden_size: int
     num_heads: int
-    num_classes: int  # without the null class
     mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    fused_attn: bool = True
     time_scale: float = 1.0
-    encoder_depth: int = 8  # 1-based block whose tokens the projectors read
-    projector_dims: tuple[int, ...] = ()  # feature widths of the frozen encoders, one projector each
-    projector_kind: str = "mlp"  # "mlp" (REPA) or "conv" (iREPA)
-    projector_hidden: int = 2048
-
-    @property
-    def null_class(self) -> int:
-        """The label that stands for "no label": the row after the last class in the label table."""
-        return self.num_classes
 
     @property
     def grid_size(self) -> int:
@@ -86,15 +62,9 @@ class SiTConfig:
 
     def __post_init__(self) -> None:
         """UserError for a network that can't be, or that nobody has: building it would take the machine down."""
+        super().__post_init__()
         for name, largest in _LARGEST.items():
-            if not 1 <= getattr(self, name) <= largest:
-                raise UserError(f"{name} {getattr(self, name)}, expected 1 to {largest:,}")
-        widths = self.projector_dims
-        if len(widths) > _MOST_PROJECTORS or not all(1 <= width <= _LARGEST["hidden_size"] for width in widths):
-            raise UserError(
-                f"projector_dims {list(widths[:4])}, expected at most {_MOST_PROJECTORS} of 1 to "
-                f"{_LARGEST['hidden_size']:,}"
-            )
+            check_within(self, name, largest)
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(
                 f"hidden_size {self.hidden_size}, expected a multiple of 4 and of num_heads {self.num_heads}"
@@ -108,11 +78,6 @@ class SiTConfig:
             raise UserError(
                 f"mlp_ratio {self.mlp_ratio}, time_scale {self.time_scale}: expected positive, small numbers"
             )
-        if self.projector_kind not in PROJECTOR_KINDS:
-            raise UserError(f"projector_kind {self.projector_kind}, expected one of {', '.join(PROJECTOR_KINDS)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any) -> SiTConfig:

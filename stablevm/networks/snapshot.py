@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stablevm.networks.autoencoder import LatentSpec
-from stablevm.networks.sit import SiT
-from stablevm.networks.sit_config import SiTConfig
-from stablevm.support.cards import read_card
+from stablevm.networks.backbone import Backbone
+from stablevm.networks.network_config import NetworkConfig
+from stablevm.networks.registry import DEFAULT_KIND, build_network, config_classes
+from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
 from stablevm.support.tensor_files import save_tensors
@@ -28,7 +29,7 @@ Weights = Literal["ema", "model"]
 class ModelCard:
     """The facts that a network's weights are useless without."""
 
-    model: SiTConfig
+    model: Annotated[NetworkConfig, ByKind(config_classes, DEFAULT_KIND)]
     latent: LatentSpec
     path_type: str
     prediction: Literal["v", "x"]
@@ -132,13 +133,13 @@ def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
 
 def load_model(
     folder: str | Path, card: ModelCard, *, weights: Weights = "ema", device: torch.device | str = "cpu"
-) -> SiT:
+) -> Backbone:
     """The network of `card` with the weights in `folder`: evaluation mode, float32, without gradients.
 
     UserError when the weights are absent, damaged, or those of another network.
     """
     with torch.device("meta"):  # first values would be thrown away
-        model = SiT(card.model)
+        model = build_network(card.model)
     try:
         model.load_state_dict(load_weights(folder, weights), assign=True)
     except RuntimeError:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.encoders import Encoder
-from stablevm.networks.sit import SiT
+from stablevm.networks.registry import build_network
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.journal import Journal
@@ -133,7 +133,7 @@ def operations_per_image(engine: Engine) -> float:
     """
     model, data = engine.card.model, engine.dataset
     with torch.device("meta"):
-        network = SiT(model)
+        network = build_network(model)
         latent = torch.empty(1, model.in_channels, model.input_size, model.input_size)
         time, label = torch.empty(1), torch.empty(1, dtype=torch.int64)
         image = torch.empty(1, 3, data.resolution, data.resolution, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
-from stablevm.networks.sit import SiT
+from stablevm.networks.backbone import Backbone
 from stablevm.networks.snapshot import ModelCard, load_model
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import draw_latents
@@ -25,7 +25,7 @@ class ImageSampler:
 
     config: GenerateConfig
     card: ModelCard
-    model: SiT
+    model: Backbone
     autoencoder: Autoencoder
     device: torch.device
 

@@ -6,8 +6,8 @@ declares, or one line that names the file, the field, what stands there and what
 
 import math
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -26,6 +26,28 @@ _NAMES: dict[Any, str] = {
 }
 
 T = TypeVar("T")
+KIND = "kind"  # the field of an object that says which dataclass it is
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """In an annotation `Annotated[Base, ByKind(classes, default)]`: the object's `kind` names its dataclass.
+
+    default: the kind of objects that name none, as files of older versions.
+    """
+
+    classes: Callable[[], Mapping[str, type]]
+    default: str
+
+    def convert(self, value: Any, where: str) -> Any:
+        """The object as the dataclass that it names."""
+        classes = self.classes()
+        kind = value.get(KIND, self.default) if isinstance(value, dict) else self.default
+        if not isinstance(kind, str) or kind not in classes:
+            raise _MismatchError(_inside(where, KIND), f"{shown(kind)}, expected one of {', '.join(classes)}")
+        if isinstance(value, dict):
+            value = {name: each for name, each in value.items() if name != KIND}
+        return _convert(classes[kind], value, where)
 
 
 class _MismatchError(Exception):
@@ -109,6 +131,9 @@ def _check_finite(value: Any, where: str) -> None:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if origin is Annotated:
+        for note in get_args(hint)[1:]:
+            if isinstance(note, ByKind):
+                return note.convert(value, where)
         return _convert(get_args(hint)[0], value, where)
     if hint is Any or hint is object:
         return value

@@ -13,7 +13,7 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.data.workers import Calls
 from stablevm.networks.encoders import Encoder
-from stablevm.networks.sit import SiT
+from stablevm.networks.registry import build_network
 from stablevm.networks.snapshot import ModelCard
 from stablevm.support import rng
 from stablevm.support.compiler import check_compiler
@@ -47,7 +47,7 @@ class Engine:
         self.with_images = any(term.needs_images for term in self.terms)
         self.card = _model_card(config, dataset, encoders)
         device = accelerator.device
-        model = SiT(self.card.model, rng.generator(config.seed, "weights")).to(device)
+        model = build_network(self.card.model, rng.generator(config.seed, "weights")).to(device)
         self.ema = MovingAverage(model, config.ema_decay)
         if config.compile:
             check_compiler(device)
@@ -110,7 +110,7 @@ class Engine:
 
         UserError where they do not fit.
         """
-        own = SiT(self.card.model, rng.generator(self.config.seed, "weights")).state_dict()
+        own = build_network(self.card.model, rng.generator(self.config.seed, "weights")).state_dict()
         weights, lines = initial_weights(folder, self.config.init_weights, self.card, own)
         load_model_tensors(self.model, weights)
         load_model_tensors(self.ema.model, weights)
@@ -173,7 +173,7 @@ class Engine:
         if not self.accelerator.is_fsdp2:
             return self.ema.model
         with torch.device("meta"):
-            model = SiT(self.card.model)
+            model = build_network(self.card.model)
         tensors = model_tensors(self.ema.model)
         if self.accelerator.is_main_process:
             model.load_state_dict(tensors, assign=True)

@@ -1,22 +1,17 @@
 """Weights to begin with: those of another checkpoint, as far as they fit (fine-tuning)."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from stablevm.networks.network_config import PROJECTOR_FACTS
 from stablevm.networks.snapshot import ModelCard, Weights, load_card, load_weights
 from stablevm.support.errors import UserError
 
 NAMES_SHOWN = 8  # classes in the line about them
-LABEL_TABLE = "y_embedder.embedding_table.weight"
-# Fields of the network and of its latents that decide what each weight means.
-NETWORK_FACTS = (
-    "input_size", "in_channels", "patch_size", "depth", "hidden_size", "num_heads", "mlp_ratio", "qk_norm",
-    "time_scale",
-)  # fmt: skip
 LATENT_FACTS = ("shape", "scale", "shift")
 RUN_FACTS = ("path_type", "prediction")
-PROJECTOR_FACTS = ("projector_dims", "projector_kind", "projector_hidden", "encoder_depth")
 
 
 def initial_weights(
@@ -37,7 +32,8 @@ def initial_weights(
     if not theirs.latent.has_autoencoder_of(card.latent):
         lines.append(f"its autoencoder was {theirs.latent.autoencoder}, this run's is {card.latent.autoencoder}")
     if _names(theirs) != _names(card):
-        start[LABEL_TABLE], line = _label_rows(theirs, card, found[LABEL_TABLE], fresh[LABEL_TABLE])
+        table = card.model.label_table
+        start[table], line = _label_rows(theirs, card, found[table], fresh[table])
         lines.append(line)
     if card.model.projector_dims and any(
         getattr(theirs.model, fact) != getattr(card.model, fact) for fact in PROJECTOR_FACTS
@@ -90,15 +86,18 @@ def _listed(card: ModelCard, labels: list[int]) -> str:
 
 
 def _check_same(folder: Path, theirs: ModelCard, ours: ModelCard) -> None:
-    for facts, one, other in (
-        (NETWORK_FACTS, theirs.model, ours.model),
-        (LATENT_FACTS, theirs.latent, ours.latent),
-        (RUN_FACTS, theirs, ours),
+    _check_equal(folder, theirs.model.weight_facts(), ours.model.weight_facts())
+    for facts, one, other, of in (
+        (LATENT_FACTS, theirs.latent, ours.latent, "latent's "),
+        (RUN_FACTS, theirs, ours, ""),
     ):
-        for fact in facts:
-            if getattr(one, fact) != getattr(other, fact):
-                what = f"latent's {fact}" if facts is LATENT_FACTS else fact.replace("_", " ")
-                raise UserError(
-                    f"--init-from {folder}: its {what} is {getattr(one, fact)}, this run's is {getattr(other, fact)}; "
-                    "give the model, data and options of that checkpoint"
-                )
+        _check_equal(folder, *({of + fact: getattr(card, fact) for fact in facts} for card in (one, other)))
+
+
+def _check_equal(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for fact, value in ours.items():
+        if theirs[fact] != value:
+            raise UserError(
+                f"--init-from {folder}: its {fact.replace('_', ' ')} is {theirs[fact]}, this run's is {value}; "
+                "give the model, data and options of that checkpoint"
+            )

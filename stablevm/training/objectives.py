@@ -14,7 +14,7 @@ from stablevm import objective
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.interpolant import get_interpolant
-from stablevm.networks.sit_config import SiTConfig
+from stablevm.networks.network_config import NetworkConfig
 from stablevm.objective import Anchors, Draw, FlowMatching, StableVM
 from stablevm.support.errors import UserError
 from stablevm.support.rng import AnyGenerator
@@ -71,7 +71,9 @@ class Given:
     device: torch.device
 
 
-def make_objective(config: TrainConfig, model: SiTConfig, dataset: PreparedDataset, device: torch.device) -> Objective:
+def make_objective(
+    config: TrainConfig, model: NetworkConfig, dataset: PreparedDataset, device: torch.device
+) -> Objective:
     """The objective that the options name, with an empty bank where it needs one."""
     protocol = objective.Protocol(
         path=get_interpolant(config.path_type),

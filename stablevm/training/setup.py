@@ -13,7 +13,8 @@ from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.networks.encoders import Encoder, load_encoder
-from stablevm.networks.sit_config import SiTConfig, sit_config
+from stablevm.networks.network_config import NetworkConfig
+from stablevm.networks.registry import network_config
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
@@ -62,12 +63,12 @@ def empty_classes_warning(config: TrainConfig, dataset: PreparedDataset) -> list
     ]
 
 
-def model_config(config: TrainConfig, dataset: PreparedDataset) -> SiTConfig:
+def model_config(config: TrainConfig, dataset: PreparedDataset) -> NetworkConfig:
     """The network without projectors: their widths are the encoders'. UserError where no block is left to align."""
     channels, height, width = dataset.latent.shape
     if height != width:
         raise UserError(f"--data-dir {config.data_dir}: its latents are {height} x {width}, the network takes squares")
-    model = sit_config(
+    model = network_config(
         config.model,
         input_size=height,
         in_channels=channels,

@@ -12,10 +12,12 @@ from data_sets import one_line
 from safetensors.torch import load_file
 
 from stablevm import cli
+from stablevm.networks.sit_config import SiTConfig
 from stablevm.networks.snapshot import save
 from stablevm.support.errors import UserError
-from stablevm.training.initial import LABEL_TABLE, initial_weights
+from stablevm.training.initial import initial_weights
 
+LABEL_TABLE = SiTConfig.label_table
 TWO_CLASSES = (torch.arange(20) % 2, ("left", "right"))
 
 

@@ -1,7 +1,7 @@
 """JSON of strangers into dataclasses: the declared types or one line that names file and field."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,4 +136,4 @@ def test_names_that_are_no_utf8_survive_in_a_file_that_is(tmp_path):
 def test_a_network_that_nobody_has_is_refused_before_it_is_built(field_name, value):
     config = sit_config("SiT-XXS/4", input_size=8, in_channels=1, num_classes=4)
     with pytest.raises(UserError, match=f"here: .*{field_name}.* expected"):
-        card_of(type(config), {**config.to_dict(), field_name: value}, "here")
+        card_of(type(config), {**asdict(config), field_name: value}, "here")

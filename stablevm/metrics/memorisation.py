@@ -1,0 +1,19 @@
+"""Memorisation: how many samples are as near to a reference image as copies are."""
+
+from typing import Any
+
+from stablevm.metrics.metric import FeatureSets, Metric
+
+
+def _memorisation(sets: FeatureSets) -> dict[str, Any]:
+    return {} if sets.neighbourhood is None else {"memorisation": sets.neighbourhood.memorisation}
+
+
+MEMORISATION = Metric(
+    "memorisation",
+    "memorisation",
+    "share of samples nearer to a reference image than 99 of 100 of those are to another; 0.01 for new images",
+    None,
+    "coverage",
+    _memorisation,
+)

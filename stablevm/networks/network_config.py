@@ -1,0 +1,84 @@
+"""What is known of every network, whatever its kind. Free of torch, so that `--help` stays quick."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from stablevm.support.errors import UserError
+
+PROJECTOR_KINDS = ("mlp", "conv")  # REPA's and iREPA's
+LARGEST_WIDTH = 65_536
+# Far above any network of this kind: a file that says more is damaged, or made to occupy the machine.
+_LARGEST = {
+    "input_size": 4096,
+    "in_channels": 4096,
+    "depth": 512,
+    "num_classes": 10_000_000,
+    "encoder_depth": 512,
+    "projector_hidden": 262_144,
+}
+_MOST_PROJECTORS = 64
+# Of these a network for other classes, with other projectors or another kernel may differ and yet have its weights.
+_FREE = ("name", "num_classes", "fused_attn")
+PROJECTOR_FACTS = ("projector_dims", "projector_kind", "projector_hidden", "encoder_depth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Everything that a network's shape and arithmetic depend on; saved in each checkpoint.
+
+    A subclass adds what its kind needs. It refuses, in its `__post_init__`, what it can't honour.
+    """
+
+    kind: ClassVar[str]  # the word by which a checkpoint names the class
+    label_table: ClassVar[str]  # the weight that has a row for each class and one, the last, for the null class
+
+    name: str
+    input_size: int  # side of the latent, in latent pixels
+    in_channels: int
+    num_classes: int  # without the null class
+    depth: int  # blocks
+    qk_norm: bool = False
+    fused_attn: bool = True
+    encoder_depth: int = 8  # 1-based block whose tokens the projectors read
+    projector_dims: tuple[int, ...] = ()  # feature widths of the frozen encoders, one projector each
+    projector_kind: str = "mlp"  # "mlp" (REPA) or "conv" (iREPA)
+    projector_hidden: int = 2048
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no label": the row after the last class in the label table."""
+        return self.num_classes
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens per side."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        """UserError for a network that can't be, or that nobody has: building it would take the machine down."""
+        for name, largest in _LARGEST.items():
+            check_within(self, name, largest)
+        widths = self.projector_dims
+        if len(widths) > _MOST_PROJECTORS or not all(1 <= width <= LARGEST_WIDTH for width in widths):
+            raise UserError(
+                f"projector_dims {list(widths[:4])}, expected at most {_MOST_PROJECTORS} of 1 to {LARGEST_WIDTH:,}"
+            )
+        if self.projector_kind not in PROJECTOR_KINDS:
+            raise UserError(f"projector_kind {self.projector_kind}, expected one of {', '.join(PROJECTOR_KINDS)}")
+
+    def weight_facts(self) -> dict[str, Any]:
+        """What decides the meaning of each weight but the label table's and the projectors'."""
+        free = {*_FREE, *PROJECTOR_FACTS}
+        names = (field.name for field in fields(self))
+        return {"kind": self.kind} | {name: getattr(self, name) for name in names if name not in free}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint's card has it: with the kind, by which it is read again."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+def check_within(config: NetworkConfig, name: str, largest: int) -> None:
+    """UserError where the field `name` is not 1 to `largest`."""
+    value = getattr(config, name)
+    if not 1 <= value <= largest:
+        raise UserError(f"{name} {value}, expected 1 to {largest:,}")
