@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from stablevm.evaluation.comparison import KERNEL, OTHER_KEYS, PUBLISHED_KEYS, TITLES, Comparison
+from stablevm.metrics.metric import FeatureSets
+from stablevm.metrics.table import metrics_in, results_of
 from stablevm.support import rng
 
 SUBSETS = (8, 4, 2)  # numbers of subsets that the samples are cut into
@@ -23,7 +24,7 @@ class Point:
 
 
 def metric_curves(
-    comparison: Comparison, whole: Mapping[str, Any], progress: Callable[[], object] = lambda: None
+    comparison: FeatureSets, whole: Mapping[str, Any], progress: Callable[[], object] = lambda: None
 ) -> dict[str, list[Point]]:
     """Points of each number by its name in the results, smallest subsets first; `whole` are the results of all samples.
 
@@ -31,8 +32,7 @@ def metric_curves(
     """
     count = len(comparison.samples["pool"])
     order = torch.randperm(count, generator=rng.generator("evaluation", "subsets"))
-    left_out = {PUBLISHED_KEYS[KERNEL], OTHER_KEYS[KERNEL]}  # unbiased: it would be a level line
-    names = [name for name in TITLES if name in whole and name not in left_out]
+    names = [metric.name for metric in metrics_in(whole) if not metric.whole_set]
     found: dict[str, list[Point]] = {name: [] for name in names}
     for parts in SUBSETS:
         size = count // parts
@@ -42,7 +42,8 @@ def metric_curves(
         for part in range(parts):
             rows = order[part * size : (part + 1) * size]
             samples = {kind: features[rows] for kind, features in comparison.samples.items()}
-            results.append(replace(comparison, samples=samples, stored=comparison.moments).results(kernel=False))
+            part_of = replace(comparison, samples=samples, stored=comparison.moments)
+            results.append(results_of(part_of, subset=True))
             progress()
         for name in names:
             values = torch.tensor([each[name] for each in results], dtype=torch.float64)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
-from stablevm.evaluation import comparison
-from stablevm.evaluation.comparison import Comparison, class_order
+from stablevm.evaluation.cautions import warnings_of
 from stablevm.evaluation.config import EvaluateConfig, JudgeConfig
 from stablevm.evaluation.digits_extractor import load_extractor
 from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
@@ -22,6 +21,8 @@ from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.outputs import check_outputs, default_output, inputs_of, outputs_of
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
+from stablevm.metrics.metric import FeatureSets
+from stablevm.metrics.table import result_rows, results_of
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
@@ -78,12 +79,12 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
     }
     rows: list[Sequence[str | float]] = [("measure", "value", "meaning"), ("samples", len(samples), "generated images")]
     for each in comparisons:
-        values = each.results()
+        values = results_of(each)
         values["statistics"] = reference.statistics_text(bool(each.stored))
-        results["warnings"] += _told(_warnings(each, samples))
+        results["warnings"] += _told(warnings_of(each, samples))
         results["inception" if "logits" in each.samples else "encoder"] = values
         rows.append(("features", each.extractor, "the network that the numbers below come from"))
-        rows += comparison.result_rows(values, values["statistics"], reference.images_text)
+        rows += result_rows(values, values["statistics"], reference.images_text)
     if config.report:
         from stablevm.evaluation.sample_report import write_sample_report
 
@@ -162,7 +163,7 @@ def _compare_by(
     config: JudgeConfig,
     cache: FeatureCache,
     process: Process,
-) -> Comparison | None:
+) -> FeatureSets | None:
     """The features of both sets, side by side; None where this isn't the first process."""
     sets = {"samples": samples.source, "reference": reference.source}
     found = {
@@ -179,7 +180,7 @@ def _compare_by(
     }  # fmt: skip
     if inception is not None:
         loaded["samples"]["logits"] = inception.logits(loaded["samples"]["pool"])
-    return Comparison(
+    return FeatureSets(
         extractor=extractor.name,
         published=inception is not None and inception.published,
         samples=loaded["samples"],
@@ -194,29 +195,6 @@ def _told(warnings: list[str]) -> list[str]:
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
     return warnings
-
-
-def _warnings(each: Comparison, samples: Samples) -> list[str]:
-    """What makes numbers misleading, a line each."""
-    lines = []
-    width = each.samples["pool"].shape[1]
-    if len(samples) <= width:
-        lines.append(
-            f"{len(samples):,} samples of {width:,} features: their covariance is singular and the Fréchet distance "
-            "biased upwards; compare it with distances of equally many samples alone"
-        )
-    if "logits" in each.samples:
-        known = samples.labels is not None
-        labels = torch.from_numpy(samples.labels) if samples.labels is not None else each.samples["logits"].argmax(1)
-        if (order := class_order(labels)) is not None:
-            what = "their label" if known else "the class that the network sees"
-            lines.append(
-                f"{samples.title} looks sorted by class ({order[0]:.0%} of neighbours share {what}, {order[1]:.1%} by "
-                "chance): the score is of consecutive chunks and comes out wrong; shuffle the images"
-            )
-        if each.short_chunk is not None:
-            lines.append(each.short_chunk)
-    return lines
 
 
 def splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.evaluation.comparison import TITLES, Comparison
 from stablevm.evaluation.curves import SUBSETS, metric_curves
 from stablevm.evaluation.report import Figure, Value, write_report
 from stablevm.evaluation.samples import Reference, Samples
@@ -25,8 +24,10 @@ from stablevm.figures.samples import (
     neighbour_rows,
     sample_grid,
 )
+from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.neighbours import Neighbourhood, nearest, radii
 from stablevm.metrics.points import points
+from stablevm.metrics.table import metrics_in
 from stablevm.support.text import caption
 from stablevm.support.version import __version__
 
@@ -39,7 +40,7 @@ def write_sample_report(
     path: Path,
     samples: Samples,
     reference: Reference,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[FeatureSets],
     results: Mapping[str, Any],
     rows: Rows,
 ) -> None:
@@ -79,7 +80,7 @@ def _command() -> list[str]:
 def _headlines(results: Mapping[str, Any], rows: Rows) -> dict[str, Value]:
     """The numbers of the first network."""
     values = results.get("inception") or results["encoder"]
-    return {TITLES[name]: values[name] for name in TITLES if name in values} | {"samples": f"{rows[1][1]:,}"}
+    return {metric.title: values[metric.name] for metric in metrics_in(values)} | {"samples": f"{rows[1][1]:,}"}
 
 
 def _samples_figure(samples: Samples, folder: Path) -> Figure:
@@ -88,7 +89,7 @@ def _samples_figure(samples: Samples, folder: Path) -> Figure:
     return Figure("Samples", folder / "samples.png", f"The first {shown} of {len(samples):,}, unselected.")
 
 
-def _distances(comparison: Comparison) -> tuple[Tensor, Tensor]:
+def _distances(comparison: FeatureSets) -> tuple[Tensor, Tensor]:
     """Of each sample to the nearest reference image, and of each of those to the nearest other one."""
     members = comparison.membership
     if isinstance(members, Neighbourhood):
@@ -100,7 +101,7 @@ def _distances(comparison: Comparison) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours_figure(
-    comparison: Comparison, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference, picture: Path
+    comparison: FeatureSets, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference, picture: Path
 ) -> Figure:
     """The samples that come nearest to a reference image: copies would be among them."""
     assert reference.source is not None
@@ -131,9 +132,9 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def _curves_figure(comparison: Comparison, values: Mapping[str, Any], picture: Path) -> Figure:
+def _curves_figure(comparison: FeatureSets, values: Mapping[str, Any], picture: Path) -> Figure:
     with tqdm(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
-        metric_panels(metric_curves(comparison, values, progress=bar.update), TITLES, picture)
+        metric_panels(metric_curves(comparison, values, progress=bar.update), picture)
     return Figure(
         f"Dependence on the number of samples, {comparison.extractor}",
         picture,
@@ -143,7 +144,7 @@ def _curves_figure(comparison: Comparison, values: Mapping[str, Any], picture: P
 
 
 def _class_rows(
-    comparison: Comparison, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference
+    comparison: FeatureSets, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference
 ) -> Rows:
     """Of each class: samples, their precision and distances; reference images and their recall. Worst first."""
     labels = samples.labels
@@ -178,7 +179,7 @@ def _class_name(label: int, reference: Reference, *, known: bool) -> str:
     return caption(names[label]) if known and 0 <= label < len(names) else str(label)
 
 
-def _protocol(results: Mapping[str, Any], comparisons: Sequence[Comparison], reference: Reference) -> dict[str, Value]:
+def _protocol(results: Mapping[str, Any], comparisons: Sequence[FeatureSets], reference: Reference) -> dict[str, Value]:
     protocol: dict[str, Value] = {
         "samples": results["samples"],
         "reference": results["reference"],

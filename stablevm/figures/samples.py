@@ -1,5 +1,6 @@
 """Pictures of an evaluation: samples, their nearest reference images, and numbers against the number of samples."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.figures.evaluation import rows_side_by_side
-from stablevm.figures.style import BLUE, VERMILION, panels, save_figure, style
+from stablevm.figures.style import BLUE, GREEN, VERMILION, panels, save_figure, style
+from stablevm.metrics.table import panels_of
 from stablevm.support.images import save_png, tile
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
 GRID_SIDE = 100  # pixels of an image on the page, about: ten in a row fill it
-# Numbers that share a panel.
-PANELS = (("fid", "frechet_distance"), ("sfid", "spatial_frechet_distance"), ("inception_score", "score"),
-          ("precision", "recall"), ("coverage", "memorisation"), ("density",))  # fmt: skip
 
 
 class CurvePoint(Protocol):
@@ -43,23 +42,23 @@ def neighbour_rows(
     rows_side_by_side({"Sample": samples[:, None], "Nearest reference images": nearest}, names, path)
 
 
-def metric_panels(curves: Mapping[str, Sequence[CurvePoint]], titles: Mapping[str, str], path: Path) -> None:
-    """One panel for each kind of number, by its name in `titles`, against the number of samples, logarithmic."""
-    shown = [names for group in PANELS if (names := [name for name in group if name in curves])]
+def metric_panels(curves: Mapping[str, Sequence[CurvePoint]], path: Path) -> None:
+    """The metrics by their names, in panels as `metrics.table` groups them, against the number of samples."""
+    shown = panels_of(curves)
     with style():
         figure, axes = panels(2, rows=-(-len(shown) // 2), row_height=3.4)
-        for panel, names in zip(axes, shown, strict=False):
-            for name, color in zip(names, (BLUE, VERMILION), strict=False):
-                points = curves[name]
+        for panel, metrics in zip(axes, shown, strict=False):
+            for metric, color in zip(metrics, itertools.cycle((BLUE, VERMILION, GREEN)), strict=False):
+                points = curves[metric.name]
                 sizes = [point.samples for point in points]
                 bars = [point.deviation or 0.0 for point in points]
                 panel.errorbar(sizes, [point.mean for point in points], bars, color=color, marker="o", markersize=4,
-                               capsize=3, label=titles[name])  # fmt: skip
-            panel.set(title=" and ".join(titles[name] for name in names).capitalize()
-                      if len(names) > 1 else titles[names[0]], xlabel="number of samples", xscale="log")  # fmt: skip
+                               capsize=3, label=metric.title)  # fmt: skip
+            panel.set(title=" and ".join(metric.title for metric in metrics).capitalize()
+                      if len(metrics) > 1 else metrics[0].title, xlabel="number of samples", xscale="log")  # fmt: skip
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
             panel.minorticks_off()
-            if len(names) > 1:
+            if len(metrics) > 1:
                 panel.set_ylim(-0.03, 1.03)
                 panel.legend(loc="best")
         for panel in axes[len(shown) :]:

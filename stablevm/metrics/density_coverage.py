@@ -15,8 +15,8 @@ def _coverage(sets: FeatureSets) -> dict[str, Any]:
 
 
 DENSITY = Metric(
-    "density", "density", f"how many of {{images}} hold a sample, over k = {COVERAGE_K}; 1 for real ones", "higher",
-    "density", _density,
+    "density", "density", f"how many of {{images}} hold a sample, over k = {COVERAGE_K}; 1 for real ones, "
+    "higher is denser", None, "density", _density,
 )  # fmt: skip
 COVERAGE = Metric(
     "coverage", "coverage", f"share of {{images}} that hold a sample, k = {COVERAGE_K}; 0.97 for real ones", "higher",

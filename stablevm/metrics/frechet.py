@@ -1,4 +1,4 @@
-"""The Fréchet distance of features: FID and sFID where they are the published Inception's, plain distances elsewhere."""
+"""The Fréchet distance of features: FID and sFID of the published Inception's, plain distances of others'."""
 
 from collections.abc import Callable
 from typing import Any

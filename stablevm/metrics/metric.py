@@ -64,7 +64,8 @@ class Metric:
 
     values: from both sets to the number under `name`, with others that explain it; {} where it can't be computed.
     meaning: what a table says of it; {statistics} and {images} stand for what the reference is. A function gets the
-    values. better: which way; None where neither is. panel: plotted together are those of one word. published: True
+    values. better: which way; None where neither is. panel: plotted together are those of one word, which are shares
+    then. published: True
     for what only the published Inception's features are called, False for what only others' are. whole_set: it is
     computed once, not of subsets too.
     """

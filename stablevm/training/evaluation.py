@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablevm.evaluation.comparison import Comparison
 from stablevm.evaluation.digits_extractor import load_extractor
 from stablevm.evaluation.digits_metrics import judge_digits
 from stablevm.evaluation.evaluate import splits
@@ -15,6 +14,9 @@ from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extrac
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
 from stablevm.evaluation.samples import Reference, open_reference
+from stablevm.metrics.frechet import FID, FRECHET
+from stablevm.metrics.metric import FeatureSets
+from stablevm.metrics.table import results_of
 from stablevm.networks.autoencoder import Autoencoder
 from stablevm.networks.snapshot import ModelCard
 from stablevm.sampling.guidance import draw_latents
@@ -28,7 +30,7 @@ from stablevm.training.config import TrainConfig
 SETTINGS = SamplerSettings(mode="ode", num_steps=40)  # no guidance: its best scale changes while the network learns
 BATCH = 64
 # The number by which a checkpoint is the best, whichever there is.
-DISTANCES = ("fid", "frechet_distance", "frechet_test")
+DISTANCES = (FID.name, FRECHET.name, "frechet_test")
 
 Judge = Callable[[Tensor, Tensor], dict[str, float]]
 
@@ -71,13 +73,13 @@ def _features_judge(config: TrainConfig, device: torch.device) -> Judge:
 
     def judge_features(images: Tensor, labels: Tensor) -> dict[str, float]:
         pool = torch.cat([extractor(batch)["pool"].cpu() for batch in images.split(BATCH)])
-        results = replace(known, samples={"pool": pool}).results(kernel=False)
+        results = results_of(replace(known, samples={"pool": pool}), subset=True)
         return {name: value for name, value in results.items() if isinstance(value, float)}
 
     return judge_features
 
 
-def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch.device) -> Comparison:
+def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch.device) -> FeatureSets:
     """One without samples yet; the reference's features come from the cache or go there."""
     inception = extractor if isinstance(extractor, InceptionExtractor) else None
     features: dict[str, Tensor] = {}
@@ -88,7 +90,7 @@ def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch
         features = {"pool": found.load("pool")}
     elif inception is None:
         raise UserError(f"--eval-reference {reference.path}: holds no images to compute features of")
-    known = Comparison(
+    known = FeatureSets(
         extractor=extractor.name,
         published=inception is not None and inception.published,
         samples={"pool": torch.empty(0)},

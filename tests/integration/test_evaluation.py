@@ -15,7 +15,6 @@ from PIL import Image
 from stablevm.evaluation import evaluate as command
 from stablevm.evaluation import features
 from stablevm.evaluation.checkpoint import CheckpointSource, evaluate_checkpoint
-from stablevm.evaluation.comparison import Comparison
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, JudgeConfig, ReferenceConfig
 from stablevm.evaluation.curves import metric_curves
 from stablevm.evaluation.evaluate import evaluate
@@ -24,7 +23,9 @@ from stablevm.evaluation.inception import InceptionExtractor
 from stablevm.evaluation.reference import reference
 from stablevm.evaluation.sources import ArraySource, StreamedSource
 from stablevm.metrics import statistics
+from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.statistics import frechet_distance, moments_of
+from stablevm.metrics.table import results_of
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.support.errors import UserError
@@ -366,18 +367,23 @@ def test_report_shows_everything(options, tmp_path, capsys):
 def test_curves_are_means_over_disjoint_subsets(monkeypatch):
     stream = torch.Generator().manual_seed(1)
     pool, real = torch.randn(40, 3, generator=stream), torch.randn(50, 3, generator=stream)
-    comparison = Comparison("x", False, {"pool": pool}, {"pool": real}, {}, "exact", torch.device("cpu"))
+    comparison = FeatureSets("x", False, {"pool": pool}, {"pool": real}, {}, "exact", torch.device("cpu"))
     seen = []
-    whole = Comparison.results
-    monkeypatch.setattr(Comparison, "results", lambda self, **_: (seen.append(self.samples["pool"]), whole(self))[1])
-    curves = metric_curves(comparison, whole(comparison))
+
+    def watched(sets, **options):
+        seen.append(sets.samples["pool"])
+        return results_of(sets, **options)
+
+    monkeypatch.setattr("stablevm.evaluation.curves.results_of", watched)
+    whole = results_of(comparison)
+    curves = metric_curves(comparison, whole)
     assert [point.samples for point in curves["precision"]] == [10, 20, 40]  # eighths are too small
     for sets, point in zip((seen[:4], seen[4:]), curves["frechet_distance"], strict=False):
         rows = torch.cat(sets)
         assert len(rows) == 40 and torch.equal(rows.sort(0).values, pool.sort(0).values), "each sample once"
         values = np.array([frechet_distance(moments_of(each), moments_of(real)) for each in sets])
         assert (point.mean, point.deviation) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
-    assert curves["recall"][-1].mean == whole(comparison)["recall"]
+    assert curves["recall"][-1].mean == whole["recall"]
 
 
 def test_compressed_files_and_adms_labels_are_read(options, monkeypatch):
