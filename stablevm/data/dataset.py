@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class PreparedDataset(ABC):
     has_images: bool
     has_flips: bool  # moments of the mirrored images
 
+    layout: str  # how it lies on the disk, in words
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -96,6 +98,14 @@ class PreparedDataset(ABC):
     @abstractmethod
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
         """What the set holds, its images included where they matter."""
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values of what else people want to know of it."""
+        return []
+
+    def faults(self) -> Iterator[str]:
+        """Faults of the layout as a whole, beyond those of single rows."""
+        return iter(())
 
     @abstractmethod
     def check_images(self) -> None:

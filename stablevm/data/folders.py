@@ -3,16 +3,12 @@
 import os
 from pathlib import Path
 
+from stablevm.data.layouts import layout_of
 from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, kind_of_listing
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.repa import IMAGES, LATENTS, is_repa_folder
 
 _LOOKED_AT = 1000  # folders inside a folder among which a data set is looked for
-
-
-def is_dataset_folder(folder: Path) -> bool:
-    """Whether training could read it: complete shards, or the layout of REPA."""
-    return is_repa_folder(folder) or kind_of_listing(folder / MANIFEST_FILE) == "shards"
 
 
 def why_no_dataset(folder: Path) -> str | None:
@@ -31,7 +27,7 @@ def why_no_dataset(folder: Path) -> str | None:
         )
     inside = _folders(folder)
     for below in inside:
-        if is_dataset_folder(below):
+        if layout_of(below) is not None:
             return f"no data set, but {below} is one; give that"
     for below in inside:
         if is_unfinished(below):

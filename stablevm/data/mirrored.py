@@ -27,6 +27,7 @@ class MirroredDataset(PreparedDataset):
             )
         self.plain = plain
         self.folder: Path = plain.folder
+        self.layout = plain.layout
         self.latent, self.class_names = plain.latent, plain.class_names
         self.resolution, self.has_images = plain.resolution, plain.has_images
 

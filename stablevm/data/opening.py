@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from stablevm.data.dataset import PreparedDataset
-from stablevm.data.folders import is_dataset_folder, why_no_dataset
-from stablevm.data.manifest import MANIFEST_FILE
-from stablevm.data.repa import RepaDataset, is_repa_folder
+from stablevm.data.folders import why_no_dataset
+from stablevm.data.layouts import has_dataset, layout_of
 from stablevm.data.shards import ShardDataset
 from stablevm.support.errors import UserError
 
@@ -17,9 +16,10 @@ def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
     or have changed in size.
     """
     folder = dataset_folder(path, split)
-    if is_repa_folder(folder):
-        return RepaDataset(folder)
-    reason = why_no_dataset(folder) if folder.is_dir() and not is_dataset_folder(folder) else None
+    layout = layout_of(folder)
+    if layout is not None:
+        return layout.open(folder)
+    reason = why_no_dataset(folder) if folder.is_dir() else None
     if reason is not None:
         raise UserError(f"--data-dir {folder}: {reason}")
     return ShardDataset(folder)
@@ -28,6 +28,6 @@ def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
 def dataset_folder(path: str | Path, split: str) -> Path:
     """`path` itself if it holds a data set, else its folder called `split` where there is one."""
     path = Path(path)
-    if (path / MANIFEST_FILE).is_file() or is_repa_folder(path) or not (path / split).is_dir():
+    if has_dataset(path) or not (path / split).is_dir():
         return path
     return path / split

@@ -19,13 +19,13 @@ from torch import Tensor
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows, digest
 from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
-from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec, latent_spec_of
+from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec, latent_spec_of
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError
 
 LATENTS, IMAGES = "vae-sd", "images"
 # What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.
-ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SHORT_NAMES["mse"], 0.18215, 8
+ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SHORT_NAMES["mse"], SD_SCALE, SD_FACTOR
 _BEYOND = 65_520  # the least number that float16 rounds to infinity
 _COMPARED = 256  # files whose content tells one set from another: evenly spread
 _IMAGE_STEM, _LATENT_STEM = "img", "img-mean-std-"
@@ -47,6 +47,7 @@ class RepaDataset(PreparedDataset):
     Raises UserError for a listing that can't be read, and for latents whose autoencoder is another than `vae`.
     """
 
+    layout = "one file per image (layout of REPA)"
     has_flips = False
 
     def __init__(self, folder: str | Path, vae: str | None = None) -> None:
@@ -135,7 +136,11 @@ class RepaDataset(PreparedDataset):
             )
         len(self.image_names)  # pairs them, which is an error for a latent without one
 
-    def unpaired(self) -> Iterator[str]:
+    def facts(self) -> list[tuple[str, str]]:
+        images = "yes" if self.has_images else "no"
+        return [("crop", self.crop), ("encoded in", self.precision), ("with images", images)]
+
+    def faults(self) -> Iterator[str]:
         """What lies in the folders without a place in the set: one line for each kind."""
         listed = set(self.names)
         extra = [name for name in self._latents.names() if name.endswith(".npy") and name not in listed]

@@ -32,6 +32,8 @@ class ShardDataset(PreparedDataset):
     a readable manifest, and for files that are missing or have changed in size.
     """
 
+    layout = "shards"
+
     def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
         """manifest: what the folder holds, where that is not in it (yet)."""
         self.folder = Path(folder)
@@ -101,6 +103,17 @@ class ShardDataset(PreparedDataset):
             latents=digest(part for rows, latents, _ in files for part in (rows, latents and latents.sha256)),
             images=digest(images and images.sha256 for *_, images in files) if with_images else "",
         )
+
+    def facts(self) -> list[tuple[str, str]]:
+        manifest = self.manifest
+        kind = ", compressed" if manifest.compressed else ""
+        size = sum(file.size for file in manifest.files())
+        return [
+            ("crop", manifest.crop),
+            ("encoded in", manifest.precision),
+            ("with images", ("yes" if self.has_images else "no") + kind),
+            ("shards", f"{len(manifest.shards):,}, {len(manifest.files()):,} files, {size / 1e9:.3g} GB"),
+        ]
 
     def check_images(self) -> None:
         if not self.has_images:

@@ -17,7 +17,7 @@ from stablevm.evaluation.digits_extractor import load_extractor
 from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
 from stablevm.evaluation.features import FeatureCache, extract
-from stablevm.evaluation.inception import InceptionExtractor, load_inception
+from stablevm.evaluation.inception import load_inception
 from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.outputs import check_outputs, default_output, inputs_of, outputs_of
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
@@ -82,7 +82,7 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
         values = results_of(each)
         values["statistics"] = reference.statistics_text(bool(each.stored))
         results["warnings"] += _told(warnings_of(each, samples))
-        results["inception" if "logits" in each.samples else "encoder"] = values
+        results[each.section] = values
         rows.append(("features", each.extractor, "the network that the numbers below come from"))
         rows += result_rows(values, values["statistics"], reference.images_text)
     if config.report:
@@ -173,21 +173,21 @@ def _compare_by(
     }  # fmt: skip
     if not process.is_first:
         return None
-    inception = extractor if isinstance(extractor, InceptionExtractor) else None
     loaded = {
         what: {name: features.load(name) for name in extractor.feature_names}
         for what, features in found.items() if features is not None
     }  # fmt: skip
-    if inception is not None:
-        loaded["samples"]["logits"] = inception.logits(loaded["samples"]["pool"])
+    if extractor.logits is not None:
+        loaded["samples"]["logits"] = extractor.logits(loaded["samples"]["pool"])
     return FeatureSets(
         extractor=extractor.name,
-        published=inception is not None and inception.published,
+        published=extractor.published,
         samples=loaded["samples"],
         reference=loaded.get("reference", {}),
-        stored={} if inception is None else reference.stored,
+        stored=reference.stored if extractor.has_stored_statistics else {},
         arithmetic=config.precision_recall,
         device=process.device,
+        section=extractor.section,
     )
 
 

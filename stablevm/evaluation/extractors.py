@@ -1,6 +1,7 @@
 """Networks that turn images into features: what they have in common, and timm's encoders among them."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,22 @@ class FeatureExtractor(Protocol):
     @property
     def feature_names(self) -> tuple[str, ...]: ...
 
+    @property
+    def section(self) -> str:
+        """Of the results, under which its numbers stand."""
+
+    @property
+    def published(self) -> bool:
+        """Whether it is the published Inception, whose distances alone are called FID, sFID and KID."""
+
+    @property
+    def has_stored_statistics(self) -> bool:
+        """Whether the statistics that reference files store are of its features (`Reference.check_extractor`)."""
+
+    @property
+    def logits(self) -> Callable[[Tensor], Tensor] | None:
+        """From pool features (n, width) to classes (n, classes), both on the CPU; None without."""
+
     def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
 
 
@@ -32,6 +49,9 @@ class EncoderExtractor:
     """One vector per image from a frozen encoder: its class token, or its own mean over patches."""
 
     feature_names = ("pool",)
+    section = "encoder"
+    published = has_stored_statistics = False
+    logits = None
 
     def __init__(self, encoder: Encoder, name: str, device: torch.device | str) -> None:
         self.name = name

@@ -29,6 +29,8 @@ class InceptionExtractor:
     """uint8 images to `pool` (B, 2048) and `spatial` (B, 2023), float32; and from pool features to logits."""
 
     feature_names = ("pool", "spatial")
+    section = "inception"
+    has_stored_statistics = True
 
     def __init__(self, network: Any, *, published: bool, device: torch.device | str) -> None:
         self.fingerprint = fingerprint(network)

@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from stablevm.data.dataset import PreparedDataset
-from stablevm.data.manifest import MANIFEST_FILE
+from stablevm.data.layouts import has_dataset
 from stablevm.data.opening import dataset_folder, open_dataset
-from stablevm.data.repa import is_repa_folder
 from stablevm.evaluation.config import ReferenceConfig
 from stablevm.evaluation.features import FeatureCache, Features, extract
 from stablevm.evaluation.inception import InceptionExtractor, load_inception
@@ -133,5 +132,4 @@ def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tupl
 
 def _dataset(config: ReferenceConfig) -> PreparedDataset | None:
     folder = dataset_folder(config.source, config.split)
-    is_dataset = (folder / MANIFEST_FILE).is_file() or is_repa_folder(folder)
-    return open_dataset(config.source, config.split) if is_dataset else None
+    return open_dataset(config.source, config.split) if has_dataset(folder) else None

@@ -50,7 +50,7 @@ def write_sample_report(
         folder = Path(scratch)
         figures = [_samples_figure(samples, folder)]
         for number, comparison in enumerate(comparisons):
-            values = results["inception" if "logits" in comparison.samples else "encoder"]
+            values = results[comparison.section]
             if reference.source is not None:
                 distances = _distances(comparison)
                 picture = folder / f"neighbours-{number}.png"

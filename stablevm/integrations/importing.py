@@ -11,7 +11,7 @@ from stablevm.integrations import conversion
 from stablevm.integrations.config import ImportConfig
 from stablevm.integrations.reader import PublishedCheckpoint, read_published
 from stablevm.networks import snapshot
-from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec, full_name, latent_spec_of
+from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec, full_name, latent_spec_of
 from stablevm.networks.sit_config import SiTConfig
 from stablevm.networks.snapshot import CARD_FILE, ModelCard, Weights
 from stablevm.support.errors import UserError
@@ -20,8 +20,6 @@ from stablevm.support.locks import is_foreign, owned
 from stablevm.support.options import as_typed
 from stablevm.support.text import shown
 
-# Of Stable Diffusion's autoencoder (Rombach et al., 2022), as all three projects write into their code.
-SD_LATENT_SCALE, SD_FACTOR = 0.18215, 8
 # What the projects' own options call our values; SiT has a path (VP) and predictions (noise, score) that we have not.
 RECORDED: dict[str, dict[str, str]] = {
     "path_type": {"Linear": "linear", "GVP": "cosine", "linear": "linear", "cosine": "cosine"},
@@ -183,7 +181,7 @@ def _latent(config: ImportConfig, model: SiTConfig) -> LatentSpec:
     resolution = config.resolution or side * SD_FACTOR
     if name in SHORT_NAMES.values():  # these need no look at their configuration, so no network
         shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
-        latent = LatentSpec(shape, SD_LATENT_SCALE, 0.0, name)
+        latent = LatentSpec(shape, SD_SCALE, 0.0, name)
     else:
         latent = latent_spec_of(config.vae, resolution)
     if latent.shape != (channels, side, side):

@@ -24,6 +24,7 @@ class FeatureSets:
     stored: Mapping[str, AnyMoments]
     arithmetic: Literal["exact", "adm"]
     device: torch.device
+    section: str = "encoder"  # of the results
 
     @cached_property
     def moments(self) -> dict[str, AnyMoments]:

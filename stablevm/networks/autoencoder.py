@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ from stablevm.support.files import sha256
 from stablevm.support.hub import check_reachable
 
 IDENTITY = "identity"
+# Of Stable Diffusion's autoencoder (Rombach et al., 2022) and its fine-tuned decoders: the latents' scale, and
+# pixels to a side of each.
+SD_SCALE, SD_FACTOR = 0.18215, 8
 SHORT_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
@@ -173,9 +177,43 @@ def load_autoencoder(latent: LatentSpec, *, name: str | None = None, device: tor
     recorded folder has other content than it had.
     """
     source = full_name(name) if name is not None else latent.autoencoder
-    if source == IDENTITY:
-        return IdentityAutoencoder(latent)
-    if name is None and not latent.is_by(source):
+    return _kind_of(source).load(latent, source, name is None, device)
+
+
+def latent_spec_of(name: str, resolution: int) -> LatentSpec:
+    """The latents that the autoencoder called `name` makes of images of `resolution` x `resolution` pixels.
+
+    Reads the autoencoder's configuration; a folder's weights too, to know them again. Raises UserError when it can't
+    be read, or when `resolution` is not a multiple of the autoencoder's downsampling factor.
+    """
+    source = full_name(name)
+    return _kind_of(source).latent(source, resolution)
+
+
+@dataclass(frozen=True)
+class AutoencoderKind:
+    """Autoencoders of one kind: which names are of it, the latents they make, and how one is loaded."""
+
+    knows: Callable[[str], bool]  # the full name
+    latent: Callable[[str, int], LatentSpec]  # of square images with a side of so many pixels
+    # For latents: by the name, whether that is the one recorded with them, on the device.
+    load: Callable[[LatentSpec, str, bool, torch.device | str], Autoencoder]
+
+
+def _kind_of(source: str) -> AutoencoderKind:
+    return next((kind for kind in AUTOENCODERS if kind.knows(source)), _KL)
+
+
+def _load_identity(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
+    return IdentityAutoencoder(latent)
+
+
+def _identity_latent(source: str, resolution: int) -> LatentSpec:
+    return LatentSpec(shape=(3, resolution, resolution), scale=1.0, shift=0.0, autoencoder=IDENTITY)
+
+
+def _load_autoencoder_kl(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
+    if recorded and not latent.is_by(source):
         raise UserError(
             f"autoencoder {source}: configuration or weights are others than when the data was encoded; "
             "give the folder of the earlier ones as --vae"
@@ -190,15 +228,7 @@ def load_autoencoder(latent: LatentSpec, *, name: str | None = None, device: tor
     return KLAutoencoder(latent, model.to(device))
 
 
-def latent_spec_of(name: str, resolution: int) -> LatentSpec:
-    """The latents that the autoencoder called `name` makes of images of `resolution` x `resolution` pixels.
-
-    Reads the autoencoder's configuration; a folder's weights too, to know them again. Raises UserError when it can't
-    be read, or when `resolution` is not a multiple of the autoencoder's downsampling factor.
-    """
-    source = full_name(name)
-    if source == IDENTITY:
-        return LatentSpec(shape=(3, resolution, resolution), scale=1.0, shift=0.0, autoencoder=IDENTITY)
+def _kl_latent(source: str, resolution: int) -> LatentSpec:
     config = _read_kl_config(source)
     channels, scale, shift = _latent_facts(source, config)
     factor = 2 ** (len(config.block_out_channels) - 1)  # each block of the encoder but the last halves the side
@@ -206,6 +236,11 @@ def latent_spec_of(name: str, resolution: int) -> LatentSpec:
     if rest:
         raise UserError(f"--resolution {resolution}: autoencoder {source} needs a multiple of {factor}")
     return LatentSpec((channels, side, side), scale, shift, source, fingerprint(source))
+
+
+# Those that have names of their own; every other name is a folder's or a hub's, of a KL autoencoder.
+AUTOENCODERS = [AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, _load_identity)]
+_KL = AutoencoderKind(lambda source: True, _kl_latent, _load_autoencoder_kl)
 
 
 def _latent_facts(source: str, config: Any) -> tuple[int, PerChannel, PerChannel]:
@@ -293,7 +328,7 @@ def _load_error(source: str, error: Exception) -> UserError:
 def is_folder(name: str) -> bool:
     """Whether the name is a folder's: one that exists, or one that no repository of a hub can have."""
     path = Path(name)
-    if name == IDENTITY or name in SHORT_NAMES:
+    if name in SHORT_NAMES or any(kind.knows(name) for kind in AUTOENCODERS):
         return False
     return path.is_dir() or not _REPOSITORY.fullmatch(name) or path.parent.is_dir()
 

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
-from stablevm.data.repa import RepaDataset
-from stablevm.data.shards import ShardDataset
 from stablevm.figures.style import PAGE_WIDTH, new_figure, plain, save_figure, style
 from stablevm.networks.autoencoder import PerChannel
 from stablevm.preparation.config import InfoConfig
@@ -50,7 +48,7 @@ def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
     streams = rng.RowGenerators.for_keys(0, "info", positions=chosen.tolist())
     latents = latent.from_moments(moments, rng.randn((len(chosen), *latent.shape), streams))
     return [
-        ("data set", f"{dataset.folder}, {_layout(dataset)}"),
+        ("data set", f"{dataset.folder}, {dataset.layout}"),
         ("images", f"{len(dataset):,} of {dataset.resolution} x {dataset.resolution} pixels"),
         ("classes", f"{dataset.num_classes:,} with {counts.min():,} to {counts.max():,} images"),
         ("class names", some_of(dataset.class_names, 6)),
@@ -58,7 +56,7 @@ def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
         ("normalised", f"(latent - {_numbers(latent.shift)}) x {_numbers(latent.scale)}"),
         ("", f"mean {latents.mean():.3f}, standard deviation {latents.std():.3f} ({len(chosen):,} rows)"),
         ("mirrored too", "yes" if dataset.has_flips else "no"),
-        *_facts(dataset),
+        *dataset.facts(),
     ]
 
 
@@ -106,31 +104,8 @@ def _title(dataset: PreparedDataset) -> str:
     return f"{dataset.folder.name}: {shown}, {len(dataset):,} in {dataset.num_classes:,} classes"
 
 
-def _layout(dataset: PreparedDataset) -> str:
-    return "one file per image (layout of REPA)" if isinstance(dataset, RepaDataset) else "shards"
-
-
-def _facts(dataset: PreparedDataset) -> list[tuple[str, str]]:
-    if isinstance(dataset, RepaDataset):
-        return [("crop", dataset.crop), ("encoded in", dataset.precision), ("with images", _yes(dataset.has_images))]
-    assert isinstance(dataset, ShardDataset)
-    manifest = dataset.manifest
-    kind = ", compressed" if manifest.compressed else ""
-    size = sum(file.size for file in manifest.files())
-    return [
-        ("crop", manifest.crop),
-        ("encoded in", manifest.precision),
-        ("with images", _yes(dataset.has_images) + kind),
-        ("shards", f"{len(manifest.shards):,}, {len(manifest.files()):,} files, {size / 1e9:.3g} GB"),
-    ]
-
-
 def _numbers(values: PerChannel) -> str:
     return f"[{', '.join(f'{value:g}' for value in values)}]" if isinstance(values, tuple) else f"{values:g}"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def _cut(name: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -91,10 +91,7 @@ def open_source(root: str | Path) -> Source:
     if isinstance(storage, FolderStorage) and is_repa_folder(root):
         raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")
     listing = _listing(storage)
-    if listing is not None and listing.labels is not None:
-        source = _listed(storage, listing)
-    else:
-        source = _walked(storage, classes=listing is None)
+    source = next(found for read in SOURCES if (found := read(storage, listing)) is not None)
     if not len(source):
         raise UserError(f"{root}: no images found; check the path")
     empty = source.empty_classes()
@@ -126,7 +123,10 @@ def _listing(storage: Storage) -> Listing | None:
     return None
 
 
-def _listed(storage: Storage, listing: Listing) -> Source:
+def _listed(storage: Storage, listing: Listing | None) -> Source | None:
+    """A source whose dataset.json has a class for each image."""
+    if listing is None or listing.labels is None:
+        return None
     names = listing.names
     if names[0].endswith(".npy"):
         raise UserError(f"{storage.root}: its {LISTING_FILE} lists latents, such as {names[0]}; give the images")
@@ -187,8 +187,9 @@ def _is_image(storage: Storage, name: str) -> bool:
         return False
 
 
-def _walked(storage: Storage, *, classes: bool) -> Source:
-    """A source without labels in a file: its classes are folders, or all are of one."""
+def _walked(storage: Storage, listing: Listing | None) -> Source:
+    """A source without labels in a file: its classes are folders, or all are of one where dataset.json says so."""
+    classes = listing is None
     found = _Files.below(storage)
     if classes:
         _check_no_listing_below(storage, found)
@@ -274,3 +275,7 @@ def _check_no_listing_below(storage: Storage, found: _Files) -> None:
             f"{storage.root}: no {LISTING_FILE} here, but in {printable(str(folder))}, which says what is of which "
             f"class: {remedy}"
         )
+
+
+# The forms of sources, each from the storage and its dataset.json to the images; the first that returns any is taken.
+SOURCES: list[Callable[[Storage, Listing | None], Source | None]] = [_listed, _walked]

@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset
+from stablevm.data.layouts import has_dataset
 from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardFile
 from stablevm.data.opening import open_dataset
-from stablevm.data.repa import IMAGES, LATENTS, RepaDataset, is_repa_folder
+from stablevm.data.repa import IMAGES, LATENTS
 from stablevm.data.workers import Calls
 from stablevm.preparation.config import VerifyConfig
 from stablevm.support.errors import UserError
@@ -39,10 +40,10 @@ def verify(config: VerifyConfig) -> int:
 
 def split_folders(folder: Path) -> list[Path]:
     """The folder itself, or its splits where those are the data sets."""
-    if (folder / MANIFEST_FILE).exists() or is_repa_folder(folder) or not folder.is_dir():
+    if has_dataset(folder) or not folder.is_dir():
         return [folder]
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in (IMAGES, LATENTS))
-    return [path for path in inside if (path / MANIFEST_FILE).exists() or is_repa_folder(path)] or [folder]
+    return [path for path in inside if has_dataset(path)] or [folder]
 
 
 def _faults(folder: Path, workers: int) -> Iterator[str]:
@@ -88,8 +89,7 @@ def _whole(dataset: PreparedDataset) -> Iterator[str]:
     empty = np.flatnonzero(np.bincount(labels.numpy(), minlength=dataset.num_classes) == 0)
     if len(empty):
         yield f"{dataset.folder}: {len(empty)} classes have no image, the first is {dataset.class_names[empty[0]]}"
-    if isinstance(dataset, RepaDataset):
-        yield from dataset.unpaired()
+    yield from dataset.faults()
 
 
 def _check_rows(dataset: PreparedDataset, rows: range) -> list[str]:

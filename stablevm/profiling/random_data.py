@@ -7,16 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows
-from stablevm.networks.autoencoder import SHORT_NAMES, LatentSpec
+from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 
 IMAGENET_IMAGES = 1_281_167
 DISTINCT = 512  # samples that differ: more would only take memory
-CHANNELS, PIXELS_PER_LATENT = 4, 8  # of Stable Diffusion's autoencoder
-SCALE = 0.18215  # of its latents
+CHANNELS = 4  # of Stable Diffusion's autoencoder
 COARSENESS = 2  # latents of images are smooth: here, over so many places
-DEVIATION = 0.3  # of the autoencoder's posterior, small beside its means' 1 / SCALE
+DEVIATION = 0.3  # of the autoencoder's posterior, small beside its means' 1 / SD_SCALE
 
 
 class RandomDataset(PreparedDataset):
@@ -24,16 +23,16 @@ class RandomDataset(PreparedDataset):
 
     def __init__(self, num_classes: int, resolution: int) -> None:
         """resolution: side of the images in pixels."""
-        side = resolution // PIXELS_PER_LATENT
-        self.folder = Path("random data")
-        self.latent = LatentSpec((CHANNELS, side, side), SCALE, 0.0, SHORT_NAMES["ema"])
+        side = resolution // SD_FACTOR
+        self.folder, self.layout = Path("random data"), "random"
+        self.latent = LatentSpec((CHANNELS, side, side), SD_SCALE, 0.0, SHORT_NAMES["ema"])
         self.class_names = tuple(map(str, range(num_classes)))
         self.resolution = resolution
         self.has_images, self.has_flips = True, False
         stream = rng.generator("random data")
         coarse = torch.randn(DISTINCT, CHANNELS, side // COARSENESS, side // COARSENESS, generator=stream)
         means = F.interpolate(coarse, size=(side, side), mode="bilinear")
-        means *= 1 / (SCALE * means.std())  # the network sees unit variance
+        means *= 1 / (SD_SCALE * means.std())  # the network sees unit variance
         self._moments = torch.cat([means, torch.full_like(means, DEVIATION)], dim=1).half()
         self._images = torch.randint(0, 256, (DISTINCT, 3, resolution, resolution), dtype=torch.uint8, generator=stream)
 

@@ -12,7 +12,7 @@ from stablevm.evaluation.digits_metrics import judge_digits
 from stablevm.evaluation.evaluate import splits
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
 from stablevm.evaluation.features import FeatureCache, extract
-from stablevm.evaluation.inception import InceptionExtractor, load_inception
+from stablevm.evaluation.inception import load_inception
 from stablevm.evaluation.samples import Reference, open_reference
 from stablevm.metrics.frechet import FID, FRECHET
 from stablevm.metrics.metric import FeatureSets
@@ -81,21 +81,20 @@ def _features_judge(config: TrainConfig, device: torch.device) -> Judge:
 
 def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch.device) -> FeatureSets:
     """One without samples yet; the reference's features come from the cache or go there."""
-    inception = extractor if isinstance(extractor, InceptionExtractor) else None
     features: dict[str, Tensor] = {}
     if reference.source is not None:
         cache, alone = FeatureCache(FeatureCache.default_folder()), Process(0, 1, device)
         found = extract(reference.source, extractor, cache, alone, batch_size=BATCH, title="reference")
         assert found is not None
         features = {"pool": found.load("pool")}
-    elif inception is None:
+    elif not extractor.has_stored_statistics:
         raise UserError(f"--eval-reference {reference.path}: holds no images to compute features of")
     known = FeatureSets(
         extractor=extractor.name,
-        published=inception is not None and inception.published,
+        published=extractor.published,
         samples={"pool": torch.empty(0)},
         reference=features,
-        stored={} if inception is None else reference.stored,
+        stored=reference.stored if extractor.has_stored_statistics else {},
         arithmetic="exact",
         device=device,
     )

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, generated pages are current, and what CONTRIBUTING.md shows works."""
+"""The documents: links lead somewhere, generated pages are current, and code that they show works."""
 
 import importlib.util
 import math
@@ -17,7 +17,7 @@ from stablevm.solvers import integration as sampler
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md")})
-SHOWN = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+SHOWN = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -56,7 +56,7 @@ def test_options_page_is_current():
 
 
 def shown(containing, room):
-    """What a block of CONTRIBUTING.md makes when it stands in the module `room`."""
+    """What a block of docs/extending.md makes when it stands in the module `room`."""
     (block,) = (block for block in SHOWN if containing in block)
     names = dict(vars(room))
     exec(block, names)

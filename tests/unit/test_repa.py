@@ -130,10 +130,10 @@ def test_the_training_loader_reads_it_like_shards(tmp_path):
 
 def test_unpaired_files_are_named(tmp_path):
     write_repa(tmp_path)
-    assert list(RepaDataset(tmp_path).unpaired()) == []
+    assert list(RepaDataset(tmp_path).faults()) == []
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "images" / f"{stem(2)}.png")
     np.save(tmp_path / "vae-sd" / "00000" / "img-mean-std-00000005.npy", np.zeros((8, 2, 2)))
-    lines = list(RepaDataset(tmp_path).unpaired())
+    lines = list(RepaDataset(tmp_path).faults())
     assert len(lines) == 2 and "img-mean-std-00000005" in lines[0] and "img00000002" in lines[1]
 
 

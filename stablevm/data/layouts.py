@@ -1,0 +1,37 @@
+"""The layouts of prepared data that detection walks through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.listing import kind_of_listing
+from stablevm.data.manifest import MANIFEST_FILE
+from stablevm.data.repa import RepaDataset, is_repa_folder
+from stablevm.data.shards import ShardDataset
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which prepared data lies on the disk."""
+
+    holds: Callable[[Path], bool]  # whether the folder is a data set of this layout
+    open: Callable[[Path], PreparedDataset]
+
+
+def _holds_shards(folder: Path) -> bool:
+    return kind_of_listing(folder / MANIFEST_FILE) == "shards"
+
+
+# The first that a folder is of is taken.
+LAYOUTS = [Layout(is_repa_folder, RepaDataset), Layout(_holds_shards, ShardDataset)]
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The layout of the data set in the folder; None where it holds none."""
+    return next((layout for layout in LAYOUTS if layout.holds(folder)), None)
+
+
+def has_dataset(folder: Path) -> bool:
+    """Whether the folder claims to be a data set, be it a damaged one."""
+    return (folder / MANIFEST_FILE).is_file() or layout_of(folder) is not None
