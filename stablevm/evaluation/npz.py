@@ -4,12 +4,8 @@ They come from others too: what is read is bounded by the header of the array, w
 archive gives, and each member is checked against its CRC. Stored images are mapped, compressed ones inflated in blocks.
 """
 
-import lzma
 import math
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +18,7 @@ from numpy.typing import NDArray
 
 from stablevm.evaluation.sources import ArraySource, ImageSource, StreamedSource
 from stablevm.metrics.statistics import Moments, check_covariance
+from stablevm.sampling.archive import UNREADABLE
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError
 from stablevm.support.files import parse_json
@@ -32,12 +29,6 @@ LABELS = ("labels", "arr_1")  # ours, and the second array of ADM's sampling scr
 WHOLE_BYTES = 2**30  # of an array that is read at once; images aren't
 TEXT_BYTES = 2**24
 _LOCAL_HEADER = 30  # bytes of a ZIP member before its name; at 26 the name's length, at 28 that of the extra field
-# What zipfile, its decompressors and numpy raise for bytes that they can't make sense of, and for kinds of compression
-# and encryption that they don't know.
-_UNREADABLE = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError),
-    *(ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, MemoryError, tokenize.TokenError),
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,7 @@ class Archive:
             yield
         except UserError:
             raise
-        except (*_UNREADABLE, OSError) as error:
+        except (*UNREADABLE, OSError) as error:
             if isinstance(error, OSError) and error.filename is not None:
                 raise  # of the machine, such as a missing permission: the file itself may be fine
             cause = printable(" ".join(str(error).split())) or type(error).__name__

@@ -1,10 +1,12 @@
 """Guidance, labels, options, claims and the archive of the sampling room."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -429,6 +431,39 @@ def test_files_of_others_are_not_taken_for_archives(tmp_path):
     for name in ("foreign.npz", "text.npz"):
         with pytest.raises(UserError, match=f"{name} exists and was not made by this command"):
             read_protocol(tmp_path / name)
+
+
+def member(descr, shape, content):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+# What a foreign archive may hold as its protocol, and how it is compressed.
+DAMAGED = {
+    "a header that claims all memory": (member("<i8", (10**13,), b"1234567"), zipfile.ZIP_STORED),
+    "a negative shape": (member("<i8", (-3,), b"1234567"), zipfile.ZIP_STORED),
+    "a broken header": (b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((,", zipfile.ZIP_STORED),
+    "no array": (b"hello", zipfile.ZIP_STORED),
+    "a bomb": (bytes(2**25), zipfile.ZIP_DEFLATED),
+    "damaged LZMA": (member("<U2", (), "{}".encode("utf-32le")), zipfile.ZIP_LZMA),
+    "damaged bzip2": (member("<U2", (), "{}".encode("utf-32le")), zipfile.ZIP_BZIP2),
+}
+
+
+@pytest.mark.parametrize("content, method", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_protocol_is_told_in_a_line(content, method, tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("protocol.npy", content)
+    if method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        damaged = bytearray(path.read_bytes())
+        damaged[60] ^= 255
+        damaged[66] ^= 255
+        path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.npz: damaged \(.*\); move it away") as error:
+        read_protocol(path)
+    assert "\n" not in str(error.value)
 
 
 def test_samplers_and_the_command_have_the_same_defaults():
