@@ -14,10 +14,12 @@ Expectation = tuple[str, bool, str]  # the field, whether its value is right, an
 
 
 def as_typed(option: str, value: Any) -> str:
-    """The option as it is given on the command line."""
+    """The option as it is given on the command line, or left out (None)."""
     dashed = option.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
+    if value is None:
+        return f"no --{dashed}"
     return f"--{dashed} {printable(str(value))}"
 
 

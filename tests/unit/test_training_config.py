@@ -174,8 +174,10 @@ def test_only_free_options_may_change(field):
 
 
 def typed(option, value):
-    """The option as a user gives it."""
+    """The option as a user gives it, or leaves it out."""
     dashed = option.replace("_", "-")
+    if value is None:
+        return f"no --{dashed}"
     return f"--{dashed} {value}" if not isinstance(value, bool) else f"--{dashed}" if value else f"--no-{dashed}"
 
 
