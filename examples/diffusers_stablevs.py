@@ -1,6 +1,6 @@
 """StableVS in a pipeline of diffusers: fewer steps for nearly the same images, without training.
 
-    pip install 'stablevm[vae]'
+    pip install 'stablevm[all]'
     python examples/diffusers_stablevs.py
 
 The pipeline here is a small one; in any that samples by a FlowMatchEulerDiscreteScheduler (Stable Diffusion 3, Flux,

@@ -1,6 +1,6 @@
 """The objective in a training loop of diffusers: a small UNet2DModel learns handwritten digits.
 
-    pip install 'stablevm[vae]'
+    pip install 'stablevm[all]'
     python examples/diffusers_unet.py
 
 Draws diffusers_unet.png, a row of each class. The two marked lines are all that StableVM needs.

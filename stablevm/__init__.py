@@ -15,6 +15,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from stablevm.support.extras import explained
 from stablevm.support.moved import keep_old_addresses
 from stablevm.support.version import __version__ as __version__
 
@@ -96,7 +97,11 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'stablevm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"stablevm.{_HOME_OF[name]}"), name)
+    try:
+        home = importlib.import_module(f"stablevm.{_HOME_OF[name]}")
+    except ModuleNotFoundError as error:
+        raise explained(error, f"stablevm.{name}") from None
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

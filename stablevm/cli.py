@@ -1,7 +1,6 @@
 """The commands: parse, call, nothing else. Users' mistakes end with one line on stderr and status 2."""
 
 import errno
-import importlib
 import io
 import os
 import signal
@@ -9,12 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import tyro
 
+from stablevm import commands
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
 from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
@@ -31,6 +31,7 @@ from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
 from stablevm.support.errors import UserError
+from stablevm.support.extras import explained
 from stablevm.support.files import check_output
 from stablevm.support.launcher import is_alone, tell
 from stablevm.support.text import printable_streams, usable_streams
@@ -71,13 +72,34 @@ class Checked(Protocol):
 Table = dict[str, tuple[Command, str]]  # by its name, a command with its purpose
 
 
+@dataclass(frozen=True)
+class _Resuming:
+    """The options that tell which run is resumed."""
+
+    resume: bool = False
+    exp_name: str | None = None
+    output_dir: Path = TrainConfig.output_dir
+
+
+@dataclass(frozen=True)
+class _OfCheckpoint:
+    """The option that tells what is evaluated: a checkpoint, or a file."""
+
+    ckpt: Path | None = None
+
+
 def _command(
-    kind: type[Config], program: str, target: str, *, returns_status: bool = False, resumes: bool = True
+    kind: type[Config],
+    program: str,
+    work: Callable[[Config], object],
+    *,
+    returns_status: bool = False,
+    resumes: bool = True,
 ) -> Command:
-    """A command of the options `kind` that calls `target` ("module:function"); see `_run`."""
+    """A command of the options `kind` that calls `work` with them; see `_run`."""
 
     def command(arguments: Sequence[str] | None = None) -> int:
-        return _run(kind, program, _given(arguments), target, returns_status=returns_status, resumes=resumes)
+        return _run(kind, program, _given(arguments), work, returns_status=returns_status, resumes=resumes)
 
     return command
 
@@ -85,27 +107,28 @@ def _command(
 def train(arguments: Sequence[str] | None = None) -> int:
     """`train.py` and `stablevm train`."""
     given = _given(arguments)
-    return _run(TrainConfig, "train", given, "stablevm.training.trainer:train", default=lambda: _resumed(given))
+    return _run(TrainConfig, "train", given, commands.train, default=lambda: _resumed(given))
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`evaluate.py` and `stablevm evaluate`, of a file or, with --ckpt, of a checkpoint."""
     given = _given(arguments)
-    if any(part.split("=", 1)[0] == "--ckpt" for part in given):
-        return _run(EvaluateCheckpointConfig, "evaluate", given, "stablevm.evaluation.checkpoint:evaluate_checkpoint")
-    return _run(EvaluateConfig, "evaluate", given, "stablevm.evaluation.evaluate:evaluate")
+    which = _glance(_OfCheckpoint, given)
+    if which is None or which.ckpt is not None:
+        return _run(EvaluateCheckpointConfig, "evaluate", given, commands.evaluate_checkpoint)
+    return _run(EvaluateConfig, "evaluate", given, commands.evaluate)
 
 
 # Also `generate.py` and `gmm_exp.py`.
-generate = _command(GenerateConfig, "generate", "stablevm.sampling.generation:generate")
-toy = _command(ToyConfig, "gmm_exp", "stablevm.toy.experiment:run")
+generate = _command(GenerateConfig, "generate", commands.generate)
+toy = _command(ToyConfig, "gmm_exp", commands.toy)
 
-reference = _command(ReferenceConfig, "stablevm reference", "stablevm.evaluation.reference:reference")
-import_checkpoint = _command(ImportConfig, "stablevm import", "stablevm.integrations.importing:import_checkpoint")
-quickstart = _command(QuickstartConfig, "stablevm quickstart", "stablevm.quickstart.run:quickstart")
-extractor = _command(ExtractorConfig, "stablevm extractor", "stablevm.quickstart.run:extractor")
-variance = _command(VarianceConfig, "stablevm variance", "stablevm.study.command:measure_variance", resumes=False)
-benchmark = _command(BenchmarkConfig, "stablevm benchmark", "stablevm.profiling.run:benchmark", resumes=False)
+reference = _command(ReferenceConfig, "stablevm reference", commands.reference)
+import_checkpoint = _command(ImportConfig, "stablevm import", commands.import_checkpoint)
+quickstart = _command(QuickstartConfig, "stablevm quickstart", commands.quickstart)
+extractor = _command(ExtractorConfig, "stablevm extractor", commands.extractor)
+variance = _command(VarianceConfig, "stablevm variance", commands.variance, resumes=False)
+benchmark = _command(BenchmarkConfig, "stablevm benchmark", commands.benchmark, resumes=False)
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:
@@ -124,6 +147,8 @@ def dataset_tools(arguments: Sequence[str] | None = None) -> int:
 
 
 def _digits(arguments: Sequence[str] | None = None) -> int:
+    program = "stablevm prepare digits"
+
     def digits(folder: tyro.conf.Positional[Path]) -> None:
         """Write scikit-learn's handwritten digits (1,797 scans of 8 x 8) as a prepared data set.
 
@@ -132,47 +157,47 @@ def _digits(arguments: Sequence[str] | None = None) -> int:
         """
         check_output(f"FOLDER {folder}", folder, is_folder=True)
         with printable_streams():
-            print(_load("stablevm.data.digits:prepare_digits")(folder))
+            print(commands.prepare_digits(folder))
 
-    return _guarded(lambda: tyro.cli(digits, prog="stablevm prepare digits", args=_given(arguments)))
+    return _guarded(lambda: tyro.cli(digits, prog=program, args=_given(arguments)), program)
 
 
-def _preparing(kind: type[Config], program: str, target: str) -> Command:
-    return _command(kind, program, f"stablevm.preparation.{target}", returns_status=True)
+def _preparing(kind: type[Config], program: str, work: Callable[[Config], int]) -> Command:
+    return _command(kind, program, work, returns_status=True)
 
 
 FOLDER_STEPS: Table = {
     "convert": (
-        _preparing(ConvertConfig, "dataset_tools convert", "folders:convert"),
+        _preparing(ConvertConfig, "dataset_tools convert", commands.convert_to_folder),
         "crop images to one size, one PNG file each",
     ),
     "encode": (
-        _preparing(EncodeConfig, "dataset_tools encode", "folders:encode"),
+        _preparing(EncodeConfig, "dataset_tools encode", commands.encode_to_folder),
         "encode such images into latents, one .npy file each",
     ),
 }
 PREPARE_STEPS: Table = {
     "convert": (
-        _preparing(ConvertShardsConfig, "stablevm prepare convert", "shards:convert"),
+        _preparing(ConvertShardsConfig, "stablevm prepare convert", commands.convert),
         "crop images to one size, into shards",
     ),
     "encode": (
-        _preparing(EncodeShardsConfig, "stablevm prepare encode", "shards:encode"),
+        _preparing(EncodeShardsConfig, "stablevm prepare encode", commands.encode),
         "encode the images in shards, which completes the data set",
     ),
     "pack": (
-        _preparing(PackConfig, "stablevm prepare pack", "pack:pack"),
+        _preparing(PackConfig, "stablevm prepare pack", commands.pack),
         "pack a folder in the layout of REPA into shards",
     ),
     "digits": (_digits, "write scikit-learn's handwritten digits"),
 }
 DATA_ACTIONS: Table = {
     "verify": (
-        _preparing(VerifyConfig, "stablevm data verify", "verify:verify"),
+        _preparing(VerifyConfig, "stablevm data verify", commands.verify),
         "reread a prepared data set and name what is damaged",
     ),
     "info": (
-        _preparing(InfoConfig, "stablevm data info", "info:info"),
+        _preparing(InfoConfig, "stablevm data info", commands.info),
         "print what a prepared data set holds, and draw examples",
     ),
 }
@@ -221,15 +246,15 @@ def _run(
     kind: type[Config],
     program: str,
     arguments: list[str],
-    target: str,
+    work: Callable[[Config], object],
     default: Callable[[], Config | None] = lambda: None,
     returns_status: bool = False,
     resumes: bool = True,
 ) -> int:
-    """Parse the arguments into a `kind` and call `target` ("module:function") with it; returns the exit status.
+    """Parse the arguments into a `kind` and call `work` with it; returns the exit status.
 
-    The status is 0, or what the target returns if it `returns_status`; resumes: as for `_guarded`. The module is
-    imported last, so that help and mistakes are answered without waiting for torch.
+    The status is 0, or what `work` returns if it `returns_status`; resumes: as for `_guarded`. Only `work` imports the
+    module that it calls, so that help and mistakes are answered without waiting for torch.
     """
 
     def run() -> object:
@@ -237,10 +262,10 @@ def _run(
         if isinstance(config, Checked):
             config.validate()
         with printable_streams():
-            result = _load(target)(config)
+            result = work(config)
         return result if returns_status else None
 
-    return _guarded(run, resumes)
+    return _guarded(run, program, resumes)
 
 
 def _parse(kind: type[Config], program: str, arguments: list[str], default: Config | None) -> Config:
@@ -257,23 +282,29 @@ def _parse(kind: type[Config], program: str, arguments: list[str], default: Conf
         raise
 
 
-def _load(target: str) -> Callable[..., object]:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+def _glance(kind: type[Config], arguments: list[str]) -> Config | None:
+    """The few options of `kind`, whatever else is given; None where one lacks its value, of which `_parse` tells."""
+    try:
+        options, _ = tyro.cli(
+            kind, args=arguments, config=PLAIN_FLAGS, return_unknown_args=True, add_help=False, console_outputs=False
+        )
+    except SystemExit:
+        return None
+    return options
 
 
-def _guarded(run: Callable[[], object], resumes: bool = True) -> int:
-    """Run a command; returns its exit status, the one that `run` returns if it is a number.
+def _guarded(run: Callable[[], object], program: str, resumes: bool = True) -> int:
+    """Run the command `program`; returns its exit status, the one that `run` returns if it is a number.
 
     resumes: whether it goes on where it stopped when it is run again.
     """
     with usable_streams():
-        return _status(run, resumes)
+        return _status(run, program, resumes)
 
 
-def _status(run: Callable[[], object], resumes: bool) -> int:
+def _status(run: Callable[[], object], program: str, resumes: bool) -> int:
     try:
-        status = run()
+        status = _explaining(run, program)
     except UserError as error:
         tell(f"error: {error}")
         return USER_ERROR_STATUS
@@ -304,25 +335,27 @@ def _take_no_more_interrupts() -> None:
         signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN not inherited by other programs
 
 
+def _explaining(run: Callable[[], object], program: str) -> object:
+    """Run the command; UserError for a package that is not installed, if an extra brings it."""
+    try:
+        return run()
+    except ModuleNotFoundError as error:
+        raise explained(error, program) from None
+
+
 def _given(arguments: Sequence[str] | None) -> list[str]:
     return list(sys.argv[1:] if arguments is None else arguments)
 
 
-def _resumed(arguments: Sequence[str]) -> TrainConfig | None:
-    """With --resume, the options of the run that is gone on with stand in for those that are not given."""
-    dashed = [part.replace("_", "-") if part.startswith("--") else part for part in arguments]
-    if "--resume" not in dashed:
+def _resumed(arguments: list[str]) -> TrainConfig | None:
+    """With --resume, the options of the run that is resumed stand in for those that are not given."""
+    given = _glance(_Resuming, arguments)
+    if given is None or not given.resume or given.exp_name is None:
         return None
-
-    def value(option: str, otherwise: str | None) -> str | None:
-        for position, part in enumerate(dashed):
-            if part.split("=", 1)[0] == option:
-                return arguments[position].split("=", 1)[1] if "=" in part else [*arguments, ""][position + 1]
-        return otherwise
-
-    name, folder = value("--exp-name", None), value("--output-dir", str(TrainConfig.output_dir))
-    if name is None or folder is None or not (Path(folder) / name / CONFIG_FILE).exists():
+    folder = given.output_dir / given.exp_name
+    if not (folder / CONFIG_FILE).exists():
         return None
-    saved = TrainConfig.read(Path(folder) / name)
     # The folder may have been moved since: it is where it is.
-    return replace(saved, resume=True, resume_step=0, exp_name=name, output_dir=Path(folder))
+    return replace(
+        TrainConfig.read(folder), resume=True, resume_step=0, exp_name=given.exp_name, output_dir=given.output_dir
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablevm.evaluation.extractors import fingerprint
 from stablevm.support.errors import UserError
+from stablevm.support.extras import need
 from stablevm.support.files import sha256
 from stablevm.support.foreign_weights import read_weights
 from stablevm.support.precision import full_precision, tf32
@@ -85,12 +86,9 @@ def load_inception(weights: Path | None, device: torch.device | str = "cpu") -> 
 
 
 def _torch_fidelity() -> Any:
-    try:
-        from torch_fidelity import feature_extractor_inceptionv3
-    except ModuleNotFoundError:
-        raise UserError(
-            "FID needs torch-fidelity: pip install 'stablevm[eval]', or give --no-inception and --enc-type"
-        ) from None
+    need("FID (or else --no-inception with --enc-type)", "torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3
+
     return feature_extractor_inceptionv3
 
 

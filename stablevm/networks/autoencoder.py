@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stablevm.support.errors import UserError
+from stablevm.support.extras import need
 from stablevm.support.files import sha256
 from stablevm.support.hub import check_reachable
 
@@ -308,12 +309,9 @@ def _check_there(source: str, *files: str) -> None:
 
 
 def _autoencoder_kl(source: str) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UserError(
-            f"autoencoder {source}: the package diffusers is missing; install it (pip install 'stablevm[vae]')"
-        ) from None
+    need(f"autoencoder {source}", "diffusers")
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stablevm.networks.autoencoder import pixels_to_unit
 from stablevm.networks.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
 from stablevm.support.errors import UserError
+from stablevm.support.extras import need
 from stablevm.support.foreign_weights import read_weights
 from stablevm.support.precision import without_autocast
 
@@ -221,6 +222,7 @@ def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: to
 
 def _spec_of(name: str) -> TimmEncoderSpec:
     """By a short name, or a name in timm, which also says whether there is something to download; UserError else."""
+    need(f"--enc-type {name}", "timm")
     import timm
 
     spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))

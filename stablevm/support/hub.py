@@ -4,6 +4,8 @@ import ssl
 import urllib.error
 import urllib.request
 
+from stablevm.support.extras import need
+
 PATIENCE_SECONDS = 10.0
 
 
@@ -12,6 +14,7 @@ def check_reachable(repository: str, file: str) -> None:
 
     Whatever the hub answers counts; that a certificate is not known here says nothing about its client.
     """
+    need(f"the hub's {repository}", "huggingface_hub")
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(repository, file), str):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.support.errors import UserError
+from stablevm.support.extras import need
 from stablevm.support.files import parse_json, write_text, write_with
 from stablevm.support.text import printable, shown
 
@@ -115,13 +116,13 @@ def keep_metrics(folder: Path, target: Path) -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """UserError where wandb is asked for, and nobody is logged in to it; its offline modes need no login."""
+    """UserError where a tracker is not installed, or nobody is logged in to wandb; its offline modes need no login."""
+    for name in names:
+        need(f"--report-to {name}", name)
     if "wandb" not in names:
         return
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--report-to wandb: it is not installed; pip install 'stablevm[wandb]'") from None
+    import wandb
+
     if os.environ.get("WANDB_MODE", "online").lower() in WANDB_ALONE:
         return
     try:
@@ -137,6 +138,7 @@ def _wandb_error(error: Exception) -> UserError:
 
 
 def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    need(f"--report-to {name}", "accelerate", name)
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
@@ -148,10 +150,7 @@ def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a TensorFlow that happens to be installed stays quiet
         tracker: Any = TensorBoardTracker("tensorboard", logging_dir=str(folder))
     else:
-        try:
-            tracker = WandBTracker("stablevm", name=folder.name, dir=str(folder))
-        except ImportError:
-            raise UserError("--report-to wandb: it is not installed; pip install 'stablevm[wandb]'") from None
+        tracker = WandBTracker("stablevm", name=folder.name, dir=str(folder))
     if hasattr(tracker, "start"):  # accelerate 1.9 and newer start a tracker apart from making it
         tracker.start()
     tracker.store_init_configuration(plain)

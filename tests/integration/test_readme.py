@@ -41,7 +41,7 @@ def paste(command, folder):
 @pytest.mark.slow
 def test_quickstart_command(tmp_path):
     install, run = blocks("bash")[0].strip().split(" && ")
-    assert install == "pip install -e ."
+    assert install == "pip install -e '.[all]'"
     paste(f"{run} --steps 6", tmp_path)
     assert (tmp_path / "quickstart" / "report.html").is_file()
 

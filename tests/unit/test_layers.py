@@ -25,6 +25,7 @@ FLOORS = dict(
             ("evaluation",),
             ("training",),
             ("toy", "quickstart", "profiling"),
+            ("commands",),
             ("cli",),
             ("__main__", "__init__"),
         ]
@@ -74,7 +75,7 @@ def test_imports_lead_downstairs(module):
 def test_the_documents_show_the_same_floors():
     page = (PACKAGE.parent / "docs" / "design.md").read_text()
     shown = {
-        int(floor): set(re.findall(r"`([\w.]+)`", rooms)) for floor, rooms in re.findall(r"\| (\d) \| (.*) \|", page)
+        int(floor): set(re.findall(r"`([\w.]+)`", rooms)) for floor, rooms in re.findall(r"\| (\d+) \| (.*) \|", page)
     }
     assert shown == {floor: set(rooms) for floor, rooms in FLOORS.items() if rooms != ("__main__", "__init__")}
 

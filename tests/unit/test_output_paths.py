@@ -53,10 +53,10 @@ def places(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch):
-    def load(target):
-        raise AssertionError(f"{target} was imported")
+    def begin():
+        raise AssertionError("the command's work began")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli, "printable_streams", begin)  # the last thing before the work
 
 
 def refused(command, arguments, option, path, capsys):

@@ -1,0 +1,151 @@
+"""What each command does: its packages are looked up and its module is imported only when it is called."""
+
+from pathlib import Path
+
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
+from stablevm.integrations.config import ImportConfig
+from stablevm.preparation.config import (
+    ConvertConfig,
+    ConvertShardsConfig,
+    EncodeConfig,
+    EncodeShardsConfig,
+    InfoConfig,
+    PackConfig,
+    VerifyConfig,
+)
+from stablevm.profiling.config import BenchmarkConfig
+from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.sampling.config import GenerateConfig
+from stablevm.study.config import VarianceConfig
+from stablevm.support.extras import need
+from stablevm.toy.config import ToyConfig
+from stablevm.training.config import TrainConfig
+
+TRAINER = ("accelerate", "psutil", "timm")
+FIGURES = ("matplotlib", "PIL")
+
+
+def train(config: TrainConfig) -> None:
+    need("stablevm train", *TRAINER, "PIL")
+    from stablevm.training.trainer import train
+
+    train(config)
+
+
+def generate(config: GenerateConfig) -> None:
+    need("stablevm generate", "timm", *FIGURES)
+    from stablevm.sampling.generation import generate
+
+    generate(config)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    if config.report:
+        need("--report", *FIGURES)
+    from stablevm.evaluation.evaluate import evaluate
+
+    evaluate(config)
+
+
+def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> None:
+    need("stablevm evaluate --ckpt", "timm", *(FIGURES if config.judging.report else ()))
+    from stablevm.evaluation.checkpoint import evaluate_checkpoint
+
+    evaluate_checkpoint(config)
+
+
+def reference(config: ReferenceConfig) -> None:
+    from stablevm.evaluation.reference import reference
+
+    reference(config)
+
+
+def import_checkpoint(config: ImportConfig) -> None:
+    need("stablevm import", "timm")
+    from stablevm.integrations.importing import import_checkpoint
+
+    import_checkpoint(config)
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    need("stablevm quickstart", *TRAINER, "tensorboard", "sklearn", *FIGURES)
+    from stablevm.quickstart.run import quickstart
+
+    quickstart(config)
+
+
+def extractor(config: ExtractorConfig) -> None:
+    from stablevm.quickstart.run import extractor
+
+    extractor(config)
+
+
+def variance(config: VarianceConfig) -> None:
+    need("stablevm variance", *FIGURES)
+    from stablevm.study.command import measure_variance
+
+    measure_variance(config)
+
+
+def benchmark(config: BenchmarkConfig) -> None:
+    need("stablevm benchmark", *TRAINER, *FIGURES)
+    from stablevm.profiling.run import benchmark
+
+    benchmark(config)
+
+
+def toy(config: ToyConfig) -> None:
+    need("stablevm toy", *FIGURES)
+    from stablevm.toy.experiment import run
+
+    run(config)
+
+
+def prepare_digits(folder: Path) -> str:
+    need("stablevm prepare digits", "sklearn")
+    from stablevm.data.digits import prepare_digits
+
+    return prepare_digits(folder)
+
+
+def convert_to_folder(config: ConvertConfig) -> int:
+    from stablevm.preparation.folders import convert
+
+    return convert(config)
+
+
+def encode_to_folder(config: EncodeConfig) -> int:
+    from stablevm.preparation.folders import encode
+
+    return encode(config)
+
+
+def convert(config: ConvertShardsConfig) -> int:
+    from stablevm.preparation.shards import convert
+
+    return convert(config)
+
+
+def encode(config: EncodeShardsConfig) -> int:
+    from stablevm.preparation.shards import encode
+
+    return encode(config)
+
+
+def pack(config: PackConfig) -> int:
+    from stablevm.preparation.pack import pack
+
+    return pack(config)
+
+
+def verify(config: VerifyConfig) -> int:
+    from stablevm.preparation.verify import verify
+
+    return verify(config)
+
+
+def info(config: InfoConfig) -> int:
+    need("stablevm data info", *FIGURES)
+    from stablevm.preparation.info import info
+
+    return info(config)
