@@ -21,8 +21,9 @@ from stablevm.sampling.generation import generate
 from stablevm.sampling.guidance import draw_latents
 from stablevm.support import rng
 from stablevm.training import previews
+from stablevm.training.alignment_term import Alignment
 from stablevm.training.anchors import AnchorPlan, objective_streams
-from stablevm.training.step import Alignment, StepRunner
+from stablevm.training.step import StepRunner
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = {
