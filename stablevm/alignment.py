@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablevm.interpolant import LINEAR, Interpolant
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 WeightName = Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"]
 
@@ -72,9 +72,9 @@ class AlignmentSchedule:
         if not isinstance(self.path, Interpolant):
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         if not 0 < self.tau <= 1:
-            raise UserError(f"tau {self.tau}: expected a time in (0, 1]")
+            raise UserError(f"{arg('tau')} {self.tau}: expected a time in (0, 1]")
         if not 0 < self.steepness < math.inf:
-            raise UserError(f"steepness {self.steepness}: expected more than 0, so that the weight falls with time")
+            raise UserError(f"{arg('steepness')} {self.steepness}: expected more than 0, as the weight falls with time")
 
     def __call__(self, t: Tensor) -> Tensor:
         """Weights in [0, 1] of the shape of `t` (times in [0, 1])."""

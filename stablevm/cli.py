@@ -30,10 +30,11 @@ from stablevm.profiling.config import BenchmarkConfig
 from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arguments_spelt
 from stablevm.support.extras import explained
 from stablevm.support.files import check_output
 from stablevm.support.launcher import is_alone, tell
+from stablevm.support.options import options_of
 from stablevm.support.text import printable_streams, usable_streams
 from stablevm.support.version import __version__
 from stablevm.toy.config import ToyConfig
@@ -260,8 +261,9 @@ def _run(
     def run() -> object:
         config = _parse(kind, program, arguments, default())
         if isinstance(config, Checked):
-            config.validate()
-        with printable_streams():
+            with arguments_spelt(options_of(kind)):
+                config.validate()
+        with printable_streams(), arguments_spelt(options_of(kind)):
             result = work(config)
         return result if returns_status else None
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.shapes import ShownByShape
 
 Kind = Literal["velocity", "x0", "noise", "score"]
@@ -144,5 +144,5 @@ INTERPOLANTS = {path.name: path for path in (LINEAR, COSINE)}
 def get_interpolant(name: str) -> Interpolant:
     """The path called `name`; UserError otherwise."""
     if name not in INTERPOLANTS:
-        raise UserError(f"path {name!r}: expected one of {', '.join(INTERPOLANTS)}")
+        raise UserError(f"{arg('path')} {name!r}: expected one of {', '.join(INTERPOLANTS)}")
     return INTERPOLANTS[name]

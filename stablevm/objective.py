@@ -18,7 +18,7 @@ from torch import Tensor
 from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions, check_shares
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
 from stablevm.support.shapes import ShownByShape
 from stablevm.times import TimeName, draw_times
@@ -68,13 +68,13 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.prediction not in ("v", "x"):
-            raise UserError(f"prediction {self.prediction!r}: expected v or x")
+            raise UserError(f"{arg('prediction')} {self.prediction!r}: expected v or x")
         if not isinstance(self.path, Interpolant):
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         if self.weighting not in get_args(TimeName):
-            raise UserError(f"weighting {self.weighting!r}: expected one of {', '.join(get_args(TimeName))}")
+            raise UserError(f"{arg('weighting')} {self.weighting!r}: expected one of {', '.join(get_args(TimeName))}")
         if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout {self.label_dropout}: expected a chance in [0, 1]")
+            raise UserError(f"{arg('label_dropout')} {self.label_dropout}: expected a chance in [0, 1]")
         if self.label_dropout and self.null_class is None:
             raise UserError(f"a label dropout of {self.label_dropout} needs a null class to drop labels to")
 
@@ -210,7 +210,7 @@ class StableVM(_Objective):
         references_from: float = 0.0,
     ) -> None:
         if anchors not in ("bank", "batch"):
-            raise UserError(f"anchors {anchors!r}: expected bank or batch")
+            raise UserError(f"{arg('anchors')} {anchors!r}: expected bank or batch")
         if pool_size < 1:
             raise UserError(f"a pool of {pool_size} references: expected at least 1")
         if class_shares is not None:

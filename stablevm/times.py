@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.rng import AnyGenerator, rand, randn
 
 TimeName = Literal["uniform", "lognormal", "logit_normal"]
@@ -24,6 +24,6 @@ def draw_times(name: TimeName, path: Interpolant, rows: int, stream: AnyGenerato
     if name == "uniform":
         return rand((rows,), stream)
     if name not in LOG_RATIO_MOMENTS:
-        raise UserError(f"weighting {name!r}: expected one of {', '.join(get_args(TimeName))}")
+        raise UserError(f"{arg('weighting')} {name!r}: expected one of {', '.join(get_args(TimeName))}")
     mean, deviation = LOG_RATIO_MOMENTS[name]
     return path.time_at_ratio(torch.exp(mean + deviation * randn((rows,), stream)))

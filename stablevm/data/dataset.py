@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.support import rng
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.options import some_of
 
 _NAMES_SHOWN = 6  # classes named in a command's last line
@@ -150,6 +150,6 @@ def check_finite(dataset: PreparedDataset, rows: Rows, moments: Tensor) -> None:
     if bad.any():
         row = int(np.asarray(rows)[int(bad.nonzero()[0])])
         raise UserError(
-            f"--data-dir {dataset.folder}: the latent of {dataset.describe(row)} is not finite; encode that "
+            f"{arg('folder')} {dataset.folder}: the latent of {dataset.describe(row)} is not finite; encode that "
             "image again in float32 or leave it out (stablevm data verify names all such rows)"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from stablevm.data.dataset import PreparedDataset, check_finite
 from stablevm.data.workers import Calls
 from stablevm.support import rng
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class StepSampler:
     def __post_init__(self) -> None:
         if self.global_batch < 1 or self.global_batch % self.world:
             raise UserError(
-                f"--batch-size {self.global_batch}: not a positive multiple of the {self.world} processes that "
-                "share it; give one"
+                f"{arg('global_batch')} {self.global_batch}: not a positive multiple of the {self.world} processes "
+                "that share it; give one"
             )
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.support import files
 from stablevm.support.cards import card_of, check_version, read_object
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.text import shown
 
 MANIFEST_FILE = "dataset.json"
@@ -97,14 +97,14 @@ class Manifest:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"--data-dir {folder}: no such folder; give the folder of a prepared data set")
+            raise UserError(f"{arg('folder')} {folder}: no such folder; give the folder of a prepared data set")
         if not (folder / MANIFEST_FILE).is_file():
             raise UserError(
-                f"--data-dir {folder}: no {MANIFEST_FILE} in it, so it is no prepared data set or its preparation "
+                f"{arg('folder')} {folder}: no {MANIFEST_FILE} in it, so it is no prepared data set or its preparation "
                 "was interrupted; run the preparation again"
             )
-        where = f"--data-dir {folder}: {MANIFEST_FILE}"
-        values = read_object(folder / MANIFEST_FILE, f"--data-dir {folder}", remedy=REMEDY)
+        where = f"{arg('folder')} {folder}: {MANIFEST_FILE}"
+        values = read_object(folder / MANIFEST_FILE, f"{arg('folder')} {folder}", remedy=REMEDY)
         check_version(values, FORMAT_VERSION, where)
         manifest = card_of(cls, {k: v for k, v in values.items() if k not in _DERIVED}, where, remedy=REMEDY)
         manifest._check_complete(values.get("count"), where)
@@ -118,10 +118,10 @@ class Manifest:
                 continue
             path = folder / file.name
             if not path.is_file():
-                raise UserError(f"--data-dir {folder}: shard {file.name} is missing; {REMEDY}")
+                raise UserError(f"{arg('folder')} {folder}: shard {file.name} is missing; {REMEDY}")
             if path.stat().st_size != file.size:
                 raise UserError(
-                    f"--data-dir {folder}: shard {file.name} has {path.stat().st_size:,} bytes instead of "
+                    f"{arg('folder')} {folder}: shard {file.name} has {path.stat().st_size:,} bytes instead of "
                     f"{file.size:,}; {REMEDY}"
                 )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 
 class MirroredDataset(PreparedDataset):
@@ -22,8 +22,9 @@ class MirroredDataset(PreparedDataset):
     def __init__(self, plain: PreparedDataset) -> None:
         if not plain.has_flips:
             raise UserError(
-                f"--data-dir {plain.folder}: holds no latents of mirrored images; prepare shards with them (stablevm "
-                "prepare convert, then encode --flip), or train without --horizontal-flips"
+                f"{arg('folder')} {plain.folder}: holds no latents of mirrored images; prepare shards with them "
+                f"(stablevm prepare convert, then stablevm prepare encode --flip), or "
+                f"train without {arg('horizontal_flips')}"
             )
         self.plain = plain
         self.folder: Path = plain.folder

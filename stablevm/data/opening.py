@@ -6,7 +6,7 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.folders import why_no_dataset
 from stablevm.data.layouts import has_dataset, layout_of
 from stablevm.data.shards import ShardDataset
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 
 def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
@@ -21,7 +21,7 @@ def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
         return layout.open(folder)
     reason = why_no_dataset(folder) if folder.is_dir() else None
     if reason is not None:
-        raise UserError(f"--data-dir {folder}: {reason}")
+        raise UserError(f"{arg('folder')} {folder}: {reason}")
     return ShardDataset(folder)
 
 

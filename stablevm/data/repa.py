@@ -21,7 +21,7 @@ from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
 from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec, latent_spec_of
 from stablevm.support.cards import card_of
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 LATENTS, IMAGES = "vae-sd", "images"
 # What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.
@@ -54,7 +54,7 @@ class RepaDataset(PreparedDataset):
         self.folder, self._vae = Path(folder), vae
         latents, images = _part(self.folder, LATENTS), _part(self.folder, IMAGES)
         if latents is None:
-            raise UserError(f"--data-dir {folder}: no {LATENTS} in it; give a folder with {LATENTS} and {IMAGES}")
+            raise UserError(f"{arg('folder')} {folder}: no {LATENTS} in it; give a folder with {LATENTS} and {IMAGES}")
         self._latents = open_storage(latents)
         self._images = None if images is None else open_storage(images)
         listing = read_listing(self._latents)
@@ -103,7 +103,7 @@ class RepaDataset(PreparedDataset):
         return torch.from_numpy(values)
 
     def moments_flip(self, rows: Rows) -> Tensor:
-        raise UserError(f"--data-dir {self.folder}: holds no latents of mirrored images; train without flips")
+        raise UserError(f"{arg('folder')} {self.folder}: holds no latents of mirrored images; train without flips")
 
     def images(self, rows: Rows) -> Tensor:
         side = self.resolution
@@ -132,7 +132,7 @@ class RepaDataset(PreparedDataset):
         """UserError if there are no images, or none for some latent. Files are looked for when they are read."""
         if self._images is None:
             raise UserError(
-                f"--data-dir {self.folder}: has no {IMAGES}, which are needed here; put them beside {LATENTS}"
+                f"{arg('folder')} {self.folder}: has no {IMAGES}, which are needed here; put them beside {LATENTS}"
             )
         len(self.image_names)  # pairs them, which is an error for a latent without one
 
@@ -163,7 +163,7 @@ class RepaDataset(PreparedDataset):
             missing = [name for name in self.names if name not in suffixes]
             if missing:
                 raise UserError(
-                    f"--data-dir {self.folder}: {len(missing):,} latents have no image in "
+                    f"{arg('folder')} {self.folder}: {len(missing):,} latents have no image in "
                     f"{self._images.root.name}/{LISTING_FILE}, the first {missing[0]}; convert or encode again"
                 )
         return [suffixes.get(name) or _image_name(name) for name in self.names]
@@ -196,7 +196,7 @@ class RepaDataset(PreparedDataset):
             spec = LatentSpec((channels // 2, height, width), ASSUMED_SCALE, 0.0, ASSUMED_AUTOENCODER)
         if spec.shape != (channels // 2, height, width):
             raise UserError(
-                f"--data-dir {self.folder}: latents of shape {spec.shape} are announced ({spec.autoencoder}), "
+                f"{arg('folder')} {self.folder}: latents of shape {spec.shape} are announced ({spec.autoencoder}), "
                 f"{self.names[0]} has {(channels // 2, height, width)}"
             )
         return spec

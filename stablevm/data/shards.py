@@ -22,7 +22,7 @@ from stablevm.data.manifest import MANIFEST_FILE, REMEDY, Manifest, Shard, Shard
 from stablevm.data.png import decode_png
 from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 from stablevm.data.tensor_file import Opener, TensorFile, bytes_of, opener
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 
 class ShardDataset(PreparedDataset):
@@ -62,7 +62,7 @@ class ShardDataset(PreparedDataset):
         counts = np.bincount(labels.clip(0), minlength=self.num_classes)
         if labels.min() < 0 or counts.tolist() != list(self.manifest.class_counts):
             raise UserError(
-                f"--data-dir {self.folder}: the labels in its shards are not those that {MANIFEST_FILE} counts; "
+                f"{arg('folder')} {self.folder}: the labels in its shards are not those that {MANIFEST_FILE} counts; "
                 f"{REMEDY}"
             )
         return torch.from_numpy(labels)
@@ -118,7 +118,7 @@ class ShardDataset(PreparedDataset):
     def check_images(self) -> None:
         if not self.has_images:
             raise UserError(
-                f"--data-dir {self.folder}: prepared without images, which are needed here; prepare it with images"
+                f"{arg('folder')} {self.folder}: prepared without images, which are needed here; prepare it with images"
             )
         self.manifest.check_files(self.folder, "images")
 
@@ -235,4 +235,4 @@ class _OpenShard:
     def _error(self, kind: ShardKind, fault: str) -> UserError:
         file = self._shard.file(kind)
         assert file is not None
-        return UserError(f"--data-dir {self._folder}: shard {file.name} {fault}; {REMEDY}")
+        return UserError(f"{arg('folder')} {self._folder}: shard {file.name} {fault}; {REMEDY}")

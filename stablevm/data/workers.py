@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 _SECONDS_TO_DIE = 1.0  # between a worker's last sign and its end, as its parent sees them
-_ROOM = "give --num-workers 0, or more shared memory (/dev/shm; docker run --shm-size 8g)"
 
 
 class Calls(Generic[Result]):
@@ -65,7 +64,7 @@ class Calls(Generic[Result]):
         except OSError as error:
             if not self._loader.num_workers:
                 raise
-            raise UserError(f"processes that read data can't be started ({error.strerror}); {_ROOM}") from None
+            raise UserError(f"processes that read data can't be started ({error.strerror}); {_more_room()}") from None
         with _Watch(getattr(results, "_workers", [])) as watch:
             while True:
                 try:
@@ -127,14 +126,18 @@ class _Watch:
                 raise UserError(_cause(worker)) from None
 
 
+def _more_room() -> str:
+    return f"give {arg('num_workers')} 0, or more shared memory (/dev/shm; docker run --shm-size 8g)"
+
+
 def _cause(worker: BaseProcess) -> str:
     who, status = f"a process that reads data (pid {worker.pid})", worker.exitcode or 0
     if status == -signal.SIGBUS:
-        return f"{who} was ended by SIGBUS, most often because shared memory is full; {_ROOM}"
+        return f"{who} was ended by SIGBUS, most often because shared memory is full; {_more_room()}"
     if status == -signal.SIGKILL:
-        return f"{who} was killed, most often because memory ran out; give fewer --num-workers, or the same again"
+        return f"{who} was killed, most often because memory ran out; lower {arg('num_workers')}, or run the same again"
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"{who} {how}; run the same command again, with --num-workers 0 if that happens again"
+    return f"{who} {how}; run the same command again, with {arg('num_workers')} 0 if that happens again"
 
 
 class _Work(Dataset):
@@ -153,7 +156,7 @@ class _Work(Dataset):
         try:
             _share(result)
         except RuntimeError as error:
-            return UserError(f"shared memory fails ({error}); {_ROOM}")
+            return UserError(f"shared memory fails ({error}); {_more_room()}")
         return result
 
 

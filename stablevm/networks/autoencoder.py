@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.extras import need
 from stablevm.support.files import sha256
 from stablevm.support.hub import check_reachable
@@ -217,7 +217,7 @@ def _load_autoencoder_kl(latent: LatentSpec, source: str, recorded: bool, device
     if recorded and not latent.is_by(source):
         raise UserError(
             f"autoencoder {source}: configuration or weights are others than when the data was encoded; "
-            "give the folder of the earlier ones as --vae"
+            f"give the folder of the earlier ones as {arg('autoencoder')}"
         )
     model = _load_kl(source)
     ours, theirs = (latent.shape[0], latent.scale, latent.shift), _latent_facts(source, model.config)
@@ -235,7 +235,7 @@ def _kl_latent(source: str, resolution: int) -> LatentSpec:
     factor = 2 ** (len(config.block_out_channels) - 1)  # each block of the encoder but the last halves the side
     side, rest = divmod(resolution, factor)
     if rest:
-        raise UserError(f"--resolution {resolution}: autoencoder {source} needs a multiple of {factor}")
+        raise UserError(f"{arg('resolution')} {resolution}: autoencoder {source} needs a multiple of {factor}")
     return LatentSpec((channels, side, side), scale, shift, source, fingerprint(source))
 
 
@@ -319,7 +319,7 @@ def _load_error(source: str, error: Exception) -> UserError:
     cause = str(error).strip().partition("\n")[0].rstrip(".")
     return UserError(
         f"autoencoder {source}: can't be loaded ({cause}); give mse, ema, a hub name, "
-        f"or a folder with {CONFIG_FILE} and {WEIGHTS_FILE} as --vae"
+        f"or a folder with {CONFIG_FILE} and {WEIGHTS_FILE} as {arg('autoencoder')}"
     )
 
 
@@ -367,11 +367,12 @@ def existing_folder(name: str) -> Path:
     """The folder called `name`; UserError where it does not hold an autoencoder. It is never looked for elsewhere."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise UserError(f"autoencoder {name}: no such folder; give the folder where it is now as --vae")
+        raise UserError(f"autoencoder {name}: no such folder; give the folder where it is now as {arg('autoencoder')}")
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(
-                f"autoencoder {name}: no {file} in the folder; give one with {CONFIG_FILE} and {WEIGHTS_FILE} as --vae"
+                f"autoencoder {name}: no {file} in the folder; "
+                f"give one with {CONFIG_FILE} and {WEIGHTS_FILE} as {arg('autoencoder')}"
             )
     return folder
 

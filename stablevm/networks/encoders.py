@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stablevm.networks.autoencoder import pixels_to_unit
 from stablevm.networks.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.extras import need
 from stablevm.support.foreign_weights import read_weights
 from stablevm.support.precision import without_autocast
@@ -118,8 +118,8 @@ class DigitsEncoder(Encoder):
     def _grey(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(
-                f"--enc-type {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, this "
-                f"encoder reads {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
+                f"{arg('encoder')} {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, "
+                f"this encoder reads {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
             )
         return pixels_to_unit(images[:, :1]).to(self.dtype)
 
@@ -192,28 +192,28 @@ def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, 
 def _check_digits_grid(grid_size: int | None) -> None:
     if grid_size not in (None, GRID_SIZE):
         raise UserError(
-            f"--enc-type {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has {grid_size} x {grid_size}; "
-            f"choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
+            f"{arg('encoder')} {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has "
+            f"{grid_size} x {grid_size}; choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
         )
 
 
 def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
     _check_digits_grid(grid_size)
     if weights is None:
-        raise UserError(f"--enc-type {DIGITS}: give its weights with --encoder-weights FILE.safetensors")
+        raise UserError(f"{arg('encoder')} {DIGITS}: give a file (.safetensors) as {arg('weights')}")
     network = DigitsNet()
-    _load_strictly(network, read_weights(weights, "--encoder-weights"), DIGITS, weights)
+    _load_strictly(network, read_weights(weights, arg("weights")), DIGITS, weights)
     return DigitsEncoder(network, dtype)
 
 
 def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype, antialias: bool) -> Encoder:
     spec = _spec_of(name)
     if weights is None and not spec.downloadable:
-        raise UserError(f"--enc-type {name}: its weights can't be downloaded; give a file with --encoder-weights")
+        raise UserError(f"{arg('encoder')} {name}: its weights can't be downloaded; give a file as {arg('weights')}")
     _check_plain(name, spec)
     network = _create(name, spec, grid_size, pretrained=weights is None)
     if weights is not None:
-        state = _for_timm(read_weights(weights, "--encoder-weights"), network)
+        state = _for_timm(read_weights(weights, arg("weights")), network)
         _load_strictly(network, state, spec.timm_name, weights)
     if not spec.final_norm:
         network.norm = nn.Identity()
@@ -232,7 +232,7 @@ def _spec_of(name: str) -> TimmEncoderSpec:
         pretrained = None
     if pretrained is None:
         names = ", ".join((DIGITS, *SHORT_NAMES))
-        raise UserError(f"--enc-type {name}: expected one of {names}, or the name of a timm vision transformer")
+        raise UserError(f"{arg('encoder')} {name}: expected one of {names}, or the name of a timm vision transformer")
     return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
 
 
@@ -248,7 +248,7 @@ def _check_plain(name: str, spec: TimmEncoderSpec) -> None:
         network: Any = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
     plain = isinstance(getattr(network, "patch_embed", None), PatchEmbed)
     if not (plain and hasattr(network, "num_prefix_tokens") and hasattr(network, "set_input_size")):
-        raise UserError(f"--enc-type {name}: {NOT_PLAIN}")
+        raise UserError(f"{arg('encoder')} {name}: {NOT_PLAIN}")
 
 
 def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained: bool) -> Any:
@@ -262,10 +262,11 @@ def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained:
             network: Any = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
     except OSError as error:
         raise UserError(
-            f"--enc-type {name}: no download of {spec.timm_name} ({_quote(error)}); give a file with --encoder-weights"
+            f"{arg('encoder')} {name}: no download of {spec.timm_name} ({_quote(error)}); "
+            f"give a file as {arg('weights')}"
         ) from None
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
-        raise UserError(f"--enc-type {name}: {NOT_PLAIN}")
+        raise UserError(f"{arg('encoder')} {name}: {NOT_PLAIN}")
     side = _patch_size(network) * (grid_size or FEATURE_PIXELS // _patch_size(network))
     network.set_input_size(img_size=(side, side))
     return network
@@ -298,7 +299,7 @@ def _load_strictly(network: nn.Module, state: dict[str, Any], name: str, path: P
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"--encoder-weights {path}: not the weights of {name} ({_quote(error)})") from None
+        raise UserError(f"{arg('weights')} {path}: not the weights of {name} ({_quote(error)})") from None
 
 
 def _quote(error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""What defines a SiT network, and the table of named sizes. Free of torch, so that `--help` stays quick."""
+"""What defines a SiT network, and the table of named sizes. Free of torch, so that a command's help stays quick."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from stablevm.networks.network_config import LARGEST_WIDTH, NetworkConfig, check_within
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
     """
     size_name, _, patch = name.partition("/")
     if name not in MODEL_NAMES:
-        raise UserError(f"--model {name}: expected one of {', '.join(MODEL_NAMES)}")
+        raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")
     size = SIZES[size_name]
     if input_size % int(patch):
         raise UserError(
-            f"--model {name}: a patch of {patch} does not divide the data's latent of {input_size} x {input_size}"
+            f"{arg('model')} {name}: a patch of {patch} does not divide the latent of {input_size} x {input_size}"
         )
     values: dict[str, Any] = {**asdict(size), **options}
     config = SiTConfig(
@@ -105,6 +105,6 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
     )
     if config.projector_dims and not 1 <= config.encoder_depth <= config.depth:
         raise UserError(
-            f"--encoder-depth {config.encoder_depth}: {name} has {config.depth} blocks; give 1 to {config.depth}"
+            f"{arg('encoder_depth')} {config.encoder_depth}: {name} has {config.depth} blocks; give 1 to {config.depth}"
         )
     return config

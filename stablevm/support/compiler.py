@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 
 def check_compiler(device: torch.device) -> None:
@@ -14,6 +14,6 @@ def check_compiler(device: torch.device) -> None:
     names = (os.environ[variable],) if variable in os.environ else known
     if not any(shutil.which(name) for name in names):
         raise UserError(
-            f"--compile: no {language} compiler {' or '.join(names)} here; install one, name one in {variable}, or "
-            "leave it out"
+            f"{arg('compile')}: no {language} compiler {' or '.join(names)} here; install one, "
+            f"name one in {variable}, or leave it out"
         )

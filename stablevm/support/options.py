@@ -10,6 +10,22 @@ from stablevm.support.errors import UserError
 from stablevm.support.files import output_fault
 from stablevm.support.text import printable, shown
 
+# The options that set arguments of another name. An argument that is not here has its option's name, if it has one.
+OPTION_OF = {
+    "anchors": "bank_anchors",
+    "autoencoder": "vae",
+    "capacity": "bank_capacity_per_class",
+    "encoder": "enc_type",
+    "folder": "data_dir",
+    "global_batch": "batch_size",
+    "label_dropout": "cfg_prob",
+    "path": "path_type",
+    "prediction": "prediction_type",
+    "schedule": "proj_weight_schedule",
+    "steepness": "proj_k",
+    "tau": "proj_tau",
+    "weights": "encoder_weights",
+}
 Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
 
 
@@ -17,10 +33,19 @@ def as_typed(option: str, value: Any) -> str:
     """The option as it is given on the command line, or left out (None)."""
     dashed = option.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{dashed}" if value else f"--no-{dashed}"
+        return f"--{dashed}" if value else f"--{'no-'}{dashed}"
     if value is None:
         return f"no --{dashed}"
     return f"--{dashed} {printable(str(value))}"
+
+
+def options_of(kind: type) -> dict[str, str]:
+    """How the arguments of the library are spelt in a command whose options are the fields of `kind`."""
+    names = {field.name for field in fields(kind)}
+    renamed = {argument: option for argument, option in OPTION_OF.items() if option in names}
+    return {
+        argument: f"--{option.replace('_', '-')}" for argument, option in {**{n: n for n in names}, **renamed}.items()
+    }
 
 
 def require(config: Any, expectations: Iterable[Expectation]) -> None:

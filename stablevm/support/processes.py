@@ -31,7 +31,7 @@ class Process:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine (LOCAL_RANK): there are {torch.cuda.device_count()} GPUs; "
-                "give torchrun at most that many as --nproc_per_node"
+                "start at most that many processes on it"
             )
         return cls(rank, world_size, torch.device("cuda", local_rank))
 

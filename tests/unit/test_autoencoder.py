@@ -136,7 +136,7 @@ def test_every_failed_load_is_one_clear_line(tiny_kl, tmp_path, monkeypatch):
     for folder, cause in (
         (tmp_path / "empty", "config.json"),
         (cut.parent, "can't be loaded"),
-        (tmp_path / "nowhere", "no such folder; give the folder where it is now as --vae"),
+        (tmp_path / "nowhere", "no such folder; give the folder where it is now as autoencoder"),
         (lacking.parent, "lack 1 tensors, the first decoder.conv_in.weight"),
     ):
         with pytest.raises(UserError, match=cause) as error:
@@ -156,7 +156,7 @@ def test_mismatch_names_both_sides(tiny_kl):
 
 
 def test_resolution_must_suit_the_autoencoder(tiny_kl):
-    with pytest.raises(UserError, match=r"--resolution 17.*multiple of 2"):
+    with pytest.raises(UserError, match=r"resolution 17.*multiple of 2"):
         latent_spec_of(str(tiny_kl), 17)
     assert latent_spec_of("identity", 8).shape == (3, 8, 8)
 
@@ -188,7 +188,7 @@ def test_a_folder_keeps_its_identity_where_it_moves_and_loses_it_with_its_conten
     folder = copy_of(tiny_kl, tmp_path / "vae")
     recorded = latent_spec_of(str(folder), 16)
     moved = folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"vae: no such folder; give the folder where it is now as --vae"):
+    with pytest.raises(UserError, match=r"vae: no such folder; give the folder where it is now as autoencoder"):
         load_autoencoder(recorded)
     assert recorded.is_by(str(moved)) and recorded == latent_spec_of(str(moved), 16)
     assert load_autoencoder(recorded, name=str(moved)).latent == recorded
@@ -197,7 +197,7 @@ def test_a_folder_keeps_its_identity_where_it_moves_and_loses_it_with_its_conten
     save_file(weights, moved / "diffusion_pytorch_model.safetensors")
     moved.rename(folder)
     assert not recorded.is_by(str(folder)) and recorded != latent_spec_of(str(folder), 16)
-    with pytest.raises(UserError, match=r"others than when the data was encoded; give the folder .* as --vae"):
+    with pytest.raises(UserError, match=r"others than when the data was encoded; give the folder .* as autoencoder"):
         load_autoencoder(recorded)
 
 
@@ -222,7 +222,7 @@ def test_what_older_files_record_is_read_as_before(tiny_kl, tmp_path, monkeypatc
     assert spec == latent_spec_of("vae", 16) and spec.autoencoder_id == "vae"
     assert load_autoencoder(spec).latent is spec
     monkeypatch.chdir("/")
-    with pytest.raises(UserError, match=r"autoencoder vae: no such folder; .* as --vae"):
+    with pytest.raises(UserError, match=r"autoencoder vae: no such folder; .* as autoencoder"):
         load_autoencoder(spec)
 
 
@@ -258,7 +258,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         diffusers = pytest.importorskip("diffusers")
         monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *_: pytest.fail("asks again and again"))
-        with pytest.raises(UserError, match=r"the hub does not answer: .*refused.*\); give .* as --vae") as error:
+        with pytest.raises(UserError, match=r"the hub does not answer: .*refused.*\); give .* as autoencoder") as error:
             latent_spec_of("nobody/nothing", 16)
         assert "\n" not in str(error.value)
 

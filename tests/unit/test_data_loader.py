@@ -49,7 +49,7 @@ class TestSampler:
 
     @pytest.mark.parametrize("global_batch", [6, 0])
     def test_a_batch_that_the_processes_can_not_share(self, global_batch):
-        with pytest.raises(UserError, match=f"--batch-size {global_batch}: .* 4 processes") as error:
+        with pytest.raises(UserError, match=f"global_batch {global_batch}: .* 4 processes") as error:
             StepSampler(10, global_batch, 0, 4, 0, 0, 1)
         one_line(error)
 
@@ -158,7 +158,7 @@ class TestLoader:
             (signal.SIGKILL, "was killed, most often because memory ran out; give fewer --num-workers"),
             (
                 signal.SIGBUS,
-                "was ended by SIGBUS, most often because shared memory is full; give --num-workers 0.*--shm-size",
+                "was ended by SIGBUS, most often because shared memory is full; give num_workers 0.*--shm-size",
             ),
             (signal.SIGTERM, "ended with status 0; run the same command again"),  # torch takes it for an order
         ],
@@ -187,7 +187,7 @@ class TestLoader:
 
         monkeypatch.setattr(torch.Tensor, "share_memory_", full)
         loader = training_loader(open_dataset(dataset_dir), global_batch=8, seed=3, num_steps=20, workers=2)
-        with pytest.raises(UserError, match=r"shared memory fails .*give --num-workers 0.*--shm-size") as error:
+        with pytest.raises(UserError, match=r"shared memory fails .*give num_workers 0.*--shm-size") as error:
             list(loader)
         one_line(error)
 
@@ -196,7 +196,7 @@ class TestLoader:
         data = open_dataset(dataset_copy)
         loader = training_loader(data, global_batch=COUNT, seed=0, num_steps=1, with_images=True, workers=workers)
         (dataset_copy / "images-00001.safetensors").write_bytes(b"")
-        with pytest.raises(UserError, match=r"^--data-dir.*images-00001") as error:
+        with pytest.raises(UserError, match=r"^folder.*images-00001") as error:
             list(loader)
         one_line(error)
 

@@ -190,7 +190,7 @@ def test_misspelt_moco_layers():
 def test_weights_of_another_network(state, tmp_path):
     partial = {name: value for name, value in state.items() if "blocks.11" not in name}
     save_file(partial, tmp_path / "part.safetensors")
-    with pytest.raises(UserError, match=r"--encoder-weights .*part.safetensors: not the weights of vit_tiny"):
+    with pytest.raises(UserError, match=r"weights .*part.safetensors: not the weights of vit_tiny"):
         load(tmp_path / "part.safetensors")
 
 
@@ -198,7 +198,7 @@ def test_weights_of_another_network(state, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(range(256))])
 def test_unreadable_file(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"--encoder-weights .*{name}: neither safetensors nor a torch file"):
+    with pytest.raises(UserError, match=f"weights .*{name}: neither safetensors nor a torch file"):
         load(tmp_path / name)
 
 
@@ -225,27 +225,27 @@ def test_download_gives_the_same_as_the_file(encoder, weights, images, monkeypat
 
 @pytest.mark.parametrize("name", ["nonsense", "vit_tiny_patch16_224.nonsense"])
 def test_unknown_name_lists_the_short_ones(name):
-    with pytest.raises(UserError, match=f"--enc-type {name}: expected one of digits, dinov2-vit-s.*jepa-vit-h"):
+    with pytest.raises(UserError, match=f"encoder {name}: expected one of digits, dinov2-vit-s.*jepa-vit-h"):
         load(None, name)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "xcit_nano_12_p8_224"])
 def test_networks_without_patch_tokens(name, weights):
-    with pytest.raises(UserError, match=f"--enc-type {name}: not a plain vision transformer"):
+    with pytest.raises(UserError, match=f"encoder {name}: not a plain vision transformer"):
         load(weights, name)
 
 
 def test_offline_download_asks_for_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"no download of vit_tiny.*give a file with --encoder-weights") as caught:
+    with pytest.raises(UserError, match=r"no download of vit_tiny.*give a file as weights") as caught:
         load(None)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["mocov3-vit-s", "mocov3-vit-b", "vit_base_patch16_xp_224"])
 def test_weights_that_nobody_serves(name):
-    with pytest.raises(UserError, match=f"--enc-type {name}: its weights can't be downloaded"):
+    with pytest.raises(UserError, match=f"encoder {name}: its weights can't be downloaded"):
         load(None, name)
 
 
@@ -305,7 +305,7 @@ def test_digits_errors(digits, weights):
     _, path = digits
     with pytest.raises(UserError, match="gives 4 x 4 tokens, the model has 8 x 8"):
         load(path, "digits", grid_size=8)
-    with pytest.raises(UserError, match="give its weights with --encoder-weights"):
+    with pytest.raises(UserError, match=r"give a file \(\.safetensors\) as weights"):
         load(None, "digits")
     with pytest.raises(UserError, match="not the weights of digits"):
         load(weights, "digits")
@@ -317,6 +317,6 @@ def test_digits_errors(digits, weights):
 def test_hybrids_are_refused_before_weights_are_looked_for(name, tmp_path):
     pytest.importorskip("timm")
     for weights in (None, tmp_path / "absent.pth"):
-        with pytest.raises(UserError, match=f"--enc-type {name}: (not a plain|its weights can't)") as error:
+        with pytest.raises(UserError, match=f"encoder {name}: (not a plain|its weights can't)") as error:
             load_encoder(name, grid_size=16, weights=weights, device="cpu")
         assert "\n" not in str(error.value)
