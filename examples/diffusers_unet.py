@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn.functional import pad
 
-from stablevm import ClassBank, Protocol, StableVM, squared_error
+from stablevm import ClassBank, ObjectiveSettings, StableVM, squared_error
 
 NULL_CLASS = 10  # stands for "no class": labels are dropped to it now and then, for classifier-free guidance
 
@@ -42,7 +42,7 @@ def train(steps, batch_size=64):
     images, labels = load_images()
     network, stream = make_network(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    protocol = Protocol(label_dropout=0.1, null_class=NULL_CLASS, weighting="logit_normal")
+    protocol = ObjectiveSettings(label_dropout=0.1, null_class=NULL_CLASS, weighting="logit_normal")
     objective = StableVM(ClassBank(10, 256, shape=(1, 8, 8)), protocol)  # 1
     for step in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=stream)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stablevm.interpolant import COSINE, LINEAR, Interpolant
     from stablevm.metrics.neighbours import coverage, precision_recall
     from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
-    from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, StableVM, squared_error
+    from stablevm.objective import Draw, FlowMatching, ObjectiveSettings, StableTargetField, StableVM, squared_error
     from stablevm.posterior import Posterior
     from stablevm.solvers.fixed_steps import stable_velocity_step
     from stablevm.solvers.integration import integrate
@@ -45,7 +45,7 @@ _HOMES = {
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
     "metrics.neighbours": ("coverage", "precision_recall"),
     "metrics.statistics": ("FeatureStatistics", "frechet_distance"),
-    "objective": ("Draw", "FlowMatching", "Protocol", "StableTargetField", "StableVM", "squared_error"),
+    "objective": ("Draw", "FlowMatching", "ObjectiveSettings", "StableTargetField", "StableVM", "squared_error"),
     "posterior": ("Posterior",),
     "solvers.fixed_steps": ("stable_velocity_step",),
     "solvers.integration": ("integrate",),
@@ -56,7 +56,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Names that were public: what each is called now, and the version in which the old name goes (see CONTRIBUTING.md).
-_MOVED: dict[str, tuple[str, str]] = {}
+_MOVED = {"Protocol": ("stablevm.ObjectiveSettings", "0.3")}
 
 __all__ = [
     "COSINE",
@@ -67,8 +67,8 @@ __all__ = [
     "FeatureStatistics",
     "FlowMatching",
     "Interpolant",
+    "ObjectiveSettings",
     "Posterior",
-    "Protocol",
     "SamplerSettings",
     "StableTargetField",
     "StableVM",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stablevm.support.errors import UserError
+from stablevm.support.moved import renamed
 from stablevm.support.rng import rand, to_device
 from stablevm.support.shapes import described
 
@@ -157,13 +158,14 @@ class ClassBank:
         local = (uniforms[:, 1] * self.counts[labels]).long()
         return labels, labels * self.capacity + local
 
-    def draw_pool(self, size: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    @renamed(stream="generator")
+    def draw_pool(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Flat slots (n,) of min(size, slots) entries over all classes, and a mask (n,) of those that are filled.
 
         Without replacement, every entry alike: how much a class counts is for the weights to say.
         """
         empty = torch.arange(self.capacity, device=self.device) >= self.counts[:, None]
-        keys = rand(empty.shape, stream, self.device)
+        keys = rand(empty.shape, generator, self.device)
         best = keys.masked_fill_(empty, -1.0).flatten().topk(min(size, empty.numel()))
         return best.indices, best.values >= 0
 

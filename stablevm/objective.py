@@ -3,11 +3,12 @@
 Model-free: a draw knows neither the network nor the trainer, so it fits into any training loop:
 
     objective = StableVM(ClassBank(num_classes=10, capacity=256, shape=(4, 32, 32)))
-    draw = objective.draw(latents, labels, stream)
+    draw = objective.draw(latents, labels, generator)
     loss = squared_error(model(draw.x_t, draw.t, draw.labels), draw.target).mean()
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,6 +20,7 @@ from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_pos
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
 from stablevm.support.errors import UserError, arg
+from stablevm.support.moved import renamed
 from stablevm.support.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
 from stablevm.support.shapes import ShownByShape
 from stablevm.times import TimeName, draw_times
@@ -53,8 +55,8 @@ class Draw(ShownByShape):
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What all objectives share.
+class ObjectiveSettings:
+    """What every objective is given: the path, and how targets, times and dropped labels are made.
 
     prediction: "v" makes the velocity the target, "x" the data. null_class and label_dropout serve classifier-free
     guidance: with that chance a label is replaced by the null class.
@@ -82,21 +84,31 @@ class Protocol:
 class _Objective:
     """What all objectives have."""
 
-    protocol: Protocol
+    settings: ObjectiveSettings
     bank: ClassBank | None = None  # of references, where the objective keeps one
     _has_drawn = False
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.protocol})"
+    @property
+    def protocol(self) -> ObjectiveSettings:
+        """The settings, by the name that version 0.1 gave them."""
+        warnings.warn("protocol is now settings; the old name goes in stablevm 0.3", DeprecationWarning, stacklevel=2)
+        return self.settings
 
-    def _begin(self, latents: Tensor, labels: Tensor | None, stream: AnyGenerator, ids: Tensor | None = None) -> None:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings})"
+
+    def _begin(
+        self, latents: Tensor, labels: Tensor | None, generator: AnyGenerator, ids: Tensor | None = None
+    ) -> None:
         """Check the batch, and at the first draw that no other process draws the same."""
         check_batch(latents, labels, ids)
-        if not isinstance(stream, torch.Generator | RowGenerators):
-            raise UserError(f"stream {stream!r}: expected a torch.Generator, such as torch.Generator().manual_seed(0)")
+        if not isinstance(generator, torch.Generator | RowGenerators):
+            raise UserError(
+                f"generator {generator!r}: expected a torch.Generator, such as torch.Generator().manual_seed(0)"
+            )
         if not self._has_drawn:
             self._has_drawn = True
-            warn_if_drawn_alike(stream)
+            warn_if_drawn_alike(generator)
 
 
 class FlowMatching(_Objective):
@@ -104,19 +116,21 @@ class FlowMatching(_Objective):
 
     bank: None = None
 
-    def __init__(self, protocol: Protocol | None = None) -> None:
-        self.protocol = protocol or Protocol()
+    @renamed(protocol="settings")
+    def __init__(self, settings: ObjectiveSettings | None = None) -> None:
+        self.settings = settings or ObjectiveSettings()
 
-    def draw(self, latents: Tensor, labels: Tensor, stream: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
-        """latents (B, *shape), labels (B,) int64; stream: where the times, noise and dropped labels come from.
+    @renamed(stream="generator")
+    def draw(self, latents: Tensor, labels: Tensor, generator: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
+        """latents (B, *shape), labels (B,) int64; generator: where the times, noise and dropped labels come from.
 
         UserError for labels or ids of another shape or type.
         """
         check_labels(labels)
-        self._begin(latents, labels, stream, ids)
-        noisy = _perturb(self.protocol, latents, stream)
-        labels, _ = _drop_labels(self.protocol, labels, stream)
-        return _finish(self.protocol, noisy, labels, _ids_or_none(ids, labels), None)
+        self._begin(latents, labels, generator, ids)
+        noisy = _perturb(self.settings, latents, generator)
+        labels, _ = _drop_labels(self.settings, labels, generator)
+        return _finish(self.settings, noisy, labels, _ids_or_none(ids, labels), None)
 
 
 class StableTargetField(_Objective):
@@ -126,15 +140,17 @@ class StableTargetField(_Objective):
     references_from: below this time the target is plain flow matching's, and nothing is weighed.
     """
 
-    def __init__(self, protocol: Protocol | None = None, *, references_from: float = 0.0) -> None:
-        self.protocol = protocol or Protocol()
+    @renamed(protocol="settings")
+    def __init__(self, settings: ObjectiveSettings | None = None, *, references_from: float = 0.0) -> None:
+        self.settings = settings or ObjectiveSettings()
         self.references_from = _time(references_from)
 
+    @renamed(stream="generator")
     def draw(
         self,
         references: Tensor,
         labels: Tensor | None,
-        stream: AnyGenerator,
+        generator: AnyGenerator,
         *,
         anchors: Tensor | None = None,
         ids: Tensor | None = None,
@@ -145,44 +161,45 @@ class StableTargetField(_Objective):
         The anchors must be chosen independently of the references' values, or the target is biased. UserError for
         labels or ids of another shape or type.
         """
-        self._begin(references, labels, stream, ids)
+        self._begin(references, labels, generator, ids)
         if anchors is not None:
             check_positions("anchors", anchors, None, len(references))
         count, device = references.shape[0], references.device
         chosen = torch.arange(count, device=device) if anchors is None else anchors
-        noisy = _perturb(self.protocol, references[chosen], stream)
+        noisy = _perturb(self.settings, references[chosen], generator)
         if labels is None:
             own_labels = torch.zeros_like(chosen)
             keep = torch.ones(len(chosen), count, dtype=torch.bool, device=device)
         else:
-            own_labels, dropped = _drop_labels(self.protocol, labels[chosen], stream)
+            own_labels, dropped = _drop_labels(self.settings, labels[chosen], generator)
             keep = (labels[chosen, None] == labels) | to_device(dropped, device)[:, None]
         keep[torch.arange(len(chosen), device=device), chosen] = False
 
         def weigh(rows: Tensor | slice) -> Posterior:
-            return posterior(self.protocol.path, *noisy.part(rows), references, keep=keep[rows])
+            return posterior(self.settings.path, *noisy.part(rows), references, keep=keep[rows])
 
         own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
-        return _finish(self.protocol, noisy, own_labels, own_ids, _weigh_from(self.references_from, noisy, weigh))
+        return _finish(self.settings, noisy, own_labels, own_ids, _weigh_from(self.references_from, noisy, weigh))
 
+    @renamed(stream="generator")
     def draw_over_blocks(
-        self, anchors: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]], stream: AnyGenerator
+        self, anchors: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]], generator: AnyGenerator
     ) -> Draw:
         """The same for unlabelled anchors (B, *shape) of a set that comes in blocks, in the memory of one block.
 
         blocks: pairs of references (n, *shape) and keep (B, n), False where a reference is the row's own anchor, or
         None where the block holds no anchor.
         """
-        self._begin(anchors, None, stream)
-        noisy = _perturb(self.protocol, anchors, stream)
+        self._begin(anchors, None, generator)
+        noisy = _perturb(self.settings, anchors, generator)
         labels = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
 
         def weigh(rows: Tensor | slice) -> Posterior:
             parts = ((block, None if keep is None else keep[rows]) for block, keep in blocks)
-            return posterior_over_blocks(self.protocol.path, *noisy.part(rows), parts)
+            return posterior_over_blocks(self.settings.path, *noisy.part(rows), parts)
 
         corrections = _weigh_from(self.references_from, noisy, weigh)
-        return _finish(self.protocol, noisy, labels, _ids_or_none(None, labels), corrections)
+        return _finish(self.settings, noisy, labels, _ids_or_none(None, labels), corrections)
 
 
 class StableVM(_Objective):
@@ -199,10 +216,11 @@ class StableVM(_Objective):
 
     bank: ClassBank
 
+    @renamed(protocol="settings")
     def __init__(
         self,
         bank: ClassBank,
-        protocol: Protocol | None = None,
+        settings: ObjectiveSettings | None = None,
         *,
         anchors: Anchors = "bank",
         pool_size: int = POOL_SIZE,
@@ -218,22 +236,23 @@ class StableVM(_Objective):
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
         self.class_shares = None if class_shares is None else class_shares.to(bank.device, torch.float32)
         self.references_from = _time(references_from)
-        self.protocol = protocol or Protocol()
-        if self.protocol.null_class in range(bank.num_classes):
+        self.settings = settings or ObjectiveSettings()
+        if self.settings.null_class in range(bank.num_classes):
             raise UserError(
-                f"null class {self.protocol.null_class} is one of the bank's classes, 0 to {bank.num_classes - 1}: "
+                f"null class {self.settings.null_class} is one of the bank's classes, 0 to {bank.num_classes - 1}: "
                 f"give {bank.num_classes}"
             )
 
+    @renamed(stream="generator", pool_stream="pool_generator")
     def draw(
         self,
         latents: Tensor,
         labels: Tensor,
-        stream: AnyGenerator,
+        generator: AnyGenerator,
         *,
         ids: Tensor | None = None,
         slots: Tensor | None = None,
-        pool_stream: torch.Generator | None = None,
+        pool_generator: torch.Generator | None = None,
     ) -> Draw:
         """Insert fresh latents (B, *shape) of classes labels (B,) int64 into the bank, then draw B to regress on.
 
@@ -243,11 +262,11 @@ class StableVM(_Objective):
         there a label out of range ends in an assertion of the device, and what is not finite stays in the bank.
 
         ids: dataset rows of the latents, by which copies are recognised. slots: where the caller has inserted them
-        already (with the other processes' ones). pool_stream: where the shared pool comes from, if not from `stream`
-        (needed when that holds one stream per row).
+        already (with the other processes' ones). pool_generator: where the shared pool comes from, if not from
+        `generator` (needed when that holds one generator for each row).
         """
         check_labels(labels)
-        self._begin(latents, labels, stream, ids)
+        self._begin(latents, labels, generator, ids)
         self.bank.check(latents, labels, ids)
         if not latents.device == labels.device == self.bank.device:
             raise UserError(
@@ -261,16 +280,16 @@ class StableVM(_Objective):
             check_positions("slots", slots, len(latents), self.bank.discarded_slot + 1)
         ids = _ids_or_none(ids, labels)
         if self.anchors == "bank":
-            labels, slots = draw_anchors(self.bank, latents.shape[0], stream)
+            labels, slots = draw_anchors(self.bank, latents.shape[0], generator)
             latents, ids = self.bank.gather(slots).to(latents), self.bank.ids_at(slots)
-        noisy = _perturb(self.protocol, latents, stream)
-        shown, dropped = _drop_labels(self.protocol, labels, stream)
-        if pool_stream is None:
-            if not isinstance(stream, torch.Generator):
-                raise ValueError("with one stream per row the pool needs a stream of its own: give pool_stream")
-            pool_stream = stream
-        corrections = self._weigh(noisy, labels, slots, ids, dropped, pool_stream)
-        return _finish(self.protocol, noisy, shown, ids, corrections)
+        noisy = _perturb(self.settings, latents, generator)
+        shown, dropped = _drop_labels(self.settings, labels, generator)
+        if pool_generator is None:
+            if not isinstance(generator, torch.Generator):
+                raise ValueError("with one generator for each row the pool needs one of its own: give pool_generator")
+            pool_generator = generator
+        corrections = self._weigh(noisy, labels, slots, ids, dropped, pool_generator)
+        return _finish(self.settings, noisy, shown, ids, corrections)
 
     def _weigh(
         self,
@@ -279,7 +298,7 @@ class StableVM(_Objective):
         slots: Tensor,
         ids: Tensor,
         dropped: Tensor,
-        pool_stream: torch.Generator,
+        pool_generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Offsets `x0 - m` and effective sample sizes; labelled rows by class, the others against the pool."""
         offset, ess = torch.zeros_like(noisy.x0), torch.ones_like(noisy.t)
@@ -288,9 +307,9 @@ class StableVM(_Objective):
             if not chosen.any():
                 continue
             rows = to_device(chosen.nonzero().squeeze(1), noisy.x0.device)
-            path, part = self.protocol.path, noisy.part(rows)
+            path, part = self.settings.path, noisy.part(rows)
             if is_pool:
-                pool = self._pool(labels[rows], slots[rows], ids[rows], pool_stream)
+                pool = self._pool(labels[rows], slots[rows], ids[rows], pool_generator)
                 found = posterior_over_blocks(path, *part, pool)
             else:
                 keep = self.bank.is_reference(labels[rows], slots[rows], ids[rows])
@@ -299,10 +318,10 @@ class StableVM(_Objective):
         return offset, ess
 
     def _pool(
-        self, labels: Tensor, slots: Tensor, ids: Tensor, stream: torch.Generator
+        self, labels: Tensor, slots: Tensor, ids: Tensor, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of references (n, *shape) over all classes, and of their log prior odds against each anchor (R, n)."""
-        picked, filled = self.bank.draw_pool(self.pool_size, stream)
+        picked, filled = self.bank.draw_pool(self.pool_size, generator)
         log_prior = (self._shares() / self.bank.counts).log()
         odds = log_prior[picked // self.bank.capacity] - log_prior[labels, None]
         copies = (self.bank.ids_at(picked) == ids[:, None]) & (ids != NO_ID)[:, None]
@@ -319,9 +338,9 @@ class StableVM(_Objective):
         return self.bank.seen.float() if self.class_shares is None else self.class_shares
 
 
-def draw_anchors(bank: ClassBank, rows: int, stream: AnyGenerator) -> tuple[Tensor, Tensor]:
+def draw_anchors(bank: ClassBank, rows: int, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
     """Labels and flat slots (rows,) of the samples to perturb: the first numbers that `StableVM.draw` takes."""
-    return bank.draw(rand((rows, 2), stream))
+    return bank.draw(rand((rows, 2), generator))
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -366,20 +385,20 @@ def _weigh_from(
     return offset, ess
 
 
-def _perturb(protocol: Protocol, latents: Tensor, stream: AnyGenerator) -> _Noisy:
+def _perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerator) -> _Noisy:
     device = latents.device
-    host_t = draw_times(protocol.weighting, protocol.path, latents.shape[0], stream)
+    host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator)
     t = to_device(host_t, device)
-    noise = randn(latents.shape, stream, device)
-    return _Noisy(latents, noise, t, protocol.path.interpolate(latents, noise, t), host_t)
+    noise = randn(latents.shape, generator, device)
+    return _Noisy(latents, noise, t, settings.path.interpolate(latents, noise, t), host_t)
 
 
-def _drop_labels(protocol: Protocol, labels: Tensor, stream: AnyGenerator) -> tuple[Tensor, Tensor]:
+def _drop_labels(settings: ObjectiveSettings, labels: Tensor, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
     """The labels that the network sees, and which were dropped (on the host, where their number is needed)."""
-    if protocol.null_class is None:
+    if settings.null_class is None:
         return labels, torch.zeros(len(labels), dtype=torch.bool)
-    dropped = rand((len(labels),), stream) < protocol.label_dropout
-    return torch.where(to_device(dropped, labels.device), protocol.null_class, labels), dropped
+    dropped = rand((len(labels),), generator) < settings.label_dropout
+    return torch.where(to_device(dropped, labels.device), settings.null_class, labels), dropped
 
 
 def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
@@ -387,14 +406,14 @@ def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _finish(
-    protocol: Protocol, noisy: _Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
+    settings: ObjectiveSettings, noisy: _Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
 ) -> Draw:
     """The target: CFM's, plus the correction that the references make where there are any (docs/theory.md)."""
     ess = torch.ones_like(noisy.t) if correction is None else correction[1]
-    if protocol.prediction == "x":
+    if settings.prediction == "x":
         target = noisy.x0 if correction is None else noisy.x0 - correction[0]
     else:
-        target = protocol.path.velocity(noisy.x0, noisy.noise, noisy.t)
+        target = settings.path.velocity(noisy.x0, noisy.noise, noisy.t)
         if correction is not None:
-            target = target + protocol.path.offset_gain(noisy.t, noisy.x0) * correction[0]
+            target = target + settings.path.offset_gain(noisy.t, noisy.x0) * correction[0]
     return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t)

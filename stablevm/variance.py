@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablevm.interpolant import Interpolant, align
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
+from stablevm.support.moved import renamed
 from stablevm.support.rng import rand, randn
 
 BAND = (0.15, 0.85)  # quantiles over samples, as published
@@ -92,6 +93,7 @@ class VarianceCurve:
         raise AssertionError("the share at t = 1 is 1")
 
 
+@renamed(stream="generator")
 def variance_curve(
     path: Interpolant,
     latents: Tensor,
@@ -100,7 +102,7 @@ def variance_curve(
     *,
     references: int,
     rows: int,
-    stream: torch.Generator,
+    generator: torch.Generator,
     references_from: float = 0.0,
 ) -> VarianceCurve:
     """`V(t) = E |target - v(x_t)|^2 / d` for latents (N, *shape) with labels (N,), at times (T,).
@@ -114,15 +116,15 @@ def variance_curve(
     members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
 
     def samples_at(time: float) -> tuple[Tensor, Tensor, Tensor]:
-        anchors = torch.randint(len(latents), (rows,), generator=stream)
-        noise = randn((rows, *latents.shape[1:]), stream)
+        anchors = torch.randint(len(latents), (rows,), generator=generator)
+        noise = randn((rows, *latents.shape[1:]), generator)
         parts = []
         for label in labels[anchors].unique().tolist():
             mine = (labels[anchors] == label).nonzero().squeeze(1)
             group, others = members[label], anchors[mine][:, None] != members[label]
             x0, eps, t = latents[anchors[mine]], noise[mine], torch.full((len(mine),), time, dtype=torch.float32)
             exact = posterior(path, x0, eps, t, latents[group], keep=others)
-            few = posterior(path, x0, eps, t, latents[group], keep=_choose(others, references - 1, stream))
+            few = posterior(path, x0, eps, t, latents[group], keep=_choose(others, references - 1, generator))
             parts.append(_errors(path, t, exact.offset, few, references_from))
         first, second, third = zip(*parts, strict=True)
         return torch.cat(first), torch.cat(second), torch.cat(third)
@@ -138,7 +140,7 @@ def streamed_variance_curve(
     *,
     references: int,
     rows: int,
-    stream: torch.Generator,
+    generator: torch.Generator,
     references_from: float = 0.0,
 ) -> VarianceCurve:
     """The same without labels, for data of any size: `blocks()` reads all `count` samples (n, *shape) in order.
@@ -146,7 +148,7 @@ def streamed_variance_curve(
     Memory is that of a block, of `references` samples and of `rows` samples at each time; the data is read twice.
     The same anchors and the same references serve all times.
     """
-    errors = _streamed_errors(path, blocks, count, times, references, rows, stream, references_from)
+    errors = _streamed_errors(path, blocks, count, times, references, rows, generator, references_from)
     return VarianceCurve.of(times, references, zip(*errors, strict=True))
 
 
@@ -157,7 +159,7 @@ def class_variance_curve(
     *,
     references: int,
     rows: int,
-    stream: torch.Generator,
+    generator: torch.Generator,
     references_from: float = 0.0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> VarianceCurve:
@@ -169,7 +171,7 @@ def class_variance_curve(
     for count, blocks in classes:
         for start in range(0, rows, PASS_ROWS):
             together = min(PASS_ROWS, rows - start)
-            parts.append(_streamed_errors(path, blocks, count, times, references, together, stream, references_from))
+            parts.append(_streamed_errors(path, blocks, count, times, references, together, generator, references_from))
             progress(together)
     joined = [[torch.cat(at_time) for at_time in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)]
     return VarianceCurve.of(times, references, zip(*joined, strict=True))
@@ -182,14 +184,14 @@ def _streamed_errors(
     times: Tensor,
     references: int,
     rows: int,
-    stream: torch.Generator,
+    generator: torch.Generator,
     references_from: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Errors of CFM and of StableVM, and effective sample sizes: each a list over times of (rows,)."""
-    anchors = torch.randint(count, (rows,), generator=stream)
-    subset = torch.randperm(count, generator=stream)[: references - 1]
+    anchors = torch.randint(count, (rows,), generator=generator)
+    subset = torch.randperm(count, generator=generator)[: references - 1]
     x0, few = (_pick(blocks(), rows_) for rows_ in (anchors, subset))
-    noise = randn((len(times), *x0.shape), stream)
+    noise = randn((len(times), *x0.shape), generator)
     t = times.repeat_interleave(rows)
     every_x0, every_noise = x0.repeat(len(times), *[1] * (x0.ndim - 1)), noise.flatten(0, 1)
     own = anchors.repeat(len(times))[:, None]
@@ -223,9 +225,9 @@ def _band(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _choose(allowed: Tensor, count: int, stream: torch.Generator) -> Tensor:
+def _choose(allowed: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """A mask of at most `count` of each row's allowed columns, at random."""
-    keys = rand(allowed.shape, stream).masked_fill(~allowed, -1.0)
+    keys = rand(allowed.shape, generator).masked_fill(~allowed, -1.0)
     best = keys.topk(min(count, keys.shape[1]), dim=1).indices
     return torch.zeros_like(allowed).scatter_(1, best, True) & allowed
 

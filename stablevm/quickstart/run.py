@@ -171,7 +171,7 @@ def _variance(config: QuickstartConfig, dataset: PreparedDataset) -> VarianceCur
         CURVE_TIMES,
         references=CURVE_REFERENCES,
         rows=CURVE_ROWS,
-        stream=rng.generator(config.seed, "variance"),
+        generator=rng.generator(config.seed, "variance"),
     )
 
 

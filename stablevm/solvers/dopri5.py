@@ -1,16 +1,15 @@
 """Adaptive integration of `dx/dt = v` from t = 1 down, with error control of each image on its own.
 
 The usual solvers choose one step for a whole batch, from an error averaged over it: an image would depend on the
-company it is drawn in. Here every row has its own time and its own step, rows that are done leave the batch, and the
+other images of its batch. Here every row has its own time and its own step, rows that are done leave the batch, and the
 network still sees all the others at once.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stablevm.interpolant import align
+from stablevm.solvers.fixed_steps import Velocity
 from stablevm.support.errors import UserError
 
 # Dormand and Prince (1980), "A family of embedded Runge-Kutta formulae", table 2. The last row of stages is the
@@ -38,13 +37,7 @@ _SMALLEST_STEP = 1e-9  # whoever needs a smaller one does not get on
 _MOST_TRIES = 10_000  # a hundred times what images take
 
 
-class RowVelocity(Protocol):
-    """Velocity of states x (n, ...) at times t (n,), which belong to the images `rows` (n,) of the batch."""
-
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor) -> Tensor: ...
-
-
-def dopri5(velocity: RowVelocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
+def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
     """Dormand-Prince steps of order 5 from x (B, ...) at t = 1 to t = 0, float32 or wider; float64 is best.
 
     The root mean square over a row of the error that a step is estimated to add stays below atol + rtol |x|, with |x|
@@ -92,7 +85,7 @@ def dopri5(velocity: RowVelocity, x: Tensor, rtol: float = 1e-3, atol: float = 1
 
 
 def _try_step(
-    velocity: RowVelocity, x: Tensor, t: Tensor, slope: Tensor, step: Tensor, rows: Tensor
+    velocity: Velocity, x: Tensor, t: Tensor, slope: Tensor, step: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state one step ahead (towards smaller t), the slope there, and the error estimate."""
     slopes, h = [slope], -align(step.to(x.dtype), x)
@@ -103,7 +96,7 @@ def _try_step(
     return ahead, slopes[-1], h * _combine(_ERROR, slopes)
 
 
-def _first_step(velocity: RowVelocity, x: Tensor, slope: Tensor, rows: Tensor, rtol: float, atol: float) -> Tensor:
+def _first_step(velocity: Velocity, x: Tensor, slope: Tensor, rows: Tensor, rtol: float, atol: float) -> Tensor:
     """Hairer's guess: a small Euler step shows how fast the slope changes."""
     scale = atol + rtol * _rms(x)
     size, speed = _rms(x) / scale, _rms(slope) / scale

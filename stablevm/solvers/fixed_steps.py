@@ -13,7 +13,9 @@ from torch import Tensor
 from stablevm.interpolant import Interpolant
 from stablevm.support.errors import UserError
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+# `velocity(x, t)` at states x (n, ...) and a scalar time; `dopri5` asks for `velocity(x, t, rows)`, at times (n,), of
+# the rows (n,) of the batch that x holds.
+Velocity = Callable[..., Tensor]
 
 # Karras et al. (2022), "EDM", table 1.
 EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0

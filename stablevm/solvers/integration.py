@@ -1,7 +1,6 @@
 """`integrate`: from noise to data with the sampler that `SamplerSettings` describes, for any velocity."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from stablevm.interpolant import Interpolant
 from stablevm.solvers.dopri5 import dopri5
 from stablevm.solvers.fixed_steps import (
+    Velocity,
     edm_times,
     euler,
     euler_maruyama,
@@ -23,18 +23,12 @@ from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
 from stablevm.support.shapes import described
 
-# Solvers with a given number of steps, by the word of --solver. A solver of the ODE alone stands in the first only.
+# Solvers with a given number of steps, by the word of `SamplerSettings.solver`: of the ODE, and of the SDE.
 _FIXED_STEPS = {"euler": euler, "heun": heun}
 _FIXED_STEPS_SDE = {"euler": euler_maruyama, "heun": stochastic_heun}
 
 
-class Field(Protocol):
-    """A velocity at states x (n, ...) and a scalar time, or at times (n,) for the rows (n,) of a batch."""
-
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor: ...
-
-
-def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
+def integrate(velocity: Velocity, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
     """What the sampler of `settings` makes at t = 0 of `noise()` at t = 1, a floating point tensor (B, ...); later
     noise, of the same shape, comes from there too.
 
@@ -67,7 +61,7 @@ def integrate(velocity: Field, noise: Callable[[], Tensor], path: Interpolant, s
 
 
 def _integrate(
-    velocity: Field, x: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
+    velocity: Velocity, x: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
 ) -> Tensor:
     if settings.mode == "stablevs":
         above, below = split_times(settings.num_steps, settings.split_time, settings.steps_below)
@@ -79,7 +73,12 @@ def _integrate(
 
 
 def _fixed_steps(
-    velocity: Field, x: Tensor, times: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    noise: Callable[[], Tensor],
+    path: Interpolant,
+    settings: SamplerSettings,
 ) -> Tensor:
     kind = settings.above_split if settings.mode == "stablevs" else settings.mode
     if kind == "sde":

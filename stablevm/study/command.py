@@ -53,7 +53,7 @@ def _measure(config: VarianceConfig) -> Path:
             torch.linspace(0, 1, config.times + 1, dtype=torch.float64)[1:],
             references=config.references,
             rows=config.rows,
-            stream=rng.generator(config.seed, "variance"),
+            generator=rng.generator(config.seed, "variance"),
             references_from=config.references_from,
             progress=bar.update,
         )

@@ -1,14 +1,17 @@
-"""Addresses of modules as version 0.1 had them: they still import, with a warning, until version 0.3."""
+"""Modules and keywords under the names that version 0.1 gave them: they still work, with a warning, until 0.3."""
 
+import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, TypeVar
 
 GONE_IN = "0.3"
+Function = TypeVar("Function", bound=Callable[..., Any])
 # The old address of a module or a package, and the new one, both below `stablevm`.
 MOVED = {
     "autoencoder": "networks.autoencoder",
@@ -87,3 +90,21 @@ def keep_old_addresses() -> None:
     """Let Python look up modules by their old addresses, after all other ways."""
     if not any(isinstance(finder, _OldAddress) for finder in sys.meta_path):
         sys.meta_path.append(_OldAddress())
+
+
+def renamed(**new_by_old: str) -> Callable[[Function], Function]:
+    """A decorator: the function takes keywords by their old names too, with a warning."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def called(*values: Any, **keywords: Any) -> Any:
+            for old in keywords.keys() & new_by_old:
+                new = new_by_old[old]
+                message = f"{function.__qualname__}: {old} is now {new}; the old keyword goes in stablevm {GONE_IN}"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                keywords[new] = keywords.pop(old)
+            return function(*values, **keywords)
+
+        return called  # type: ignore[return-value]
+
+    return decorate

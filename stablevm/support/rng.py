@@ -26,47 +26,49 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 class RowGenerators:
-    """One stream per row of a batch; stands wherever the functions below take a `torch.Generator`."""
+    """One generator for each row of a batch; stands wherever the functions below take a `torch.Generator`."""
 
-    def __init__(self, streams: Sequence[torch.Generator]) -> None:
-        self.streams = list(streams)
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = list(generators)
 
     def __repr__(self) -> str:
-        return f"RowGenerators({len(self.streams)} rows)"
+        return f"RowGenerators({len(self.generators)} rows)"
 
     @classmethod
     def for_keys(cls, *prefix: int | str, positions: Sequence[int]) -> "RowGenerators":
-        """Row i gets the stream named (*prefix, positions[i])."""
+        """Row i gets the generator named (*prefix, positions[i])."""
         return cls([generator(*prefix, int(position)) for position in positions])
 
 
 AnyGenerator = torch.Generator | RowGenerators
 
 
-def randn(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
+def randn(shape: Sequence[int], generator: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal float32 values of `shape` = (B, ...)."""
-    return _fill(torch.randn, shape, stream, device)
+    return _fill(torch.randn, shape, generator, device)
 
 
-def rand(shape: Sequence[int], stream: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
+def rand(shape: Sequence[int], generator: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
     """Uniform float32 values in [0, 1) of `shape` = (B, ...)."""
-    return _fill(torch.rand, shape, stream, device)
+    return _fill(torch.rand, shape, generator, device)
 
 
 def _fill(
-    sample: Callable[..., Tensor], shape: Sequence[int], stream: AnyGenerator, device: torch.device | str
+    sample: Callable[..., Tensor], shape: Sequence[int], generator: AnyGenerator, device: torch.device | str
 ) -> Tensor:
     pinned = torch.device(device).type == "cuda"
-    if isinstance(stream, torch.Generator):
-        pinned = pinned and stream.device.type == "cpu"
-        values = sample(tuple(shape), generator=stream, dtype=torch.float32, device=stream.device, pin_memory=pinned)
+    if isinstance(generator, torch.Generator):
+        pinned = pinned and generator.device.type == "cpu"
+        values = sample(
+            tuple(shape), generator=generator, dtype=torch.float32, device=generator.device, pin_memory=pinned
+        )
         return to_device(values, device)
     rows, *rest = shape
-    if rows != len(stream.streams):
-        raise ValueError(f"{rows} rows asked of {len(stream.streams)} row generators")
+    if rows != len(generator.generators):
+        raise ValueError(f"{rows} rows asked of {len(generator.generators)} row generators")
     values = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=pinned)
-    for row, row_stream in zip(values, stream.streams, strict=True):
-        row.copy_(sample(tuple(rest), generator=row_stream, dtype=torch.float32))
+    for row, row_generator in zip(values, generator.generators, strict=True):
+        row.copy_(sample(tuple(rest), generator=row_generator, dtype=torch.float32))
     return to_device(values, device)
 
 
@@ -81,17 +83,17 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     return values.to(device, non_blocking=from_host)
 
 
-def warn_if_drawn_alike(stream: AnyGenerator) -> None:
+def warn_if_drawn_alike(generator: AnyGenerator) -> None:
     """Warn where another process of this torch.distributed run is about to draw the same numbers.
 
-    Processes leave a hash of their stream's state in the run's store, where each looks whether it was there. None waits
-    for another, so it does no harm where not all of them draw.
+    Processes leave a hash of their generator's state in the run's store, where each looks whether it was there. No
+    process waits for another, so it does no harm where not all of them draw.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     if dist.get_backend() == dist.Backend.MPI:  # it has no store
         return
-    first = stream if isinstance(stream, torch.Generator) else stream.streams[0]
+    first = generator if isinstance(generator, torch.Generator) else generator.generators[0]
     name = hashlib.blake2b(first.get_state().numpy().tobytes(), digest_size=16).hexdigest()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     other = int(store.compare_set(f"stablevm/stream/{name}", "", str(rank)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stablevm.interpolant import LINEAR
-from stablevm.objective import Draw, FlowMatching, Protocol, StableTargetField, squared_error
+from stablevm.objective import Draw, FlowMatching, ObjectiveSettings, StableTargetField, squared_error
 from stablevm.support import rng
 from stablevm.toy.config import Method, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
@@ -19,7 +19,7 @@ from stablevm.training.ema import MovingAverage
 from stablevm.training.tracker import Trackers
 
 BLOCK = 2048  # references that are made from one stream, so that any part of a set can be made again
-PROTOCOL = Protocol(path=LINEAR)
+PROTOCOL = ObjectiveSettings(path=LINEAR)
 
 
 def mixture_of(config: ToyConfig, seed: int, dimension: int | None = None) -> GaussianMixture:

@@ -111,7 +111,7 @@ def _data_curve(config: ToyConfig, blocks: Callable[[], Iterator[Tensor]], count
         TIMES,
         references=max(2, min(config.references, count // SHARE_OF_DATA)),
         rows=DATA_ROWS,
-        stream=rng.generator(config.seed, "variance", count),
+        generator=rng.generator(config.seed, "variance", count),
     )
 
 

@@ -72,7 +72,7 @@ class BatchDrawer:
             streams,
             ids=ids.to(home),
             slots=slots[self.positions.start : self.positions.stop],
-            pool_stream=rng.generator(seed, "pool", step),
+            pool_generator=rng.generator(seed, "pool", step),
         )
         return on_device(draw, device)
 

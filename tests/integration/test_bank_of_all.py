@@ -57,7 +57,7 @@ def test_targets_are_those_of_the_whole_class(root):
     streams = rng.RowGenerators.for_keys("draw", positions=range(30))
     draw = objective.draw(
         torch.empty(30, 1, 8, 8), torch.zeros(30, dtype=torch.int64), streams,
-        slots=torch.full((30,), objective.bank.discarded_slot), pool_stream=rng.generator("pool"),
+        slots=torch.full((30,), objective.bank.discarded_slot), pool_generator=rng.generator("pool"),
     )  # fmt: skip
     for i in range(30):
         label, t = draw.labels[i], draw.t[i].double()

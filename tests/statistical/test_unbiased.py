@@ -14,7 +14,7 @@ from mixtures import make_mixture
 from stablevm import objective
 from stablevm.bank import ClassBank
 from stablevm.interpolant import COSINE, LINEAR
-from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM
+from stablevm.objective import FlowMatching, ObjectiveSettings, StableTargetField, StableVM
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 DIMENSION, REFERENCES, ROWS, BATCHES, FUNCTIONS, CLASSES = 4, 8, 48, 150, 20, 2
@@ -85,7 +85,7 @@ METHODS = {
 def largest_z(draw, path, time, monkeypatch, dropout=0.2, shares=(0.5, 0.5)):
     """The largest |z| over the test functions; the batches are the independent observations."""
     monkeypatch.setattr(objective, "draw_times", lambda name, path, rows, stream: torch.full((rows,), time))
-    protocol = Protocol(path=path, label_dropout=dropout, null_class=NULL)
+    protocol = ObjectiveSettings(path=path, label_dropout=dropout, null_class=NULL)
     stream = torch.Generator().manual_seed(0)
     directions = torch.randn(FUNCTIONS, DIMENSION, generator=stream, dtype=torch.float64)
     frequencies = torch.randn(FUNCTIONS, DIMENSION, generator=stream, dtype=torch.float64)

@@ -60,7 +60,7 @@ def test_curve_against_brute_force():
 
     def curve(references):
         same = torch.Generator().manual_seed(5)
-        return variance_curve(LINEAR, latents, labels, times, references=references, rows=500, stream=same)
+        return variance_curve(LINEAR, latents, labels, times, references=references, rows=500, generator=same)
 
     whole, single = curve(10), curve(1)
     assert whole.stablevm == pytest.approx([0, 0], abs=1e-9) and whole.references == 10
@@ -77,7 +77,7 @@ def test_streamed_curve_against_brute_force(block):
     def curve(references, block=block):
         same = torch.Generator().manual_seed(5)
         return streamed_variance_curve(
-            LINEAR, lambda: iter(latents.split(block)), 30, times, references=references, rows=500, stream=same
+            LINEAR, lambda: iter(latents.split(block)), 30, times, references=references, rows=500, generator=same
         )
 
     whole, single = curve(31), curve(1)
@@ -97,7 +97,7 @@ def test_curve_over_classes_against_brute_force():
     def curve(references, rows=170):
         same = torch.Generator().manual_seed(5)
         return class_variance_curve(
-            LINEAR, classes, times, references=references, rows=rows, stream=same, progress=heard.append
+            LINEAR, classes, times, references=references, rows=rows, generator=same, progress=heard.append
         )
 
     whole, single, more = curve(11), curve(1), curve(99)

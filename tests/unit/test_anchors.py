@@ -7,7 +7,7 @@ from stablevm.bank import ClassBank
 from stablevm.data.loader import StepSampler
 from stablevm.data.opening import open_dataset
 from stablevm.interpolant import LINEAR
-from stablevm.objective import Protocol, StableVM
+from stablevm.objective import ObjectiveSettings, StableVM
 from stablevm.training.anchors import AnchorPlan, objective_streams
 
 CLASSES, CAPACITY, STEPS, BATCH = 3, 4, 25, 6
@@ -46,7 +46,7 @@ def start(root):
 
 def drawn(dataset, bank, config, position, *, first, until):
     """The ids of the anchors that StableVM draws in the steps `first` to `until` for one half of the batch."""
-    objective = StableVM(bank, Protocol(path=LINEAR))
+    objective = StableVM(bank, ObjectiveSettings(path=LINEAR))
     labels, rows_of = dataset.labels(), StepSampler(len(dataset), BATCH, 0, 1, config.seed, first, until - first)
     for step, rows in enumerate(rows_of, start=first):
         latents = torch.zeros(BATCH, *dataset.latent.shape)
@@ -54,7 +54,7 @@ def drawn(dataset, bank, config, position, *, first, until):
         half = slice(position.start, position.stop)
         draw = objective.draw(
             latents[half], labels[rows][half], objective_streams(config.seed, step, position),
-            ids=torch.tensor(rows)[half], slots=slots[half], pool_stream=torch.Generator(),
+            ids=torch.tensor(rows)[half], slots=slots[half], pool_generator=torch.Generator(),
         )  # fmt: skip
         yield draw.ids.tolist()
 

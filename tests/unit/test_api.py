@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import stablevm
 
@@ -71,6 +72,23 @@ def test_moved_names_are_not_public_and_lead_to_what_exists():
     for name in stablevm._MOVED:
         with pytest.warns(DeprecationWarning):
             getattr(stablevm, name)
+
+
+def test_old_keywords_warn_and_work():
+    bank = stablevm.ClassBank(2, 4, (3,))
+    with pytest.warns(DeprecationWarning, match=r"protocol is now settings; .* goes in stablevm 0\.3$") as seen:
+        objective = stablevm.StableVM(bank, protocol=stablevm.ObjectiveSettings(null_class=2))
+    assert objective.settings.null_class == 2 and {warning.filename for warning in seen} == {__file__}
+    latents, labels = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.warns(DeprecationWarning) as seen:
+        old = objective.draw(latents, labels, stream=torch.Generator().manual_seed(1), pool_stream=torch.Generator())
+        assert objective.protocol is objective.settings
+    assert len(seen) == 3
+    again = stablevm.StableVM(stablevm.ClassBank(2, 4, (3,)), objective.settings)
+    new = again.draw(latents, labels, torch.Generator().manual_seed(1))
+    assert torch.equal(old.x_t, new.x_t)
+    with pytest.warns(DeprecationWarning, match="draw_times: stream is now generator"):
+        stablevm.draw_times("uniform", stablevm.LINEAR, 2, stream=torch.Generator())
 
 
 def test_star_gives_every_name_but_the_optional_one_without_diffusers():

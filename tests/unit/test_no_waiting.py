@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stablevm.bank import ClassBank
 from stablevm.networks.sit import SiT
 from stablevm.networks.sit_config import sit_config
-from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
+from stablevm.objective import FlowMatching, ObjectiveSettings, StableTargetField, StableVM, squared_error
 from stablevm.support import rng
 from stablevm.training.ema import MovingAverage
 
 CLASSES, ROWS, SHAPE = 5, 12, (4, 8, 8)
-NULL = Protocol(null_class=CLASSES, label_dropout=0.4)
+NULL = ObjectiveSettings(null_class=CLASSES, label_dropout=0.4)
 
 
 class BlockingCopies(TorchDispatchMode):
@@ -52,12 +52,14 @@ def test_the_device_notices_who_waits():
 
 
 @pytest.mark.parametrize("anchors", ["bank", "batch"])
-@pytest.mark.parametrize("protocol", [Protocol(), NULL, Protocol(prediction="x", weighting="logit_normal")])
+@pytest.mark.parametrize(
+    "protocol", [ObjectiveSettings(), NULL, ObjectiveSettings(prediction="x", weighting="logit_normal")]
+)
 def test_stablevm_draws_without_waiting(anchors, protocol):
     objective = StableVM(ClassBank(CLASSES, 6, SHAPE, device="meta"), protocol, anchors=anchors)
     latents, labels, streams = batch()
     with BlockingCopies() as copies:
-        draw = objective.draw(latents, labels, streams, ids=labels, pool_stream=rng.generator(0))
+        draw = objective.draw(latents, labels, streams, ids=labels, pool_generator=rng.generator(0))
     assert copies.found == []
     assert draw.target.shape == latents.shape and draw.target.device.type == "meta" and draw.host_t.device.type == "cpu"
 
@@ -69,13 +71,13 @@ def test_rows_without_references_are_found_without_waiting(references_from):
     latents, labels, streams = batch()
     with BlockingCopies() as copies:
         slots = bank.insert(latents, labels, ids=labels)
-        objective.draw(latents, labels, streams, ids=labels, slots=slots, pool_stream=rng.generator(0))
+        objective.draw(latents, labels, streams, ids=labels, slots=slots, pool_generator=rng.generator(0))
         field = StableTargetField(NULL, references_from=references_from)
         field.draw(latents, labels, streams, anchors=torch.empty(ROWS, dtype=torch.int64, device="meta"))
     assert copies.found == []
 
 
-@pytest.mark.parametrize("protocol", [Protocol(), NULL])
+@pytest.mark.parametrize("protocol", [ObjectiveSettings(), NULL])
 def test_flow_matching_draws_without_waiting(protocol):
     latents, labels, streams = batch()
     with BlockingCopies() as copies:

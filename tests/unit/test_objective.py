@@ -8,7 +8,7 @@ import torch
 import stablevm.objective as module
 from stablevm.bank import NO_ID, ClassBank
 from stablevm.interpolant import COSINE, LINEAR
-from stablevm.objective import FlowMatching, Protocol, StableTargetField, StableVM, squared_error
+from stablevm.objective import FlowMatching, ObjectiveSettings, StableTargetField, StableVM, squared_error
 from stablevm.support.errors import UserError
 from stablevm.support.rng import RowGenerators
 from stablevm.times import draw_times
@@ -40,7 +40,7 @@ def exact_velocity(path, draw, samples, weights=None):
 @pytest.mark.parametrize("prediction", ["v", "x"])
 def test_one_reference_is_flow_matching_bit_for_bit(path, prediction, batch):
     latents, labels = batch[0][:CLASSES], batch[1][:CLASSES]
-    protocol = Protocol(path=path, prediction=prediction)
+    protocol = ObjectiveSettings(path=path, prediction=prediction)
     plain = FlowMatching(protocol).draw(latents, labels, same_stream())
     bank = ClassBank(CLASSES, 1, SHAPE)
     stable = StableVM(bank, protocol, anchors="batch").draw(latents, labels, same_stream())
@@ -63,7 +63,7 @@ def test_whole_data_as_references_gives_the_exact_velocity(anchors, batch):
 
 def test_dropped_labels_are_weighed_against_all_classes(batch):
     latents, labels = batch
-    protocol = Protocol(label_dropout=1.0, null_class=CLASSES)
+    protocol = ObjectiveSettings(label_dropout=1.0, null_class=CLASSES)
     draw = StableVM(ClassBank(CLASSES, ROWS, SHAPE), protocol, anchors="batch").draw(latents, labels, same_stream())
     assert (draw.labels == CLASSES).all()
     torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
@@ -74,7 +74,7 @@ def test_without_label_classes_count_as_often_as_they_are_anchors(anchors, share
     """Bank anchors are uniform over the classes that have entries, batch anchors as frequent as in the data."""
     latents, labels = batch[0], torch.tensor([0] * 9 + [2] * 3)
     bank = ClassBank(CLASSES, 4, SHAPE)
-    protocol = Protocol(label_dropout=1.0, null_class=CLASSES)
+    protocol = ObjectiveSettings(label_dropout=1.0, null_class=CLASSES)
     draw = StableVM(bank, protocol, anchors=anchors).draw(latents, labels, same_stream(), ids=torch.arange(ROWS))
     stays = draw.ids >= 5  # of nine samples of class 0, the last four
     draw = type(draw)(**{name: value[stays] for name, value in vars(draw).items()})
@@ -90,14 +90,14 @@ def test_a_copy_of_the_anchor_is_no_reference(dropout, batch):
     bank = ClassBank(1, ROWS, SHAPE)
     bank.insert(latents, labels, ids)
     elsewhere = torch.full_like(ids, bank.discarded_slot)
-    objective = StableVM(bank, Protocol(label_dropout=dropout, null_class=1), anchors="batch")
+    objective = StableVM(bank, ObjectiveSettings(label_dropout=dropout, null_class=1), anchors="batch")
     draw = objective.draw(latents, labels, same_stream(), ids=ids, slots=elsewhere)
     torch.testing.assert_close(draw.target.double(), exact_velocity(LINEAR, draw, latents), rtol=1e-4, atol=1e-4)
 
 
 def test_stable_target_field_without_labels_weighs_the_whole_set(batch):
     latents, labels = batch
-    dropped = Protocol(label_dropout=1.0, null_class=CLASSES)
+    dropped = ObjectiveSettings(label_dropout=1.0, null_class=CLASSES)
     draws = [StableTargetField(dropped).draw(latents, labels, same_stream()),
              StableTargetField().draw(latents, None, same_stream())]  # fmt: skip
     for draw in draws:
@@ -116,7 +116,7 @@ def test_stable_target_field_weighs_the_set_by_class(batch):
 def test_predicting_data_aims_at_the_posterior_mean(path, batch):
     latents, labels = batch
     draws = [
-        StableVM(ClassBank(CLASSES, ROWS, SHAPE), Protocol(path=path, prediction=kind), anchors="batch").draw(
+        StableVM(ClassBank(CLASSES, ROWS, SHAPE), ObjectiveSettings(path=path, prediction=kind), anchors="batch").draw(
             latents, labels, same_stream()
         )
         for kind in ("v", "x")
@@ -129,7 +129,7 @@ def test_label_dropout(stream):
     """The share of dropped labels: z < 4 over 5,000 rows, the fixture's seed."""
     rows = 5000
     labels = torch.zeros(rows, dtype=torch.int64)
-    draw = FlowMatching(Protocol(**CONDITIONAL)).draw(torch.zeros(rows, 1), labels, stream)
+    draw = FlowMatching(ObjectiveSettings(**CONDITIONAL)).draw(torch.zeros(rows, 1), labels, stream)
     dropped = draw.labels == CLASSES
     assert torch.equal(draw.labels[~dropped], labels[~dropped])
     assert abs(dropped.float().mean() - 0.3) / (0.3 * 0.7 / rows) ** 0.5 < 4
@@ -152,7 +152,7 @@ def test_anchors_are_told_by_their_ids(batch):
 @pytest.mark.parametrize("weighting", ["uniform", "lognormal", "logit_normal"])
 @pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_times_are_those_of_the_weighting(weighting, path, batch):
-    draw = FlowMatching(Protocol(path=path, weighting=weighting)).draw(*batch, same_stream())
+    draw = FlowMatching(ObjectiveSettings(path=path, weighting=weighting)).draw(*batch, same_stream())
     assert torch.equal(draw.t, draw_times(weighting, path, ROWS, same_stream()))
     assert torch.equal(draw.x_t, path.interpolate(draw.x0, draw.noise, draw.t))
 
@@ -163,7 +163,7 @@ def test_three_lines_in_somebody_elses_loop(stream):
     assert len(example) == 3
     latents, labels = torch.randn(5, 4, 32, 32, generator=stream), torch.arange(5)
     scale = torch.ones((), requires_grad=True)
-    names = {**vars(module), "latents": latents, "labels": labels, "stream": stream,
+    names = {**vars(module), "latents": latents, "labels": labels, "generator": stream,
              "model": lambda x_t, t, labels: scale * x_t}  # fmt: skip
     exec("\n".join(example), names)
     names["loss"].backward()
@@ -175,11 +175,11 @@ def test_a_row_does_not_depend_on_how_the_batch_is_split(anchors, batch):
     latents, labels = batch
     bank = ClassBank(CLASSES, ROWS, SHAPE)
     slots = bank.insert(latents, labels)
-    objective = StableVM(bank, Protocol(**CONDITIONAL), anchors=anchors, pool_size=7)
+    objective = StableVM(bank, ObjectiveSettings(**CONDITIONAL), anchors=anchors, pool_size=7)
 
     def draw(rows):
         streams = RowGenerators.for_keys("test", positions=range(rows.start, rows.stop))
-        return objective.draw(latents[rows], labels[rows], streams, slots=slots[rows], pool_stream=same_stream())
+        return objective.draw(latents[rows], labels[rows], streams, slots=slots[rows], pool_generator=same_stream())
 
     whole, halves = draw(slice(0, ROWS)), [draw(slice(0, 5)), draw(slice(5, ROWS))]
     for name in ("x_t", "t", "labels", "x0", "noise", "ids"):
@@ -209,11 +209,11 @@ def test_squared_error_is_a_mean_per_sample():
 def test_mistakes_are_told(batch):
     latents, labels = batch
     with pytest.raises(UserError, match="prediction 'eps': expected v or x"):
-        Protocol(prediction="eps")
+        ObjectiveSettings(prediction="eps")
     with pytest.raises(UserError, match=r"label_dropout 2: expected a chance in \[0, 1\]"):
-        Protocol(label_dropout=2, null_class=3)
+        ObjectiveSettings(label_dropout=2, null_class=3)
     with pytest.raises(UserError, match="needs a null class"):
-        Protocol(label_dropout=0.1)
+        ObjectiveSettings(label_dropout=0.1)
     bank = ClassBank(CLASSES, 2, SHAPE)
     with pytest.raises(UserError, match="anchors 'fresh': expected bank or batch"):
         StableVM(bank, anchors="fresh")
@@ -263,18 +263,18 @@ def test_labels_ids_and_streams_of_another_kind_are_refused(objective, batch):
         objective.draw(latents, labels.float(), same_stream())
     with pytest.raises(UserError, match=r"ids are torch.int64 \(3,\)"):
         objective.draw(latents, labels, same_stream(), ids=torch.arange(3))
-    with pytest.raises(UserError, match=r"stream None: expected a torch.Generator"):
+    with pytest.raises(UserError, match=r"generator None: expected a torch.Generator"):
         objective.draw(latents, labels, None)
 
 
 def test_objectives_that_contradict_themselves_are_refused():
     with pytest.raises(UserError, match="path 'linear': expected an Interpolant"):
-        Protocol(path="linear")
+        ObjectiveSettings(path="linear")
     with pytest.raises(UserError, match="weighting 'lognorm': expected one of uniform"):
-        Protocol(weighting="lognorm")
+        ObjectiveSettings(weighting="lognorm")
     bank = ClassBank(CLASSES, 4, SHAPE)
     with pytest.raises(UserError, match="null class 0 is one of the bank's classes, 0 to 2: give 3"):
-        StableVM(bank, Protocol(null_class=0))
+        StableVM(bank, ObjectiveSettings(null_class=0))
     with pytest.raises(UserError, match=r"class_shares are \(2,\): expected \(3,\)"):
         StableVM(bank, class_shares=torch.ones(2))
 
@@ -305,7 +305,7 @@ def targets_from(references_from, dropout=0.3, rows=40):
     """StableVM's draw of a full bank, and flow matching's of the same anchors and noise."""
     stream = torch.Generator().manual_seed(3)
     latents, labels = torch.randn(rows, *SHAPE, generator=stream), torch.arange(rows) % CLASSES
-    protocol = Protocol(label_dropout=dropout, null_class=CLASSES)
+    protocol = ObjectiveSettings(label_dropout=dropout, null_class=CLASSES)
     objective = StableVM(ClassBank(CLASSES, rows, SHAPE), protocol, anchors="batch", references_from=references_from)
     plain = FlowMatching(protocol).draw(latents, labels, same_stream())
     return objective.draw(latents, labels, same_stream()), plain

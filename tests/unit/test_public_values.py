@@ -15,7 +15,7 @@ from stablevm import (
     ClassBank,
     FeatureStatistics,
     FlowMatching,
-    Protocol,
+    ObjectiveSettings,
     SamplerSettings,
     StableTargetField,
     StableVM,
@@ -27,7 +27,7 @@ from stablevm.sampling.guidance import GuidanceSettings, GuidedVelocity
 from stablevm.support.rng import RowGenerators, rand, randn
 
 CLASSES, ROWS, SHAPE = 3, 12, (2, 4, 4)
-NULL = Protocol(label_dropout=0.4, null_class=CLASSES, weighting="logit_normal")
+NULL = ObjectiveSettings(label_dropout=0.4, null_class=CLASSES, weighting="logit_normal")
 
 
 def stream():
@@ -51,7 +51,7 @@ def a_posterior():
 
 def a_curve():
     times = torch.tensor([0.3, 1.0], dtype=torch.float64)
-    return stablevm.variance_curve(LINEAR, *batch(), times, references=3, rows=20, stream=stream())
+    return stablevm.variance_curve(LINEAR, *batch(), times, references=3, rows=20, generator=stream())
 
 
 def an_end(settings):
@@ -76,7 +76,7 @@ MADE = {
     "FeatureStatistics": lambda: FeatureStatistics.from_features(batch()[0].flatten(1)),
     "FlowMatching": FlowMatching,
     "Posterior": a_posterior,
-    "Protocol": lambda: NULL,
+    "ObjectiveSettings": lambda: NULL,
     "SamplerSettings": lambda: SamplerSettings("ode", num_steps=7),
     "StableTargetField": lambda: StableTargetField(NULL),
     "StableVM": lambda: StableVM(filled_bank(), NULL, anchors="batch"),
@@ -169,7 +169,9 @@ RESULTS = {
     "FlowMatching": lambda: FlowMatching(NULL).draw(*batch(), stream()),
     "StableVM": MADE["Draw"],
     "StableVM, batch anchors": lambda: StableVM(filled_bank(), NULL, anchors="batch").draw(*batch(), stream()),
-    "StableVM, x-prediction": lambda: StableVM(filled_bank(), Protocol(prediction="x")).draw(*batch(), stream()),
+    "StableVM, x-prediction": lambda: StableVM(filled_bank(), ObjectiveSettings(prediction="x")).draw(
+        *batch(), stream()
+    ),
     "StableTargetField": lambda: StableTargetField(NULL).draw(*batch(), stream()),
     "Posterior": a_posterior,
     "schedules": lambda: [
