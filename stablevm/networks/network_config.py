@@ -1,4 +1,4 @@
-"""What is known of every network, whatever its kind. Free of torch, so that `--help` stays quick."""
+"""What is known of every network, whatever its kind. Free of torch, so that a command's help stays quick."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar

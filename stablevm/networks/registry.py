@@ -1,6 +1,6 @@
 """The kinds of networks that there are: their names, their configurations, and what builds them.
 
-Free of torch until one is built, so that `--help` stays quick.
+Free of torch until one is built, so that a command's help stays quick.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ class WithoutBank(Protocol):
     @property
     def bank(self) -> None: ...
 
-    def draw(self, latents: Tensor, labels: Tensor, stream: AnyGenerator, *, ids: Tensor | None = None) -> Draw: ...
+    def draw(self, latents: Tensor, labels: Tensor, generator: AnyGenerator, *, ids: Tensor | None = None) -> Draw: ...
 
 
 class WithBank(Protocol):
@@ -49,11 +49,11 @@ class WithBank(Protocol):
         self,
         latents: Tensor,
         labels: Tensor,
-        stream: AnyGenerator,
+        generator: AnyGenerator,
         *,
         ids: Tensor | None = None,
         slots: Tensor | None = None,
-        pool_stream: torch.Generator | None = None,
+        pool_generator: torch.Generator | None = None,
     ) -> Draw: ...
 
 
@@ -65,7 +65,7 @@ class Given:
     """What an objective is made of."""
 
     config: TrainConfig
-    protocol: "objective.Protocol"  # what all objectives share
+    settings: "objective.ObjectiveSettings"  # what all objectives share
     class_counts: Tensor  # (classes,) samples of each class in the data
     shape: tuple[int, ...]  # of a latent
     device: torch.device
@@ -75,7 +75,7 @@ def make_objective(
     config: TrainConfig, model: NetworkConfig, dataset: PreparedDataset, device: torch.device
 ) -> Objective:
     """The objective that the options name, with an empty bank where it needs one."""
-    protocol = objective.Protocol(
+    settings = objective.ObjectiveSettings(
         path=get_interpolant(config.path_type),
         prediction=config.prediction,
         weighting=config.weighting,
@@ -83,18 +83,18 @@ def make_objective(
         null_class=model.null_class,
     )
     counts = torch.bincount(dataset.labels(), minlength=model.num_classes)
-    return OBJECTIVES[config.loss_type](Given(config, protocol, counts, dataset.latent.shape, device))
+    return OBJECTIVES[config.loss_type](Given(config, settings, counts, dataset.latent.shape, device))
 
 
 def _flow_matching(given: Given) -> Objective:
-    return FlowMatching(given.protocol)
+    return FlowMatching(given.settings)
 
 
 def _stablevm(given: Given) -> Objective:
     config = given.config
     return StableVM(
         make_bank(config, given.class_counts, given.shape, given.device),
-        given.protocol,
+        given.settings,
         anchors=config.bank_anchors,
         class_shares=given.class_counts,
         references_from=config.references_from,

@@ -221,7 +221,7 @@ def test_mistakes_are_told(batch):
         StableVM(bank, pool_size=0)
     with pytest.raises(UserError, match="a bank of 0 as classes"):
         ClassBank(0, 2, SHAPE)
-    with pytest.raises(ValueError, match="give pool_stream"):
+    with pytest.raises(ValueError, match="give pool_generator"):
         StableVM(bank).draw(latents, labels, RowGenerators.for_keys("x", positions=range(ROWS)))
 
 
