@@ -222,7 +222,7 @@ def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: to
 
 def _spec_of(name: str) -> TimmEncoderSpec:
     """By a short name, or a name in timm, which also says whether there is something to download; UserError else."""
-    need(f"--enc-type {name}", "timm")
+    need(f"{arg('encoder')} {name}", "timm")
     import timm
 
     spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))

@@ -14,7 +14,18 @@ from stablevm.training.config import TrainConfig
 
 PACKAGE = Path(stablevm.__file__).parent
 # Rooms of commands, and the files of others that take a command's configuration.
-COMMANDS = ("cli.py", "evaluation", "preparation", "profiling", "quickstart", "sampling", "study", "toy", "training")
+COMMANDS = (
+    "cli.py",
+    "commands.py",
+    "evaluation",
+    "preparation",
+    "profiling",
+    "quickstart",
+    "sampling",
+    "study",
+    "toy",
+    "training",
+)
 OF_A_COMMAND = ("integrations/config.py", "integrations/importing.py")
 # A remedy may be a whole command: then its options stand behind its name.
 WHOLE_COMMAND = re.compile(r"(stablevm (prepare|data|train|generate) |docker run |dataset_tools\.py )[^;:()]*")
