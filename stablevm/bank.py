@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.moved import renamed
 from stablevm.support.rng import rand, to_device
 from stablevm.support.shapes import described
@@ -32,12 +32,12 @@ class ClassBank:
         device: torch.device | str = "cpu",
     ) -> None:
         """shape: of one sample. dtype: of storage; float16 halves the memory and rounds the references."""
-        for name, count in (("classes", num_classes), ("a capacity", capacity)):
+        for name, count in (("num_classes", num_classes), ("capacity", capacity)):
             if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
-                raise UserError(f"a bank of {count!r} as {name}: expected a whole number, 1 or more")
+                raise UserError(f"{arg(name)} {count!r}: expected a whole number, 1 or more")
         if not (_is_shape(shape) and isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(
-                f"a bank of {dtype} {shape!r}: expected a shape such as (4, 32, 32) of floating point numbers"
+                f"shape {shape!r} of {dtype}: expected a shape such as (4, 32, 32) of floating point numbers"
             )
         self.num_classes, self.capacity, self.shape = num_classes, capacity, tuple(shape)
         slots = num_classes * capacity
@@ -226,7 +226,7 @@ def check_labels(labels: Tensor | None) -> None:
 
 
 def check_batch(latents: Tensor, labels: Tensor | None, ids: Tensor | None = None) -> None:
-    """UserError unless these are a batch: shapes and types, which a GPU tells without being waited for."""
+    """UserError unless these are a batch: shapes and types, which are known without waiting for a GPU."""
     for name, values in (("latents", latents), ("labels", labels), ("ids", ids)):
         if values is not None and not isinstance(values, Tensor):
             raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")

@@ -203,15 +203,15 @@ DATA_ACTIONS: Table = {
     ),
 }
 COMMANDS: Table = {
-    "quickstart": (quickstart, "the whole staircase on handwritten digits, into one folder with a report"),
+    "quickstart": (quickstart, "prepare, train, sample and evaluate handwritten digits, into one folder with a report"),
     "prepare": (prepare, "write a prepared data set"),
     "data": (data, "verify or show a prepared data set"),
     "train": (train, "train a network"),
     "import": (import_checkpoint, "turn a published checkpoint of SiT, REPA or StableVelocity into ours"),
     "generate": (generate, "sample images from a checkpoint"),
-    "extractor": (extractor, "train the network that judges generated digits"),
-    "evaluate": (evaluate, "judge a file of generated images, or a checkpoint"),
-    "reference": (reference, "write a reference file to judge against"),
+    "extractor": (extractor, "train the network that evaluates generated digits"),
+    "evaluate": (evaluate, "evaluate a file of generated images, or a checkpoint"),
+    "reference": (reference, "write a reference file to evaluate against"),
     "variance": (variance, "how noisy the training targets are on your data, and which tau and xi follow"),
     "benchmark": (benchmark, "what a training step costs on this machine, phase by phase"),
     "toy": (toy, "experiments on a Gaussian mixture, where the exact field is known"),
@@ -234,7 +234,7 @@ def _choose(program: str, what: str, table: Table, arguments: list[str]) -> int:
         return table[name][0](rest)
     width = max(map(len, table))
     lines = [f"  {command.ljust(width)}  {purpose}" for command, (_, purpose) in table.items()]
-    usage = f"usage: {program} {what} ... ({what} --help tells its options)"
+    usage = f"usage: {program} {what} ... ({what} --help lists its options)"
     text = "\n".join([usage, "", f"{what.lower()}s:", *lines])
     if name in ("-h", "--help"):
         print(text)
@@ -298,7 +298,7 @@ def _glance(kind: type[Config], arguments: list[str]) -> Config | None:
 def _guarded(run: Callable[[], object], program: str, resumes: bool = True) -> int:
     """Run the command `program`; returns its exit status, the one that `run` returns if it is a number.
 
-    resumes: whether it goes on where it stopped when it is run again.
+    resumes: whether it resumes where it stopped when it is run again.
     """
     with usable_streams():
         return _status(run, program, resumes)
@@ -312,7 +312,7 @@ def _status(run: Callable[[], object], program: str, resumes: bool) -> int:
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         _take_no_more_interrupts()
-        tell("interrupted; run the same command again to " + ("go on" if resumes else "begin anew"))
+        tell("interrupted; run the same command again to " + ("resume" if resumes else "start over"))
         return INTERRUPTED_STATUS
     except SystemExit as end:
         if isinstance(end.code, int) and end.code > 128:  # a training that was told to stop

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).parents[1] / "images"
-DIGIT = 3
+DIGIT = 0
 TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
 SHOWN = 7  # references with the largest weights
 FEW = 16
 
 
-def threes() -> Tensor:
+def scans() -> Tensor:
     """All scans of the digit, (n, 64) in [-1, 1]."""
     digits = load_digits()
     return torch.tensor(digits.data[digits.target == DIGIT]) / 8 - 1
@@ -68,7 +68,7 @@ def targets_figure(digits: Tensor, noise: Tensor) -> None:
 
 
 def main() -> None:
-    digits, noise = threes(), torch.randn(64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    digits, noise = scans(), torch.randn(64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with style():
         weights_figure(digits, noise)
         targets_figure(digits, noise)

@@ -84,7 +84,7 @@ class FolderStorage:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Of pipes and devices, which could be read for ever, not even the opening is waited for."""
+    """A descriptor of the regular file at `path`. OSError for a pipe or a device, without waiting for its other end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -93,7 +93,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _holds_anything(folder: Path) -> bool:
-    """An unmounted disk leaves an empty folder."""
+    """Whether the folder is there and not empty: an unmounted disk leaves an empty one."""
     return folder.is_dir() and any(folder.iterdir())
 
 

@@ -161,7 +161,7 @@ class _Work(Dataset):
 
 
 def _share(result: Any) -> None:
-    """Move tensors to shared memory now: left to the queue's thread, an error would be lost and waited for for ever."""
+    """Move tensors to shared memory now: in the thread of the queue an error would be lost."""
     if isinstance(result, Tensor):
         result.share_memory_()
     elif is_dataclass(result):

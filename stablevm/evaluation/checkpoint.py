@@ -1,4 +1,4 @@
-"""The command `stablevm evaluate --ckpt`: images go from the sampler to the judge, without a file in between."""
+"""The command `stablevm evaluate --ckpt`: images go from the sampler to the metrics, without a file in between."""
 
 import hashlib
 import json

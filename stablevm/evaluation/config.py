@@ -53,7 +53,7 @@ class JudgeConfig:
                 ("cache_gigabytes", self.cache_gigabytes >= 0, "0 or more"),
                 writable("cache_dir", self.cache_dir),
                 writable("output", self.output, is_folder=False),
-                ("inception", self.inception or bool(self.enc_type or self.extractor), "an --enc-type to judge with"),
+                ("inception", self.inception or bool(self.enc_type or self.extractor), "an --enc-type to use"),
             ],
         )
 
@@ -74,7 +74,7 @@ class JudgeConfig:
 class EvaluateConfig(JudgeConfig):
     """Judge a file of generated images: FID, sFID, inception score, precision and recall, as ADM's suite has them.
 
-    To judge a checkpoint without a file in between, give --ckpt and the options of generate in place of SAMPLES.
+    To evaluate a checkpoint without a file in between, give --ckpt and the options of generate in place of SAMPLES.
     Several processes share the work: torchrun --nproc_per_node=4 evaluate.py ...
     """
 
@@ -87,7 +87,7 @@ class EvaluateConfig(JudgeConfig):
 class EvaluateCheckpointConfig:
     """Judge what a checkpoint generates, without a file in between: the options of generate, and those of evaluate.
 
-    Results go to SAMPLE_DIR/NAME.json. Features are cached, so an interrupted evaluation goes on where it stopped.
+    Results go to SAMPLE_DIR/NAME.json. Features are cached, so an interrupted evaluation resumes where it stopped.
     """
 
     judging: tyro.conf.OmitArgPrefixes[JudgeConfig]

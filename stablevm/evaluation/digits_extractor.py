@@ -1,4 +1,4 @@
-"""The judge of digit images: a small network, trained in seconds on real digits, that classifies and gives features."""
+"""The extractor for digits: a small network, trained in seconds on real ones, that classifies and gives features."""
 
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class _Card:
 
 @dataclass(frozen=True)
 class DigitsExtractor:
-    """A trained judge, in evaluation mode and without gradients, with the facts that belong beside its numbers."""
+    """A trained extractor, in evaluation mode and without gradients, with the facts that belong beside its numbers."""
 
     net: DigitsNet
     test_accuracy: float
@@ -151,12 +151,12 @@ def load_extractor(folder: str | Path) -> DigitsExtractor:
 
 
 def check_digits(dataset: PreparedDataset) -> None:
-    """UserError unless the data set holds images of the size and number of classes that the judge is made for."""
+    """UserError unless the data set holds images of the size and number of classes that the extractor is made for."""
     dataset.check_images()
     if (dataset.resolution, dataset.num_classes) != (IMAGE_SIZE, CLASSES):
         raise UserError(
             f"{dataset.folder}: {dataset.num_classes} classes of {dataset.resolution}-pixel images, but the extractor "
-            f"{NAME} judges {CLASSES} classes of {IMAGE_SIZE}-pixel images"
+            f"{NAME} evaluates {CLASSES} classes of {IMAGE_SIZE}-pixel images"
         )
 
 

@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> Results:
     """Judge the samples, print the table, write the JSON file and the report; returns what the JSON file holds.
 
     Processes other than the first return {} when their share of the features is computed. Raises UserError, before
-    anything is written, for input that can't be judged.
+    anything is written, for input that can't be evaluated.
     """
     process = begin(config, config.warnings())
     output = config.output or default_output(config.samples)

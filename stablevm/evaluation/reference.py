@@ -1,4 +1,4 @@
-"""The command `stablevm reference`: a file to judge against, which ADM's suite reads too.
+"""The command `stablevm reference`: a file to evaluate against, which ADM's suite reads too.
 
 It holds `arr_0`, uint8 (N, H, W, 3), for precision and recall; `mu`, `sigma`, `mu_s`, `sigma_s`, the statistics of the
 whole set's features, as ADM's files have them; and what only our commands read: `labels` and `protocol`.

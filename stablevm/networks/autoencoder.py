@@ -78,7 +78,7 @@ class LatentSpec:
 
     @property
     def autoencoder_id(self) -> str:
-        """What tells the autoencoder from others: a folder's content where it is known, else the name."""
+        """What distinguishes the autoencoder from others: a folder's content where it is known, else the name."""
         return _identity(self.autoencoder, self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def _read_kl_config(source: str) -> Any:
 
 
 def _check_there(source: str, *files: str) -> None:
-    """Before diffusers looks: a folder is never looked up on a hub, and a hub that can't be reached is told at once."""
+    """Before diffusers looks: a folder is never looked up on a hub, and an unreachable hub is reported at once."""
     if is_folder(source):
         existing_folder(source)
         return
@@ -355,7 +355,7 @@ def fingerprint(name: str) -> str | None:
 
 
 def autoencoder_id(name: str) -> str:
-    """What tells the autoencoder called `name` from others, as `LatentSpec.autoencoder_id`."""
+    """What distinguishes the autoencoder called `name` from others, as `LatentSpec.autoencoder_id`."""
     return _identity(full_name(name), fingerprint(name))
 
 

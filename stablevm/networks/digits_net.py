@@ -1,4 +1,4 @@
-"""The small network that recognises the handwritten digits: their judge and their frozen encoder."""
+"""The small network that recognises handwritten digits: it evaluates generated ones, and is their frozen encoder."""
 
 import torch
 from torch import Tensor, nn

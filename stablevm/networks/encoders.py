@@ -65,7 +65,7 @@ SHORT_NAMES = {
 
 
 class Encoder(nn.Module, ABC):
-    """Images to tokens, without gradients and in evaluation mode for ever."""
+    """A frozen network from images to tokens: without gradients, always in evaluation mode."""
 
     network: Any  # the frozen part: DigitsNet, or a model of timm's, which has no useful static type
 

@@ -35,7 +35,7 @@ class ModelCard:
     prediction: Literal["v", "x"]
     class_names: tuple[str, ...]
     step: int
-    # Facts of the training that cards of earlier versions and imported ones do not tell (None).
+    # Facts of the training that cards of earlier versions and imported ones do not hold (None).
     class_counts: tuple[int, ...] | None = None  # samples of each class in the training data
     label_dropout: float | None = None  # chance that a sample was trained without its label
 
@@ -56,23 +56,23 @@ class ModelCard:
 
     @property
     def trained_classes(self) -> tuple[int, ...]:
-        """The classes that the training data had samples of; all where the card does not tell."""
+        """The classes that the training data had samples of; all where the card does not say."""
         if self.class_counts is None:
             return tuple(range(self.model.num_classes))
         return tuple(label for label, count in enumerate(self.class_counts) if count)
 
     @property
     def null_is_trained(self) -> bool:
-        """Whether the null class, which guidance and unconditional images need, was seen; assumed where not told."""
+        """Whether the null class, which guidance and unconditional images need, was seen; assumed if not recorded."""
         return self.label_dropout != 0
 
     @property
     def classes_are_trained(self) -> bool:
-        """Whether the classes were seen: not where every label was dropped; assumed where not told."""
+        """Whether the classes were seen: not where every label was dropped; assumed where the card does not say."""
         return self.label_dropout != 1
 
     def agrees_with(self, other: "ModelCard") -> bool:
-        """Whether both are of one training, whatever the step; what one of them does not tell is no difference."""
+        """Whether both are of one training, whatever the step; what one of them does not say is no difference."""
         other = replace(
             other,
             step=self.step,

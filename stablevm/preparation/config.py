@@ -23,7 +23,7 @@ def is_archive(dest: Path) -> bool:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Crop the images of a source to one size. To go on after an interruption, run the same command again.
+    """Crop the images of a source to one size. To resume after an interruption, run the same command again.
 
     Exit status: 0, all images are converted; 3, some were skipped and are listed with their causes in report.json.
     """
@@ -83,7 +83,7 @@ class ConvertConfig:
 class ConvertShardsConfig(ConvertConfig):
     """Crop the images of a source to one size and write them into shards: the first of two steps; then encode.
 
-    To go on after an interruption, run the same command again. Exit status: 0, all images are converted; 3, some were
+    To resume after an interruption, run the same command again. Exit status: 0, all images are converted; 3, some were
     skipped and are listed with their causes in report.json.
     """
 
@@ -104,7 +104,7 @@ class ConvertShardsConfig(ConvertConfig):
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Encode images into latents, one .npy file each. To go on after an interruption, run the same command again.
+    """Encode images into latents, one .npy file each. To resume after an interruption, run the same command again.
 
     Exit status: 0, all images are encoded; 3, some were skipped and are listed with their causes in report.json.
     """
@@ -134,7 +134,7 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class EncodeShardsConfig:
-    """Encode converted shards, which completes the data set. To go on after an interruption, run the same again."""
+    """Encode converted shards, which completes the data set. To resume after an interruption, run the same again."""
 
     data_dir: Path
     """Folder of converted shards: the --dest of convert."""
@@ -162,7 +162,7 @@ class EncodeShardsConfig:
 class PackConfig:
     """Pack a folder in the layout of REPA (images/ and vae-sd/) into shards, pairing images and latents by name.
 
-    To go on after an interruption, run the same command again. Exit status as for convert.
+    To resume after an interruption, run the same command again. Exit status as for convert.
     """
 
     source: Path

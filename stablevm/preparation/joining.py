@@ -33,7 +33,7 @@ class ShardRecord:
 
     @classmethod
     def read(cls, path: Path) -> "ShardRecord":
-        return read_card(path, cls, "record of a shard", remedy="remove the folder and begin anew")
+        return read_card(path, cls, "record of a shard", remedy="remove the folder and start over")
 
     @classmethod
     def read_all(cls, folder: Path) -> list["ShardRecord"]:

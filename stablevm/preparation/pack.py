@@ -24,7 +24,7 @@ _BATCH = 16  # files handed to a worker at a time
 
 
 def pack(config: PackConfig) -> int:
-    """Pack latents, and images unless told otherwise, into shards; returns the exit status."""
+    """Pack latents, and images unless the options say otherwise, into shards; returns the exit status."""
     config.validate()
     process = Process.from_environment()
     dataset = RepaDataset(config.source, config.vae)

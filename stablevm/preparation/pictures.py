@@ -171,7 +171,7 @@ def _settled(picture: Image.Image) -> tuple[Image.Image, list[str]]:
 def _orientation(picture: Image.Image) -> int:
     try:
         return picture.getexif().get(_ORIENTATION, 1)
-    except READ_ERRORS:  # damaged metadata tells nothing
+    except READ_ERRORS:  # damaged metadata says nothing
         return 1
 
 

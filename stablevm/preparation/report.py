@@ -22,7 +22,7 @@ from stablevm.support.text import printable
 REPORT_FILE = "report.json"
 SKIPPED_STATUS = 3
 _LARGEST = 2**30  # bytes: a line for each of millions of images
-_REMEDY = "remove the folder and begin anew"
+_REMEDY = "remove the folder and start over"
 REDO = "remove it and run the same command again"
 
 

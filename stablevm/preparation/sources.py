@@ -102,7 +102,7 @@ def open_source(root: str | Path) -> Source:
 
 
 def fingerprint(names: Sequence[str], labels: Sequence[int], class_names: Sequence[str]) -> str:
-    """Of a list of images: a job goes on only with the list that it began with."""
+    """Of a list of images: a job resumes only with the list that it began with."""
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for name, label in zip(names, labels, strict=True):
         digest.update(os.fsencode(f"{name}\t{label}\n"))

@@ -52,7 +52,7 @@ def _faults(folder: Path, workers: int) -> Iterator[str]:
             damaged = list(_damaged_files(folder, workers))
             yield from damaged
             if damaged:
-                return  # what a damaged file holds tells nothing
+                return  # what a damaged file holds says nothing
         dataset = open_dataset(folder)
         if dataset.has_images:
             dataset.check_images()

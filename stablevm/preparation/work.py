@@ -146,13 +146,13 @@ class Stop:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # torch would raise an error for the workers
             for child in multiprocessing.active_children():
                 child.kill()
-            os.write(2, b"\ninterrupted; run the same command again to go on\n")
+            os.write(2, b"\ninterrupted; run the same command again to resume\n")
             os._exit(128 + number)
         self._wanted = True
 
 
 def begin(dest: Path, plan: dict[str, Any], process: Process) -> Report | None:
-    """Start or go on in `dest`; its report where the job is done already, and what kills left of it swept up.
+    """Start or resume in `dest`; its report where the job is done already, and what kills left of it swept up.
 
     `plan` holds all that decides the result. Raises UserError, naming the first difference, where `dest` holds the
     result of another plan, begun or complete, and where it holds anything else.
@@ -185,7 +185,7 @@ def begin_step(folder: Path, plan: dict[str, Any]) -> None:
     record = folder / PLAN_FILE
     if record.exists():
         check_same(
-            folder, plan, read_object(record, "plan of unfinished work", remedy="remove the folder and begin anew")
+            folder, plan, read_object(record, "plan of unfinished work", remedy="remove the folder and start over")
         )
     else:
         write_json(record, plan)
@@ -234,7 +234,7 @@ def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> N
         )
         if name in ("source", "class names"):
             what = "another list of images: restore it"
-        raise UserError(f"{folder}: was begun with {what}, give another folder, or remove this one to begin anew")
+        raise UserError(f"{folder}: was begun with {what}, give another folder, or remove this one to start over")
 
 
 def encoding_part_length(batch: int) -> int:

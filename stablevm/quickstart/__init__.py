@@ -1,1 +1,1 @@
-"""The whole staircase on handwritten digits: prepare, train, sample, judge, report."""
+"""From handwritten digits to a report in one command: prepare, train, sample, evaluate."""

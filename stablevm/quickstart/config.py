@@ -9,7 +9,7 @@ from stablevm.support.options import require, writable
 
 @dataclass(frozen=True)
 class ExtractorConfig:
-    """Train the network that judges generated digits, on the training split."""
+    """Train the network that evaluates generated digits, on the training split."""
 
     data_dir: Path
     """Prepared digits."""
@@ -25,7 +25,7 @@ class ExtractorConfig:
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Prepare digits, train, sample, judge and report, in minutes on a CPU. To go on after an interruption, run the
+    """Prepare digits, train, sample, evaluate and report, in minutes on a CPU. To resume after an interruption, run the
     same command again."""
 
     output_dir: Path = Path("quickstart")

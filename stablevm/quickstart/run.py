@@ -1,4 +1,4 @@
-"""Runs the staircase step by step; each step finds its earlier result and goes on from there."""
+"""The steps of the quickstart; each one finds its earlier result and resumes from there."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def _quickstart(config: QuickstartConfig) -> dict[str, Any]:
     with clock:
         _announce(1, "prepare the digits")
         print(prepare_digits(recipe.data_folder(config)))
-        _announce(2, "train the extractor that judges them")
+        _announce(2, "train the extractor that evaluates them")
         judge = extractor(recipe.extractor_config(config))
         _announce(3, f"train SiT-XS/2 ({config.loss_type})")
         run = recipe.train_config(config)
@@ -64,7 +64,7 @@ def _quickstart(config: QuickstartConfig) -> dict[str, Any]:
         _announce(4, f"sample {recipe.NUM_SAMPLES} digits")
         weights = checkpoint.checkpoint_folder(run.folder, step)
         samples = {guide: generate(recipe.generate_config(config, weights, guide)) for guide in recipe.GUIDANCES}
-        _announce(5, "judge them")
+        _announce(5, "evaluate them")
         results = {guide: evaluate(recipe.evaluate_config(config, path)) for guide, path in samples.items()}
         _announce(6, "draw the report")
         figures = _figures(config, samples[HEADLINE])

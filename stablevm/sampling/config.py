@@ -14,7 +14,7 @@ _LONGEST_STEM = 240  # bytes: a disk takes 255, with the suffix
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Generate images from a checkpoint into SAMPLE_DIR/NAME.npz. To go on after an interruption, run it again."""
+    """Generate images from a checkpoint into SAMPLE_DIR/NAME.npz. To resume after an interruption, run it again."""
 
     ckpt: Path
     """Checkpoint folder: model.json with ema.safetensors and model.safetensors."""

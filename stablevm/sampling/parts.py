@@ -36,7 +36,7 @@ class PartFolder:
         self.protocol = protocol
 
     def open(self) -> None:
-        """Make the folder, or go on in it; UserError when its images follow another protocol."""
+        """Make the folder, or resume in it; UserError when its images follow another protocol."""
         if not self._is_ours():
             write_json(self.folder / PROTOCOL_FILE, self.protocol)
 

@@ -25,7 +25,7 @@ def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = 
     """Yield a temporary path beside `path`; it becomes `path` when the block ends without an exception.
 
     The temporary name keeps the suffix of `path`, because writers such as PIL and numpy choose a format by it. It lies
-    in `scratch` if given, a folder on the same disk. Without `durable` the caller waits for the disk (`sync`) himself,
+    in `scratch` if given, a folder on the same disk. Without `durable` the caller has to wait for the disk (`sync`),
     which is quicker for many small files at once.
     """
     path = Path(path)

@@ -80,7 +80,7 @@ def _trajectories(
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Times, and samples of the network's and of the exact ODE (PATHS, d) from the same noise, by Euler's method.
 
-    The noise stands for x_t one step below t = 1, because at t = 1 itself the score tells nothing of the data.
+    The noise stands for x_t one step below t = 1, because at t = 1 itself the score says nothing of the data.
     """
     noise = torch.randn(PATHS, config.dimension, generator=rng.generator(seed, "paths"))
     ours, exact = noise.double(), noise.double()

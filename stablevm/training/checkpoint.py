@@ -208,7 +208,7 @@ def set_aside(run: Path, step: int) -> Path | None:
 
 
 def end_return(run: Path) -> None:
-    """To be called when the run has noted that it goes on from the step behind which all was set aside."""
+    """To be called when the run has noted that it resumes from the step behind which all was set aside."""
     (run / CHECKPOINTS / _RETURN_FILE).unlink(missing_ok=True)
 
 
@@ -226,7 +226,7 @@ class _Return:
 
 def _return_note(run: Path) -> _Return | None:
     path = run / CHECKPOINTS / _RETURN_FILE
-    remedy = "move the checkpoints that you do not want to go on from away, and remove this file"
+    remedy = "move the checkpoints that you do not want to resume from away, and remove this file"
     return read_card(path, _Return, "return to a checkpoint", remedy=remedy) if path.exists() else None
 
 

@@ -10,7 +10,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.options import as_typed, idle_warnings, require, writable
 
 CONFIG_FILE = "config.json"
-_REMEDY = "restore it, or begin anew under another --exp-name"
+_REMEDY = "restore it, or start over under another --exp-name"
 # What aligned runs of version 0.1 did, whose files do not know the option.
 BEFORE = {"encoder_resize": "antialiased"}
 TRACKERS = ("tensorboard", "wandb", "none")
@@ -36,7 +36,7 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a network into OUTPUT_DIR/EXP_NAME. To go on after an interruption, run the same command again."""
+    """Train a network into OUTPUT_DIR/EXP_NAME. To resume after an interruption, run the same command again."""
 
     exp_name: str
     """Name of the run; logs, samples and checkpoints go to OUTPUT_DIR/EXP_NAME."""
@@ -90,9 +90,9 @@ class TrainConfig:
     """Judge samples of the moving average every this many steps, and at the end, and keep the checkpoint with the
     lowest Fréchet distance as checkpoints/best; 0: never."""
     eval_samples: int = 1000
-    """Samples that are judged, 4 or more: always of the same noise, 40 Euler steps, no guidance."""
+    """Samples that are evaluated, 4 or more: always of the same noise, 40 Euler steps, no guidance."""
     eval_reference: str | None = None
-    """Reference file to judge against (stablevm reference); with --eval-extractor, the digits' folder."""
+    """Reference file to evaluate against (stablevm reference); with --eval-extractor, the digits' folder."""
     eval_extractor: str | None = None
     """Judge digits: folder of the extractor that was trained on them."""
     eval_enc_type: str | None = None
@@ -244,7 +244,7 @@ class TrainConfig:
                  "at least 1, or all"),
                 ("eval_samples", self.eval_samples >= 4, "at least 4"),
                 ("eval_reference", self.eval_every == 0 or self.eval_reference is not None,
-                 "a reference to judge against with --eval-every"),
+                 "a reference to evaluate against with --eval-every"),
                 ("keep_best", self.eval_every == 0 or self.keep_best is None,
                  "none with --eval-every, which keeps the checkpoint of the lowest distance"),
                 ("learning_rate", self.learning_rate > 0, "a positive number"),

@@ -36,7 +36,7 @@ Judge = Callable[[Tensor, Tensor], dict[str, float]]
 
 
 class Evaluation:
-    """Samples and judges. To be built, which reads the reference, and used on one process only."""
+    """Draws samples and evaluates them. Built, which reads the reference, and used on one process only."""
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder, device: torch.device) -> None:
         self._config, self._autoencoder, self._device = config, autoencoder, device

@@ -100,7 +100,7 @@ class Guard:
             return
         steps, saved = ", ".join(map(str, self.in_a_row[: self.limit])), saved_steps(run)
         advice = (
-            f"the newest checkpoint is of step {saved[-1]}; go on from it or, with --resume-step, from an earlier one"
+            f"the newest checkpoint is of step {saved[-1]}; resume from it or, with --resume-step, from an earlier one"
             if saved
             else "there is no checkpoint yet; begin again under another --exp-name with other options"
         )

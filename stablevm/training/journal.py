@@ -18,7 +18,7 @@ from stablevm.training.progress import Progress, Sums
 from stablevm.training.step import StepMetrics
 from stablevm.training.tracker import Trackers
 
-T_BINS = 10  # equal parts of [0, 1] by which samples are told apart
+T_BINS = 10  # equal parts of [0, 1] by which samples are grouped
 GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of getrusage's ru_maxrss
 

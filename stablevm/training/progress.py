@@ -1,4 +1,4 @@
-"""What a run has measured and not yet told, so that a row or a mean that an interruption cuts through loses nothing."""
+"""What a run has measured and not yet reported, so that an interruption loses no part of a row or a mean."""
 
 from dataclasses import dataclass, field
 

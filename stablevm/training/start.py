@@ -18,7 +18,7 @@ DATA_FILE = "data.json"
 
 
 def as_begun(config: TrainConfig) -> TrainConfig:
-    """The options with those that the run was begun with before there was a choice, by version 0.1: it goes on so."""
+    """The options with those that the run was begun with before there was a choice, by version 0.1: it keeps them."""
     path = config.folder / CONFIG_FILE
     if not path.exists():
         return config
@@ -27,7 +27,7 @@ def as_begun(config: TrainConfig) -> TrainConfig:
 
 
 def find_start(config: TrainConfig, *, show: bool, before: int | None = None) -> int:
-    """The step to go on from, 0 to begin; if `before` is given, one before that step, which has proved damaged.
+    """The step to resume from, 0 to begin; if `before` is given, one before that step, which has proved damaged.
 
     A damaged newest checkpoint is named in a warning, if `show`, and the one before it taken. UserError when the folder
     holds another run, when the checkpoint that was asked for is damaged, or when none is whole.
@@ -62,7 +62,7 @@ def _gone_on(config: TrainConfig, steps: list[int], show: bool) -> int:
 
 
 def check_data(config: TrainConfig, dataset: PreparedDataset, start: int) -> list[str]:
-    """Lines to tell of, where the run that goes on at step `start` does not know its data by their content.
+    """Lines to tell of, where the run that resumes at step `start` does not know its data by their content.
 
     UserError, saying what differs, where they are not the data that the run began with: the bank and the order of
     samples name rows, which would be other images.

@@ -90,7 +90,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _set_damaged_lines_aside(path: Path) -> None:
-    """Move the lines that are no rows into a file beside it, and say so: the run goes on without them."""
+    """Move the lines that are no rows into a file beside it, and say so: the run continues without them."""
     damaged = [line for line in _whole_lines(path) if _row(line) is None]
     if damaged:
         with (path.parent / DAMAGED_FILE).open("ab") as file:
@@ -99,7 +99,7 @@ def _set_damaged_lines_aside(path: Path) -> None:
 
 
 def evaluated(folder: Path, step: int) -> dict[str, float] | None:
-    """The numbers that the run in `folder` has been judged by at `step`; None where it has not."""
+    """The numbers that the run in `folder` has been evaluated by at `step`; None where it has not."""
     path = folder / METRICS_FILE
     for row in read_metrics(path) if path.exists() else ():
         numbers = {name.removeprefix(EVALUATED): value for name, value in row.items() if name.startswith(EVALUATED)}

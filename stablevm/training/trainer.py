@@ -37,7 +37,7 @@ from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evalu
 
 
 def train(config: TrainConfig) -> int:
-    """Train, or go on training, as `config` says; returns the number of finished steps.
+    """Train, or resume training, as `config` says; returns the number of finished steps.
 
     Raises UserError, before anything is written, for options, data or an existing folder that do not fit. Ctrl-C and
     SIGTERM end the step, write a checkpoint and leave with 128 plus the signal's number.
@@ -132,7 +132,7 @@ class Trainer:
             journal.close()
         self.accelerator.wait_for_everyone()
         if interruption.signal is not None and engine.step < self.total_steps:
-            self.say(f"interrupted; saved step {engine.step}. Run the same command again to go on.")
+            self.say(f"interrupted; saved step {engine.step}. Run the same command again to resume.")
             raise SystemExit(128 + interruption.signal)
         return engine.step
 
@@ -170,7 +170,7 @@ class Trainer:
         return every > 0 and (self.engine.step == self.total_steps or self.engine.step % every == 0)
 
     def _save(self, journal: Journal, means: dict[str, float]) -> None:
-        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to go on from.
+        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to resume from.
 
         means: by which it may be the best; empty for one off the interval, which an undisturbed run would not have.
         """

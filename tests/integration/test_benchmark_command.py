@@ -96,7 +96,7 @@ def test_what_was_measured_before_an_error_is_told(tmp_path, capsys, monkeypatch
     assert run(tmp_path / "out", *RANDOM) == 130
     assert [row["name"] for row in json.loads((tmp_path / "out" / "steps.json").read_text())["measurements"]] == ["si"]
     captured = capsys.readouterr()
-    assert "images/s" in captured.out and "interrupted; run the same command again to begin anew" in captured.err
+    assert "images/s" in captured.out and "interrupted; run the same command again to start over" in captured.err
 
 
 def test_options_without_effect_are_told(tmp_path, capsys):

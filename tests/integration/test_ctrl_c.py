@@ -53,7 +53,7 @@ def test_one_line_and_no_traceback(step, times, made):
     lines = interrupt(process, dest, times)
     assert process.returncode == 130, lines
     assert [line for line in lines if "it/s" not in line and "s/image" not in line and "?" not in line] == [
-        "interrupted; run the same command again to go on"
+        "interrupted; run the same command again to resume"
     ]
 
 
@@ -74,4 +74,4 @@ sys.exit(cli.main(["data", "info", "."]))
 def test_another_one_while_the_program_ends_shows_nothing(how):
     ended = subprocess.run([sys.executable, "-c", ENDING.format(how=how)], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 130
-    assert ended.stderr.splitlines() == (["interrupted; run the same command again to go on"] if "Key" in how else [])
+    assert ended.stderr.splitlines() == (["interrupted; run the same command again to resume"] if "Key" in how else [])

@@ -312,7 +312,7 @@ def test_bad_references_get_one_clear_line(options, real, message):
 
 
 def test_bad_options_get_one_clear_line(options, tmp_path):
-    assert "--no-inception: expected an --enc-type to judge with" in refusal(options(inception=False))
+    assert "--no-inception: expected an --enc-type to use" in refusal(options(inception=False))
     assert "--batch-size 0" in refusal(options(batch_size=0))
     assert "stablevm reference" in refusal(options(reference=tmp_path))
     assert "no such file" in refusal(options(reference=tmp_path / "absent.npz"))

@@ -189,7 +189,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert process.stderr.read().splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert process.stderr.read().splitlines()[-1] == "interrupted; run the same command again to resume"
 
 
 def test_a_full_disk_is_one_line_and_no_loss(source, tmp_path, monkeypatch, capsys):

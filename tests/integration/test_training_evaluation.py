@@ -75,7 +75,7 @@ def test_only_a_lower_value_is_the_best(judged):
 
 def test_bad_options_get_one_clear_line(judged, root):
     for given, message in (
-        ({"eval_reference": None}, "expected a reference to judge against"),
+        ({"eval_reference": None}, "expected a reference to evaluate against"),
         ({"eval_samples": 3}, "--eval-samples 3: expected at least 4"),
         ({"eval_reference": str(root / "absent.npz")}, "no such file"),
         ({"eval_every": -1}, "--eval-every -1"),

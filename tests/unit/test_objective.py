@@ -219,7 +219,7 @@ def test_mistakes_are_told(batch):
         StableVM(bank, anchors="fresh")
     with pytest.raises(UserError, match="a pool of 0 references"):
         StableVM(bank, pool_size=0)
-    with pytest.raises(UserError, match="a bank of 0 as classes"):
+    with pytest.raises(UserError, match="num_classes 0"):
         ClassBank(0, 2, SHAPE)
     with pytest.raises(ValueError, match="give pool_generator"):
         StableVM(bank).draw(latents, labels, RowGenerators.for_keys("x", positions=range(ROWS)))
