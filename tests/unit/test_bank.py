@@ -215,11 +215,11 @@ def test_of_a_known_sample_that_comes_twice_at_once_the_last_one_stays():
         ((0, 4, (2,)), "num_classes 0: expected a whole number, 1 or more"),
         ((3, 2.0, (2,)), "capacity 2.0"),
         ((3, 4, 2), r"shape 2 of torch.float32: expected a shape such as \(4, 32, 32\)"),
-        ((3, 4, (2, -3)), r"a bank of torch.float32 \(2, -3\): expected a shape"),
-        ((3, 4, (2.5,)), r"a bank of torch.float32 \(2.5,\)"),
-        ((3, 4, ("2",)), r"a bank of torch.float32 \('2',\)"),
+        ((3, 4, (2, -3)), r"shape \(2, -3\) of torch.float32: expected a shape"),
+        ((3, 4, (2.5,)), r"shape \(2.5,\) of torch.float32"),
+        ((3, 4, ("2",)), r"shape \('2',\) of torch.float32"),
         ((3, 4, (2,), torch.int64), r"shape \(2,\) of torch.int64"),
-        ((3, 4, (2,), "float16"), "a bank of float16"),
+        ((3, 4, (2,), "float16"), r"shape \(2,\) of float16"),
     ],
 )
 def test_a_bank_that_cannot_be(arguments, message):
