@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.networks.sit_config import MODEL_NAMES, SiTConfig, sit_config
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,8 @@ def network_config(name: str, *, input_size: int, in_channels: int, num_classes:
             return network.configure(
                 name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **options
             )
-    raise UserError(f"model {name}: expected one of {', '.join(name for each in NETWORKS for name in each.names)}")
+    names = ", ".join(name for each in NETWORKS for name in each.names)
+    raise UserError(f"{arg('model')} {name}: expected one of {names}")
 
 
 def build_network(config: NetworkConfig, generator: "torch.Generator | None" = None) -> "Backbone":
