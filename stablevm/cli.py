@@ -1,5 +1,6 @@
 """The commands: parse, call, nothing else. Users' mistakes end with one line on stderr and status 2."""
 
+import atexit
 import errno
 import io
 import os
@@ -335,6 +336,7 @@ def _take_no_more_interrupts() -> None:
     """The command has ended: another Ctrl-C could only fall into Python's clearing up, which would show a traceback."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN not inherited by other programs
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Python's last steps undo the line above
 
 
 def _explaining(run: Callable[[], object], program: str) -> object:

@@ -185,7 +185,7 @@ def test_newer_checkpoints_make_way(root, whole, capsys):
     runs.run(replace(settings, resume_step=2, max_train_steps=3))
     aside = settings.folder / "checkpoints" / "newer-than-0000002"
     assert f"going on from step 2; newer checkpoints were moved to {aside}" in capsys.readouterr().out
-    assert saved_steps(settings.folder) == [2, 3] and len(list(aside.iterdir())) == 2
+    assert saved_steps(settings.folder) == [2, 3] and len(list(aside.glob("0*"))) == 2
     assert_same(parts(runs.run(settings), 6), parts(whole, 6))
 
 
@@ -212,10 +212,10 @@ def test_leftovers_are_swept(root):
 def test_a_full_disk_loses_nothing(root, whole, capsys, monkeypatch):
     settings = runs.config(root, "full", checkpointing_steps=2)
 
-    def save_file(tensors, path):
+    def save_file(tensors, path, metadata=None):
         if "0000004" in str(path):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        write(tensors, path)
+        write(tensors, path, metadata)
 
     write = tensor_files.save_file
     with monkeypatch.context() as patch:

@@ -155,7 +155,7 @@ class TestLoader:
     @pytest.mark.parametrize(
         ("number", "text"),
         [
-            (signal.SIGKILL, "was killed, most often because memory ran out; give fewer --num-workers"),
+            (signal.SIGKILL, "was killed, most often because memory ran out; lower num_workers"),
             (
                 signal.SIGBUS,
                 "was ended by SIGBUS, most often because shared memory is full; give num_workers 0.*--shm-size",

@@ -151,7 +151,7 @@ def test_the_newest_checkpoint_is_named(tmp_path):
     one = guard(limit=1)
     add(one, 50, NAN)
     one.review()
-    with pytest.raises(UserError, match="the newest checkpoint is of step 42; go on from it"):
+    with pytest.raises(UserError, match="the newest checkpoint is of step 42; resume from it"):
         one.check(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""evaluation.neighbours and ADM's arithmetic against brute force and cases with a known answer."""
+"""metrics.neighbours and ADM's arithmetic against brute force and cases with a known answer."""
 
 import math
 
@@ -252,7 +252,7 @@ def test_near_copies_cost_no_comparison_one_by_one(kind: str, monkeypatch: pytes
         return squared_distances(a, b, rows, columns)
 
     for module in ("neighbours", "points"):
-        monkeypatch.setattr(f"stablevm.evaluation.{module}.squared_distances", counted)
+        monkeypatch.setattr(f"stablevm.metrics.{module}.squared_distances", counted)
     stream = torch.Generator().manual_seed(3)
     samples = near_copies(kind, stream, count=400, width=128)
     membership(torch.randn(100, 128, generator=stream), samples)
