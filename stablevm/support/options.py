@@ -26,6 +26,7 @@ OPTION_OF = {
     "tau": "proj_tau",
     "weights": "encoder_weights",
 }
+_IN_THE_TOY_STUDY = {"folder": "imagenet_data_path"}
 Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
 
 
@@ -42,7 +43,8 @@ def as_typed(option: str, value: Any) -> str:
 def options_of(kind: type) -> dict[str, str]:
     """How the arguments of the library are spelt in a command whose options are the fields of `kind`."""
     names = {field.name for field in fields(kind)}
-    renamed = {argument: option for argument, option in OPTION_OF.items() if option in names}
+    pairs = (*_IN_THE_TOY_STUDY.items(), *OPTION_OF.items())
+    renamed = {argument: option for argument, option in pairs if option in names}
     return {
         argument: f"--{option.replace('_', '-')}" for argument, option in {**{n: n for n in names}, **renamed}.items()
     }

@@ -100,7 +100,7 @@ def test_cifar10(tmp_path):
     [
         (["--exp=gan"], "error: --exp gan: expected cfm"),
         (["--seeds=0"], "error: --seeds 0: expected at least 1"),
-        (["--imagenet-data-path=nowhere"], "error: --data-dir nowhere: no such folder"),
+        (["--imagenet-data-path=nowhere"], "error: --imagenet-data-path nowhere: no such folder"),
         (["--cifar10-data-path=nowhere"], "error: --cifar10-data-path nowhere: no file data_batch_1.bin"),
     ],
 )
