@@ -4,9 +4,9 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 from dataclasses import replace
 from itertools import chain, count
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -211,14 +211,22 @@ class TestLoader:
 
 
 class _Dies:
-    """Work in whose course, or after which, its process is killed."""
+    """Work in whose course, or half-way through sending whose result, its process is killed."""
 
     def __init__(self, how):
         self.how = how
 
     def __call__(self, request):
         if self.how == "half a message":
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            Connection._send = _send_half
         else:
             os.kill(os.getpid(), signal.SIGKILL)
-        return bytes(10_000_000)  # the pipe holds far less
+        return bytes(10_000_000)
+
+
+def _send_half(connection, message):
+    if len(message) < 1000:  # its length goes first
+        os.write(connection.fileno(), message)
+    else:
+        os.write(connection.fileno(), message[: len(message) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
