@@ -29,7 +29,7 @@ from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.guidance import draw_latents
-from stablevm.sampling.protocol import labels_of, sampler_settings
+from stablevm.sampling.provenance import labels_of, sampler_settings
 from stablevm.solvers.integration import integrate
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.files import read_json

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
 from stablevm.integrations.config import ImportConfig
 from stablevm.preparation import config as preparation
 from stablevm.profiling.config import BenchmarkConfig
-from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
 from stablevm.support.options import as_typed

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import tyro
 
 from stablevm import commands
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
 from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -28,7 +28,7 @@ from stablevm.preparation.config import (
     VerifyConfig,
 )
 from stablevm.profiling.config import BenchmarkConfig
-from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
 from stablevm.support.errors import UserError, arguments_spelt

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
 from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -14,7 +14,7 @@ from stablevm.preparation.config import (
     VerifyConfig,
 )
 from stablevm.profiling.config import BenchmarkConfig
-from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
 from stablevm.support.extras import need
@@ -48,8 +48,8 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> None:
-    need("stablevm evaluate --ckpt", "timm", *(FIGURES if config.judging.report else ()))
-    from stablevm.evaluation.checkpoint import evaluate_checkpoint
+    need("stablevm evaluate --ckpt", "timm", *(FIGURES if config.evaluation.report else ()))
+    from stablevm.evaluation.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(config)
 
@@ -75,14 +75,14 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def extractor(config: ExtractorConfig) -> None:
-    from stablevm.quickstart.run import extractor
+    from stablevm.evaluation.digits import extractor
 
     extractor(config)
 
 
 def variance(config: VarianceConfig) -> None:
     need("stablevm variance", *FIGURES)
-    from stablevm.study.command import measure_variance
+    from stablevm.study.variance import measure_variance
 
     measure_variance(config)
 

@@ -20,7 +20,7 @@ from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_pos
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
 from stablevm.support.errors import UserError, arg
-from stablevm.support.moved import renamed
+from stablevm.support.moved import old_names, renamed
 from stablevm.support.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
 from stablevm.support.shapes import ShownByShape
 from stablevm.times import TimeName, draw_times
@@ -417,3 +417,6 @@ def _finish(
         if correction is not None:
             target = target + settings.path.offset_gain(noisy.t, noisy.x0) * correction[0]
     return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t)
+
+
+__getattr__ = old_names(__name__, Protocol="ObjectiveSettings")

@@ -23,16 +23,16 @@ from checkpoints import save_checkpoint, tiny_card
 
 from stablevm.data.manifest import ShardFile
 from stablevm.data.opening import open_dataset
-from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor
+from stablevm.evaluation.digits import DigitsExtractor, load_extractor, save_extractor
 from stablevm.networks.digits_net import DigitsNet
 from stablevm.networks.snapshot import load_card, load_model
 from stablevm.preparation.joining import ShardRecord
-from stablevm.preparation.report import Problem, Report, read_problems
+from stablevm.preparation.outcome import Problem, Report, read_problems
 from stablevm.preparation.shards import _Converted
 from stablevm.preparation.work import begin_step
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.quickstart.run import CONFIG_FILE, Clock, _claim_folder
-from stablevm.sampling.archive import read_protocol, write_archive
+from stablevm.sampling.archive import read_provenance, write_archive
 from stablevm.sampling.parts import PartFolder
 from stablevm.support import rng
 from stablevm.support.errors import UserError
@@ -167,7 +167,7 @@ def tree(folder):
         "metrics.jsonl": (run / "metrics.jsonl", metrics),
         "extractor.json": (folder / "judge" / "extractor.json", lambda: load_extractor(folder / "judge")),
         "protocol.json": (folder / "parts" / "protocol.json", parts.open),
-        "archive": (folder / "images.npz", lambda: read_protocol(folder / "images.npz")),
+        "archive": (folder / "images.npz", lambda: read_provenance(folder / "images.npz")),
         "report.json": (folder / "report.json", lambda: _Converted.of(Report.read(folder).plan, folder)),
         "plan.json": (folder / "work" / "plan.json", lambda: begin_step(folder / "work", plan)),
         "part": (folder / "part", lambda: read_problems(folder / "part")),

@@ -324,10 +324,10 @@ def _prepare_published(root):
 
 
 def _prepare_toy(root):
-    from stablevm.toy import visualization
+    from stablevm.toy import films
 
-    visualization.FRAME_TIMES = visualization.FRAME_TIMES[:2]  # each takes a second
-    visualization.PATH_STEPS, visualization.SHOWN_STEPS = 4, 2
+    films.FRAME_TIMES = films.FRAME_TIMES[:2]  # each takes a second
+    films.PATH_STEPS, films.SHOWN_STEPS = 4, 2
 
 
 TOY = ["--updates=4", "--eval-every=2", "--batch-size=8", "--references=16", "--components=3", "--dimension=3",

@@ -19,13 +19,13 @@ from torch import Tensor
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows, digest
 from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
-from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec, latent_spec_of
+from stablevm.networks.autoencoder import SD_AUTOENCODERS, SD_FACTOR, SD_SCALE, LatentSpec, latent_spec_of
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError, arg
 
 LATENTS, IMAGES = "vae-sd", "images"
 # What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.
-ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SHORT_NAMES["mse"], SD_SCALE, SD_FACTOR
+ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SD_AUTOENCODERS["mse"], SD_SCALE, SD_FACTOR
 _BEYOND = 65_520  # the least number that float16 rounds to infinity
 _COMPARED = 256  # files whose content tells one set from another: evenly spread
 _IMAGE_STEM, _LATENT_STEM = "img", "img-mean-std-"

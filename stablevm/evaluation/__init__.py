@@ -1,1 +1,1 @@
-"""Judging images: statistics of features, the extractor that makes them, figures and the report."""
+"""From images to numbers and a report: sets of images, networks that give features, and the commands."""

@@ -1,5 +1,6 @@
-"""Options of `stablevm evaluate` and `stablevm reference`. Free of torch, so that `--help` stays quick."""
+"""Options of `stablevm evaluate`, `reference` and `extractor`, and checks of what they write. Free of torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,14 +13,14 @@ from stablevm.support.options import idle_warnings, require, writable
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class EvaluationOptions:
     """What generated images are compared with, and how."""
 
     reference: Path
     """Reference .npz: images, stored statistics or both, as ADM's suite and stablevm reference write them; or a folder
     or .zip of images of one size. With --extractor, a prepared data set with the splits train and test."""
     extractor: Path | None = None
-    """Judge digits instead: folder of the extractor that was trained on them (stablevm extractor)."""
+    """Evaluate digits instead: folder of the extractor that was trained on them (stablevm extractor)."""
     inception: bool = True
     """Compute FID, sFID, inception score, precision, recall and others from Inception's features."""
     inception_weights: Path | None = None
@@ -71,8 +72,8 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(JudgeConfig):
-    """Judge a file of generated images: FID, sFID, inception score, precision and recall, as ADM's suite has them.
+class EvaluateConfig(EvaluationOptions):
+    """Evaluate a file of generated images: FID, sFID, inception score, precision and recall, as ADM's suite has them.
 
     To evaluate a checkpoint without a file in between, give --ckpt and the options of generate in place of SAMPLES.
     Several processes share the work: torchrun --nproc_per_node=4 evaluate.py ...
@@ -85,25 +86,25 @@ class EvaluateConfig(JudgeConfig):
 
 @dataclass(frozen=True)
 class EvaluateCheckpointConfig:
-    """Judge what a checkpoint generates, without a file in between: the options of generate, and those of evaluate.
+    """Evaluate what a checkpoint generates, without a file in between: the options of generate, and those of evaluate.
 
     Results go to SAMPLE_DIR/NAME.json. Features are cached, so an interrupted evaluation resumes where it stopped.
     """
 
-    judging: tyro.conf.OmitArgPrefixes[JudgeConfig]
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions]
     """What the images are compared with, and how."""
     sampling: tyro.conf.OmitArgPrefixes[GenerateConfig]
     """How they are generated."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        self.judging.validate()
+        self.evaluation.validate()
         self.sampling.validate()
 
     def warnings(self) -> list[str]:
         """One line for each option that was given and has no effect with the others."""
         pictures = idle_warnings(self.sampling, {"grid": "evaluate", "trajectory": "evaluate"})
-        return [*self.judging.warnings(), *self.drawn.warnings(), *pictures]
+        return [*self.evaluation.warnings(), *self.drawn.warnings(), *pictures]
 
     @property
     def drawn(self) -> GenerateConfig:
@@ -161,3 +162,81 @@ class ReferenceConfig:
         """One line for each option that was given and has no effect with the others."""
         idle = dict.fromkeys(("inception_weights", "batch_size", "cache_dir", "cache_gigabytes"), "--no-statistics")
         return [] if self.statistics else idle_warnings(self, idle)
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """Train the network that evaluates generated digits, on the training split."""
+
+    data_dir: Path
+    """Prepared digits."""
+    output_dir: Path
+    """Folder for extractor.safetensors and extractor.json."""
+    seed: int = 0
+    """Seed of weights, batches and augmentation."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [("seed", self.seed >= 0, "0 or more"), writable("output_dir", self.output_dir)])
+
+
+def default_output(samples: Path) -> Path:
+    """Beside the samples: their name with .json for its ending, or behind it where they are a folder."""
+    if samples.is_dir():
+        return samples.parent / f"{samples.resolve().name}.json"
+    return samples.with_suffix(".json")
+
+
+def outputs_of(output: Path, config: EvaluationOptions) -> dict[str, Path]:
+    """The files that an evaluation writes, by what asks for them."""
+    page = {"--report": output.with_suffix(".html")} if config.report and config.extractor is None else {}
+    return {"--output": output} | page
+
+
+def inputs_of(config: EvaluationOptions) -> dict[str, Path | None]:
+    """What an evaluation reads besides the images, by option."""
+    return {
+        "--reference": config.reference,
+        "--extractor": config.extractor,
+        "--inception-weights": config.inception_weights,
+        "--encoder-weights": config.encoder_weights,
+        "--cache-dir": config.cache_dir,
+    }
+
+
+def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, Path | None]) -> None:
+    """UserError for outputs that are folders, that are one file, or that would replace a file that is read.
+
+    Files that lie in an input's folder and are there already count as read, unless they are results of an earlier
+    command.
+    """
+    written: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; give the name of a file")
+        if (other := written.setdefault(path.resolve(), option)) != option:
+            raise UserError(f"{option} would write {path}, which is {other} too; give --output a name in .json")
+        for source, read in inputs.items():
+            if read is not None and _would_replace(path, read):
+                raise UserError(
+                    f"{option} would replace {path}, which {source} {read} reads; give --output another name"
+                )
+
+
+def _would_replace(path: Path, read: Path) -> bool:
+    if not path.exists() or not read.exists():
+        return path.resolve() == read.resolve()
+    if path.samefile(read):
+        return True
+    return read.is_dir() and path.resolve().is_relative_to(read.resolve()) and not _is_result(path)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether it looks like what an evaluation wrote: results, a report, or a reference file, which no folder needs."""
+    if path.suffix == ".npz":
+        return True
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if path.suffix == ".html":
+        return b"<title>Evaluation of " in head
+    return head.startswith(b"{") and b'"samples"' in head

@@ -1,28 +1,51 @@
-"""The command `stablevm evaluate`: from images to a table, a JSON file and a report."""
+"""The command `stablevm evaluate`: from images, or from a checkpoint, to a table, a JSON file and a report.
 
+A checkpoint's images go from the sampler to the metrics, without a file in between.
+"""
+
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from stablevm.data.dataset import PreparedDataset
-from stablevm.data.opening import open_dataset
-from stablevm.evaluation.cautions import warnings_of
-from stablevm.evaluation.config import EvaluateConfig, JudgeConfig
-from stablevm.evaluation.digits_extractor import load_extractor
-from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
-from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
+from stablevm.evaluation.config import (
+    EvaluateCheckpointConfig,
+    EvaluateConfig,
+    EvaluationOptions,
+    check_outputs,
+    default_output,
+    inputs_of,
+    outputs_of,
+)
+from stablevm.evaluation.digits import digits_rows, digits_splits, evaluate_digits, load_extractor
+from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor, load_inception
 from stablevm.evaluation.features import FeatureCache, extract
-from stablevm.evaluation.inception import load_inception
 from stablevm.evaluation.npz import Archive
-from stablevm.evaluation.outputs import check_outputs, default_output, inputs_of, outputs_of
-from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples
+from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples, warnings_of
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import result_rows, results_of
+from stablevm.networks.snapshot import ModelCard
+from stablevm.sampling.config import GenerateConfig
+from stablevm.sampling.image_sampler import ImageSampler
+from stablevm.sampling.provenance import (
+    Provenance,
+    checked_card,
+    decoding_notes,
+    default_name,
+    labels_of,
+    provenance_of,
+)
+from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
@@ -32,24 +55,24 @@ Results = dict[str, Any]
 
 
 def evaluate(config: EvaluateConfig) -> Results:
-    """Judge the samples, print the table, write the JSON file and the report; returns what the JSON file holds.
+    """Evaluate the samples, print the table, write the JSON file and the report; returns what the JSON file holds.
 
     Processes other than the first return {} when their share of the features is computed. Raises UserError, before
     anything is written, for input that can't be evaluated.
     """
-    process = begin(config, config.warnings())
+    process = _begin(config, config.warnings())
     output = config.output or default_output(config.samples)
     check_outputs(outputs_of(output, config), {"SAMPLES": config.samples} | inputs_of(config))
-    with results_owned(output, process):
+    with _results_owned(output, process):
         if config.extractor is None:
-            return compare(open_samples(config.samples), config, process, output)
+            return _evaluate_samples(open_samples(config.samples), config, process, output)
         if not process.is_first:
             return {}
-        return finish_digits(*read_samples(config.samples), str(config.samples), config, output)
+        return _finish_digits(*read_samples(config.samples), str(config.samples), config, output)
 
 
 @contextmanager
-def results_owned(output: Path, process: Process) -> Iterator[None]:
+def _results_owned(output: Path, process: Process) -> Iterator[None]:
     """Keep other commands away from the results, and remove what interrupted ones left half-written."""
     with owned(output.parent, output.name):
         if process.is_first:
@@ -57,13 +80,13 @@ def results_owned(output: Path, process: Process) -> Iterator[None]:
         yield
 
 
-def compare(samples: Samples, config: JudgeConfig, process: Process, output: Path) -> Results:
-    """Judge `samples` by the features that `config` asks for; see `evaluate`."""
+def _evaluate_samples(samples: Samples, config: EvaluationOptions, process: Process, output: Path) -> Results:
+    """Evaluate `samples` by the features that `config` asks for; see `evaluate`."""
     reference = open_reference(config.reference)
     warnings = check_comparable(samples, reference)
     cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
     found = [
-        _compare_by(extractor, samples, reference, config, cache, process)
+        _features_of_both(extractor, samples, reference, config, cache, process)
         for extractor in _extractors(config, reference, process.device)
     ]
     comparisons = [each for each in found if each is not None]
@@ -92,11 +115,11 @@ def compare(samples: Samples, config: JudgeConfig, process: Process, output: Pat
     return _finish(results, rows, output)
 
 
-def finish_digits(images: Tensor, labels: Tensor, title: str, config: JudgeConfig, output: Path) -> Results:
-    """What `judge_digits` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
+def _finish_digits(images: Tensor, labels: Tensor, title: str, config: EvaluationOptions, output: Path) -> Results:
+    """What `evaluate_digits` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
     assert config.extractor is not None
-    train, test = splits(config.reference)
-    results = judge_digits(images, labels, test, train, load_extractor(config.extractor))
+    train, test = digits_splits(config.reference)
+    results = evaluate_digits(images, labels, test, train, load_extractor(config.extractor))
     rows = digits_rows(results)
     return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output)
 
@@ -123,7 +146,7 @@ def text_table(rows: Sequence[Sequence[str | float | int]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def begin(config: JudgeConfig, warnings: Sequence[str]) -> Process:
+def _begin(config: EvaluationOptions, warnings: Sequence[str]) -> Process:
     """Check the options and say which have no effect."""
     config.validate()
     process = Process.from_environment()
@@ -140,7 +163,7 @@ def _finish(results: Results, rows: Sequence[Sequence[str | float]], output: Pat
     return results
 
 
-def _extractors(config: JudgeConfig, reference: Reference, device: torch.device) -> list[FeatureExtractor]:
+def _extractors(config: EvaluationOptions, reference: Reference, device: torch.device) -> list[FeatureExtractor]:
     """Those that the options ask for, checked against the reference before anything is computed."""
     extractors: list[FeatureExtractor] = []
     if config.inception:
@@ -156,11 +179,11 @@ def _extractors(config: JudgeConfig, reference: Reference, device: torch.device)
     return extractors
 
 
-def _compare_by(
+def _features_of_both(
     extractor: FeatureExtractor,
     samples: Samples,
     reference: Reference,
-    config: JudgeConfig,
+    config: EvaluationOptions,
     cache: FeatureCache,
     process: Process,
 ) -> FeatureSets | None:
@@ -197,11 +220,63 @@ def _told(warnings: list[str]) -> list[str]:
     return warnings
 
 
-def splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
-    """Training and test split; UserError where the folder holds one data set that would pass for both."""
-    train, test = open_dataset(reference, "train"), open_dataset(reference, "test")
-    if train.folder == test.folder:
-        raise UserError(
-            f"--reference {reference}: one data set, not a folder with the splits train and test; give their folder"
-        )
-    return train, test
+@dataclass(frozen=True)
+class CheckpointSource:
+    """The images that `generate` would write: functions of the protocol and their index, drawn when they are asked for.
+
+    So their key needs no drawing, and features that are in the cache cost nothing.
+    """
+
+    config: GenerateConfig
+    card: ModelCard
+    provenance: Provenance
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.config.num_fid_samples
+
+    def key(self, part: range) -> str:
+        return hashlib.sha256(f"{json.dumps(self.provenance)} {part}".encode()).hexdigest()
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """(n, H, W, 3); UserError for an image that is not finite."""
+        batches = torch.tensor(list(indices)).split(self.config.per_proc_batch_size)
+        return np.concatenate([self._sampler.sample(batch.tolist(), self.labels[batch])[0] for batch in batches])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return labels_of(self.config, self.card)
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return self._sampler.image_side
+
+    @cached_property
+    def _sampler(self) -> ImageSampler:
+        return ImageSampler.load(self.config, self.card, self.device)
+
+
+def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
+    """Evaluate what a checkpoint generates; otherwise as `evaluate`."""
+    config.sampling.validate()
+    process = _begin(config.evaluation, config.warnings())
+    sampling = config.drawn.effective()
+    if sampling.compile:
+        check_compiler(process.device)
+    card = checked_card(sampling)
+    for line in decoding_notes(sampling.vae, card.latent) if process.is_first else ():
+        print(f"warning: {line}", file=sys.stderr)
+    source = CheckpointSource(sampling, card, provenance_of(sampling, card), process.device)
+    name = sampling.name or default_name(source.provenance)
+    output = config.evaluation.output or sampling.sample_dir / f"{name}.json"
+    check_outputs(outputs_of(output, config.evaluation), {"--ckpt": sampling.ckpt} | inputs_of(config.evaluation))
+    with _results_owned(output, process):
+        if config.evaluation.extractor is not None:
+            if not process.is_first:
+                return {}
+            images = torch.from_numpy(source.images(range(len(source))))
+            return _finish_digits(images, source.labels, str(sampling.ckpt), config.evaluation, output)
+        labels = None if sampling.unconditional else source.labels.numpy()
+        samples = Samples(str(sampling.ckpt), source, (source.side, source.side), labels)
+        return _evaluate_samples(samples, config.evaluation, process, output)

@@ -1,14 +1,23 @@
-"""Networks that turn images into features: what they have in common, and timm's encoders among them."""
+"""Networks that turn images into features: Inception as the ADM suite uses it, and timm's encoders.
+
+Of Inception, the graph of 2015-12-05, FID, sFID and the Inception score are. Its network, resize and weights are
+torch-fidelity's `FeatureExtractorInceptionV3`; the spatial features are taken here.
+"""
 
 import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stablevm.networks.encoders import Encoder, load_encoder
+from stablevm.support.errors import UserError
+from stablevm.support.extras import need
+from stablevm.support.files import sha256
+from stablevm.support.foreign_weights import read_weights
 from stablevm.support.precision import full_precision, tf32
 
 
@@ -80,3 +89,100 @@ def fingerprint(network: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
     return digest.hexdigest()
+
+
+BLOCK_ROWS = 4096  # pool features multiplied at once: 32 MiB
+WIDTH = 2048  # of the pool features
+SPATIAL_CHANNELS = 7  # the first ones of 17 x 17 positions
+SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17
+PUBLISHED_NAME = "Inception 2015-12-05"
+# The published file's name ends in the first digits of its SHA-256, by which torch.hub checks the download.
+PUBLISHED_SHA256 = "6726825d"
+
+
+class InceptionExtractor:
+    """uint8 images to `pool` (B, 2048) and `spatial` (B, 2023), float32; and from pool features to logits."""
+
+    feature_names = ("pool", "spatial")
+    section = "inception"
+    has_stored_statistics = True
+
+    def __init__(self, network: Any, *, published: bool, device: torch.device | str) -> None:
+        self.fingerprint = fingerprint(network)
+        self.published = published
+        self.name = PUBLISHED_NAME if published else f"Inception with other weights ({self.fingerprint[:8]})"
+        self._network = network.to(device)
+        self._device = device
+        self._branch: Tensor | None = None
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: object, inputs: object, output: Tensor) -> None:
+        self._branch = output
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """`images` is uint8 (B, 3, H, W), of any size: the network's own resize follows TensorFlow 1's rule."""
+        with full_precision(torch.device(self._device)), tf32(False):
+            (pool,) = self._network(images.to(self._device))
+        assert self._branch is not None
+        spatial = self._branch[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # height, width, channel
+        self._branch = None
+        return {"pool": pool, "spatial": spatial}
+
+    @torch.no_grad()
+    def logits(self, pool: Tensor) -> Tensor:
+        """Pool features (n, 2048) times the weights, without the bias: float32 (n, 1008) on the CPU."""
+        weights = self._network.fc.weight
+        with full_precision(weights.device):
+            return torch.cat([(block.to(weights.device) @ weights.T).cpu() for block in pool.split(BLOCK_ROWS)])
+
+
+def load_inception(weights: Path | None, device: torch.device | str = "cpu") -> InceptionExtractor:
+    """The network with the weights in the file, or with the published ones, which are downloaded once.
+
+    `weights` is the published file, or a torch file (tensors alone) or safetensors with the same names. UserError where
+    the file doesn't fit, and where the download fails.
+    """
+    FeatureExtractorInceptionV3 = _torch_fidelity().FeatureExtractorInceptionV3
+    path = weights if weights is not None else _download()
+    state = io.BytesIO()  # the network reads its weights itself, as a pickle: only from one that was written here
+    torch.save(read_weights(path, "--inception-weights"), state)
+    state.seek(0)
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # first values, which the weights replace
+            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=state)
+    except RuntimeError:
+        raise UserError(
+            f"--inception-weights {path}: not the weights of torch-fidelity's Inception; give "
+            f"{_file_name(_torch_fidelity().URL_INCEPTION_V3)}"
+        ) from None
+    return InceptionExtractor(network, published=sha256(path).startswith(PUBLISHED_SHA256), device=device)
+
+
+def _torch_fidelity() -> Any:
+    need("FID (or else --no-inception with --enc-type)", "torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3
+
+    return feature_extractor_inceptionv3
+
+
+def _download() -> Path:
+    """The published file in torch.hub's folder, fetched if it isn't there; UserError where it can't be."""
+    url = _torch_fidelity().URL_INCEPTION_V3
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"Inception's weights can't be downloaded from {url} ({' '.join(str(error).split())}); fetch that "
+                "file elsewhere and give it with --inception-weights, or do without FID: --no-inception --enc-type NAME"
+            ) from None
+    if not sha256(path).startswith(PUBLISHED_SHA256):
+        raise UserError(f"{path}: damaged, its SHA-256 does not begin with {PUBLISHED_SHA256}; remove it")
+    return path
+
+
+def _file_name(url: str) -> str:
+    return url.rsplit("/", 1)[-1]

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.layouts import has_dataset
 from stablevm.data.opening import dataset_folder, open_dataset
-from stablevm.evaluation.config import ReferenceConfig
+from stablevm.evaluation.config import ReferenceConfig, check_outputs
+from stablevm.evaluation.extractors import InceptionExtractor, load_inception
 from stablevm.evaluation.features import FeatureCache, Features, extract
-from stablevm.evaluation.inception import InceptionExtractor, load_inception
-from stablevm.evaluation.outputs import check_outputs
 from stablevm.evaluation.sources import DatasetSource, FolderSource, ImageSource
 from stablevm.metrics.statistics import FeatureStatistics
 from stablevm.preparation.crops import first_size

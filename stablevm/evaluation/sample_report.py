@@ -1,9 +1,10 @@
-"""The HTML report of an evaluation."""
+"""The HTML report of an evaluation, and how its numbers depend on the number of samples."""
 
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.evaluation.curves import SUBSETS, metric_curves
-from stablevm.evaluation.report import Figure, Value, write_report
 from stablevm.evaluation.samples import Reference, Samples
-from stablevm.figures.samples import (
+from stablevm.figures.evaluation import (
     GRID_COLUMNS,
     GRID_ROWS,
-    metric_panels,
-    neighbour_rows,
-    sample_grid,
+    plot_metric_curves,
+    plot_neighbours,
+    plot_sample_grid,
 )
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.neighbours import Neighbourhood, nearest, radii
 from stablevm.metrics.points import points
-from stablevm.metrics.table import metrics_in
+from stablevm.metrics.table import metrics_in, results_of
+from stablevm.support import rng
+from stablevm.support.page import Figure, Value, write_page
 from stablevm.support.text import caption
 from stablevm.support.version import __version__
 
 NEIGHBOUR_SAMPLES, NEIGHBOURS = 6, 5
 MAX_CLASSES = 100  # rows of the table of classes
+SUBSETS = (8, 4, 2)  # numbers of subsets that the samples are cut into
+MIN_SUBSET = 8  # images; fewer have next to no neighbours and no covariance to speak of
 Rows = Sequence[Sequence[Value]]
 
 
@@ -57,7 +60,7 @@ def write_sample_report(
                 figures.append(_neighbours_figure(comparison, distances, samples, reference, picture))
                 tables[f"Classes ({comparison.extractor})"] = _class_rows(comparison, distances, samples, reference)
             figures.append(_curves_figure(comparison, values, folder / f"curves-{number}.png"))
-        write_report(
+        write_page(
             path,
             title=f"Evaluation of {Path(samples.title).name}",
             summary=_headlines(results, rows),
@@ -85,7 +88,7 @@ def _headlines(results: Mapping[str, Any], rows: Rows) -> dict[str, Value]:
 
 def _samples_figure(samples: Samples, folder: Path) -> Figure:
     shown = min(len(samples), GRID_COLUMNS * GRID_ROWS)
-    sample_grid(samples.source.images(range(shown)), folder / "samples.png")
+    plot_sample_grid(samples.source.images(range(shown)), folder / "samples.png")
     return Figure("Samples", folder / "samples.png", f"The first {shown} of {len(samples):,}, unselected.")
 
 
@@ -116,7 +119,7 @@ def _neighbours_figure(
     if images.shape[1:3] != samples.size:
         images = np.stack([_scaled(image, samples.size) for image in images])
     images = images.reshape(*found.shape, *images.shape[1:])
-    neighbour_rows(samples.source.images(closest.tolist()), images, distances[0][closest].tolist(), picture)
+    plot_neighbours(samples.source.images(closest.tolist()), images, distances[0][closest].tolist(), picture)
     return Figure(
         f"Nearest reference images, {comparison.extractor}",
         picture,
@@ -134,7 +137,7 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 
 def _curves_figure(comparison: FeatureSets, values: Mapping[str, Any], picture: Path) -> Figure:
     with tqdm(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
-        metric_panels(metric_curves(comparison, values, progress=bar.update), picture)
+        plot_metric_curves(metric_curves(comparison, values, progress=bar.update), picture)
     return Figure(
         f"Dependence on the number of samples, {comparison.extractor}",
         picture,
@@ -189,3 +192,42 @@ def _protocol(results: Mapping[str, Any], comparisons: Sequence[FeatureSets], re
         protocol[f"statistics, {comparison.extractor}"] = reference.statistics_text(bool(comparison.stored))
         protocol[f"precision and recall, {comparison.extractor}"] = comparison.arithmetic
     return {**protocol, "stablevm": __version__, "torch": torch.__version__}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A number from `samples` images: mean over the subsets, and their standard deviation (None of a single one)."""
+
+    samples: int
+    mean: float
+    deviation: float | None
+
+
+def metric_curves(
+    comparison: FeatureSets, whole: Mapping[str, Any], progress: Callable[[], object] = lambda: None
+) -> dict[str, list[Point]]:
+    """Points of each number by its name in the results, smallest subsets first; `whole` are the results of all samples.
+
+    `progress` is called after each subset.
+    """
+    count = len(comparison.samples["pool"])
+    order = torch.randperm(count, generator=rng.generator("evaluation", "subsets"))
+    names = [metric.name for metric in metrics_in(whole) if not metric.whole_set]
+    found: dict[str, list[Point]] = {name: [] for name in names}
+    for parts in SUBSETS:
+        size = count // parts
+        if size < MIN_SUBSET:
+            continue
+        results = []
+        for part in range(parts):
+            rows = order[part * size : (part + 1) * size]
+            samples = {kind: features[rows] for kind, features in comparison.samples.items()}
+            part_of = replace(comparison, samples=samples, stored=comparison.moments)
+            results.append(results_of(part_of, subset=True))
+            progress()
+        for name in names:
+            values = torch.tensor([each[name] for each in results], dtype=torch.float64)
+            found[name].append(Point(size, float(values.mean()), float(values.std())))
+    for name in names:
+        found[name].append(Point(count, whole[name], None))
+    return found

@@ -1,4 +1,4 @@
-"""What is evaluated and what it is compared with: sets of images with what is known about them."""
+"""What is evaluated and what it is compared with: sets of images, and what about them makes numbers misleading."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -6,17 +6,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from stablevm.evaluation.inception import PUBLISHED_NAME, SPATIAL_WIDTH, WIDTH, InceptionExtractor
+from stablevm.evaluation.extractors import PUBLISHED_NAME, SPATIAL_WIDTH, WIDTH, InceptionExtractor
 from stablevm.evaluation.npz import IMAGES, Archive, ArchiveCard
 from stablevm.evaluation.sources import FolderSource, ImageSource, image_size
+from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.neighbours import PRECISION_RECALL_K
-from stablevm.metrics.statistics import Moments
+from stablevm.metrics.statistics import Moments, short_chunk_warning
 from stablevm.preparation.crops import first_size
 from stablevm.preparation.sources import open_source
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.text import printable
+
+# Sorted is what has neighbours of one class this much more often than chance, and by this many standard deviations.
+SORTED_EXCESS, SORTED_DEVIATIONS = 0.1, 6.0
 
 
 @dataclass(frozen=True)
@@ -150,3 +155,42 @@ def _pictures(path: Path) -> tuple[FolderSource, NDArray[np.int64]]:
     order = torch.randperm(len(found), generator=rng.generator("evaluation", "order")).numpy()
     shuffled = replace(found, names=[found.names[index] for index in order], labels=found.labels[order])
     return FolderSource(shuffled, "none", first_size(shuffled)), shuffled.labels
+
+
+def warnings_of(each: FeatureSets, samples: Samples) -> list[str]:
+    """What makes numbers misleading, a line each."""
+    lines = []
+    width = each.samples["pool"].shape[1]
+    if len(samples) <= width:
+        lines.append(
+            f"{len(samples):,} samples of {width:,} features: their covariance is singular and the Fréchet distance "
+            "biased upwards; compare it with distances of equally many samples alone"
+        )
+    if "logits" in each.samples:
+        known = samples.labels is not None
+        labels = torch.from_numpy(samples.labels) if samples.labels is not None else each.samples["logits"].argmax(1)
+        if (order := class_order(labels)) is not None:
+            what = "their label" if known else "the class that the network sees"
+            lines.append(
+                f"{samples.title} looks sorted by class ({order[0]:.0%} of neighbours share {what}, {order[1]:.1%} by "
+                "chance): the score is of consecutive chunks and comes out wrong; shuffle the images"
+            )
+        if (short := short_chunk_warning(each.chunks, len(each.samples["pool"]))) is not None:
+            lines.append(short)
+    return lines
+
+
+def class_order(labels: Tensor) -> tuple[float, float] | None:
+    """Where images look sorted by class: how often neighbours in the file share a class, and how often by chance.
+
+    None where the order is as good as shuffled, or there is one class only.
+    """
+    count = len(labels)
+    if count < 2:
+        return None
+    sizes = torch.bincount(labels - labels.min()).double()
+    chance = float((sizes * (sizes - 1)).sum()) / (count * (count - 1))
+    found = float((labels[1:] == labels[:-1]).double().mean())
+    deviation = (chance * (1 - chance) / (count - 1)) ** 0.5
+    is_sorted = found - chance > max(SORTED_EXCESS, SORTED_DEVIATIONS * deviation)
+    return (found, chance) if is_sorted else None

@@ -1,14 +1,16 @@
-"""Pictures for the report: training curves, samples beside real images."""
+"""Figures of reports: training curves, samples beside real images, nearest references, numbers over sample sizes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.figures.style import (
     BLUE,
+    GREEN,
     INK,
     PAGE_WIDTH,
     VERMILION,
@@ -19,14 +21,29 @@ from stablevm.figures.style import (
     save_figure,
     style,
 )
+from stablevm.metrics.table import panels_of
 from stablevm.support.errors import UserError
-from stablevm.support.images import tile
+from stablevm.support.images import save_png, tile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+GRID_COLUMNS, GRID_ROWS = 10, 6
+GRID_SIDE = 100  # pixels of an image on the page, about: ten in a row fill it
 
-def training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+
+class CurvePoint(Protocol):
+    """A number of an evaluation at one number of samples: its mean over subsets, and their standard deviation."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def deviation(self) -> float | None: ...
+
+
+def plot_training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Velocity loss (log scale) and, where the run aligns features, the alignment loss, against the step.
 
     `metrics` are rows of the trainer's `metrics.jsonl`; rows without `velocity_loss` (evaluations) are not training
@@ -47,7 +64,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> N
         save_figure(figure, path)
 
 
-def samples_beside_real(
+def plot_samples_beside_real(
     samples: NDArray[np.uint8], real: NDArray[np.uint8], path: str | Path, class_names: Sequence[str]
 ) -> None:
     """One row per class: real images on the left, generated ones on the right.
@@ -59,10 +76,10 @@ def samples_beside_real(
             f"samples of {len(samples)} classes, real images of {len(real)}, {len(class_names)} names: "
             "give one row each"
         )
-    rows_side_by_side({"Real": real, "Generated": samples}, class_names, path)
+    plot_rows_side_by_side({"Real": real, "Generated": samples}, class_names, path)
 
 
-def rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path) -> None:
+def plot_rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path) -> None:
     """Sets of images uint8 (rows, n, H, W, 3) beside each other, each with its own n and under its title."""
     sheets = [_sheet(images) for images in halves.values()]
     pixels = sum(sheet.shape[1] for sheet in sheets)
@@ -83,6 +100,44 @@ def rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequen
         middles = (np.arange(len(row_names)) + 0.5) * sheets[0].shape[0] / len(row_names)
         figure.axes[0].set_yticks(middles, list(map(plain, row_names)), color=INK, fontsize=11)
         figure.axes[0].tick_params(length=0, pad=6)
+        save_figure(figure, path)
+
+
+def plot_sample_grid(images: NDArray[np.uint8], path: Path) -> None:
+    """Images uint8 (n, H, W, 3) in rows of ten; small ones enlarged."""
+    scale = max(1, round(2 * GRID_SIDE / images.shape[2]))
+    save_png(path, tile(images, GRID_COLUMNS, scale=scale, pad=4))
+
+
+def plot_neighbours(
+    samples: NDArray[np.uint8], nearest: NDArray[np.uint8], distances: Sequence[float], path: Path
+) -> None:
+    """A row for each of `samples` (n, H, W, 3): it, its distance, and its nearest reference images (n, k, H, W, 3)."""
+    names = [f"{distance:.3g}" for distance in distances]
+    plot_rows_side_by_side({"Sample": samples[:, None], "Nearest reference images": nearest}, names, path)
+
+
+def plot_metric_curves(curves: Mapping[str, Sequence[CurvePoint]], path: Path) -> None:
+    """The metrics by their names, in panels as `metrics.table` groups them, against the number of samples."""
+    shown = panels_of(curves)
+    with style():
+        figure, axes = panels(2, rows=-(-len(shown) // 2), row_height=3.4)
+        for panel, metrics in zip(axes, shown, strict=False):
+            for metric, color in zip(metrics, itertools.cycle((BLUE, VERMILION, GREEN)), strict=False):
+                points = curves[metric.name]
+                sizes = [point.samples for point in points]
+                bars = [point.deviation or 0.0 for point in points]
+                panel.errorbar(sizes, [point.mean for point in points], bars, color=color, marker="o", markersize=4,
+                               capsize=3, label=metric.title)  # fmt: skip
+            panel.set(title=" and ".join(metric.title for metric in metrics).capitalize()
+                      if len(metrics) > 1 else metrics[0].title, xlabel="number of samples", xscale="log")  # fmt: skip
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            panel.minorticks_off()
+            if len(metrics) > 1:
+                panel.set_ylim(-0.03, 1.03)
+                panel.legend(loc="best")
+        for panel in axes[len(shown) :]:
+            panel.set_axis_off()
         save_figure(figure, path)
 
 

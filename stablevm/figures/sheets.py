@@ -1,4 +1,4 @@
-"""Generated images laid out for people: a sheet that names their classes, and a film of images that form."""
+"""Images laid out for people: sheets that name classes, of samples or of data, and films of images that form."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablevm.data.dataset import PreparedDataset
+from stablevm.figures.style import PAGE_WIDTH, new_figure, plain, save_figure, style
 from stablevm.interpolant import Interpolant
 from stablevm.networks.snapshot import ModelCard
 from stablevm.support.images import tile
@@ -25,6 +27,8 @@ FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 _MIN_SIDE = 64  # smaller images are enlarged to about this many pixels a side
 _FONT_SIZE, _LINE = 13, 20  # pixels
 _MAX_NAME_WIDTH = 200  # pixels
+_NAME_SHARE = 0.2  # of the width of a picture of examples, for the classes' names
+_NAME_LENGTH = 24  # characters
 _INK, _BAR, _BAR_GROUND = (31, 41, 51), (0, 114, 178), (228, 231, 235)
 
 Pixels = NDArray[np.uint8]
@@ -62,7 +66,7 @@ def captions_of(labels: Iterable[int], card: ModelCard) -> list[str]:
     return [numbered(int(label)) for label in labels]
 
 
-def sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
+def plot_sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
     """Images (N, H, W, 3) in rows of `columns`; captions on the left where each row has but one, else under each."""
     images = images.repeat(_enlargement(images.shape[1]), axis=1).repeat(_enlargement(images.shape[1]), axis=2)
     if not any(captions):
@@ -73,7 +77,7 @@ def sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
     return _with_captions(images, columns, captions)
 
 
-def film_frame(picture: Pixels, t: float) -> Pixels:
+def plot_film_frame(picture: Pixels, t: float) -> Pixels:
     """The picture under a line that tells the time: a number, and a bar that fills from noise (1) to image (0)."""
     from PIL import Image, ImageDraw
 
@@ -107,7 +111,51 @@ class Film:
     def pictures(self, last: Pixels, columns: int, captions: Sequence[str]) -> Iterator[Pixels]:
         """A sheet for each time, and that of the finished images."""
         for t, images in [*self.frames, (0.0, last)]:
-            yield film_frame(sheet(images, columns, captions), t)
+            yield plot_film_frame(plot_sheet(images, columns, captions), t)
+
+
+def plot_examples(dataset: PreparedDataset, path: Path, classes: int, per_class: int) -> None:
+    """A PNG file: a row for each of `classes` classes, spread over all, with `per_class` images chosen by chance.
+
+    Without images in the set the first three channels of the latents stand for them.
+    """
+    labels = dataset.labels().numpy()
+    present = np.unique(labels)
+    shown = present[np.linspace(0, len(present) - 1, min(classes, len(present))).round().astype(int)]
+    generator = np.random.default_rng(0)
+    strips = []
+    for label in shown:
+        rows = generator.permutation(np.flatnonzero(labels == label))[:per_class]
+        strips.append(_pictures(dataset, np.sort(rows)))
+    figure_height = PAGE_WIDTH * (1 - _NAME_SHARE) / per_class * len(strips) + 0.6
+    with style():
+        figure = new_figure(height=figure_height)
+        figure.suptitle(plain(_title(dataset)), x=0.02, ha="left", fontweight="bold")
+        top = 1 - 0.5 / figure_height
+        for number, (label, strip) in enumerate(zip(shown, strips, strict=True)):
+            height = top / len(strips)
+            axes = figure.add_axes((_NAME_SHARE, top - (number + 1) * height, 1 - _NAME_SHARE, height))
+            axes.imshow(tile(strip, per_class, pad=max(1, dataset.resolution // 64)))
+            axes.set_anchor("W")
+            axes.axis("off")
+            name = dataset.class_names[label]
+            figure.text(0.02, top - (number + 0.5) * height, plain(_cut(name)), va="center")
+        save_figure(figure, path)
+
+
+def _pictures(dataset: PreparedDataset, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 (n, H, W, 3)."""
+    if dataset.has_images:
+        return dataset.images(rows).permute(0, 2, 3, 1).numpy()
+    mean = dataset.moments(rows).float().chunk(2, dim=1)[0]
+    colours = mean[:, torch.arange(3) % mean.shape[1]]
+    low, high = colours.amin((0, 2, 3), keepdim=True), colours.amax((0, 2, 3), keepdim=True)
+    return ((colours - low) / (high - low).clamp(min=1e-6) * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def _title(dataset: PreparedDataset) -> str:
+    shown = "images" if dataset.has_images else "latents, three channels as colours (no images in the set)"
+    return f"{dataset.folder.name}: {shown}, {len(dataset):,} in {dataset.num_classes:,} classes"
 
 
 def _enlargement(side: int) -> int:
@@ -157,3 +205,7 @@ def _with_captions(images: Pixels, columns: int, captions: Sequence[str]) -> Pix
         ImageDraw.Draw(strip).text((width / 2, 2), text, fill=_INK, font=font, anchor="ma")
         strips.append(np.asarray(strip))
     return tile(np.concatenate([images, np.stack(strips)], axis=1), columns)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 3] + "..."

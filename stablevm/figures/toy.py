@@ -1,12 +1,14 @@
-"""Figures of the toy study."""
+"""Figures of the toy study: divergence over updates, and moving pictures of fields and of samples that form."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stablevm.figures.style import BLUE, GREEN, VERMILION, panels, plain_log_labels, save_figure, style
+from stablevm.figures.style import BLUE, GREEN, SOFT_INK, VERMILION, panels, plain_log_labels, save_figure, style
+from stablevm.support.images import save_gif
 
 COLOURS = {"cfm": VERMILION, "stf": GREEN, "stable_vm": BLUE, "stable_vm_efficient": "#CC79A7"}
 LABELS = {
@@ -18,6 +20,8 @@ LABELS = {
 FIELD_NAMES = {"velocity": "velocity", "score": "score times sigma"}
 COLUMNS = 3
 LOG_SPAN = 5.0  # from this ratio of the largest to the smallest value on
+PATHS_REACH = 3.0  # of the plane that samples are shown on, in both directions
+FRAME_MILLISECONDS = 160
 
 
 class Run(Protocol):
@@ -31,7 +35,7 @@ class Run(Protocol):
     def divergence(self) -> Sequence[Sequence[float]]: ...
 
 
-def divergence_figure(results: Mapping[Any, Sequence[Run]], vector_field: str, path: Path) -> None:
+def plot_divergence(results: Mapping[Any, Sequence[Run]], vector_field: str, path: Path) -> None:
     """One panel per time: the divergence over updates, mean over seeds, with the range of the seeds as a band."""
     times = next(iter(results.values()))[0].times
     with style():
@@ -69,3 +73,48 @@ def _divergence_line(panel: Any, method: str, runs: Sequence[Run], column: int) 
     values = np.array([[row[column] for row in run.divergence] for run in runs])
     panel.plot(updates, values.mean(0), color=COLOURS[method], label=LABELS[method], linewidth=1.6)
     panel.fill_between(updates, values.min(0), values.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
+
+
+def plot_fields(
+    grid: NDArray[np.float64], fields: Mapping[str, NDArray[np.float64]], t: float, vector_field: str, path: Path
+) -> None:
+    """Arrows at points of a plane, grid (n, 2): the fields "predicted", "exact" and "difference" (n, 2).
+
+    One scale for all three, the exact one's, so that their arrows compare.
+    """
+    length = float(np.quantile(np.linalg.norm(fields["exact"], axis=1), 0.9))
+    with style():
+        figure, axes = panels(3, row_height=3.9)
+        for panel, (title, field), colour in zip(axes, fields.items(), (BLUE, GREEN, VERMILION), strict=True):
+            panel.quiver(*grid.T, *field.T, color=colour, angles="xy", scale=length * 12, width=0.005)
+            panel.set(title=f"{title}, t = {t:.2f}", xlabel="x₁", aspect="equal")
+        axes[0].set_ylabel("x₂")
+        figure.suptitle(f"{FIELD_NAMES[vector_field]} on a plane through the mean of the mixture", x=0.02, ha="left")
+        save_figure(figure, path)
+
+
+def plot_paths(samples: Mapping[str, NDArray[np.float64]], means: NDArray[np.float64], t: float, path: Path) -> None:
+    """Samples (n, d) on their way, of the network and of the exact field by their titles, beside the components' means
+    (K, d): the first two coordinates.
+    """
+    with style():
+        figure, axes = panels(2, row_height=4.8)
+        for panel, (title, x), colour in zip(axes, samples.items(), (BLUE, GREEN), strict=True):
+            panel.scatter(means[:, 0], means[:, 1], s=18, marker="+", color=SOFT_INK, label="component means")
+            panel.scatter(x[:, 0], x[:, 1], s=7, color=colour, alpha=0.7, label="samples")
+            panel.set(title=f"{title}, t = {t:.2f}", xlabel="x₁", aspect="equal")
+            panel.set(xlim=(-PATHS_REACH, PATHS_REACH), ylim=(-PATHS_REACH, PATHS_REACH))
+            panel.legend(loc="upper right", fontsize=8.5)
+        axes[0].set_ylabel("x₂")
+        save_figure(figure, path)
+
+
+def plot_film(path: Path, frames: Sequence[Path]) -> None:
+    """A GIF of frames, PNG files of one size, at half of it."""
+    from PIL import Image
+
+    def halved(frame: Path) -> NDArray[np.uint8]:
+        image = Image.open(frame).convert("RGB")
+        return np.asarray(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS))
+
+    save_gif(path, map(halved, frames), FRAME_MILLISECONDS)

@@ -14,7 +14,7 @@ LEGEND_ROOM = 1.6  # height of a panel in terms of its highest curve
 DASHES, DOTS = (0, (4, 3)), (0, (1, 1.5))
 
 
-def variance_figure(
+def plot_variance(
     curves: Mapping[str, VarianceCurve], path: Path, taus: Mapping[str, float] | None = None, target: str = ""
 ) -> None:
     """One row per distribution, by its title: variances with their bands, the split point and, where given, tau; beside

@@ -11,7 +11,7 @@ from stablevm.integrations import conversion
 from stablevm.integrations.config import ImportConfig
 from stablevm.integrations.reader import PublishedCheckpoint, read_published
 from stablevm.networks import snapshot
-from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec, full_name, latent_spec_of
+from stablevm.networks.autoencoder import SD_AUTOENCODERS, SD_FACTOR, SD_SCALE, LatentSpec, full_name, latent_spec_of
 from stablevm.networks.sit_config import SiTConfig
 from stablevm.networks.snapshot import CARD_FILE, ModelCard, Weights
 from stablevm.support.errors import UserError
@@ -179,7 +179,7 @@ def _latent(config: ImportConfig, model: SiTConfig) -> LatentSpec:
     side, channels = model.input_size, model.in_channels
     name = full_name(config.vae)
     resolution = config.resolution or side * SD_FACTOR
-    if name in SHORT_NAMES.values():  # these need no look at their configuration, so no network
+    if name in SD_AUTOENCODERS.values():  # these need no look at their configuration, so no network
         shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
         latent = LatentSpec(shape, SD_SCALE, 0.0, name)
     else:

@@ -24,7 +24,7 @@ IDENTITY = "identity"
 # Of Stable Diffusion's autoencoder (Rombach et al., 2022) and its fine-tuned decoders: the latents' scale, and
 # pixels to a side of each.
 SD_SCALE, SD_FACTOR = 0.18215, 8
-SHORT_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+SD_AUTOENCODERS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
 LARGEST_SIDE = 65_536  # of a latent: a file that says more is damaged
@@ -326,14 +326,14 @@ def _load_error(source: str, error: Exception) -> UserError:
 def is_folder(name: str) -> bool:
     """Whether the name is a folder's: one that exists, or one that no repository of a hub can have."""
     path = Path(name)
-    if name in SHORT_NAMES or any(kind.knows(name) for kind in AUTOENCODERS):
+    if name in SD_AUTOENCODERS or any(kind.knows(name) for kind in AUTOENCODERS):
         return False
     return path.is_dir() or not _REPOSITORY.fullmatch(name) or path.parent.is_dir()
 
 
 def full_name(name: str) -> str:
     """The recorded form of a name: a folder's is absolute; "mse" and "ema" are Stability AI's fine-tuned decoders."""
-    return str(Path(name).expanduser().resolve()) if is_folder(name) else SHORT_NAMES.get(name, name)
+    return str(Path(name).expanduser().resolve()) if is_folder(name) else SD_AUTOENCODERS.get(name, name)
 
 
 def fingerprint(name: str) -> str | None:

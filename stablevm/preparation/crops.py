@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.preparation.config import ConvertConfig
+from stablevm.preparation.outcome import Problem
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture, result_size
-from stablevm.preparation.report import Problem
 from stablevm.preparation.sources import Source, printable
 from stablevm.support.errors import UserError
 

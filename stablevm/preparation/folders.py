@@ -20,7 +20,7 @@ from stablevm.networks.autoencoder import latent_spec_of
 from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
-from stablevm.preparation.report import Report, conclude, make_report, tell
+from stablevm.preparation.outcome import Report, conclude, make_report, tell
 from stablevm.preparation.sources import Source, open_source, printable
 from stablevm.preparation.targets import Files, Target, target_of
 from stablevm.preparation.work import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from stablevm.data.manifest import ShardFile, ShardKind
 from stablevm.data.streaming import StreamedTensor, join_files, write_streamed
 from stablevm.data.writer import shard_name
-from stablevm.preparation.report import REDO, Problem
+from stablevm.preparation.outcome import REDO, Problem
 from stablevm.preparation.work import Job
 from stablevm.support.cards import card_of, read_card
 from stablevm.support.errors import UserError

@@ -12,7 +12,7 @@ from stablevm.data.manifest import Manifest, Shard, ShardKind
 from stablevm.data.repa import RepaDataset
 from stablevm.preparation.config import PackConfig
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
-from stablevm.preparation.report import REPORT_FILE, Problem, Report, conclude
+from stablevm.preparation.outcome import REPORT_FILE, Problem, Report, conclude
 from stablevm.preparation.shards import image_tensors, pack_images
 from stablevm.preparation.sources import fingerprint, printable
 from stablevm.preparation.work import Job, begin, clear, shared

@@ -22,7 +22,7 @@ from stablevm.preparation.config import ConvertShardsConfig, EncodeShardsConfig
 from stablevm.preparation.crops import Cropper, make_cropper, merged
 from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
-from stablevm.preparation.report import REPORT_FILE, Report, conclude, make_report, tell
+from stablevm.preparation.outcome import REPORT_FILE, Report, conclude, make_report, tell
 from stablevm.preparation.sources import Source, open_source
 from stablevm.preparation.work import (
     Job,

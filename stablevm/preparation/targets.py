@@ -16,7 +16,7 @@ from typing import Any
 
 from stablevm.data.listing import LISTING_FILE, WORK_FOLDER
 from stablevm.preparation.config import is_archive
-from stablevm.preparation.report import REDO, REPORT_FILE, Problem, Report, read_problems
+from stablevm.preparation.outcome import REDO, REPORT_FILE, Problem, Report, read_problems
 from stablevm.preparation.work import begin, check_same, clear
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
-from stablevm.preparation.report import REPORT_FILE, Report
+from stablevm.preparation.outcome import REPORT_FILE, Report
 from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary, write_json

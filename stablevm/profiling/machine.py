@@ -38,8 +38,8 @@ def product_rate(device: torch.device, mixed_precision: str) -> float:
     accelerate calls `mixed_precision`: after some, as a GPU slows down under load, the median of as many.
     """
     side, dtype = PRODUCT_SIDE[device.type], DTYPES[mixed_precision]
-    stream = torch.Generator(device).manual_seed(0)
-    left, right = torch.randn(2, side, side, generator=stream, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
     times = [_seconds(left, right) for _ in range(2 * PRODUCT_REPEATS[device.type])]
     return 2 * side**3 / median(times[len(times) // 2 :])
 

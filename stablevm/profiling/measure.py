@@ -119,10 +119,10 @@ def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
 
 def fill(bank: ClassBank, labels: Tensor) -> None:
     """Fill each class with random values in place of samples of that class; labels (N,) of the data set."""
-    stream = torch.Generator(bank.device).manual_seed(0)
+    generator = torch.Generator(bank.device).manual_seed(0)
     counts = torch.bincount(labels, minlength=bank.num_classes)
     for rows in choose_rows(labels, counts, bank.capacity, seed=0).split(FILL_ROWS):
-        values = torch.randn(len(rows), *bank.shape, generator=stream, device=bank.device)
+        values = torch.randn(len(rows), *bank.shape, generator=generator, device=bank.device)
         bank.insert(values, labels[rows].to(bank.device), rows.to(bank.device))
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows
-from stablevm.networks.autoencoder import SD_FACTOR, SD_SCALE, SHORT_NAMES, LatentSpec
+from stablevm.networks.autoencoder import SD_AUTOENCODERS, SD_FACTOR, SD_SCALE, LatentSpec
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 
@@ -25,16 +25,18 @@ class RandomDataset(PreparedDataset):
         """resolution: side of the images in pixels."""
         side = resolution // SD_FACTOR
         self.folder, self.layout = Path("random data"), "random"
-        self.latent = LatentSpec((CHANNELS, side, side), SD_SCALE, 0.0, SHORT_NAMES["ema"])
+        self.latent = LatentSpec((CHANNELS, side, side), SD_SCALE, 0.0, SD_AUTOENCODERS["ema"])
         self.class_names = tuple(map(str, range(num_classes)))
         self.resolution = resolution
         self.has_images, self.has_flips = True, False
-        stream = rng.generator("random data")
-        coarse = torch.randn(DISTINCT, CHANNELS, side // COARSENESS, side // COARSENESS, generator=stream)
+        generator = rng.generator("random data")
+        coarse = torch.randn(DISTINCT, CHANNELS, side // COARSENESS, side // COARSENESS, generator=generator)
         means = F.interpolate(coarse, size=(side, side), mode="bilinear")
         means *= 1 / (SD_SCALE * means.std())  # the network sees unit variance
         self._moments = torch.cat([means, torch.full_like(means, DEVIATION)], dim=1).half()
-        self._images = torch.randint(0, 256, (DISTINCT, 3, resolution, resolution), dtype=torch.uint8, generator=stream)
+        self._images = torch.randint(
+            0, 256, (DISTINCT, 3, resolution, resolution), dtype=torch.uint8, generator=generator
+        )
 
     def __len__(self) -> int:
         return IMAGENET_IMAGES

@@ -16,7 +16,7 @@ from stablevm.profiling.config import OBJECTIVES, ROUNDS, BenchmarkConfig
 from stablevm.profiling.machine import describe_machine, product_rate
 from stablevm.profiling.measure import Measurement, free_memory, measure
 from stablevm.profiling.random_data import RandomDataset
-from stablevm.profiling.report import FILES, Report
+from stablevm.profiling.results import FILES, Results
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of
 from stablevm.support.locks import owned
@@ -110,7 +110,7 @@ def _tell(
 ) -> None:
     """Print the table, then write it; on the main process, which alone has measurements."""
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    report = Report(
+    results = Results(
         machine=describe_machine(accelerator.device, accelerator.num_processes),
         settings=_settings(first),
         options=options,
@@ -118,8 +118,8 @@ def _tell(
         product_rate=accelerator.num_processes * product_rate(accelerator.device, config.mixed_precision),
         measurements=found,
     )
-    print(report.table(), flush=True)
-    report.write(config.output_dir)
+    print(results.table(), flush=True)
+    results.write(config.output_dir)
 
 
 def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:

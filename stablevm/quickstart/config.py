@@ -8,22 +8,6 @@ from stablevm.support.options import require, writable
 
 
 @dataclass(frozen=True)
-class ExtractorConfig:
-    """Train the network that evaluates generated digits, on the training split."""
-
-    data_dir: Path
-    """Prepared digits."""
-    output_dir: Path
-    """Folder for extractor.safetensors and extractor.json."""
-    seed: int = 0
-    """Seed of weights, batches and augmentation."""
-
-    def validate(self) -> None:
-        """Raise UserError for the first option outside its range."""
-        require(self, [("seed", self.seed >= 0, "0 or more"), writable("output_dir", self.output_dir)])
-
-
-@dataclass(frozen=True)
 class QuickstartConfig:
     """Prepare digits, train, sample, evaluate and report, in minutes on a CPU. To resume after an interruption, run the
     same command again."""

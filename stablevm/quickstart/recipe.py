@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stablevm.evaluation.config import EvaluateConfig
-from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.evaluation.config import EvaluateConfig, ExtractorConfig
+from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.support.options import as_typed
 from stablevm.training.config import TrainConfig

@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
-from stablevm.evaluation.digits_extractor import DigitsExtractor, load_extractor, save_extractor, train_extractor
-from stablevm.evaluation.digits_metrics import digits_rows
+from stablevm.evaluation.digits import DigitsExtractor, digits_rows, extractor
 from stablevm.evaluation.evaluate import evaluate
-from stablevm.evaluation.report import Figure, write_report
-from stablevm.figures.evaluation import samples_beside_real, training_curves
-from stablevm.figures.variance import variance_figure
+from stablevm.figures.evaluation import plot_samples_beside_real, plot_training_curves
+from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import get_interpolant
 from stablevm.quickstart import recipe
-from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.quickstart.config import QuickstartConfig
 from stablevm.quickstart.recipe import Guidance
 from stablevm.sampling.generation import generate
 from stablevm.support import rng
@@ -29,6 +26,7 @@ from stablevm.support.cards import read_card, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
 from stablevm.support.locks import is_foreign, owned
+from stablevm.support.page import Figure, write_page
 from stablevm.support.text import brief
 from stablevm.support.version import __version__
 from stablevm.training import checkpoint
@@ -57,7 +55,7 @@ def _quickstart(config: QuickstartConfig) -> dict[str, Any]:
         _announce(1, "prepare the digits")
         print(prepare_digits(recipe.data_folder(config)))
         _announce(2, "train the extractor that evaluates them")
-        judge = extractor(recipe.extractor_config(config))
+        digits_extractor = extractor(recipe.extractor_config(config))
         _announce(3, f"train SiT-XS/2 ({config.loss_type})")
         run = recipe.train_config(config)
         step = train(run)
@@ -68,38 +66,11 @@ def _quickstart(config: QuickstartConfig) -> dict[str, Any]:
         results = {guide: evaluate(recipe.evaluate_config(config, path)) for guide, path in samples.items()}
         _announce(6, "draw the report")
         figures = _figures(config, samples[HEADLINE])
-    summary = _summary(config, results, judge, clock.seconds)
+    summary = _summary(config, results, digits_extractor, clock.seconds)
     write_json(config.output_dir / "summary.json", summary)
     _write_report(config, summary, results, figures, weights, samples)
     _print_summary(config, summary)
     return summary
-
-
-def extractor(config: ExtractorConfig) -> DigitsExtractor:
-    """The extractor in the output folder, trained first if it is not there. UserError if it is of another seed."""
-    with owned(config.output_dir):
-        return _extractor(config)
-
-
-def _extractor(config: ExtractorConfig) -> DigitsExtractor:
-    folder = config.output_dir
-    if (folder / "extractor.json").exists():
-        found = load_extractor(folder)
-        if found.seed != config.seed:
-            raise UserError(f"{folder} holds an extractor of seed {found.seed}, not {config.seed}; give another folder")
-        print(f"{folder}: the extractor is there")
-    else:
-        splits = open_dataset(config.data_dir), open_dataset(config.data_dir, "test")
-        with tqdm(desc="extractor", unit="step") as bar:
-
-            def show(step: int, steps: int) -> None:
-                bar.total = steps
-                bar.update(step - bar.n)
-
-            found = train_extractor(*splits, seed=config.seed, progress=show)
-        save_extractor(folder, found)
-    print(f"extractor: {found.test_accuracy:.1%} of the test digits recognised")
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +118,11 @@ def _figures(config: QuickstartConfig, samples: Path) -> list[Figure]:
     with np.load(samples) as archive:
         generated = _by_class(archive["arr_0"], archive["labels"])
     real = _by_class(test_set.images(range(len(test_set))).permute(0, 2, 3, 1).numpy(), test_set.labels().numpy())
-    samples_beside_real(generated, real, folder / "samples.png", train_set.class_names)
-    training_curves(read_metrics(run.folder / METRICS_FILE), folder / "training.png")
+    plot_samples_beside_real(generated, real, folder / "samples.png", train_set.class_names)
+    plot_training_curves(read_metrics(run.folder / METRICS_FILE), folder / "training.png")
     curve = _variance(config, train_set)
     write_json(config.output_dir / "variance.json", dataclasses.asdict(curve))
-    variance_figure({"Handwritten digits": curve}, folder / "variance.png")
+    plot_variance({"Handwritten digits": curve}, folder / "variance.png")
     return [
         Figure("Samples beside real digits", folder / "samples.png",
                f"Left: digits of the test split. Right: samples, {HEADLINE.name}, unselected."),
@@ -181,7 +152,7 @@ def _by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _summary(
-    config: QuickstartConfig, results: dict[Guidance, dict[str, Any]], judge: DigitsExtractor, seconds: float
+    config: QuickstartConfig, results: dict[Guidance, dict[str, Any]], digits_extractor: DigitsExtractor, seconds: float
 ) -> dict[str, Any]:
     run, headline = recipe.train_config(config), results[HEADLINE]
     return {
@@ -205,8 +176,8 @@ def _summary(
             "samples": recipe.NUM_SAMPLES,
             "sampler": f"Euler ODE, {recipe.EULER_STEPS} steps, EMA weights",
             "guidance": HEADLINE.name,
-            "extractor": judge.name,
-            "extractor_test_accuracy": judge.test_accuracy,
+            "extractor": digits_extractor.name,
+            "extractor_test_accuracy": digits_extractor.test_accuracy,
             "alignment_encoder": "the extractor's convolutional patch features (supervised)",
         },
     }
@@ -220,7 +191,7 @@ def _write_report(
     weights: Path,
     samples: dict[Guidance, Path],
 ) -> None:
-    write_report(
+    write_page(
         config.output_dir / "report.html",
         title="stablevm quickstart: handwritten digits",
         summary={

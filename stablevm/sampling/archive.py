@@ -1,4 +1,4 @@
-"""The `.npz` of generated images: `arr_0` as the ADM evaluation suite reads it, `labels`, and the `protocol`."""
+"""The `.npz` of generated images: `arr_0` as the ADM suite reads it, `labels`, and their provenance as `protocol`."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.sampling.protocol import Protocol
+from stablevm.sampling.provenance import Provenance
 from stablevm.support.errors import UserError
 from stablevm.support.files import parse_json
 from stablevm.support.images import read_png_text
@@ -32,7 +32,7 @@ UNREADABLE = (
 
 
 def write_archive(
-    path: Path, chunks: Iterable[NDArray[np.uint8]], labels: NDArray[np.int64], protocol: Protocol
+    path: Path, chunks: Iterable[NDArray[np.uint8]], labels: NDArray[np.int64], provenance: Provenance
 ) -> None:
     """Write images uint8 (n, H, W, 3) chunk by chunk, holding one chunk in memory; as many in all as labels.
 
@@ -41,7 +41,7 @@ def write_archive(
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             write_npy(member, chunks, len(labels))
-        for name, array in (("labels", labels), ("protocol", np.array(json.dumps(protocol)))):
+        for name, array in (("labels", labels), ("protocol", np.array(json.dumps(provenance)))):
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
@@ -59,8 +59,8 @@ def write_npy(file: IO[bytes], chunks: Iterable[NDArray[np.uint8]], rows: int) -
         file.write(np.ascontiguousarray(chunk).data)
 
 
-def read_protocol(path: Path) -> Protocol:
-    """The protocol of an archive or of a picture; UserError when `path` is not one of ours."""
+def read_provenance(path: Path) -> Provenance:
+    """The provenance that an archive or a picture records; UserError when `path` is not one of ours."""
     if path.suffix == ".png":
         text = read_png_text(path).get("protocol")
     else:
@@ -74,7 +74,7 @@ def read_protocol(path: Path) -> Protocol:
 
 
 def _text_in_archive(path: Path) -> str | None:
-    """The protocol as text; None where there is none. UserError for a damaged archive."""
+    """As text; None where there is none. UserError for a damaged archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             if _PROTOCOL not in archive.namelist():

@@ -1,7 +1,7 @@
 """Fill an `.npz` with images from a checkpoint, by one process or many, in one go or several.
 
 Processes share nothing but the folder of parts: each draws the parts that fall to it, and the first one assembles
-them. An image depends on the protocol and its own index alone, so it does not matter who draws it or when.
+them. An image depends on its provenance and its index alone, so it does not matter which process makes it, or when.
 """
 
 import json
@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.figures import sheets as pictures
+from stablevm.figures import sheets
 from stablevm.interpolant import get_interpolant
 from stablevm.networks.snapshot import ModelCard
-from stablevm.sampling.archive import read_protocol, write_archive
+from stablevm.sampling.archive import read_provenance, write_archive
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.parts import PartFolder
-from stablevm.sampling.protocol import (
-    Protocol,
+from stablevm.sampling.provenance import (
+    Provenance,
     check_same,
     checked_card,
     decoding_notes,
     default_name,
     idle_claims,
     labels_of,
-    protocol_of,
+    provenance_of,
 )
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
@@ -53,12 +53,12 @@ class Run:
 
     config: GenerateConfig
     card: ModelCard
-    protocol: Protocol
+    provenance: Provenance
     process: Process
 
     @cached_property
     def name(self) -> str:
-        return self.config.name or default_name(self.protocol)
+        return self.config.name or default_name(self.provenance)
 
     @property
     def target(self) -> Path:
@@ -70,7 +70,7 @@ class Run:
 
     @cached_property
     def parts(self) -> PartFolder:
-        return PartFolder(self.file(".parts"), self.config.num_fid_samples, self.protocol)
+        return PartFolder(self.file(".parts"), self.config.num_fid_samples, self.provenance)
 
     @cached_property
     def labels(self) -> Tensor:
@@ -86,7 +86,7 @@ def generate(config: GenerateConfig) -> Path:
 
     The archive holds `arr_0` uint8 (N, H, W, 3), `labels` int64 (N,) and `protocol`, a JSON string, which the picture
     too holds as a text chunk. Other processes than the first return when their share is drawn. Raises UserError for
-    options out of range or against the checkpoint, and where images of another protocol have the name: those stay
+    options out of range or against the checkpoint, and where images of another provenance have the name: those stay
     untouched.
     """
     config.validate()
@@ -104,7 +104,7 @@ def _generate(run: Run, process: Process) -> None:
     missing = run.parts.missing(process.rank, process.world_size)
     complete = run.target.exists()
     if complete:
-        check_same(run.protocol, read_protocol(run.target), run.target)
+        check_same(run.provenance, read_provenance(run.target), run.target)
         if process.is_first:
             if not run.file(".png").exists() and not run.parts.missing() and not run.parts.drop_damaged():
                 _draw_sheet(run)  # an interruption fell between the archive and its picture
@@ -125,8 +125,8 @@ def _prepare(config: GenerateConfig, process: Process) -> Run:
         _print_warnings(config, card, process.device)
     config = config.effective()
     if config.grid:
-        config = replace(config, num_fid_samples=pictures.quick_look_size(_num_classes(config, card)))
-    return Run(config, card, protocol_of(config, card), process)
+        config = replace(config, num_fid_samples=sheets.quick_look_size(_num_classes(config, card)))
+    return Run(config, card, provenance_of(config, card), process)
 
 
 def _num_classes(config: GenerateConfig, card: ModelCard) -> int:
@@ -171,7 +171,7 @@ def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> 
     drawn: list[NDArray[np.uint8]] = []
     for start in range(0, len(indices), run.config.per_proc_batch_size):
         batch = indices[start : start + run.config.per_proc_batch_size]
-        images, evaluations = run.sampler.draw(batch, run.labels[batch])
+        images, evaluations = run.sampler.sample(batch, run.labels[batch])
         drawn.extend(images)
         while unwritten and len(drawn) >= len(unwritten[0]):
             part = unwritten.popleft()
@@ -199,29 +199,29 @@ def _assemble(run: Run) -> None:
     run.parts.sweep()
     if not run.config.grid:  # first of all: whatever befalls the picture, the images are there
         with replacing(run.target, scratch=run.parts.folder) as temporary:
-            write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.protocol)
+            write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.provenance)
     _draw_sheet(run)
     run.parts.remove()
 
 
 def _draw_sheet(run: Run) -> None:
     """The picture of some of the images, from the parts."""
-    indices, columns = pictures.arrange(run.labels.numpy())
-    captions = pictures.captions_of(run.labels[indices].tolist(), run.card)
-    picture = pictures.sheet(run.parts.pick(indices), columns, captions)
+    indices, columns = sheets.arrange(run.labels.numpy())
+    captions = sheets.captions_of(run.labels[indices].tolist(), run.card)
+    picture = sheets.plot_sheet(run.parts.pick(indices), columns, captions)
     # Written in the folder of parts, so that what an interruption leaves of it goes with the folder.
-    save_png(run.file(".png"), picture, {"protocol": json.dumps(run.protocol)}, scratch=run.parts.folder)
+    save_png(run.file(".png"), picture, {"protocol": json.dumps(run.provenance)}, scratch=run.parts.folder)
 
 
 def _make_film(run: Run) -> None:
     """Draw some of the images once more, and watch."""
-    fitting = pictures.film_columns_and_rows(run.sampler.image_side)
-    indices, columns = pictures.arrange(run.labels.numpy(), *fitting)
-    film = pictures.Film(get_interpolant(run.card.path_type), run.sampler.decode)
-    images, _ = run.sampler.draw(indices, run.labels[indices], film)
-    captions = pictures.captions_of(run.labels[indices].tolist(), run.card)
+    fitting = sheets.film_columns_and_rows(run.sampler.image_side)
+    indices, columns = sheets.arrange(run.labels.numpy(), *fitting)
+    film = sheets.Film(get_interpolant(run.card.path_type), run.sampler.decode)
+    images, _ = run.sampler.sample(indices, run.labels[indices], film)
+    captions = sheets.captions_of(run.labels[indices].tolist(), run.card)
     frames = film.pictures(images, columns, captions)
-    save_gif(run.file(".gif"), frames, pictures.FRAME_MILLISECONDS, pictures.LAST_FRAME_MILLISECONDS)
+    save_gif(run.file(".gif"), frames, sheets.FRAME_MILLISECONDS, sheets.LAST_FRAME_MILLISECONDS)
     print(f"{run.file('.gif')}: {len(indices)} images as the network foresees them at {len(film.frames)} times")
 
 

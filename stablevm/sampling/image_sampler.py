@@ -13,7 +13,7 @@ from stablevm.networks.backbone import Backbone
 from stablevm.networks.snapshot import ModelCard, load_model
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import draw_latents
-from stablevm.sampling.protocol import guidance_settings, sampler_settings
+from stablevm.sampling.provenance import guidance_settings, sampler_settings
 from stablevm.support.errors import UserError
 from stablevm.support.precision import tf32
 from stablevm.support.rng import RowGenerators
@@ -21,7 +21,7 @@ from stablevm.support.rng import RowGenerators
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """Draws images of a configuration by their indices."""
+    """Makes images of a configuration by their indices."""
 
     config: GenerateConfig
     card: ModelCard
@@ -36,7 +36,7 @@ class ImageSampler:
             model.compile_blocks()
         return cls(config, card, model, load_autoencoder(card.latent, name=config.vae, device=device), device)
 
-    def draw(
+    def sample(
         self,
         indices: Sequence[int],
         labels: Tensor,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.sampling.archive import write_npy
-from stablevm.sampling.protocol import Protocol, check_same
+from stablevm.sampling.provenance import Provenance, check_same
 from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary, write_json, write_with
@@ -24,21 +24,21 @@ _CHECKSUM_BYTES = 32
 
 
 class PartFolder:
-    """Images 0 to `num_images - 1` as files START-STOP.npy, uint8 (n, H, W, 3), beside the protocol they follow.
+    """Images 0 to `num_images - 1` as files START-STOP.npy, uint8 (n, H, W, 3), beside their provenance.
 
-    Behind its array each file holds a checksum of the protocol, the images' numbers and the array, so that a damaged
+    Behind its array each file holds a checksum of the provenance, the images' numbers and the array, so that a damaged
     part and one of other images are told from a good one.
     """
 
-    def __init__(self, folder: Path, num_images: int, protocol: Protocol) -> None:
+    def __init__(self, folder: Path, num_images: int, provenance: Provenance) -> None:
         self.folder = folder
         self.num_images = num_images
-        self.protocol = protocol
+        self.provenance = provenance
 
     def open(self) -> None:
-        """Make the folder, or resume in it; UserError when its images follow another protocol."""
+        """Make the folder, or resume in it; UserError when its images are of another provenance."""
         if not self._is_ours():
-            write_json(self.folder / PROTOCOL_FILE, self.protocol)
+            write_json(self.folder / PROTOCOL_FILE, self.provenance)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:
         """Indices of the images of each absent part, of those that fall to process `rank` of `world_size`."""
@@ -48,7 +48,7 @@ class PartFolder:
     def drop_damaged(self, rank: int = 0, world_size: int = 1) -> list[range]:
         """Remove the parts of this process that are damaged or of other images, and return them.
 
-        UserError when the folder's images follow another protocol.
+        UserError when the folder's images are of another provenance.
         """
         damaged = []
         for part in self._parts()[rank::world_size] if self._is_ours() else ():
@@ -88,10 +88,10 @@ class PartFolder:
             shutil.rmtree(self.folder)
 
     def _is_ours(self) -> bool:
-        """Whether the folder was begun; UserError when it was with another protocol."""
+        """Whether the folder was begun; UserError when with another provenance."""
         record = self.folder / PROTOCOL_FILE
         if record.exists():
-            check_same(self.protocol, read_object(record, "--sample-dir", remedy="move the folder away"), self.folder)
+            check_same(self.provenance, read_object(record, "--sample-dir", remedy="move the folder away"), self.folder)
             return True
         if self.folder.exists() and any(self.folder.glob("*.npy")):
             raise UserError(f"{self.folder} holds parts without {PROTOCOL_FILE}; move the folder away")
@@ -110,7 +110,7 @@ class PartFolder:
         return array if checksum == self._checksum(part, array) else None
 
     def _checksum(self, part: range, array: bytes) -> bytes:
-        of_what = json.dumps([self.protocol, part.start, part.stop], sort_keys=True)
+        of_what = json.dumps([self.provenance, part.start, part.stop], sort_keys=True)
         return hashlib.sha256(of_what.encode() + hashlib.sha256(array).digest()).digest()
 
     def _parts(self) -> list[range]:

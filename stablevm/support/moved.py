@@ -1,4 +1,4 @@
-"""Modules and keywords under the names that version 0.1 gave them: they still work, with a warning, until 0.3."""
+"""Modules, their names and keywords as version 0.1 called them: they still work, with a warning, until 0.3."""
 
 import functools
 import importlib
@@ -20,15 +20,24 @@ MOVED = {
     "benchmark.machine": "profiling.machine",
     "benchmark.measure": "profiling.measure",
     "benchmark.random_data": "profiling.random_data",
-    "benchmark.report": "profiling.report",
+    "benchmark.report": "profiling.results",
     "benchmark.run": "profiling.run",
     "compiler": "support.compiler",
     "encoders": "networks.encoders",
     "errors": "support.errors",
     "evaluation.adm_distances": "metrics.adm_distances",
+    "evaluation.cautions": "evaluation.samples",
+    "evaluation.checkpoint": "evaluation.evaluate",
+    "evaluation.curves": "evaluation.sample_report",
+    "evaluation.digits_extractor": "evaluation.digits",
+    "evaluation.digits_metrics": "evaluation.digits",
     "evaluation.figures": "figures.evaluation",
+    "evaluation.inception": "evaluation.extractors",
     "evaluation.neighbours": "metrics.neighbours",
-    "evaluation.sample_figures": "figures.samples",
+    "evaluation.outputs": "evaluation.config",
+    "evaluation.report": "support.page",
+    "evaluation.report_style": "support.page",
+    "evaluation.sample_figures": "figures.evaluation",
     "evaluation.statistics": "metrics.statistics",
     "files": "support.files",
     "foreign_weights": "support.foreign_weights",
@@ -47,19 +56,49 @@ MOVED = {
     "options": "support.options",
     "plotting": "figures.style",
     "precision": "support.precision",
+    "preparation.report": "preparation.outcome",
     "processes": "support.processes",
     "rng": "support.rng",
     "sampling.dopri5": "solvers.dopri5",
     "sampling.pictures": "figures.sheets",
+    "sampling.protocol": "sampling.provenance",
     "sampling.sampler": "solvers.integration",
     "sampling.scheduler": "integrations.diffusers_scheduler",
     "sampling.solvers": "solvers.fixed_steps",
     "schedules": "alignment",
     "snapshot": "networks.snapshot",
+    "study.command": "study.variance",
     "toy.figures": "figures.toy",
+    "toy.variance": "toy.experiment",
+    "toy.visualization": "toy.films",
     "variance_figure": "figures.variance",
 }
-_ALSO = {"alignment": ("times",), "solvers.integration": ("sampling.guidance", "solvers.settings")}  # parted since
+_ALSO = {  # parted since
+    "alignment": ("times",),
+    "figures.evaluation": ("figures.sheets",),
+    "solvers.integration": ("sampling.guidance", "solvers.settings"),
+    "toy.experiment": ("toy.mixture", "study.variance"),
+    "toy.films": ("figures.toy",),
+}
+# Names that are others since, each in the modules of the new address that have it.
+RENAMED = {
+    "Protocol": "Provenance",
+    "Report": "Results",
+    "divergence_figure": "plot_divergence",
+    "film_frame": "plot_film_frame",
+    "judge_digits": "evaluate_digits",
+    "metric_panels": "plot_metric_curves",
+    "neighbour_rows": "plot_neighbours",
+    "protocol_of": "provenance_of",
+    "rows_side_by_side": "plot_rows_side_by_side",
+    "sample_grid": "plot_sample_grid",
+    "samples_beside_real": "plot_samples_beside_real",
+    "sheet": "plot_sheet",
+    "training_curves": "plot_training_curves",
+    "variance_figure": "plot_variance",
+    "visualize": "make_films",
+    "write_report": "write_page",
+}
 
 
 class _OldAddress(MetaPathFinder, Loader):
@@ -76,9 +115,10 @@ class _OldAddress(MetaPathFinder, Loader):
         homes = [importlib.import_module(f"stablevm.{home}") for home in (new, *_ALSO.get(new, ()))]
 
         def look_up(name: str) -> object:
-            for home in homes:
-                if hasattr(home, name):
-                    return getattr(home, name)
+            for known in (name, RENAMED.get(name, name)):
+                for home in homes:
+                    if hasattr(home, known):
+                        return getattr(home, known)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = look_up  # type: ignore[method-assign]
@@ -90,6 +130,20 @@ def keep_old_addresses() -> None:
     """Let Python look up modules by their old addresses, after all other ways."""
     if not any(isinstance(finder, _OldAddress) for finder in sys.meta_path):
         sys.meta_path.append(_OldAddress())
+
+
+def old_names(module: str, **new_by_old: str) -> Callable[[str], object]:
+    """A `__getattr__` for the module of that full name, which has names by their old ones too, with a warning."""
+
+    def look_up(name: str) -> object:
+        if name not in new_by_old:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = new_by_old[name]
+        message = f"{module}.{name} is now {module}.{new}; the old name goes in stablevm {GONE_IN}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], new)
+
+    return look_up
 
 
 def renamed(**new_by_old: str) -> Callable[[Function], Function]:

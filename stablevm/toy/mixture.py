@@ -1,4 +1,6 @@
-"""A mixture of Gaussians with diagonal covariances, and its exact posterior mean, velocity and score along a path."""
+"""A mixture of Gaussians with diagonal covariances: its exact posterior mean, velocity and score along a path, and how
+noisy targets are about them.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablevm.interpolant import Interpolant, Kind
+from stablevm.interpolant import LINEAR, Interpolant, Kind
+from stablevm.posterior import posterior
+from stablevm.support import rng
 from stablevm.support.precision import full_precision
+from stablevm.variance import VarianceCurve
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,10 @@ class GaussianMixture:
     def dimension(self) -> int:
         return self.means.shape[1]
 
-    def sample(self, count: int, stream: torch.Generator) -> Tensor:
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` independent samples (count, d)."""
-        component = torch.multinomial(self.weights, count, replacement=True, generator=stream)
-        noise = torch.randn(count, self.dimension, generator=stream, dtype=self.means.dtype)
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.dimension, generator=generator, dtype=self.means.dtype)
         return torch.addcmul(self.means[component], self.variances.sqrt()[component], noise)
 
     def posterior_mean(self, path: Interpolant, x_t: Tensor, t: float | Tensor) -> Tensor:
@@ -73,9 +78,27 @@ class GaussianMixture:
 _TAIL, _GRID_POINTS = 5.0, 1001  # deviations beyond the outermost mean; the grid is far finer than a component
 
 
-def published_mixture(components: int, dimension: int, stream: torch.Generator) -> GaussianMixture:
+def published_mixture(components: int, dimension: int, generator: torch.Generator) -> GaussianMixture:
     """The mixture of the published study: means U(-1, 1), variances U(0.01, 0.1), weights U(0.1, 1) normalised."""
-    means = torch.rand(components, dimension, generator=stream) * 2 - 1
-    variances = torch.rand(components, dimension, generator=stream) * 0.09 + 0.01
-    weights = torch.rand(components, generator=stream) * 0.9 + 0.1
+    means = torch.rand(components, dimension, generator=generator) * 2 - 1
+    variances = torch.rand(components, dimension, generator=generator) * 0.09 + 0.01
+    weights = torch.rand(components, generator=generator) * 0.9 + 0.1
     return GaussianMixture(weights / weights.sum(), means, variances)
+
+
+def mixture_curve(mixture: GaussianMixture, times: Tensor, *, references: int, rows: int, seed: int) -> VarianceCurve:
+    """Variance of the targets about the closed-form velocity at times (T,), on the linear path: of `rows` samples, with
+    a set of references of its own at each time, which its samples share.
+    """
+
+    def samples_at(time: float) -> tuple[Tensor, Tensor, Tensor]:
+        generator = rng.generator(seed, "variance", mixture.dimension, f"{time:.6f}")
+        x0, others = mixture.sample(rows, generator), mixture.sample(references - 1, generator)
+        noise, t = torch.randn(x0.shape, generator=generator), torch.full((rows,), time)
+        found = posterior(LINEAR, x0, noise, t, others)
+        exact = mixture.field(LINEAR, LINEAR.interpolate(x0, noise, t), time)
+        plain = LINEAR.velocity(x0, noise, t)
+        target = plain + LINEAR.offset_gain(t, x0) * found.offset
+        return (plain - exact).square().mean(1), (target - exact).square().mean(1), found.ess
+
+    return VarianceCurve.of(times, references, [samples_at(time) for time in times.tolist()])

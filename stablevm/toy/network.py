@@ -19,18 +19,18 @@ class AdaptiveNetwork(nn.Module):
     linear, GELU, dropout. With 10 dimensions, width 32 and depth 4 it has 14,634 parameters.
     """
 
-    def __init__(self, dimension: int, width: int, depth: int, dropout: float, stream: torch.Generator) -> None:
-        """dropout: share of hidden values in [0, 1) that training sets to 0; stream: where the first weights come from.
+    def __init__(self, dimension: int, width: int, depth: int, dropout: float, generator: torch.Generator) -> None:
+        """dropout: share of hidden values in [0, 1) that training sets to 0; generator: of the first weights.
 
         Linear layers begin uniform within +-fan_in**-0.5, which is PyTorch's default; the modulations begin at zero.
         """
         super().__init__()
         self.dropout = dropout
-        self.enter = _linear(dimension + TIME_FEATURES, width, stream)
+        self.enter = _linear(dimension + TIME_FEATURES, width, generator)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.modulations = nn.ModuleList(_zero_linear(TIME_FEATURES, 2 * width) for _ in range(depth))
-        self.layers = nn.ModuleList(_linear(width, width, stream) for _ in range(depth))
-        self.leave = _linear(width, dimension, stream)
+        self.layers = nn.ModuleList(_linear(width, width, generator) for _ in range(depth))
+        self.leave = _linear(width, dimension, generator)
 
     def forward(self, x: Tensor, t: Tensor, dropped: torch.Generator | None = None) -> Tensor:
         """x (B, d), t (B,) in [0, 1] to (B, d). Hidden values are dropped only where `dropped` says which."""
@@ -46,12 +46,12 @@ class AdaptiveNetwork(nn.Module):
 class Perceptron(nn.Module):
     """`depth` hidden layers of `width` with SiLU; input (x, t), output a vector like x."""
 
-    def __init__(self, dimension: int, width: int, depth: int, dropout: float, stream: torch.Generator) -> None:
+    def __init__(self, dimension: int, width: int, depth: int, dropout: float, generator: torch.Generator) -> None:
         """The arguments of `AdaptiveNetwork`; first weights uniform within +-fan_in**-0.5, zero biases."""
         super().__init__()
         self.dropout = dropout
         sizes = [dimension + 1] + [width] * depth + [dimension]
-        self.layers = nn.ModuleList(_linear(*ends, stream, zero_bias=True) for ends in pairwise(sizes))
+        self.layers = nn.ModuleList(_linear(*ends, generator, zero_bias=True) for ends in pairwise(sizes))
 
     def forward(self, x: Tensor, t: Tensor, dropped: torch.Generator | None = None) -> Tensor:
         """x (B, d), t (B,) in [0, 1] to (B, d). Hidden values are dropped only where `dropped` says which."""
@@ -66,9 +66,9 @@ ToyNetwork = AdaptiveNetwork | Perceptron
 NETWORKS: dict[str, type[AdaptiveNetwork] | type[Perceptron]] = {"adaptive": AdaptiveNetwork, "perceptron": Perceptron}
 
 
-def make_network(config: ToyConfig, stream: torch.Generator) -> ToyNetwork:
-    """The network that the options describe, with first weights from `stream`."""
-    return NETWORKS[config.network](config.dimension, config.width, config.depth, config.dropout, stream)
+def make_network(config: ToyConfig, generator: torch.Generator) -> ToyNetwork:
+    """The network that the options describe, with first weights from `generator`."""
+    return NETWORKS[config.network](config.dimension, config.width, config.depth, config.dropout, generator)
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -79,21 +79,21 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _drop(h: Tensor, rate: float, stream: torch.Generator | None) -> Tensor:
-    """Inverted dropout, from a stream of its own: PyTorch's draws from the global generator."""
-    if stream is None or rate == 0:
+def _drop(h: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """Inverted dropout, from a generator of its own: PyTorch's draws from the global generator."""
+    if generator is None or rate == 0:
         return h
-    return h * torch.empty_like(h).bernoulli_(1 - rate, generator=stream).div_(1 - rate)
+    return h * torch.empty_like(h).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
 
-def _linear(fan_in: int, fan_out: int, stream: torch.Generator, zero_bias: bool = False) -> nn.Linear:
+def _linear(fan_in: int, fan_out: int, generator: torch.Generator, zero_bias: bool = False) -> nn.Linear:
     layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
     bound = fan_in**-0.5
-    nn.init.uniform_(layer.weight, -bound, bound, generator=stream)
+    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
     if zero_bias:
         nn.init.zeros_(layer.bias)
     else:
-        nn.init.uniform_(layer.bias, -bound, bound, generator=stream)
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     return layer
 
 

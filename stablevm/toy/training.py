@@ -18,8 +18,8 @@ from stablevm.toy.network import ToyNetwork, make_network
 from stablevm.training.ema import MovingAverage
 from stablevm.training.tracker import Trackers
 
-BLOCK = 2048  # references that are made from one stream, so that any part of a set can be made again
-PROTOCOL = ObjectiveSettings(path=LINEAR)
+BLOCK = 2048  # references that are made from one generator, so that any part of a set can be made again
+SETTINGS = ObjectiveSettings(path=LINEAR)
 
 
 def mixture_of(config: ToyConfig, seed: int, dimension: int | None = None) -> GaussianMixture:
@@ -36,7 +36,7 @@ def to_field(config: ToyConfig, velocity: Tensor, x_t: Tensor, t: Tensor) -> Ten
 
 
 @dataclass(frozen=True)
-class Examination:
+class EvaluationPoints:
     """Points x_t at all times of evaluation, with the exact field there: all as one batch of (times x samples) rows."""
 
     x_t: Tensor
@@ -45,12 +45,12 @@ class Examination:
     times: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: ToyConfig, mixture: GaussianMixture, seed: int) -> "Examination":
+    def of(cls, config: ToyConfig, mixture: GaussianMixture, seed: int) -> "EvaluationPoints":
         points, exact = [], []
         for time_ in config.eval_times:
-            stream = rng.generator(seed, "evaluation", f"{time_:.6f}")
-            x0 = mixture.sample(config.eval_samples, stream)
-            noise = torch.randn(x0.shape, generator=stream)
+            generator = rng.generator(seed, "evaluation", f"{time_:.6f}")
+            x0 = mixture.sample(config.eval_samples, generator)
+            noise = torch.randn(x0.shape, generator=generator)
             t = torch.tensor(time_)
             x_t = LINEAR.interpolate(x0, noise, t)
             points.append(x_t)
@@ -71,7 +71,7 @@ class Draws:
 
     def __init__(self, method: Method, config: ToyConfig, mixture: GaussianMixture, seed: int) -> None:
         self.method, self.config, self.mixture, self.seed = method, config, mixture, seed
-        self.stream = rng.generator(seed, "training", method.removesuffix("_efficient"))
+        self.generator = rng.generator(seed, "training", method.removesuffix("_efficient"))
         self.update = 0
 
     def __iter__(self) -> Iterator[Draw]:
@@ -82,17 +82,17 @@ class Draws:
     def _next(self) -> Draw:
         config = self.config
         if self.method == "cfm":
-            x0 = self.mixture.sample(config.batch_size, self.stream)
-            return FlowMatching(PROTOCOL).draw(x0, torch.zeros(len(x0), dtype=torch.int64), self.stream)
-        field = StableTargetField(PROTOCOL)
+            x0 = self.mixture.sample(config.batch_size, self.generator)
+            return FlowMatching(SETTINGS).draw(x0, torch.zeros(len(x0), dtype=torch.int64), self.generator)
+        field = StableTargetField(SETTINGS)
         if self.method == "stf":
             chosen = torch.arange(config.batch_size)  # each of the first samples perturbs itself
         else:
-            chosen = torch.randint(config.references, (config.batch_size,), generator=self.stream)
+            chosen = torch.randint(config.references, (config.batch_size,), generator=self.generator)
         if self.method == "stable_vm_efficient":
-            return field.draw_over_blocks(self._pick(chosen), self._blocks(chosen), self.stream)
+            return field.draw_over_blocks(self._pick(chosen), self._blocks(chosen), self.generator)
         references = torch.cat([self._block(number) for number in range(self._num_blocks)])
-        return field.draw(references, None, self.stream, anchors=chosen)
+        return field.draw(references, None, self.generator, anchors=chosen)
 
     @property
     def _num_blocks(self) -> int:
@@ -125,7 +125,7 @@ def train_method(
 ) -> tuple[list[dict[str, Any]], ToyNetwork, dict[str, float]]:
     """Rows {"update", "divergence" (one value per time)}, the averaged network, and the seconds of each part."""
     mixture = mixture_of(config, seed)
-    examination = Examination.of(config, mixture, seed)
+    points = EvaluationPoints.of(config, mixture, seed)
     network = make_network(config, rng.generator(seed, "network"))
     average = MovingAverage(network, config.ema_decay, warm_up=config.ema_warmup)
     dropped = rng.generator(seed, "dropout")
@@ -135,15 +135,15 @@ def train_method(
     clock = {"draw": 0.0, "network": 0.0, "evaluation": 0.0}
     rows: list[dict[str, Any]] = []
 
-    def examine(update: int, loss: float | None) -> None:
+    def evaluate(update: int, loss: float | None) -> None:
         start = time.perf_counter()
-        divergence = examination.divergence(average.model)
+        divergence = points.divergence(average.model)
         rows.append({"update": update, "divergence": divergence})
         named = {f"divergence/t={t:g}": value for t, value in zip(config.eval_times, divergence, strict=True)}
         trackers.log(update, named if loss is None else {"loss": loss, **named})
         clock["evaluation"] += time.perf_counter() - start
 
-    examine(0, None)
+    evaluate(0, None)
     draws = iter(Draws(method, config, mixture, seed))
     for update in tqdm(range(1, config.updates + 1), desc=f"{method}, seed {seed}", unit="update", dynamic_ncols=True):
         start = time.perf_counter()
@@ -159,6 +159,6 @@ def train_method(
         clock["draw"] += drawn - start
         clock["network"] += time.perf_counter() - drawn
         if update % config.eval_every == 0 or update == config.updates:
-            examine(update, loss.item())
+            evaluate(update, loss.item())
     assert isinstance(average.model, ToyNetwork)
     return rows, average.model, clock

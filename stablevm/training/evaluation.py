@@ -7,12 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stablevm.evaluation.digits_extractor import load_extractor
-from stablevm.evaluation.digits_metrics import judge_digits
-from stablevm.evaluation.evaluate import splits
-from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor
+from stablevm.evaluation.digits import digits_splits, evaluate_digits, load_extractor
+from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor, load_inception
 from stablevm.evaluation.features import FeatureCache, extract
-from stablevm.evaluation.inception import load_inception
 from stablevm.evaluation.samples import Reference, open_reference
 from stablevm.metrics.frechet import FID, FRECHET
 from stablevm.metrics.metric import FeatureSets
@@ -102,11 +99,11 @@ def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch
 
 
 def _digits_judge(config: TrainConfig) -> Judge:
-    train, test = splits(Path(str(config.eval_reference)))
+    train, test = digits_splits(Path(str(config.eval_reference)))
     extractor = load_extractor(str(config.eval_extractor))
 
     def judge_images(images: Tensor, labels: Tensor) -> dict[str, float]:
-        results = judge_digits(images.permute(0, 2, 3, 1), labels, test, train, extractor)
+        results = evaluate_digits(images.permute(0, 2, 3, 1), labels, test, train, extractor)
         return {name: results[name] for name in ("frechet_test", "accuracy", "precision", "recall", "coverage")}
 
     return judge_images

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
 from stablevm.networks.encoders import Encoder
-from stablevm.sampling.protocol import decoding_notes
+from stablevm.sampling.provenance import decoding_notes
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary, write_json
 from stablevm.support.locks import owned

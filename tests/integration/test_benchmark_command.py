@@ -15,7 +15,7 @@ from stablevm.bank import ClassBank
 from stablevm.profiling.config import OBJECTIVES
 from stablevm.profiling.measure import Measurement, fill, operations_per_image
 from stablevm.profiling.random_data import IMAGENET_IMAGES, RandomDataset
-from stablevm.profiling.report import PHASES, Report
+from stablevm.profiling.results import PHASES, Results
 from stablevm.training.engine import Engine
 from stablevm.training.launch import make_accelerator
 
@@ -152,13 +152,13 @@ def test_the_report_does_its_sums():
         return Measurement(name, 40, 1, seconds, [sum(seconds.values())], gpu_gib=1.5, host_gib=2.0, operations=1e10)
 
     plain, ours = measured("si", 0.1), measured("stablevm", 0.105)
-    report = Report("a machine", "a network", {}, IMAGENET_IMAGES, product_rate=4e12, measurements=[plain, ours])
+    results = Results("a machine", "a network", {}, IMAGENET_IMAGES, product_rate=4e12, measurements=[plain, ours])
     assert plain.images_per_second == pytest.approx(80) and plain.rate == pytest.approx(8e11)
     hours = 80 * IMAGENET_IMAGES / 80 / 3600
-    first = next(line for line in report.table().splitlines() if line.startswith("si "))
+    first = next(line for line in results.table().splitlines() if line.startswith("si "))
     assert first.split() == ["si", "80", "500.0", "0.8", "20%", "1.50", "2.00", f"{hours:.0f}", f"{10 * hours:,.0f}"]
-    assert report.extra(plain, ours) == pytest.approx(0.01)
+    assert results.extra(plain, ours) == pytest.approx(0.01)
     fast = replace(plain, batch_size=4000, operations=1e11)
-    row = Report("", "", {}, 1, 1e15, [fast]).table().splitlines()[5]
+    row = Results("", "", {}, 1, 1e15, [fast]).table().splitlines()[5]
     assert row.split()[1:5] == ["8,000", "500.0", "800", "80%"]
-    assert "stablevm draws 5.00 ms longer than si: 1.00% of its step" in report.table()
+    assert "stablevm draws 5.00 ms longer than si: 1.00% of its step" in results.table()

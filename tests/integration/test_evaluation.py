@@ -14,13 +14,12 @@ from PIL import Image
 
 from stablevm.evaluation import evaluate as command
 from stablevm.evaluation import features
-from stablevm.evaluation.checkpoint import CheckpointSource, evaluate_checkpoint
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, JudgeConfig, ReferenceConfig
-from stablevm.evaluation.curves import metric_curves
-from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, EvaluationOptions, ReferenceConfig
+from stablevm.evaluation.evaluate import CheckpointSource, evaluate, evaluate_checkpoint
+from stablevm.evaluation.extractors import InceptionExtractor
 from stablevm.evaluation.features import FeatureCache, extract
-from stablevm.evaluation.inception import InceptionExtractor
 from stablevm.evaluation.reference import reference
+from stablevm.evaluation.sample_report import metric_curves
 from stablevm.evaluation.sources import ArraySource, StreamedSource
 from stablevm.metrics import statistics
 from stablevm.metrics.metric import FeatureSets
@@ -105,7 +104,7 @@ def test_all_five_numbers_agree_with_torch_fidelity(options, home, capsys):
 def test_published_weights_alone_give_fid(options, monkeypatch, home, capsys):
     from stablevm.support.files import sha256
 
-    monkeypatch.setattr("stablevm.evaluation.inception.PUBLISHED_SHA256", sha256(home / "weights.pth"))
+    monkeypatch.setattr("stablevm.evaluation.extractors.PUBLISHED_SHA256", sha256(home / "weights.pth"))
     results = evaluate(options())["inception"]
     assert {"fid", "sfid", "inception_score", "precision", "recall"} <= results.keys()
     assert results["extractor"] == "Inception 2015-12-05"
@@ -180,7 +179,7 @@ def test_reference_of_a_folder_is_what_its_images_are(options, home, tmp_path, c
 
 def test_stored_statistics_alone_give_distances_alone(options, home):
     """As published statistics without images; and a report of what there is."""
-    from stablevm.evaluation.inception import load_inception
+    from stablevm.evaluation.extractors import load_inception
 
     means = {"mu": np.zeros(2048), "mu_s": np.zeros(2023), "sigma": np.eye(2048), "sigma_s": np.eye(2023)}
     made_with = json.dumps({"extractor_fingerprint": load_inception(home / "weights.pth").fingerprint})
@@ -327,21 +326,23 @@ def test_broken_weights_are_named(options, home, tmp_path):
     assert "4 of 4 rows of features hold NaN" in refusal(config)
 
 
-def test_a_checkpoint_is_judged_without_a_file_in_between(options, home, tmp_path, monkeypatch):
+def test_a_checkpoint_is_evaluated_without_a_file_in_between(options, home, tmp_path, monkeypatch):
     """The same numbers as from the file that generate writes; and nothing is drawn twice."""
     checkpoint_folder = save_checkpoint(tmp_path / "checkpoint", tiny_card())
     sampling = GenerateConfig(
         ckpt=checkpoint_folder, num_fid_samples=9, num_steps=2, sample_dir=tmp_path, name="x", per_proc_batch_size=4
     )
-    judging = options(real={"arr_0": REAL[:9, :8, :8]}, samples={"arr_0": FAKE[:0]})
-    judging = JudgeConfig(**{field.name: getattr(judging, field.name) for field in dataclasses.fields(JudgeConfig)})
-    results = evaluate_checkpoint(EvaluateCheckpointConfig(judging, sampling))
+    config = options(real={"arr_0": REAL[:9, :8, :8]}, samples={"arr_0": FAKE[:0]})
+    compared = EvaluationOptions(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(EvaluationOptions)}
+    )
+    results = evaluate_checkpoint(EvaluateCheckpointConfig(compared, sampling))
     assert json.loads((tmp_path / "x.json").read_text()) == results
-    from_file = evaluate(EvaluateConfig(samples=generate(sampling), **vars(judging)))
+    from_file = evaluate(EvaluateConfig(samples=generate(sampling), **vars(compared)))
     for key, value in from_file["inception"].items():
         assert results["inception"][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
     monkeypatch.setattr(CheckpointSource, "images", lambda self, indices: np.zeros((len(indices), 8, 8, 3), np.uint8))
-    assert evaluate_checkpoint(EvaluateCheckpointConfig(judging, sampling)) == results, "features from the cache"
+    assert evaluate_checkpoint(EvaluateCheckpointConfig(compared, sampling)) == results, "features from the cache"
 
 
 def test_report_shows_everything(options, tmp_path, capsys):
@@ -374,7 +375,7 @@ def test_curves_are_means_over_disjoint_subsets(monkeypatch):
         seen.append(sets.samples["pool"])
         return results_of(sets, **options)
 
-    monkeypatch.setattr("stablevm.evaluation.curves.results_of", watched)
+    monkeypatch.setattr("stablevm.evaluation.sample_report.results_of", watched)
     whole = results_of(comparison)
     curves = metric_curves(comparison, whole)
     assert [point.samples for point in curves["precision"]] == [10, 20, 40]  # eighths are too small
@@ -428,7 +429,7 @@ def test_a_reference_of_another_size_is_warned_of(options, capsys):
 
 
 def test_mu_and_sigma_alone_give_a_distance_and_say_what_is_missing(options, home, capsys):
-    from stablevm.evaluation.inception import load_inception
+    from stablevm.evaluation.extractors import load_inception
 
     made_with = json.dumps({"extractor_fingerprint": load_inception(home / "weights.pth").fingerprint})
     stored = {"mu": np.zeros(2048), "sigma": np.eye(2048), "protocol": np.array(made_with)}

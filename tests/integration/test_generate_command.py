@@ -20,7 +20,7 @@ from stablevm import cli
 from stablevm.networks.autoencoder import LatentSpec, fingerprint, latent_spec_of
 from stablevm.networks.projectors import ConvProjector
 from stablevm.networks.sit import SiT
-from stablevm.sampling.archive import read_protocol, write_npy
+from stablevm.sampling.archive import read_provenance, write_npy
 from stablevm.sampling.parts import PartFolder
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def test_an_autoencoder_that_moved_is_known_by_its_content(command, tmp_path, ca
 def test_quick_look(command, tmp_path, capsys):
     assert command("--grid", "--classes=3,1", "--trajectory") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"run.png", "run.gif"}, "no archive"
-    protocol = read_protocol(tmp_path / "run.png")
+    protocol = read_provenance(tmp_path / "run.png")
     assert protocol["num_fid_samples"] == 16 and protocol["classes"] == [3, 1]
     with Image.open(tmp_path / "run.png") as sheet, Image.open(tmp_path / "run.gif") as film:
         picture = np.asarray(sheet)

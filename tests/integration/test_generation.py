@@ -238,7 +238,7 @@ def test_the_archive_is_there_whatever_befalls_the_picture(options, monkeypatch)
 
     whole, config = generate(options()), options(name="unseen")
     with monkeypatch.context() as patch:
-        patch.setattr(generation.pictures, "sheet", fail)
+        patch.setattr(generation.sheets, "plot_sheet", fail)
         with pytest.raises(RuntimeError):
             generate(config)
     archive = config.sample_dir / "unseen.npz"

@@ -73,10 +73,10 @@ def test_only_plot(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("field", ["velocity", "score"])
 def test_moving_pictures(field, tmp_path, monkeypatch):
-    from stablevm.toy import visualization
+    from stablevm.toy import films
 
-    monkeypatch.setattr(visualization, "FRAME_TIMES", visualization.FRAME_TIMES[:2])
-    monkeypatch.setattr(visualization, "SHOWN_STEPS", 2)
+    monkeypatch.setattr(films, "FRAME_TIMES", films.FRAME_TIMES[:2])
+    monkeypatch.setattr(films, "SHOWN_STEPS", 2)
     options = [f"--vector_field={field}", "--exp=stf", "--enable_visualization", "--no_plot_variance"]
     assert toy(tmp_path, *options) == 0
     for kind, frames in (("field", 2), ("paths", 3)):

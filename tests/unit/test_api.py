@@ -91,6 +91,15 @@ def test_old_keywords_warn_and_work():
         stablevm.draw_times("uniform", stablevm.LINEAR, 2, stream=torch.Generator())
 
 
+def test_a_name_that_is_another_since_is_found_where_it_was():
+    from stablevm import objective
+
+    with pytest.warns(DeprecationWarning, match=r"objective.Protocol is now stablevm.objective.ObjectiveSettings"):
+        assert objective.Protocol is stablevm.ObjectiveSettings
+    with pytest.raises(AttributeError):
+        objective.nothing  # noqa: B018
+
+
 def test_star_gives_every_name_but_the_optional_one_without_diffusers():
     code = "import sys; sys.modules['diffusers'] = None\nfrom stablevm import *\nprint(*globals())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -16,16 +16,17 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.evaluation.config import EvaluateConfig
-from stablevm.evaluation.digits_extractor import (
+from stablevm.evaluation.digits import (
     CARD_FILE,
     WEIGHTS_FILE,
     DigitsExtractor,
     all_images,
+    digits_rows,
+    evaluate_digits,
     load_extractor,
     save_extractor,
     train_extractor,
 )
-from stablevm.evaluation.digits_metrics import digits_rows, judge_digits
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.support.errors import UserError
 
@@ -122,7 +123,7 @@ def test_a_damaged_extractor_is_named(extractor: DigitsExtractor, tmp_path: Path
 def test_the_reference_itself_is_perfect(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
-    results = judge_digits(channels_last(test), test.labels(), test, train, extractor)
+    results = evaluate_digits(channels_last(test), test.labels(), test, train, extractor)
     assert results["accuracy"] == pytest.approx(extractor.test_accuracy)
     assert results["frechet_test"] < 1e-6 < results["frechet_floor"]
     assert results["precision"] == results["recall"] == results["coverage"] == 1
@@ -138,22 +139,22 @@ def test_copies_of_training_images_are_found(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
     images, labels = channels_last(train)[:50].clone(), train.labels()[:50]
-    results = judge_digits(images, labels, test, train, extractor)
+    results = evaluate_digits(images, labels, test, train, extractor)
     assert results["nearest_train"] == {"min": 0, "median": 0} and results["memorisation"] == 1
     images[:, 0, 0] = 255 - images[:, 0, 0]  # one pixel, black in nearly all images: by 2 where black
-    assert judge_digits(images, labels, test, train, extractor)["nearest_train"]["median"] == pytest.approx(2)
+    assert evaluate_digits(images, labels, test, train, extractor)["nearest_train"]["median"] == pytest.approx(2)
 
 
 def test_noise_and_wrong_labels_are_bad(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
-    real = judge_digits(channels_last(train), train.labels(), test, train, extractor)
-    wrong = judge_digits(channels_last(train), (train.labels() + 1) % 10, test, train, extractor)
+    real = evaluate_digits(channels_last(train), train.labels(), test, train, extractor)
+    wrong = evaluate_digits(channels_last(train), (train.labels() + 1) % 10, test, train, extractor)
     assert real["accuracy"] > 0.9 > 0.1 > wrong["accuracy"]
     assert real["frechet_test"] == real["frechet_floor"] == wrong["frechet_test"]
     stream = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (200, 8, 8, 3), generator=stream, dtype=torch.uint8)
-    results = judge_digits(noise, torch.arange(200) % 10, test, train, extractor)
+    results = evaluate_digits(noise, torch.arange(200) % 10, test, train, extractor)
     assert results["frechet_test"] > 10 * results["frechet_floor"]
     assert results["accuracy"] < 0.3
     assert results["coverage"] < 0.2
@@ -163,7 +164,7 @@ def test_a_judge_trained_on_other_data_is_refused(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
     with pytest.raises(UserError, match="not the data on which the extractor was trained"):
-        judge_digits(channels_last(test), test.labels(), test, test, extractor)
+        evaluate_digits(channels_last(test), test.labels(), test, test, extractor)
 
 
 def command(data: Path, extractor: DigitsExtractor, folder: Path, **arrays: np.ndarray) -> EvaluateConfig:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from stablevm import interpolant
 from stablevm.data import dataset as data
 from stablevm.data import layouts, opening
-from stablevm.evaluation.curves import metric_curves
-from stablevm.figures.samples import metric_panels
+from stablevm.evaluation.sample_report import metric_curves
+from stablevm.figures.evaluation import plot_metric_curves
 from stablevm.metrics import metric, table
 from stablevm.networks import autoencoder, backbone, initialisation, network_config, projectors, registry
 from stablevm.networks.autoencoder import LatentSpec, latent_spec_of, load_autoencoder
@@ -130,7 +130,7 @@ def test_the_metric_that_is_shown_is_in_table_curves_and_picture(tmp_path):
                        "between the means of features, to the reference; lower is better")  # fmt: skip
         curves = metric_curves(sets, values)
         assert [point.samples for point in curves["mean_shift"]] == [8, 16, 32, 64]
-        metric_panels(curves, tmp_path / "panels.png")
+        plot_metric_curves(curves, tmp_path / "panels.png")
         assert [each.title for each in table.panels_of(values)[-1]] == ["mean shift"]
     assert "mean_shift" not in table.results_of(sets)
 

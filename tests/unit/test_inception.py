@@ -10,7 +10,7 @@ import torch
 from data_sets import one_line
 from safetensors.torch import save_file
 
-from stablevm.evaluation.inception import PUBLISHED_SHA256, load_inception
+from stablevm.evaluation.extractors import PUBLISHED_SHA256, load_inception
 from stablevm.support.errors import UserError
 
 
@@ -121,7 +121,7 @@ def test_no_network_and_no_file_is_one_clear_line(monkeypatch, tmp_path):
 def test_the_download_is_checked_and_done_once(monkeypatch, tmp_path, weights_file):
     """A stand-in whose hash passes for the published one; then the same file, damaged."""
     content, asked = weights_file.read_bytes(), []
-    monkeypatch.setattr("stablevm.evaluation.inception.PUBLISHED_SHA256", hashlib.sha256(content).hexdigest()[:8])
+    monkeypatch.setattr("stablevm.evaluation.extractors.PUBLISHED_SHA256", hashlib.sha256(content).hexdigest()[:8])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def download(url, path, hash_prefix):

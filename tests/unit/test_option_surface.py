@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from stablevm import cli
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ReferenceConfig
+from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
 from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
@@ -22,7 +22,7 @@ from stablevm.preparation.config import (
     VerifyConfig,
 )
 from stablevm.profiling.config import BenchmarkConfig
-from stablevm.quickstart.config import ExtractorConfig, QuickstartConfig
+from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
 from stablevm.toy.config import ToyConfig

@@ -1,4 +1,4 @@
-"""evaluation.figures and evaluation.report: pictures are drawn, the page stands alone and escapes what it shows."""
+"""evaluation.figures and support.page: pictures are drawn, the page stands alone and escapes what it shows."""
 
 import base64
 import re
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablevm.evaluation.report import Figure, write_report
-from stablevm.figures.evaluation import samples_beside_real, training_curves
+from stablevm.figures.evaluation import plot_samples_beside_real, plot_training_curves
 from stablevm.support.errors import UserError
+from stablevm.support.page import Figure, write_page
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -56,7 +56,7 @@ def report(folder: Path, **changes: object) -> str:
         "commands": ["stablevm evaluate samples.npz \\\n  --reference data"],
         "protocol": {"seed": 0},
     }
-    write_report(folder / "report.html", **(content | changes))
+    write_page(folder / "report.html", **(content | changes))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -118,17 +118,17 @@ def size(path: Path) -> tuple[int, int]:
 
 def test_training_curves_with_and_without_alignment(tmp_path: Path) -> None:
     rows = [{"step": 10 * i, "loss": 0.5 / i, "velocity_loss": 1 / i, "alignment_loss": -0.1 * i} for i in range(1, 9)]
-    training_curves(rows, tmp_path / "both.png")
-    training_curves([{"step": 1, "velocity_loss": 1.0}], tmp_path / "one.png")
+    plot_training_curves(rows, tmp_path / "both.png")
+    plot_training_curves([{"step": 1, "velocity_loss": 1.0}], tmp_path / "one.png")
     assert size(tmp_path / "both.png") == size(tmp_path / "one.png") == (2000, 780)
     with pytest.raises(UserError, match="no row holds velocity_loss"):
-        training_curves([{"step": 10, "accuracy": 1.0}], tmp_path / "none.png")
+        plot_training_curves([{"step": 10, "accuracy": 1.0}], tmp_path / "none.png")
 
 
 def test_samples_stand_beside_real_images(tmp_path: Path) -> None:
     real = np.full((3, 2, 8, 8, 3), (255, 0, 0), np.uint8)
     samples = np.full((3, 4, 8, 8, 3), (0, 0, 255), np.uint8)
-    samples_beside_real(samples, real, tmp_path / "grid.png", ["a", "b", "c"])
+    plot_samples_beside_real(samples, real, tmp_path / "grid.png", ["a", "b", "c"])
     with Image.open(tmp_path / "grid.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     red = np.argwhere((pixels == (255, 0, 0)).all(-1))
@@ -136,10 +136,10 @@ def test_samples_stand_beside_real_images(tmp_path: Path) -> None:
     assert red[:, 1].max() < blue[:, 1].min()
     assert len(blue) == pytest.approx(2 * len(red), rel=0.05)
     with pytest.raises(UserError, match="samples of 3 classes, real images of 2, 3 names"):
-        samples_beside_real(samples, real[:2], tmp_path / "grid.png", ["a", "b", "c"])
+        plot_samples_beside_real(samples, real[:2], tmp_path / "grid.png", ["a", "b", "c"])
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    training_curves([{"step": 1, "velocity_loss": 1.0}], tmp_path / "one.png")
+    plot_training_curves([{"step": 1, "velocity_loss": 1.0}], tmp_path / "one.png")
     assert dict(matplotlib.rcParams) == before

@@ -8,16 +8,16 @@ import torch
 from checkpoints import tiny_card
 from PIL import Image
 
-from stablevm.figures.evaluation import rows_side_by_side
+from stablevm.figures.evaluation import plot_rows_side_by_side
 from stablevm.figures.sheets import (
     FILM_FRAMES,
     Film,
     arrange,
     captions_of,
     film_columns_and_rows,
-    film_frame,
+    plot_film_frame,
+    plot_sheet,
     quick_look_size,
-    sheet,
 )
 from stablevm.interpolant import INTERPOLANTS, get_interpolant
 from stablevm.support.images import read_png_text, save_gif, save_png
@@ -52,9 +52,9 @@ def test_any_name_of_a_class_gets_a_caption(name, tmp_path):
     captions = captions_of([0, 1, 2, 3], card)
     images = np.zeros((4, 8, 8, 3), np.uint8)
     for columns in (1, 2):
-        assert sheet(images, columns, captions).ndim == 3
+        assert plot_sheet(images, columns, captions).ndim == 3
     assert all(text.isprintable() and len(text) < 100 for text in captions)
-    rows_side_by_side({"Real": images[:, None]}, card.class_names, tmp_path / "rows.png")
+    plot_rows_side_by_side({"Real": images[:, None]}, card.class_names, tmp_path / "rows.png")
 
 
 def test_captions_name_classes_that_have_names():
@@ -65,32 +65,32 @@ def test_captions_name_classes_that_have_names():
 
 
 def test_names_stand_left_of_rows_of_one_class_and_else_under_each_image():
-    plain = sheet(GREY, 3, [""] * 6)
+    plain = plot_sheet(GREY, 3, [""] * 6)
     assert plain.shape == (2 * 66 + 2, 3 * 66 + 2, 3) and ink(plain) == 0
-    by_row = sheet(GREY, 3, ["7 otter"] * 3 + ["8 gull"] * 3)
+    by_row = plot_sheet(GREY, 3, ["7 otter"] * 3 + ["8 gull"] * 3)
     margin = by_row.shape[1] - plain.shape[1]
     assert by_row.shape[0] == plain.shape[0] and np.array_equal(by_row[:, margin:], plain)
     assert ink(by_row[:66, :margin]) > 20 < ink(by_row[66:, :margin])
-    told_once = sheet(GREY, 3, ["7 otter"] * 6)
+    told_once = plot_sheet(GREY, 3, ["7 otter"] * 6)
     assert ink(told_once[:66]) > 20 and ink(told_once[66:]) == 0
-    each = sheet(GREY, 3, ["a", "b", "c", "d", "e", ""])
+    each = plot_sheet(GREY, 3, ["a", "b", "c", "d", "e", ""])
     assert each.shape[1] == plain.shape[1] and each.shape[0] > plain.shape[0]
     assert ink(each[: len(each) // 2]) > 10 and ink(each[:, 134:]) < ink(each[:, :66]), "the last has no name"
-    long = sheet(GREY, 3, ["n" * 500] * 6)
+    long = plot_sheet(GREY, 3, ["n" * 500] * 6)
     assert long.shape[1] < plain.shape[1] + 220, "shortened"
 
 
 def test_small_images_are_enlarged():
-    assert sheet(GREY[:, :8, :8], 3, [""] * 6).shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    assert plot_sheet(GREY[:, :8, :8], 3, [""] * 6).shape == (2 * 66 + 2, 3 * 66 + 2, 3)
 
 
 def test_frame_tells_the_time_by_a_bar():
     def filled(t):
-        frame = film_frame(np.full((10, 400, 3), 255, dtype=np.uint8), t)
+        frame = plot_film_frame(np.full((10, 400, 3), 255, dtype=np.uint8), t)
         return int((frame[12, 72:].astype(int) == (0, 114, 178)).all(axis=-1).sum())
 
     assert filled(1.0) <= 1 and filled(0.0) >= 320 and abs(filled(0.5) - 162) <= 2
-    assert film_frame(np.zeros((10, 5, 3), dtype=np.uint8), 0.5).shape[1] == 5, "no room for a bar"
+    assert plot_film_frame(np.zeros((10, 5, 3), dtype=np.uint8), 0.5).shape[1] == 5, "no room for a bar"
 
 
 @pytest.mark.parametrize("path_type", INTERPOLANTS)

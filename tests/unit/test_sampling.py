@@ -17,11 +17,11 @@ from checkpoints import tiny_card
 from torch import nn
 
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR, get_interpolant
-from stablevm.sampling.archive import read_protocol, write_archive
+from stablevm.sampling.archive import read_provenance, write_archive
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, GuidedVelocity, draw_latents
 from stablevm.sampling.labels import balanced_labels, random_labels
-from stablevm.sampling.protocol import check_claims
+from stablevm.sampling.provenance import check_claims
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
 from stablevm.support.rng import RowGenerators
@@ -413,7 +413,7 @@ def test_archive_reads_back_and_depends_on_its_contents_alone(tmp_path, monkeypa
         assert np.array_equal(archive["arr_0"], images) and archive["arr_0"].dtype == np.uint8
         assert np.array_equal(archive["labels"], labels) and archive["labels"].dtype == np.int64
         assert json.loads(archive["protocol"].item()) == protocol
-    assert read_protocol(tmp_path / "a.npz") == protocol
+    assert read_provenance(tmp_path / "a.npz") == protocol
 
 
 def test_archive_is_written_in_bounded_memory(tmp_path):
@@ -430,7 +430,7 @@ def test_files_of_others_are_not_taken_for_archives(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     for name in ("foreign.npz", "text.npz"):
         with pytest.raises(UserError, match=f"{name} exists and was not made by this command"):
-            read_protocol(tmp_path / name)
+            read_provenance(tmp_path / name)
 
 
 def member(descr, shape, content):
@@ -462,7 +462,7 @@ def test_a_damaged_protocol_is_told_in_a_line(content, method, tmp_path):
         damaged[66] ^= 255
         path.write_bytes(damaged)
     with pytest.raises(UserError, match=r"a\.npz: damaged \(.*\); move it away") as error:
-        read_protocol(path)
+        read_provenance(path)
     assert "\n" not in str(error.value)
 
 

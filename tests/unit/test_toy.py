@@ -15,11 +15,11 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.toy import training
 from stablevm.toy.config import METHODS, ToyConfig
-from stablevm.toy.mixture import GaussianMixture, published_mixture
+from stablevm.toy.experiment import CURVE_TIMES, cifar10_files, in_field
+from stablevm.toy.mixture import GaussianMixture, mixture_curve, published_mixture
 from stablevm.toy.network import _drop, make_network
 from stablevm.toy.results import result_path
-from stablevm.toy.training import Draws, Examination, mixture_of, to_field
-from stablevm.toy.variance import TIMES, cifar10_files, in_field, mixture_curve
+from stablevm.toy.training import Draws, EvaluationPoints, mixture_of, to_field
 from stablevm.variance import VarianceCurve
 
 SMALL = ToyConfig(batch_size=16, references=64, components=5, dimension=3, eval_samples=50, variance_samples=20)
@@ -114,7 +114,7 @@ def test_everything_depends_on_the_seed_alone():
         mixture = mixture_of(SMALL, seed)
         return (
             mixture.means,
-            Examination.of(SMALL, mixture, seed).exact,
+            EvaluationPoints.of(SMALL, mixture, seed).exact,
             next(iter(Draws("stf", SMALL, mixture, seed))).x_t,
         )
 
@@ -130,19 +130,20 @@ def test_methods_draw_what_they_should(method):
 
 
 def test_divergence_is_zero_for_the_exact_field():
-    examination = Examination.of(SMALL, mixture_of(SMALL, 0), 0)
+    points = EvaluationPoints.of(SMALL, mixture_of(SMALL, 0), 0)
 
     class Exact(torch.nn.Module):
         def forward(self, x, t):
-            return examination.exact
+            return points.exact
 
-    assert examination.divergence(Exact()) == [0.0] * len(SMALL.eval_times)
-    assert torch.equal(examination.t.unique(), torch.tensor(SMALL.eval_times))
+    assert points.divergence(Exact()) == [0.0] * len(SMALL.eval_times)
+    assert torch.equal(points.t.unique(), torch.tensor(SMALL.eval_times))
 
 
 def test_curves_of_mixtures():
-    curve = mixture_curve(SMALL, mixture_of(SMALL, 0))
-    assert len(curve.t) == len(TIMES) == len(curve.ess) and curve.references == 64
+    mixture, sizes = mixture_of(SMALL, 0), {"references": SMALL.references, "rows": SMALL.variance_samples}
+    curve = mixture_curve(mixture, CURVE_TIMES, **sizes, seed=SMALL.seed)
+    assert len(curve.t) == len(CURVE_TIMES) == len(curve.ess) and curve.references == 64
     assert curve.cfm[-1] > 5 * curve.stablevm[-1], "at the prior StableVM's variance is far below"
     assert all(low <= high for low, high in curve.cfm_band + curve.stablevm_band)
     assert 1 <= curve.ess[0] < curve.ess[-1] == pytest.approx(64) and 0 <= curve.split_point() < 1

@@ -7,7 +7,7 @@ import torch
 
 from stablevm.interpolant import LINEAR
 from stablevm.support import rng
-from stablevm.toy import experiment, visualization
+from stablevm.toy import experiment, films
 from stablevm.toy.config import RESULT_FIELDS, ToyConfig
 from stablevm.toy.results import load, load_network, result_path
 from stablevm.toy.training import Draws, mixture_of, train_method
@@ -78,9 +78,9 @@ def test_paths_of_the_exact_field_are_the_exact_paths(field):
         value = mixture.field(LINEAR, x, t[0].item(), "velocity" if field == "velocity" else "noise")
         return (value if field == "velocity" else -value).float()
 
-    for t, ours, truth in visualization._trajectories(config, exact, mixture, 0):
+    for t, ours, truth in films._trajectories(config, exact, mixture, 0):
         assert (ours - truth).abs().max() < 1e-3, t
-    noise = torch.randn(visualization.PATHS, config.dimension, generator=rng.generator(0, "paths"))
+    noise = torch.randn(films.PATHS, config.dimension, generator=rng.generator(0, "paths"))
     assert (truth - noise).abs().mean() > 0.1, "they arrive somewhere else"
 
 

@@ -1,4 +1,4 @@
-"""What generated images depend on: recorded beside them, so that images of different origins never mix."""
+"""Provenance: what generated images depend on, recorded beside them, so that images of different origins never mix."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.options import as_typed, some_of
 from stablevm.support.text import brief
 
-Protocol = dict[str, Any]
+Provenance = dict[str, Any]  # JSON values; `protocol` in files, as version 0.1 named it
 _HASH_DIGITS = 8
 
 
@@ -139,7 +139,7 @@ def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
     return draw(config.num_fid_samples, classes, config.global_seed)
 
 
-def protocol_of(config: GenerateConfig, card: ModelCard) -> Protocol:
+def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
     """All that the images depend on, as JSON values; `config` is effective. Reads the weights file, for its hash."""
     weights_file = config.ckpt / f"{config.weights}.safetensors"
     if not weights_file.is_file():
@@ -166,19 +166,19 @@ def protocol_of(config: GenerateConfig, card: ModelCard) -> Protocol:
     }
 
 
-def default_name(protocol: Protocol) -> str:
-    """A file name to recognise the run by; its last digits, a hash of the protocol, keep different runs apart."""
-    digits = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:_HASH_DIGITS]
-    model = protocol["model"].replace("/", "-")
-    adaptive = protocol["solver"] == "dopri5"
-    steps = f"{protocol['mode']}-dopri5" if adaptive else f"{protocol['mode']}{protocol['num_steps']}"
-    return f"{model}-{protocol['step']:07d}-{steps}-cfg{protocol['cfg_scale']:g}-{digits}"
+def default_name(provenance: Provenance) -> str:
+    """A file name to recognise the run by; its last digits, a hash of the provenance, keep different runs apart."""
+    digits = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:_HASH_DIGITS]
+    model = provenance["model"].replace("/", "-")
+    adaptive = provenance["solver"] == "dopri5"
+    steps = f"{provenance['mode']}-dopri5" if adaptive else f"{provenance['mode']}{provenance['num_steps']}"
+    return f"{model}-{provenance['step']:07d}-{steps}-cfg{provenance['cfg_scale']:g}-{digits}"
 
 
-def check_same(protocol: Protocol, found: Protocol, where: Path) -> None:
-    """UserError naming the first difference between this run's protocol and the one found at `where`."""
-    for key in protocol | found:
-        ours, theirs = protocol.get(key), found.get(key)
+def check_same(provenance: Provenance, found: Provenance, where: Path) -> None:
+    """UserError naming the first difference between this run's provenance and the one found at `where`."""
+    for key in provenance | found:
+        ours, theirs = provenance.get(key), found.get(key)
         if ours != theirs:
             raise UserError(
                 f"{where} holds images made with {brief(key)} {brief(theirs)}, this run has {ours}; "

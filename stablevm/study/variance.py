@@ -1,7 +1,7 @@
-"""`stablevm variance`: the variance of the targets on a user's own data, as a picture and as JSON."""
+"""`stablevm variance`: the variance of the targets on a user's own data; and the curves of whole data sets."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,18 +11,20 @@ from tqdm import tqdm
 from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
-from stablevm.figures.variance import variance_figure
-from stablevm.interpolant import get_interpolant
+from stablevm.figures.variance import plot_variance
+from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.study.config import VarianceConfig
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
-from stablevm.variance import class_variance_curve
+from stablevm.variance import VarianceCurve, class_variance_curve, streamed_variance_curve
 
 FILES = ("variance.json", "variance.png")
 DEFAULT_CLASSES = 10
 BLOCK_ROWS = 1024  # latents that are read at a time
+SHARE_OF_DATA = 4  # at most one in so many samples of a data set is a reference: with all of them the variance is 0
+DATA_ROWS = 100  # anchors per time on a whole data set, where each is weighed against all the data
 
 
 def measure_variance(config: VarianceConfig) -> Path:
@@ -35,6 +37,40 @@ def measure_variance(config: VarianceConfig) -> Path:
     with owned(config.output_dir, FILES[0]):
         remove_temporary_of(*(config.output_dir / name for name in FILES))
         return _measure(config)
+
+
+def dataset_curve(
+    path: Interpolant, dataset: PreparedDataset, times: Tensor, *, references: int, seed: int
+) -> VarianceCurve:
+    """Of the whole data set without classes, a draw of each latent in the network's space, as training sees it."""
+
+    def blocks() -> Iterator[Tensor]:
+        for start in range(0, len(dataset), BLOCK_ROWS):
+            rows = range(start, min(start + BLOCK_ROWS, len(dataset)))
+            yield drawn_latents(dataset, rows, seed, "variance", "latent")
+
+    return data_curve(path, blocks, len(dataset), times, references=references, seed=seed)
+
+
+def data_curve(
+    path: Interpolant,
+    blocks: Callable[[], Iterator[Tensor]],
+    count: int,
+    times: Tensor,
+    *,
+    references: int,
+    seed: int,
+) -> VarianceCurve:
+    """Of `count` samples that `blocks()` reads, with `references` of them, or a quarter of the data if that is less."""
+    return streamed_variance_curve(
+        path,
+        blocks,
+        count,
+        times,
+        references=max(2, min(references, count // SHARE_OF_DATA)),
+        rows=DATA_ROWS,
+        generator=rng.generator(seed, "variance", count),
+    )
 
 
 def _measure(config: VarianceConfig) -> Path:
@@ -71,7 +107,7 @@ def _measure(config: VarianceConfig) -> Path:
             "options": options,
         },
     )
-    variance_figure({title: curve}, config.output_dir / "variance.png", {title: tau})
+    plot_variance({title: curve}, config.output_dir / "variance.png", {title: tau})
     _report(config, [len(blocks) for blocks in classes], tau, xi, noise)
     return config.output_dir
 

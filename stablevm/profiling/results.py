@@ -1,23 +1,20 @@
-"""What was measured, as a table, as JSON and as a picture."""
+"""What was measured of steps, as a table, as JSON and as a picture."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stablevm.figures.style import panels, save_figure, style
+from stablevm.figures.phases import PHASES, figures_of, plot_phases
 from stablevm.profiling.measure import Measurement
 from stablevm.support.files import write_json
 
 FILES = ("steps.json", "steps.png")
 EPOCHS = (80, 800)  # after which papers report on ImageNet
-PHASES = ("data_wait", "draw", "encoder", "forward", "backward", "optimizer", "ema", "logging")
-# Told apart by hue and lightness; the phases that this library adds to a plain step stand out.
-COLOURS = ("#9aa5b1", "#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#616e7c")
 
 
 @dataclass(frozen=True)
-class Report:
+class Results:
     """Of one machine and one network, for several trainings."""
 
     machine: str
@@ -32,7 +29,7 @@ class Report:
         lines = [
             self.machine,
             self.settings,
-            f"large matrix products: {_figures(self.product_rate / 1e12)} TFLOP/s",
+            f"large matrix products: {figures_of(self.product_rate / 1e12)} TFLOP/s",
             "",
         ]
         header = f"{'':18}{'images/s':>9}{'ms/step':>9}{'TFLOP/s':>9}{'of best':>8}{'GPU GiB':>9}{'host GiB':>9}"
@@ -47,8 +44,8 @@ class Report:
     def _row(self, measured: Measurement) -> str:
         gpu = "-" if measured.gpu_gib is None else f"{measured.gpu_gib:.2f}"
         row = (
-            f"{measured.name:18}{_figures(measured.images_per_second):>9}{1e3 * measured.step:9.1f}"
-            f"{_figures(measured.rate / 1e12):>9}"
+            f"{measured.name:18}{figures_of(measured.images_per_second):>9}{1e3 * measured.step:9.1f}"
+            f"{figures_of(measured.rate / 1e12):>9}"
             f"{measured.rate / self.product_rate:8.0%}{gpu:>9}{measured.host_gib:9.2f}"
         )
         hours = (epochs * self.images / measured.images_per_second / 3600 for epochs in EPOCHS)
@@ -82,29 +79,4 @@ class Report:
         """steps.json and steps.png."""
         numbers, picture = (folder / name for name in FILES)
         write_json(numbers, self.to_dict())
-        self.draw(picture)
-
-    def draw(self, path: Path) -> None:
-        """A bar for each training, of the phases of its step."""
-        with style():
-            figure, (axes,) = panels(1, row_height=1.6 + 0.5 * len(self.measurements))
-            names = [measured.name for measured in self.measurements]
-            left = [0.0] * len(names)
-            for phase, colour in zip(PHASES, COLOURS, strict=True):
-                widths = [1e3 * measured.seconds.get(phase, 0.0) for measured in self.measurements]
-                axes.barh(names, widths, left=left, color=colour, label=phase.replace("_", " "))
-                left = [start + width for start, width in zip(left, widths, strict=True)]
-            for row, (end, measured) in enumerate(zip(left, self.measurements, strict=True)):
-                axes.text(end, row, f"  {_figures(measured.images_per_second)} images/s", va="center")
-            axes.invert_yaxis()
-            axes.grid(axis="y", visible=False)
-            axes.set_xlim(0, 1.18 * max(left))
-            axes.set_xlabel("milliseconds per step")
-            axes.set_title(self.settings)
-            figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize=9)
-            save_figure(figure, path)
-
-
-def _figures(value: float) -> str:
-    """Three significant figures, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        plot_phases(self.measurements, self.settings, picture)

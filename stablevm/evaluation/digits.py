@@ -1,0 +1,360 @@
+"""Digits: the extractor that is trained on real ones in seconds, its command, and the numbers about generated ones.
+
+They tell whether samples are the right digit, real-looking, varied, and no copies. None of them is FID, whose features
+come from Inception: these are of the extractor that the results name.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from stablevm.data.dataset import PreparedDataset
+from stablevm.data.manifest import MANIFEST_FILE
+from stablevm.data.opening import open_dataset
+from stablevm.evaluation.config import ExtractorConfig
+from stablevm.metrics.neighbours import (
+    COVERAGE_K,
+    PRECISION_RECALL_K,
+    memorised_share,
+    nearest_distance,
+    neighbourhood,
+)
+from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
+from stablevm.networks.autoencoder import pixels_to_unit
+from stablevm.networks.digits_net import CLASSES, IMAGE_SIZE, DigitsNet
+from stablevm.support import rng
+from stablevm.support.cards import read_card
+from stablevm.support.errors import UserError
+from stablevm.support.files import sha256, write_json
+from stablevm.support.locks import owned
+from stablevm.support.tensor_files import save_tensors
+
+NAME = "digits-cnn"
+WEIGHTS_FILE = "extractor.safetensors"
+CARD_FILE = "extractor.json"
+FORMAT_VERSION = 1
+_REMEDY = "train the extractor again"
+
+# The recipe, measured over three seeds (docs/experiments.md).
+BATCH_SIZE = 64
+LEARNING_RATE = 3e-3
+WARMUP_SHARE = 0.1  # of the steps, linear; then a cosine to zero
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.05
+ROTATION = math.radians(12)  # this and the next three: largest absolute value of a uniform draw
+SCALE = 0.12
+SHEAR = 0.1
+SHIFT = 0.2  # where the image is 2 wide: 0.8 of its 8 pixels
+NOISE = 0.1  # standard deviation, for pixels in [-1, 1]
+
+READ_BLOCK = 1024  # images per forward pass
+
+
+@dataclass(frozen=True)
+class _Card:
+    """The file beside the weights."""
+
+    name: Literal["digits-cnn"]
+    test_accuracy: float
+    seed: int
+    steps: int
+    data_sha256: str
+
+
+@dataclass(frozen=True)
+class DigitsExtractor:
+    """A trained extractor, in evaluation mode and without gradients, with the facts that belong beside its numbers."""
+
+    net: DigitsNet
+    test_accuracy: float
+    seed: int
+    steps: int
+    data_sha256: str  # of the training split's manifest, which holds the checksums of its shards
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, 64) and predicted classes (n,) of uint8 images (n, 3, 8, 8)."""
+        blocks = to_grey(images).split(READ_BLOCK)
+        with torch.no_grad():
+            features = torch.cat([self.net.features(block) for block in blocks])
+            classes = torch.cat([self.net(block).argmax(1) for block in blocks])
+        return features, classes
+
+
+def train_extractor(
+    dataset: PreparedDataset,
+    test: PreparedDataset,
+    *,
+    seed: int,
+    steps: int = 1500,
+    progress: Callable[[int, int], object] | None = None,
+) -> DigitsExtractor:
+    """Train on `dataset`, measure the accuracy on `test`; `progress(step, steps)` is called after each step.
+
+    Everything random follows from `seed`; the global random state is left as it was. UserError for data sets that
+    are not 8 x 8 digits, and for `steps` below 1.
+    """
+    if steps < 1:
+        raise UserError(f"extractor: {steps} training steps; give at least 1")
+    for split in (dataset, test):
+        check_digits(split)
+    images, labels = to_grey(all_images(dataset)), dataset.labels()
+    generator = rng.generator(NAME, seed, "batches")
+    net = DigitsNet(rng.generator(NAME, seed, "weights"))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_factor(step, steps))
+    for step in range(1, steps + 1):
+        rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+        logits = net(_augment(images[rows], generator))
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, steps)
+    net.eval().requires_grad_(False)
+    accuracy = float((net(to_grey(all_images(test))).argmax(1) == test.labels()).double().mean())
+    return DigitsExtractor(net, accuracy, seed, steps, data_checksum(dataset))
+
+
+def save_extractor(folder: str | Path, extractor: DigitsExtractor) -> None:
+    """Write `extractor.safetensors`, then `extractor.json`."""
+    folder = Path(folder)
+    save_tensors(folder / WEIGHTS_FILE, extractor.net.state_dict())
+    card = {
+        "format_version": FORMAT_VERSION,
+        "name": extractor.name,
+        "test_accuracy": extractor.test_accuracy,
+        "seed": extractor.seed,
+        "steps": extractor.steps,
+        "data_sha256": extractor.data_sha256,
+    }
+    write_json(folder / CARD_FILE, card)
+
+
+def load_extractor(folder: str | Path) -> DigitsExtractor:
+    """Read what `save_extractor` wrote; UserError when a file is absent, damaged or of another format version."""
+    folder = Path(folder)
+    card = read_card(folder / CARD_FILE, _Card, "--extractor", version=FORMAT_VERSION, remedy=_REMEDY)
+    net = DigitsNet()
+    try:
+        net.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except FileNotFoundError:
+        raise UserError(f"--extractor {folder}: {WEIGHTS_FILE} is missing; train the extractor again") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"--extractor {folder}: {WEIGHTS_FILE} is damaged ({error}); train the extractor again"
+        ) from None
+    except RuntimeError:
+        raise UserError(
+            f"--extractor {folder}: {WEIGHTS_FILE} is another network's; train the extractor again"
+        ) from None
+    net.eval().requires_grad_(False)
+    return DigitsExtractor(net, card.test_accuracy, card.seed, card.steps, card.data_sha256)
+
+
+def digits_splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
+    """Training and test split of digits; UserError where the folder holds one data set that would pass for both."""
+    train, test = open_dataset(reference, "train"), open_dataset(reference, "test")
+    if train.folder == test.folder:
+        raise UserError(
+            f"--reference {reference}: one data set, not a folder with the splits train and test; give their folder"
+        )
+    return train, test
+
+
+def check_digits(dataset: PreparedDataset) -> None:
+    """UserError unless the data set holds images of the size and number of classes that the extractor is made for."""
+    dataset.check_images()
+    if (dataset.resolution, dataset.num_classes) != (IMAGE_SIZE, CLASSES):
+        raise UserError(
+            f"{dataset.folder}: {dataset.num_classes} classes of {dataset.resolution}-pixel images, but the extractor "
+            f"{NAME} evaluates {CLASSES} classes of {IMAGE_SIZE}-pixel images"
+        )
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """uint8 (n, 3, H, W) to the mean of its channels: float32 (n, 1, H, W) in [-1, 1]."""
+    return pixels_to_unit(images).mean(1, keepdim=True)
+
+
+def all_images(dataset: PreparedDataset) -> Tensor:
+    """uint8 (N, 3, H, W), in the order of the labels."""
+    return dataset.images(range(len(dataset)))
+
+
+def data_checksum(dataset: PreparedDataset) -> str:
+    """Names the data set's content: the digest of its manifest, which holds the digest of each shard."""
+    return sha256(dataset.folder / MANIFEST_FILE)
+
+
+def _rate_factor(step: int, steps: int) -> float:
+    """Share of the peak rate at `step` = 0, 1, ..."""
+    warmup = WARMUP_SHARE * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image rotated, scaled, sheared and shifted a little, the uncovered border black (-1), then noise."""
+    rotation, scale, shear, right, down = 2 * torch.rand(5, len(images), generator=generator) - 1
+    angle, zoom = ROTATION * rotation, 1 + SCALE * scale
+    cosine, sine = zoom * angle.cos(), zoom * angle.sin()
+    rows = [cosine, SHEAR * shear - sine, SHIFT * right, sine, cosine, SHIFT * down]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images + 1, grid, align_corners=False) - 1  # grid_sample fills with 0
+    return moved + NOISE * torch.randn(images.shape, generator=generator)
+
+
+def extractor(config: ExtractorConfig) -> DigitsExtractor:
+    """The extractor in the output folder, trained first if it is not there. UserError if it is of another seed."""
+    with owned(config.output_dir):
+        return _extractor(config)
+
+
+def _extractor(config: ExtractorConfig) -> DigitsExtractor:
+    folder = config.output_dir
+    if (folder / "extractor.json").exists():
+        found = load_extractor(folder)
+        if found.seed != config.seed:
+            raise UserError(f"{folder} holds an extractor of seed {found.seed}, not {config.seed}; give another folder")
+        print(f"{folder}: the extractor is there")
+    else:
+        splits = open_dataset(config.data_dir), open_dataset(config.data_dir, "test")
+        with tqdm(desc="extractor", unit="step") as bar:
+
+            def show(step: int, steps: int) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
+
+            found = train_extractor(*splits, seed=config.seed, progress=show)
+        save_extractor(folder, found)
+    print(f"extractor: {found.test_accuracy:.1%} of the test digits recognised")
+    return found
+
+
+def evaluate_digits(
+    images: Tensor,
+    labels: Tensor,
+    reference: PreparedDataset,
+    train: PreparedDataset,
+    extractor: DigitsExtractor,
+) -> dict[str, Any]:
+    """Compare `images` uint8 (N, 8, 8, 3), made for the classes `labels` (N,), with real digits.
+
+    `reference` is the test split, `train` the split on which the extractor was trained. Keys of the result:
+
+    - `accuracy`: share of the images that the extractor recognises as their class
+    - `frechet_test`: Fréchet distance to the reference; `frechet_floor`: the same of `train`, what real digits get
+    - `precision`, `recall`, `coverage` against the reference, in [0, 1]; `density` against it, about 1 for real digits
+    - `nearest_train`: `min` and `median` over the images of the Euclidean distance to the nearest of `train`, over 64
+      grey pixels in [-1, 1]; near 0 are copies. `nearest_train_of_test`: the same of the reference's digits
+    - `memorisation`: share of the images that are nearer to one of `train` than 99 of 100 of the reference's digits are
+      (`neighbours.memorised_share`)
+    - `extractor`, `extractor_test_accuracy`, `num_samples`
+
+    UserError for images or labels of another type, shape or range, for too few of them, and for data sets that the
+    extractor is not made for.
+    """
+    _check_data(reference, train, extractor)
+    _check_samples(images, labels, reference.num_classes)
+    samples, test_images, train_images = images.permute(0, 3, 1, 2), all_images(reference), all_images(train)
+    features, classes = extractor.read(samples)
+    test_features, _ = extractor.read(test_images)
+    train_features, _ = extractor.read(train_images)
+    found = neighbourhood(test_features, features)
+    copies, unseen = (_to_nearest(each, train_images) for each in (samples, test_images))
+    test_statistics = FeatureStatistics.from_features(test_features)
+    return {
+        "num_samples": len(images),
+        "accuracy": float((classes == labels).double().mean()),
+        "frechet_test": frechet_distance(FeatureStatistics.from_features(features), test_statistics),
+        "frechet_floor": frechet_distance(FeatureStatistics.from_features(train_features), test_statistics),
+        "precision": found.precision,
+        "recall": found.recall,
+        "density": found.density,
+        "coverage": found.coverage,
+        "nearest_train": _summary(copies),
+        "nearest_train_of_test": _summary(unseen),
+        "memorisation": memorised_share(copies, unseen),
+        "extractor": extractor.name,
+        "extractor_test_accuracy": extractor.test_accuracy,
+    }
+
+
+def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int, str]]:
+    """What `evaluate_digits` returned as rows (measure, value, meaning), the column names first."""
+    nearest, nearest_test = results["nearest_train"], results["nearest_train_of_test"]
+    return [
+        ("measure", "value", "meaning"),
+        ("samples", results["num_samples"], "generated images"),
+        ("accuracy", results["accuracy"], "share that the extractor recognises as their class"),
+        ("Fréchet distance", results["frechet_test"], "to the test digits; lower is closer"),
+        ("its floor", results["frechet_floor"], "the same distance of the real training digits"),
+        ("precision", results["precision"], f"share near a test digit, k = {PRECISION_RECALL_K}"),
+        ("recall", results["recall"], f"share of test digits near a sample, k = {PRECISION_RECALL_K}"),
+        ("density", results["density"], f"test digits close by, over k = {COVERAGE_K}; about 1 for real digits"),
+        ("coverage", results["coverage"], f"share of test digits with a sample close by, k = {COVERAGE_K}"),
+        (
+            "nearest, smallest",
+            nearest["min"],
+            f"pixel distance to the closest training digit; for test digits {nearest_test['min']:.3g}",
+        ),
+        ("nearest, median", nearest["median"], f"the same; for test digits {nearest_test['median']:.3g}"),
+        (
+            "memorisation",
+            results["memorisation"],
+            "share nearer to a training digit than 99 of 100 test digits; 0.01 for new images",
+        ),
+        ("extractor", results["extractor"], f"test accuracy {results['extractor_test_accuracy']:.4f}"),
+    ]
+
+
+def _to_nearest(queries: Tensor, points: Tensor) -> Tensor:
+    return nearest_distance(to_grey(queries).flatten(1), to_grey(points).flatten(1))
+
+
+def _summary(distances: Tensor) -> dict[str, float]:
+    return {"min": float(distances.min()), "median": float(distances.median())}
+
+
+def _check_data(reference: PreparedDataset, train: PreparedDataset, extractor: DigitsExtractor) -> None:
+    for dataset in (reference, train):
+        check_digits(dataset)
+    if data_checksum(train) != extractor.data_sha256:
+        raise UserError(
+            f"{train.folder}: not the data on which the extractor was trained, so it may have seen the test digits; "
+            "train an extractor on it"
+        )
+
+
+def _check_samples(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+    if dtype != "uint8":
+        raise UserError(f"samples: images of type {dtype}, expected uint8; round floats to levels 0 to 255 first")
+    if len(shape) != 4 or shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise UserError(f"samples: images of shape {shape}, expected (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)")
+    if len(images) < 2:
+        raise UserError(f"samples: {len(images)} images; generate more, some hundreds for stable numbers")
+    if labels.is_floating_point() or labels.shape != (len(images),):
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise UserError(
+            f"samples: labels are {kind} {tuple(labels.shape)}, expected one integer per image: ({len(images)},)"
+        )
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise UserError(f"samples: label {int(labels[wrong][0])}, expected classes 0 to {num_classes - 1}")
