@@ -128,37 +128,36 @@ def test_help_into_a_pipe_that_nobody_reads_is_no_traceback():
     assert command.stderr.read() == b"" and command.wait() == 141
 
 
-# "OLD.MODULE NAME", below stablevm.
-OLD_ADDRESSES = """
-schedules draw_times
-schedules AlignmentSchedule
-models.sit SiT
-errors UserError
-sampling.sampler draw_latents
-sampling.sampler SamplerSettings
-sampling.solvers heun
-evaluation.statistics frechet_distance
-benchmark.config BenchmarkConfig
-benchmark.report Report
-evaluation.report write_report
-evaluation.digits_metrics judge_digits
-evaluation.checkpoint CheckpointSource
-evaluation.figures training_curves
-evaluation.sample_figures metric_panels
-preparation.report Report
-sampling.pictures sheet
-sampling.protocol Protocol
-toy.variance mixture_curve
-toy.visualization visualize
-variance_figure variance_figure
-""".split("\n")[1:-1]
+OLD_ADDRESSES = [
+    "schedules:draw_times",
+    "schedules:AlignmentSchedule",
+    "models.sit:SiT",
+    "errors:UserError",
+    "sampling.sampler:draw_latents",
+    "sampling.sampler:SamplerSettings",
+    "sampling.solvers:heun",
+    "evaluation.statistics:frechet_distance",
+    "benchmark.config:BenchmarkConfig",
+    "benchmark.report:Report",
+    "evaluation.report:write_report",
+    "evaluation.digits_metrics:judge_digits",
+    "evaluation.checkpoint:CheckpointSource",
+    "evaluation.figures:training_curves",
+    "evaluation.sample_figures:metric_panels",
+    "preparation.report:Report",
+    "sampling.pictures:sheet",
+    "sampling.protocol:Protocol",
+    "toy.variance:mixture_curve",
+    "toy.visualization:visualize",
+    "variance_figure:variance_figure",
+]
 
 
 def test_old_addresses_import_with_a_warning():
     code = f"""
 import importlib, warnings
 before = set()
-for old, name in {[each.split() for each in OLD_ADDRESSES]}:
+for old, name in {[each.split(":") for each in OLD_ADDRESSES]}:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = getattr(importlib.import_module(f"stablevm.{{old}}"), name)
