@@ -1,6 +1,4 @@
-"""A mixture of Gaussians with diagonal covariances: its exact posterior mean, velocity and score along a path, and how
-noisy targets are about them.
-"""
+"""A mixture of Gaussians with diagonal covariances: its exact posterior mean and fields, and the targets' variance."""
 
 import math
 from dataclasses import dataclass
