@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from stablevm import cli
-from stablevm.quickstart import recipe, run
+from stablevm.evaluation import digits
+from stablevm.quickstart import recipe
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -32,7 +33,7 @@ sys.exit(cli.quickstart())
 def smaller():
     """A short extractor training and few samples: what is tested here is the staircase, not the quality."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train_extractor", functools.partial(run.train_extractor, steps=40))
+        patch.setattr(digits, "train_extractor", functools.partial(digits.train_extractor, steps=40))
         patch.setattr(recipe, "NUM_SAMPLES", 40)
         yield
 
