@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from stablevm.evaluation.page import Figure, Value, write_page
 from stablevm.evaluation.samples import Reference, Samples
 from stablevm.figures.evaluation import (
     GRID_COLUMNS,
@@ -28,7 +29,6 @@ from stablevm.metrics.neighbours import Neighbourhood, nearest, radii
 from stablevm.metrics.points import points
 from stablevm.metrics.table import metrics_in, results_of
 from stablevm.support import rng
-from stablevm.support.page import Figure, Value, write_page
 from stablevm.support.text import caption
 from stablevm.support.version import __version__
 

@@ -14,6 +14,7 @@ from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.evaluation.digits import DigitsExtractor, digits_rows, extractor
 from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.page import Figure, write_page
 from stablevm.figures.evaluation import plot_samples_beside_real, plot_training_curves
 from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import get_interpolant
@@ -26,7 +27,6 @@ from stablevm.support.cards import read_card, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
 from stablevm.support.locks import is_foreign, owned
-from stablevm.support.page import Figure, write_page
 from stablevm.support.text import brief
 from stablevm.support.version import __version__
 from stablevm.training import checkpoint

@@ -1,4 +1,4 @@
-"""evaluation.figures and support.page: pictures are drawn, the page stands alone and escapes what it shows."""
+"""evaluation.figures and evaluation.page: pictures are drawn, the page stands alone and escapes what it shows."""
 
 import base64
 import re
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stablevm.evaluation.page import Figure, write_page
 from stablevm.figures.evaluation import plot_samples_beside_real, plot_training_curves
 from stablevm.support.errors import UserError
-from stablevm.support.page import Figure, write_page
 
 VOID = {"meta", "img", "br", "link"}
 
