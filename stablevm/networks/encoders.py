@@ -16,6 +16,7 @@ from stablevm.networks.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, Dig
 from stablevm.support.errors import UserError, arg
 from stablevm.support.extras import need
 from stablevm.support.foreign_weights import read_weights
+from stablevm.support.hub import check_reachable
 from stablevm.support.precision import without_autocast
 
 DIGITS = "digits"
@@ -29,6 +30,7 @@ MOCO_MISSPELT = {
 }
 FEATURE_PIXELS = 224  # side of an image whose pooled features are compared, as for FD-DINOv2 (Stein et al., 2023)
 NOT_PLAIN = "not a plain vision transformer, of one token for each patch; choose one, such as dinov2-vit-b"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm looks for in a repository
 ERROR_LENGTH = 240  # characters of another library's message that ours quotes
 
 
@@ -257,6 +259,8 @@ def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained:
 
     options: dict[str, Any] = {} if spec.num_heads is None else {"num_heads": spec.num_heads}
     try:
+        if pretrained:
+            _check_hub(spec.timm_name)
         # timm draws first values from the global random state, also where weights replace them at once
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             network: Any = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
@@ -270,6 +274,15 @@ def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained:
     side = _patch_size(network) * (grid_size or FEATURE_PIXELS // _patch_size(network))
     network.set_input_size(img_size=(side, side))
     return network
+
+
+def _check_hub(timm_name: str) -> None:
+    """OSError at once where timm would ask a hub that does not answer, again and again."""
+    import timm
+
+    pretrained = timm.get_pretrained_cfg(timm_name)
+    if pretrained is not None and pretrained.hf_hub_id:
+        check_reachable(pretrained.hf_hub_id, *WEIGHT_FILES)
 
 
 def _patch_size(network: Any) -> int:

@@ -9,17 +9,18 @@ from stablevm.support.extras import need
 PATIENCE_SECONDS = 10.0
 
 
-def check_reachable(repository: str, file: str) -> None:
-    """OSError where `file` of the hub's `repository` is not in the cache, and the hub does not answer.
+def check_reachable(repository: str, *files: str) -> None:
+    """OSError where none of `files` of the hub's `repository` is in the cache, and the hub does not answer.
 
     Whatever the hub answers counts; that a certificate is not known here says nothing about its client.
     """
     need(f"the hub's {repository}", "huggingface_hub")
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(repository, file), str):
+    cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    if constants.HF_HUB_OFFLINE or cached:
         return
-    request = urllib.request.Request(hf_hub_url(repository, file), method="HEAD")
+    request = urllib.request.Request(hf_hub_url(repository, files[0]), method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).close()
     except urllib.error.HTTPError:

@@ -1,7 +1,6 @@
 """Pixels to latents and back: the identity, and a tiny diffusers AutoencoderKL."""
 
 import json
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -245,22 +244,12 @@ def test_only_what_a_hub_can_have_is_looked_up_there(name, folder, tmp_path, mon
         assert Path(full_name(name)).is_absolute() and "~" not in full_name(name)
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
-    from huggingface_hub import constants
-
-    with socket.socket() as closed:  # bound, but it does not listen
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        diffusers = pytest.importorskip("diffusers")
-        monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *_: pytest.fail("asks again and again"))
-        with pytest.raises(UserError, match=r"the hub does not answer: .*refused.*\); give .* as autoencoder") as error:
-            latent_spec_of("nobody/nothing", 16)
-        assert "\n" not in str(error.value)
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, silent_hub):
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *_: pytest.fail("asks again and again"))
+    with pytest.raises(UserError, match=r"the hub does not answer: .*refused.*\); give .* as autoencoder") as error:
+        latent_spec_of("nobody/nothing", 16)
+    assert "\n" not in str(error.value)
 
 
 # Channel by channel

@@ -217,6 +217,7 @@ def test_download_gives_the_same_as_the_file(encoder, weights, images, monkeypat
     overlay = {"file": str(weights), "custom_load": False}
     local = functools.partial(timm.create_model, pretrained_cfg_overlay=overlay)
     monkeypatch.setattr(timm, "create_model", local)  # timm then takes the file for its download
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     torch.testing.assert_close(load(None)(images), encoder(images))
 
 
@@ -241,6 +242,18 @@ def test_offline_download_asks_for_a_file(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no download of vit_tiny.*give a file as weights") as caught:
         load(None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, silent_hub):
+    made = timm.create_model
+
+    def untrained(*names, pretrained, **options):
+        assert not pretrained, "asks again and again"
+        return made(*names, **options)
+
+    monkeypatch.setattr(timm, "create_model", untrained)
+    with pytest.raises(UserError, match=r"no download of vit_tiny.*the hub does not answer: .*give a file as weights"):
+        load(None)
 
 
 @pytest.mark.parametrize("name", ["mocov3-vit-s", "mocov3-vit-b", "vit_base_patch16_xp_224"])
