@@ -208,7 +208,7 @@ COMMANDS: Table = {
     "prepare": (prepare, "write a prepared data set"),
     "data": (data, "verify or show a prepared data set"),
     "train": (train, "train a network"),
-    "import": (import_checkpoint, "turn a published checkpoint of SiT, REPA or StableVelocity into ours"),
+    "import": (import_checkpoint, "turn a published checkpoint of SiT, REPA, LightningDiT and others into ours"),
     "generate": (generate, "sample images from a checkpoint"),
     "extractor": (extractor, "train the network that evaluates generated digits"),
     "evaluate": (evaluate, "evaluate a file of generated images, or a checkpoint"),

@@ -5,7 +5,7 @@ import torch
 
 
 def save_tiny_vae(folder, widths=(4, 4, 4, 8), **options):
-    """Latents of four channels; each width but the last halves the side."""
+    """Latents of four channels unless told otherwise; each width but the last halves the side."""
     diffusers = pytest.importorskip("diffusers")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -13,9 +13,8 @@ def save_tiny_vae(folder, widths=(4, 4, 4, 8), **options):
             block_out_channels=widths,
             down_block_types=("DownEncoderBlock2D",) * len(widths),
             up_block_types=("UpDecoderBlock2D",) * len(widths),
-            latent_channels=4,
             norm_num_groups=2,
-            **{"layers_per_block": 1, **options},
+            **{"latent_channels": 4, "layers_per_block": 1, **options},
         )
     model.save_pretrained(folder)
     return folder

@@ -1,1 +1,1 @@
-"""Where other programs meet this one: diffusers, and published checkpoints of SiT, REPA and StableVelocity."""
+"""Where other programs meet this one: diffusers, and published checkpoints of SiT and its successors."""

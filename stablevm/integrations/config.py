@@ -11,16 +11,16 @@ from stablevm.support.options import require, writable
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Turn a published checkpoint of SiT, REPA or StableVelocity into a checkpoint folder for `generate` and
-    `train --init-from`. Sizes are read off the weights; nothing in the file is executed."""
+    """Turn a published checkpoint of SiT, REPA, StableVelocity, REPA-E or LightningDiT into a checkpoint folder for
+    `generate` and `train --init-from`. Sizes are read off the weights; nothing in the file is executed."""
 
     checkpoint: tyro.conf.Positional[Path]
     """The .pt file: named weights, taken for the moving average, or a dictionary that holds them as ema or model."""
     output: Path
     """New folder for model.json with ema.safetensors and model.safetensors, as far as the file holds them."""
-    source: Literal["sit", "repa", "stablevelocity"] | None = None
-    """Whose training made it: sit's time runs from noise to data, the others' from data to noise. Default: told from
-    the file, where it shows."""
+    source: Literal["sit", "repa", "stablevelocity", "repae", "lightningdit"] | None = None
+    """Whose training made it: the times of sit and lightningdit run from noise to data, the others' from data to noise.
+    Default: told from the file, where it shows."""
     path_type: Literal["linear", "cosine"] | None = None
     """Path of the training; cosine is SiT's GVP. Needed where the file does not record it."""
     prediction: Literal["v", "x"] | None = None
@@ -31,9 +31,13 @@ class ImportConfig:
     num_classes: int | None = None
     """Number of classes, checked against the label table."""
     resolution: int | None = None
-    """Side of the images in pixels, checked against the positions of the tokens. Default: 8 per latent pixel."""
+    """Side of the images in pixels, checked against the positions of the tokens. Default: as many per latent pixel as
+    the autoencoder has."""
     vae: str = "mse"
     """Autoencoder of the latents: mse or ema (Stable Diffusion's), identity, a hub name, or a folder."""
+    latent_statistics: Path | None = None
+    """LightningDiT's latents_stats.pt: mean and deviation of each channel of the latents in training. REPA-E's files
+    hold their own."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""

@@ -1,4 +1,4 @@
-"""Published weights to ours: the names, and SiT's direction of time."""
+"""Published weights to ours: the names, and the direction of time."""
 
 import math
 import re
@@ -7,27 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablevm.networks.registry import build_network
-from stablevm.networks.sit import time_frequencies
-from stablevm.networks.sit_config import SIZES, SiTConfig, sit_config
+from stablevm.networks.lightning_dit import rotary_angles
+from stablevm.networks.lightning_dit_config import lightning_dit_config
+from stablevm.networks.registry import build_network, network_names
+from stablevm.networks.sit_config import SiTConfig, sit_config
+from stablevm.networks.transformer import time_frequencies
+from stablevm.networks.transformer_config import SIZES, TransformerConfig
 from stablevm.support.errors import UserError
 
 LABEL_TABLE = SiTConfig.label_table
 NAMES_SHOWN = 6  # in the message about tensors that don't fit
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.")
+_GATED_MLP = "blocks.0.mlp.w12.weight"  # a LightningDiT has it, and a SiT `mlp.fc1` in its place
+# Of the layer that normalises REPA-E's latents, and the tables of LightningDiT's rotary positions: no weights of ours.
+MEANS, VARIANCES = "bn.running_mean", "bn.running_var"
+COSINES, SINES = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
+_NO_WEIGHTS = (MEANS, VARIANCES, COSINES, SINES)
 
 
 def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under our names, float32 where they are stored in less.
 
     Early REPA checkpoints call the blocks after the aligned one `decoder_blocks`, StableVelocity calls the layer of its
-    convolutional projectors `conv`, and projectors for an encoder of width 0 stand for none.
+    convolutional projectors `conv`, and projectors for an encoder of width 0 stand for none. Tables of positions and
+    statistics of latents are left out.
     """
     first_decoder = _count_blocks(state)
     empty = {found[0] for key, value in state.items() if not value.numel() and (found := _PROJECTOR.match(key))}
     renamed = {}
     for key, value in state.items():
-        if key.startswith(tuple(empty)):
+        if key.startswith(tuple(empty)) or key in _NO_WEIGHTS:
             continue
         name = key.replace(".conv.", ".projection_layer.") if key.startswith("projectors.") else key
         if key.startswith("decoder_blocks."):
@@ -44,46 +53,66 @@ def legacy_depth(state: dict[str, Tensor]) -> int | None:
     return _count_blocks(state)
 
 
-def infer_config(state: dict[str, Tensor], encoder_depth: int | None, num_classes: int | None = None) -> SiTConfig:
-    """The network that has these weights (under our names); UserError where they are not a SiT of a known size.
+def is_lightning_dit(state: dict[str, Tensor]) -> bool:
+    return _GATED_MLP in state
+
+
+def infer_config(
+    state: dict[str, Tensor], encoder_depth: int | None, num_classes: int | None = None
+) -> TransformerConfig:
+    """The network that has these weights (under our names); UserError where they are not those of a known size.
 
     num_classes: the rows of the label table but one, where it is not given.
     """
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    family = "LightningDiT" if is_lightning_dit(state) else "SiT"
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != dimensions:
-            raise UserError(f"no tensor {key} of {dimensions} dimensions in the checkpoint: it is not a SiT's")
-        return shapes[key]
+        found = tuple(state[key].shape) if key in state else ()
+        if len(found) != dimensions:
+            raise UserError(f"no tensor {key} of {dimensions} dimensions in the checkpoint: it is not a {family}'s")
+        return found
 
     hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    options = {
+        "input_size": math.isqrt(shape("pos_embed", 3)[1]) * patch,
+        "in_channels": channels,
+        "num_classes": shape(LABEL_TABLE, 2)[0] - 1 if num_classes is None else num_classes,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "time_scale": 1.0,  # all published networks embed t itself
+        **_projectors(state, encoder_depth),
+    }
+    name = f"{family}-{_size(state, hidden)}/{patch}"
+    if name not in network_names():
+        raise UserError(f"the checkpoint has the size of a {name}, which is not among the networks that can be built")
+    if family == "LightningDiT":
+        return lightning_dit_config(name, **options)
+    return sit_config(name, mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden, **options)
+
+
+def _size(state: dict[str, Tensor], hidden: int) -> str:
     depth = _count_blocks(state)
     size = next((name for name, known in SIZES.items() if (known.depth, known.hidden_size) == (depth, hidden)), None)
     if size is None:
         known_sizes = ", ".join(f"{name} {value.depth} x {value.hidden_size}" for name, value in SIZES.items())
         raise UserError(f"the checkpoint has {depth} blocks of width {hidden}; the sizes known are {known_sizes}")
-    projectors: dict[str, Any] = {}
+    return size
+
+
+def _projectors(state: dict[str, Tensor], encoder_depth: int | None) -> dict[str, Any]:
+    """What the configuration says of the projectors."""
+    found: dict[str, Any] = {} if encoder_depth is None else {"encoder_depth": encoder_depth}
     last_layers = _projector_outputs(state)
-    if last_layers:
-        convolutional = state[last_layers[0]].ndim == 4
-        hidden_width = 2048 if convolutional else shape("projectors.0.0.weight", 2)[0]
-        projectors = {
-            "projector_dims": tuple(shapes[key][0] for key in last_layers),
-            "projector_kind": "conv" if convolutional else "mlp",
-            "projector_hidden": hidden_width,
-        }
-    if encoder_depth is not None:
-        projectors["encoder_depth"] = encoder_depth
-    return sit_config(
-        f"{size}/{patch}",
-        input_size=math.isqrt(shape("pos_embed", 3)[1]) * patch,
-        in_channels=channels,
-        num_classes=shape(LABEL_TABLE, 2)[0] - 1 if num_classes is None else num_classes,
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-        time_scale=1.0,  # all published networks embed t itself
-        **projectors,
-    )
+    if not last_layers:
+        return found
+    convolutional = state[last_layers[0]].ndim == 4
+    first = "projectors.0.0.weight"
+    if not convolutional and (first not in state or state[first].ndim != 2):
+        raise UserError(f"no tensor {first} of 2 dimensions in the checkpoint: its projectors are of another kind")
+    return found | {
+        "projector_dims": tuple(len(state[key]) for key in last_layers),
+        "projector_kind": "conv" if convolutional else "mlp",
+        "projector_hidden": 2048 if convolutional else len(state[first]),
+    }
 
 
 def has_projectors(state: dict[str, Tensor]) -> bool:
@@ -115,7 +144,7 @@ def with_null_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | {LABEL_TABLE: torch.cat([table, table.new_zeros(1, table.shape[1])])}
 
 
-def first_half(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
+def first_half(state: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """The weights without the outputs that nobody reads, where `predicts_twice`. Each patch has its channels last."""
     kept = {}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -125,8 +154,8 @@ def first_half(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]
 
 
 def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights whose network gives `-v(x, 1 - t)` where the given ones' gives `v(x, t)`: SiT's time runs from noise to
-    data, ours from data to noise.
+    """Weights whose network gives `-v(x, 1 - t)` where the given ones' gives `v(x, t)`: SiT's and LightningDiT's times
+    run from noise to data, ours from data to noise.
 
     The sign is that of the last layer. The time enters as cos(f t) and sin(f t), and by the addition theorems
     cos(f (1 - t)) and sin(f (1 - t)) are combinations of those, so that a rotation of the first layer's columns turns
@@ -141,7 +170,35 @@ def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | turned
 
 
-def check_fits(state: dict[str, Tensor], config: SiTConfig) -> None:
+def check_positions(state: dict[str, Tensor], config: TransformerConfig) -> None:
+    """UserError where the tables of rotary positions in a published LightningDiT are not those of our network."""
+    angles = rotary_angles(config.grid_size, config.hidden_size // config.num_heads, torch.device("cpu"))
+    for name, expected in ((COSINES, angles.cos()), (SINES, angles.sin())):
+        found = state.get(name)
+        if found is not None and (found.shape != expected.shape or not found.float().allclose(expected, atol=1e-4)):
+            raise UserError(
+                f"{name} in the checkpoint is another table of rotary positions than a {config.name}'s: such networks "
+                "can't be imported"
+            )
+
+
+def statistics_of_latents(state: dict[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Scale and shift of each channel of the latents, which REPA-E trains with its network; None for all others.
+
+    Its samplers use the running variance as it is, without the layer's epsilon.
+    """
+    if MEANS not in state or VARIANCES not in state:
+        return None
+    means, variances = state[MEANS].double(), state[VARIANCES].double()
+    if means.ndim != 1 or means.shape != variances.shape or not bool((variances > 0).all()):
+        raise UserError(
+            f"{MEANS} {tuple(means.shape)}, {VARIANCES} {tuple(variances.shape)}: expected a mean and a positive "
+            "variance of each channel of the latents"
+        )
+    return tuple(variances.rsqrt().tolist()), tuple(means.tolist())
+
+
+def check_fits(state: dict[str, Tensor], config: TransformerConfig) -> None:
     """UserError listing tensors that the network of `config` lacks, needs, or has in another shape."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}

@@ -1,6 +1,7 @@
 """`stablevm import`: from a published file to a checkpoint folder."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,11 +10,20 @@ from torch import Tensor
 
 from stablevm.integrations import conversion
 from stablevm.integrations.config import ImportConfig
-from stablevm.integrations.reader import PublishedCheckpoint, read_published
+from stablevm.integrations.reader import PublishedCheckpoint, read_published, read_statistics
 from stablevm.networks import snapshot
-from stablevm.networks.autoencoder import SD_AUTOENCODERS, SD_FACTOR, SD_SCALE, LatentSpec, full_name, latent_spec_of
-from stablevm.networks.sit_config import SiTConfig
+from stablevm.networks.autoencoder import (
+    SD_AUTOENCODERS,
+    SD_FACTOR,
+    SD_SCALE,
+    LatentSpec,
+    PerChannel,
+    downsampling,
+    full_name,
+    latent_spec_of,
+)
 from stablevm.networks.snapshot import CARD_FILE, ModelCard, Weights
+from stablevm.networks.transformer_config import TransformerConfig
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary
 from stablevm.support.locks import is_foreign, owned
@@ -25,6 +35,9 @@ RECORDED: dict[str, dict[str, str]] = {
     "path_type": {"Linear": "linear", "GVP": "cosine", "linear": "linear", "cosine": "cosine"},
     "prediction": {"velocity": "v", "v": "v", "x": "x"},
 }
+
+TIME_FROM_NOISE = ("sit", "lightningdit")  # whose time runs from noise to data
+TOLD_APART = {"lightningdit": "LightningDiT", "repae": "REPA-E"}  # by the names of their weights alone
 
 
 def import_checkpoint(config: ImportConfig) -> Path:
@@ -42,19 +55,20 @@ def import_checkpoint(config: ImportConfig) -> Path:
 
 def _import(config: ImportConfig) -> Path:
     published = read_published(config.checkpoint)
-    turned = _source(config, published) == "sit"
+    turned = _source(config, published) in TIME_FROM_NOISE
     sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
     _check_no_dit(config, published)
     model = _model(config, published, next(iter(sets.values())))
     card = ModelCard(
         model=model,
-        latent=_latent(config, model),
+        latent=_latent(config, published, model),
         path_type=_fact(config, published, "path_type"),
         prediction=_prediction(config, published),
         class_names=tuple(map(str, range(model.num_classes))),
         step=published.steps or 0,
         label_dropout=_label_dropout(published, model),
     )
+    conversion.check_positions(published.any_weights, model)
     converted = {name: _convert(state, model, turned) for name, state in sets.items()}
     if not _is_there(config.output, card, converted):
         for name in get_args(Weights):  # of an interrupted import, maybe of another file
@@ -97,6 +111,13 @@ def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def _source(config: ImportConfig, published: PublishedCheckpoint) -> str:
     """Whose checkpoint it is: as the option says, unless the file contradicts, or else as the file shows."""
     state, options = published.any_weights, published.options
+    if conversion.is_lightning_dit(state) or conversion.MEANS in state:
+        return _checked(config, "lightningdit" if conversion.is_lightning_dit(state) else "repae")
+    if config.source in TOLD_APART:
+        raise UserError(
+            f"--source {config.source}: {config.checkpoint} has not the weights of a {TOLD_APART[config.source]}; "
+            "leave the option out"
+        )
     sit = conversion.predicts_twice(state) or "image_size" in options
     repa = any(key.startswith(("projectors.", "decoder_blocks.")) for key in state) or "encoder_depth" in options
     repa = repa or published.steps is not None
@@ -111,7 +132,13 @@ def _source(config: ImportConfig, published: PublishedCheckpoint) -> str:
     return config.source or ("sit" if sit else "repa")
 
 
-def _model(config: ImportConfig, published: PublishedCheckpoint, state: dict[str, Tensor]) -> SiTConfig:
+def _checked(config: ImportConfig, shown_by_file: str) -> str:
+    if config.source not in (None, shown_by_file):
+        raise UserError(f"--source {config.source}: {config.checkpoint} is of {shown_by_file}; leave the option out")
+    return shown_by_file
+
+
+def _model(config: ImportConfig, published: PublishedCheckpoint, state: dict[str, Tensor]) -> TransformerConfig:
     depth = conversion.legacy_depth(published.any_weights)
     if depth is None:
         depth = published.options.get("encoder_depth")
@@ -175,14 +202,52 @@ def _check_no_dit(config: ImportConfig, published: PublishedCheckpoint) -> None:
     print(f"warning: {config.checkpoint} looks like a DiT's; --source sit says that it is a velocity", file=sys.stderr)
 
 
-def _latent(config: ImportConfig, model: SiTConfig) -> LatentSpec:
+def _latent(config: ImportConfig, published: PublishedCheckpoint, model: TransformerConfig) -> LatentSpec:
+    """What the autoencoder makes, normalised as in the network's training."""
+    latent = _encoded(config, model)
+    statistics = _statistics(config, published)
+    if statistics is None:
+        return latent
+    scale, shift = statistics
+    if isinstance(scale, tuple) and len(scale) != model.in_channels:
+        raise UserError(
+            f"the statistics are of {len(scale)} channels, the network takes {model.in_channels}; give those of its "
+            "training as --latent-statistics"
+        )
+    return replace(latent, scale=scale, shift=shift, measured=True)
+
+
+def _statistics(config: ImportConfig, published: PublishedCheckpoint) -> tuple[PerChannel, PerChannel] | None:
+    """Scale and shift of the latents as the file, or the one beside it, records them of the training's data; None where
+    the autoencoder's are meant.
+    """
+    recorded = conversion.statistics_of_latents(published.any_weights)
+    path, options = config.latent_statistics, published.options
+    if path is None:
+        if recorded is not None or not conversion.is_lightning_dit(published.any_weights):
+            return recorded
+        if options.get("latent_norm") is False:
+            return float(options.get("latent_multiplier", SD_SCALE)), 0.0
+        raise UserError(
+            f"{config.checkpoint} does not hold the statistics of its latents, without which its images are wrong; "
+            "give --latent-statistics, the latents_stats.pt of its training"
+        )
+    if recorded is not None:
+        raise UserError(f"--latent-statistics {path}: {config.checkpoint} holds its own; leave it out")
+    means, deviations = read_statistics(path)
+    scales = float(options.get("latent_multiplier", 1.0)) / deviations
+    return tuple(scales.tolist()), tuple(means.tolist())
+
+
+def _encoded(config: ImportConfig, model: TransformerConfig) -> LatentSpec:
     side, channels = model.input_size, model.in_channels
     name = full_name(config.vae)
-    resolution = config.resolution or side * SD_FACTOR
     if name in SD_AUTOENCODERS.values():  # these need no look at their configuration, so no network
+        resolution = config.resolution or side * SD_FACTOR
         shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
         latent = LatentSpec(shape, SD_SCALE, 0.0, name)
     else:
+        resolution = config.resolution or side * downsampling(config.vae)
         latent = latent_spec_of(config.vae, resolution)
     if latent.shape != (channels, side, side):
         raise UserError(
@@ -213,7 +278,7 @@ def _prediction(config: ImportConfig, published: PublishedCheckpoint) -> Literal
     return "v" if _fact(config, published, "prediction") == "v" else "x"
 
 
-def _label_dropout(published: PublishedCheckpoint, model: SiTConfig) -> float | None:
+def _label_dropout(published: PublishedCheckpoint, model: TransformerConfig) -> float | None:
     """The chance of a dropped label, as recorded; 0 where the label table has no row for the null class."""
     if len(published.any_weights[conversion.LABEL_TABLE]) == model.num_classes:
         return 0.0
@@ -230,7 +295,7 @@ def _typed(option: str) -> str:
     return as_typed(option, " or ".join(sorted(set(RECORDED[option].values()))))
 
 
-def _convert(state: dict[str, Tensor], model: SiTConfig, turned: bool) -> dict[str, Tensor]:
+def _convert(state: dict[str, Tensor], model: TransformerConfig, turned: bool) -> dict[str, Tensor]:
     if conversion.predicts_twice(state):
         state = conversion.first_half(state, model)
     if len(state[conversion.LABEL_TABLE]) == model.num_classes:

@@ -1,6 +1,7 @@
 """Reading a foreign `.pt` file: tensors and plain values only, nothing in it is executed."""
 
 import argparse
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from stablevm.support.errors import UserError
 from stablevm.support.foreign_weights import UNREADABLE
 from stablevm.support.text import shown
 
+COUNTERS = "num_batches_tracked"  # of normalisations over batches: whole numbers, and no weights
+LATENT_OPTIONS = ("latent_norm", "latent_multiplier")  # of LightningDiT's data: (z - mean) / std * multiplier
 # Put before parameters' names by torch's wrappers for several processes and for compilation.
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -45,18 +48,65 @@ def read_published(path: Path) -> PublishedCheckpoint:
         if not isinstance(values, dict) or not values or not all(isinstance(v, Tensor) for v in values.values()):
             keys = ", ".join(map(str, list(content)[:8]))
             raise UserError(f"{path}: expected named weights, or a dictionary with ema or model; found {keys}")
-        for key, value in values.items():
+        for key, value in _without_counters(values).items():
             if fault := _fault(key, value):
                 raise UserError(f"{path}: {shown(key)}: {fault}; save plain weights, floating and dense")
+    steps = content.get("steps")
+    return PublishedCheckpoint(
+        weights={
+            name: {_plain(key): value for key, value in _without_counters(values).items()}
+            for name, values in sets.items()
+        },
+        options=_options(content),
+        steps=steps if isinstance(steps, int) else None,
+    )
+
+
+def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C,) float64 of each channel of latents, as LightningDiT's `latents_stats.pt` holds them.
+
+    UserError where the file holds no such numbers.
+    """
+    content = _load(path)
+    found = [content.get(name) for name in ("mean", "std")]
+    means, deviations = (
+        value.double().flatten() if isinstance(value, Tensor) and value.is_floating_point() else torch.empty(0)
+        for value in found
+    )
+    if not len(means) or len(means) != len(deviations) or not bool(means.isfinite().all()):
+        raise UserError(
+            f"{path}: expected mean and std, a number of each channel; found {', '.join(map(str, content))}"
+        )
+    if not bool((deviations > 0).all() and deviations.isfinite().all()):
+        raise UserError(f"{path}: expected positive deviations under std")
+    return means, deviations
+
+
+def _options(content: dict[str, Any]) -> dict[str, Any]:
+    """Of the command that trained it: StableVelocity's and REPA's `args`, or LightningDiT's `config` by those names."""
     options = content.get("args", {})
     if isinstance(options, argparse.Namespace):
         options = vars(options)
-    steps = content.get("steps")
-    return PublishedCheckpoint(
-        weights={name: {_plain(key): value for key, value in values.items()} for name, values in sets.items()},
-        options=options if isinstance(options, dict) else {},
-        steps=steps if isinstance(steps, int) else None,
-    )
+    config = content.get("config")
+    if not options and isinstance(config, dict):
+        known = {"transport": ("path_type", "prediction"), "data": ("num_classes", *LATENT_OPTIONS)}
+        parts = {part: config[part] for part in known if isinstance(config.get(part), dict)}
+        options = {name: values[name] for part, values in parts.items() for name in known[part] if name in values}
+        _check_latent_options(options)
+    return options if isinstance(options, dict) else {}
+
+
+def _check_latent_options(options: dict[str, Any]) -> None:
+    norm, multiplier = options.get("latent_norm", True), options.get("latent_multiplier", 1.0)
+    if not isinstance(norm, bool) or not isinstance(multiplier, int | float) or not 0 < multiplier < math.inf:
+        raise UserError(
+            f"the checkpoint records latent_norm {shown(norm)} and latent_multiplier {shown(multiplier)}, expected "
+            "true or false, and a positive number; give its weights alone"
+        )
+
+
+def _without_counters(values: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    return {key: value for key, value in values.items() if not (isinstance(key, str) and key.endswith(COUNTERS))}
 
 
 def _fault(key: object, value: Tensor) -> str | None:

@@ -1,1 +1,1 @@
-"""Networks: SiT, its projectors and sizes; autoencoders and frozen encoders; the snapshot that knows its data."""
+"""Networks and their sizes; projectors, autoencoders and frozen encoders; the snapshot that knows its data."""

@@ -27,6 +27,7 @@ SD_SCALE, SD_FACTOR = 0.18215, 8
 SD_AUTOENCODERS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
+_PROBE = 4096  # pixels: a side that every factor divides
 LARGEST_SIDE = 65_536  # of a latent: a file that says more is damaged
 PerChannel = float | tuple[float, ...]  # one number for all channels, or one for each
 
@@ -44,6 +45,7 @@ class LatentSpec:
     shift: PerChannel
     autoencoder: str  # "identity" (latent = pixels), or a diffusers AutoencoderKL's name or folder
     fingerprint: str | None = None  # of a folder's configuration and weights; None for names, and in older files
+    measured: bool = False  # whether scale and shift are those of the data, and not of the autoencoder's configuration
 
     def __post_init__(self) -> None:
         """UserError for a latent that can't be."""
@@ -191,6 +193,11 @@ def latent_spec_of(name: str, resolution: int) -> LatentSpec:
     return _kind_of(source).latent(source, resolution)
 
 
+def downsampling(name: str) -> int:
+    """Pixels to a side of one latent pixel, of the autoencoder called `name`; reads its configuration."""
+    return _PROBE // latent_spec_of(name, _PROBE).shape[1]
+
+
 @dataclass(frozen=True)
 class AutoencoderKind:
     """Autoencoders of one kind: which names are of it, the latents they make, and how one is loaded."""
@@ -221,7 +228,7 @@ def _load_autoencoder_kl(latent: LatentSpec, source: str, recorded: bool, device
         )
     model = _load_kl(source)
     ours, theirs = (latent.shape[0], latent.scale, latent.shift), _latent_facts(source, model.config)
-    if ours != theirs:
+    if ours[0] != theirs[0] or (ours != theirs and not latent.measured):
         raise UserError(
             f"autoencoder {source}: (channels, scale, shift) of its latents are {theirs}, those of the data and "
             f"the network are {ours}; give the autoencoder that the data was prepared with, {latent.autoencoder}"

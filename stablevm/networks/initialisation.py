@@ -14,7 +14,7 @@ def materialize(network: nn.Module) -> None:
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.zero_()
     for module in network.modules():
-        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d):
             module.reset_parameters()
 
 

@@ -1,4 +1,4 @@
-"""Projectors: from the tokens of a SiT block to the feature width of a frozen encoder."""
+"""Projectors: from the tokens of a block to the feature width of a frozen encoder."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ def build_projector(
 ) -> nn.Module:
     """A module that maps tokens (B, grid_size^2, hidden_size) to (B, grid_size^2, feature_dim).
 
-    kind: one of `stablevm.networks.sit_config.PROJECTOR_KINDS`.
+    kind: one of `stablevm.networks.network_config.PROJECTOR_KINDS`.
     """
     if kind == "mlp":
         return mlp_projector(hidden_size, projector_hidden, feature_dim)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stablevm.networks.lightning_dit_config import MODEL_NAMES as LIGHTNING_DIT_NAMES
+from stablevm.networks.lightning_dit_config import LightningDiTConfig, lightning_dit_config
 from stablevm.networks.network_config import NetworkConfig
-from stablevm.networks.sit_config import MODEL_NAMES, SiTConfig, sit_config
+from stablevm.networks.sit_config import MODEL_NAMES as SIT_NAMES
+from stablevm.networks.sit_config import SiTConfig, sit_config
 from stablevm.support.errors import UserError, arg
 
 if TYPE_CHECKING:
@@ -37,8 +40,15 @@ def _sit(config: SiTConfig, generator: "torch.Generator | None") -> "Backbone":
     return SiT(config, generator)
 
 
+def _lightning_dit(config: LightningDiTConfig, generator: "torch.Generator | None") -> "Backbone":
+    from stablevm.networks.lightning_dit import LightningDiT
+
+    return LightningDiT(config, generator)
+
+
 NETWORKS = [
-    Network(MODEL_NAMES, SiTConfig, sit_config, _sit),
+    Network(SIT_NAMES, SiTConfig, sit_config, _sit),
+    Network(LIGHTNING_DIT_NAMES, LightningDiTConfig, lightning_dit_config, _lightning_dit),
 ]
 
 
@@ -52,8 +62,12 @@ def network_config(name: str, *, input_size: int, in_channels: int, num_classes:
             return network.configure(
                 name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **options
             )
-    names = ", ".join(name for each in NETWORKS for name in each.names)
-    raise UserError(f"{arg('model')} {name}: expected one of {names}")
+    raise UserError(f"{arg('model')} {name}: expected one of {', '.join(network_names())}")
+
+
+def network_names() -> tuple[str, ...]:
+    """The names of all sizes of all networks."""
+    return tuple(name for network in NETWORKS for name in network.names)
 
 
 def build_network(config: NetworkConfig, generator: "torch.Generator | None" = None) -> "Backbone":

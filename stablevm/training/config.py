@@ -47,7 +47,8 @@ class TrainConfig:
     report_to: str = "tensorboard"
     """wandb, tensorboard, none; several separated by commas. Metrics always go to metrics.jsonl as well."""
     model: str = "SiT-XL/2"
-    """SiT-{S,B,L,XL}/{2,4,8}, or SiT-{XXS,XS}/{1,2,4} for small images."""
+    """SiT-{S,B,L,XL}/{1,2,4,8}, LightningDiT-{B,L,XL}/{1,2}; for small images SiT-{XXS,XS}/{1,2,4},
+    LightningDiT-{XXS,XS}/{1,2}."""
     encoder_depth: int = 8
     """Block, counted from 1, whose tokens are aligned."""
     fused_attn: bool = True

@@ -5,7 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+import runs
 import torch
+from accelerate.state import AcceleratorState
+
+from stablevm.networks import registry
+from stablevm.networks.snapshot import load_card
 
 FOLDER = Path(__file__).parents[2] / "examples"
 LONGEST = 80
@@ -54,6 +59,26 @@ def test_bias_of_nearest_neighbours(example):
     assert most > less > least and bias > 0.02
     # The squared mean of 20 errors of variance 0.6, less its expectation, over 50 x 8 values: deviation 0.002.
     assert abs(no_bias) < 4 * most / 20 * math.sqrt(2 / 400)
+
+
+def test_own_network(example, tmp_path, monkeypatch):
+    """It trains, aligned too, resumes and is sampled by the ordinary commands."""
+    runs.write_data(tmp_path / "data")
+    weights = runs.write_encoder(tmp_path / "encoder.safetensors")
+    monkeypatch.setattr(registry, "NETWORKS", registry.NETWORKS.copy())
+    command = example("own_network").cli.main
+    options = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path), "--exp-name", "mixer"]
+    options += ["--model", "Mixer-S", "--batch-size", "8", "--num-workers", "0", "--sampling-steps", "0"]
+    options += ["--report-to", "none", "--mixed-precision", "no", "--use-proj-loss", "--enc-type", "digits"]
+    options += ["--encoder-weights", str(weights), "--encoder-depth", "2", "--checkpointing-steps", "1"]
+    for steps in ("1", "2"):
+        AcceleratorState._reset_state(True)
+        assert command(["train", *options, "--max-train-steps", steps]) == 0
+    folder = tmp_path / "mixer" / "checkpoints" / "0000002"
+    assert load_card(folder).model.kind == "mixer"
+    sampled = ["--ckpt", str(folder), "--sample-dir", str(tmp_path), "--name", "x", "--num-fid-samples", "3"]
+    assert command(["generate", *sampled, "--mode", "ode", "--num-steps", "2"]) == 0
+    assert (tmp_path / "x.npz").is_file()
 
 
 def test_diffusers(example, tmp_path):

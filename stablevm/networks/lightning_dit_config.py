@@ -1,0 +1,47 @@
+"""What defines a LightningDiT network, and its named sizes. Free of torch, so that a command's help stays quick."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from stablevm.networks.transformer_config import TransformerConfig, names_of, sized_config
+from stablevm.support.errors import UserError, arg
+
+# XS and XXS are ours, for latents of 8 x 8; the published ones have the depth, width and heads of SiT's.
+PATCH_SIZES = {"XL": (1, 2), "L": (1, 2), "B": (1, 2), "XS": (1, 2), "XXS": (1, 2)}
+MODEL_NAMES = names_of("LightningDiT", PATCH_SIZES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningDiTConfig(TransformerConfig):
+    """A LightningDiT network (Yao et al., 2025), with rotary positions, SwiGLU and RMSNorm."""
+
+    kind: ClassVar[str] = "lightning_dit"
+    label_table: ClassVar[str] = "y_embedder.embedding_table.weight"
+
+    @property
+    def mlp_width(self) -> int:
+        """Inside SwiGLU: two thirds of `mlp_ratio` times the width, as its three matrices stand for an MLP's two."""
+        return int(2 / 3 * int(self.hidden_size * self.mlp_ratio))
+
+    def __post_init__(self) -> None:
+        """UserError also for heads that can't be rotated about two axes, in pairs of values."""
+        super().__post_init__()
+        if self.hidden_size // self.num_heads % 4:
+            raise UserError(
+                f"hidden_size {self.hidden_size} with num_heads {self.num_heads}, expected a width of each head that "
+                "is a multiple of 4, which rotary positions of two axes need"
+            )
+
+
+def lightning_dit_config(
+    name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any
+) -> LightningDiTConfig:
+    """The configuration of the size called `name` ("LightningDiT-XL/1"), for latents of the given shape.
+
+    Raises UserError as `sit_config` does.
+    """
+    if name not in MODEL_NAMES:
+        raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")
+    return sized_config(
+        LightningDiTConfig, name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **options
+    )

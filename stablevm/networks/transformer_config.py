@@ -1,0 +1,108 @@
+"""What defines a transformer on patches, SiT or LightningDiT. Free of torch, so that a command's help stays quick."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from stablevm.networks.network_config import LARGEST_WIDTH, NetworkConfig, check_within
+from stablevm.support.errors import UserError, arg
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of a table of sizes. `time_scale` multiplies t before its sinusoidal embedding; `projector_hidden` is
+    the width inside REPA's projectors.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    time_scale: float = 1.0
+    projector_hidden: int = 2048
+
+
+# SiT (Ma et al., 2024), table 1. Those networks feed t in [0, 1] to frequencies made for [0, 1000]; the small sizes
+# for 8-pixel images scale t by 1000 instead, which trains much faster (docs/experiments.md).
+SIZES = {
+    "XL": Size(depth=28, hidden_size=1152, num_heads=16),
+    "L": Size(depth=24, hidden_size=1024, num_heads=16),
+    "B": Size(depth=12, hidden_size=768, num_heads=12),
+    "S": Size(depth=12, hidden_size=384, num_heads=6),
+    "XS": Size(depth=4, hidden_size=128, num_heads=4, time_scale=1000.0, projector_hidden=256),
+    "XXS": Size(depth=2, hidden_size=64, num_heads=2, time_scale=1000.0, projector_hidden=128),
+}
+
+# Far above any network of this kind: a file that says more is damaged, or made to occupy the machine.
+_LARGEST = {"patch_size": 4096, "hidden_size": LARGEST_WIDTH, "num_heads": 1024}
+_LARGEST_POSITIONS = 2**28  # values of the table of positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(NetworkConfig):
+    """A transformer whose tokens are square patches of the latent, each with a fixed position."""
+
+    patch_size: int
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    time_scale: float = 1.0
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens per side."""
+        return self.input_size // self.patch_size
+
+    def __post_init__(self) -> None:
+        """UserError for a network that can't be, or that nobody has: building it would take the machine down."""
+        super().__post_init__()
+        for name, largest in _LARGEST.items():
+            check_within(self, name, largest)
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise UserError(
+                f"hidden_size {self.hidden_size}, expected a multiple of 4 and of num_heads {self.num_heads}"
+            )
+        if self.input_size % self.patch_size or self.grid_size**2 * self.hidden_size > _LARGEST_POSITIONS:
+            raise UserError(
+                f"input_size {self.input_size} with patch_size {self.patch_size}, expected a multiple of it, and at "
+                f"most {_LARGEST_POSITIONS // self.hidden_size:,} patches"
+            )
+        if not 0 < self.mlp_ratio <= 64 or not 0 < self.time_scale <= 1e6:
+            raise UserError(
+                f"mlp_ratio {self.mlp_ratio}, time_scale {self.time_scale}: expected positive, small numbers"
+            )
+
+
+AnyConfig = TypeVar("AnyConfig", bound=TransformerConfig)
+
+
+def names_of(family: str, patch_sizes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Names such as SiT-XL/2, for each size with each of its patches."""
+    return tuple(f"{family}-{size}/{patch}" for size, patches in patch_sizes.items() for patch in patches)
+
+
+def sized_config(
+    kind: type[AnyConfig], name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any
+) -> AnyConfig:
+    """The configuration of the size called `name`, FAMILY-SIZE/PATCH, for square latents.
+
+    UserError for a patch that does not divide the latent, or an aligned block that the network does not have.
+    """
+    size_name, _, patch = name.partition("-")[2].partition("/")
+    if input_size % int(patch):
+        raise UserError(
+            f"{arg('model')} {name}: a patch of {patch} does not divide the latent of {input_size} x {input_size}"
+        )
+    values: dict[str, Any] = {**asdict(SIZES[size_name]), **options}
+    config = kind(
+        name=name,
+        input_size=input_size,
+        in_channels=in_channels,
+        patch_size=int(patch),
+        num_classes=num_classes,
+        **values,
+    )
+    if config.projector_dims and not 1 <= config.encoder_depth <= config.depth:
+        raise UserError(
+            f"{arg('encoder_depth')} {config.encoder_depth}: {name} has {config.depth} blocks; give 1 to {config.depth}"
+        )
+    return config
