@@ -1,14 +1,14 @@
-"""stablevm: flow-matching image generators trained on less noisy targets.
+"""stablevm: train flow-matching image generators on targets with less variance.
 
-The front door is the objective, three lines in any training loop:
+The main entry point is the objective, three lines in any training loop:
 
     objective = StableVM(ClassBank(num_classes=10, capacity=256, shape=(4, 32, 32)))
     draw = objective.draw(latents, labels, generator)
     loss = squared_error(model(draw.x_t, draw.t, draw.labels), draw.target).mean()
 
-The names below are the public interface: their signatures change only with the version (semantic versioning; a name
-that goes warns for one minor version first). They are imported when they are first used, so `import stablevm` costs
-nothing. docs/api.md lists them with one line each.
+The names below are the public interface. Their signatures follow semantic versioning, and a name that will be removed
+warns for one minor version first. Each is imported on first use, so `import stablevm` is fast. docs/api.md lists them
+with one line each.
 """
 
 import importlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 keep_old_addresses()
 
-# Where each public name lives. __all__ has them too, but for the one that needs diffusers, which is optional.
+# The module of each public name. __all__ lists them too, except the one that needs diffusers, which is optional.
 _HOMES = {
     "alignment": ("AlignmentSchedule", "alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
@@ -55,7 +55,7 @@ _HOMES = {
     "variance": ("VarianceCurve", "variance_curve"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-# Names that were public: what each is called now, and the version in which the old name goes (see CONTRIBUTING.md).
+# Names that were public: what each is called now, and the version that removes the old name (see CONTRIBUTING.md).
 _MOVED = {"Protocol": ("stablevm.ObjectiveSettings", "0.3")}
 
 __all__ = [
@@ -91,7 +91,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MOVED:
         now, gone_in = _MOVED[name]
-        message = f"stablevm.{name} is now {now}; the old name goes in stablevm {gone_in}"
+        message = f"stablevm.{name} is now {now}; the old name will be removed in stablevm {gone_in}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         module, _, name = now.rpartition(".")
         return getattr(importlib.import_module(module), name)

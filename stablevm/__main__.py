@@ -1,4 +1,4 @@
-"""`python -m stablevm` is the command `stablevm`."""
+"""`python -m stablevm` runs the command `stablevm`."""
 
 import sys
 

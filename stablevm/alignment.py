@@ -1,4 +1,4 @@
-"""Representation alignment: pull the network's inner tokens towards a frozen encoder's (REPA, VA-REPA, iREPA)."""
+"""Representation alignment (REPA, VA-REPA, iREPA): pull the network's hidden tokens towards a frozen encoder's."""
 
 import math
 from dataclasses import dataclass
@@ -18,34 +18,36 @@ IREPA_EPSILON = 1e-6
 
 
 def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
-    """Minus the mean over patches of the cosine between tokens (B, T, D): values (B,) in [-1, 1].
+    """Alignment loss of REPA (Yu et al., 2024, equation 8): minus the cosine similarity, averaged over patches.
 
-    REPA (Yu et al., 2024), equation 8. Computed in float32. UserError for other shapes, such as maps (B, D, H, W).
+    projected, features: the network's projected tokens and the encoder's (B, T, D). The result is (B,), in [-1, 1],
+    computed in float32. UserError for other shapes, such as feature maps (B, D, H, W).
     """
     if projected.ndim != 3 or projected.shape != features.shape:
         raise UserError(
             f"projected tokens are {tuple(projected.shape)}, the encoder's {tuple(features.shape)}: expected the same "
-            "(B, T, D) of both; the projector makes the width D, and T is the number of patches, class token left out"
+            "shape (B, T, D); the projector sets the width D, and T is the number of patches, without the class token"
         )
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(dim=1)
 
 
 def weighted_alignment(losses: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
-    """`sum_i w_i l_i / sum_i w_i` of losses and weights (B,): VA-REPA's term (Yang et al., 2026).
+    """Alignment term of VA-REPA (Yang et al., 2026): `sum_i w_i l_i / sum_i w_i` of losses and weights (B,), a scalar.
 
-    total: the sum of the weights, where it spans more rows than these (other processes, other micro-batches).
-    With no weight at all the term is 0, still attached to the graph, so that distributed training sees every parameter.
-    UserError for other shapes, such as a mean that was already taken.
+    total: the sum of the weights, if it covers more rows than these (other processes, other micro-batches). If all
+    weights are 0 the term is 0, but stays attached to the graph, so that distributed training sees every parameter.
+    UserError for other shapes, such as losses that have already been averaged.
     """
     if losses.ndim != 1 or losses.shape != weights.shape:
-        raise UserError(f"losses are {tuple(losses.shape)}, weights {tuple(weights.shape)}: expected (B,) of both")
+        raise UserError(f"losses are {tuple(losses.shape)}, weights {tuple(weights.shape)}: expected (B,) for both")
     total = weights.sum() if total is None else total
     return (weights * losses).sum() / torch.where(total > 0, total, 1.0)
 
 
 def normalize_over_space(features: Tensor, gamma: float) -> Tensor:
-    """iREPA's spatial normalisation of encoder tokens (B, T, D): minus gamma times the mean over patches, divided by
-    the standard deviation over patches (Singh et al., 2025).
+    """Spatial normalisation of iREPA (Singh et al., 2025) for encoder tokens (B, T, D): the same shape, float32.
+
+    It subtracts gamma times the mean over patches, and divides by the standard deviation over patches plus 1e-6.
     """
     features = features.float()
     centred = features - gamma * features.mean(dim=1, keepdim=True)
@@ -54,10 +56,11 @@ def normalize_over_space(features: Tensor, gamma: float) -> Tensor:
 
 @dataclass(frozen=True)
 class AlignmentSchedule:
-    """The weight w(t) of VA-REPA (Yang et al., 2026): 1 where the input is clear, fading towards the prior.
+    """The weight w(t) of VA-REPA (Yang et al., 2026): large near the data (t = 0), small near the noise (t = 1).
 
-    name: one of hard, hard_high (ablation), sigmoid, cosine, snr, constant (plain REPA).
-    path: for snr. tau: the time around which it fades, in (0, 1]; steepness: k of the sigmoid.
+    name: "hard", "sigmoid", "cosine" or "snr"; "hard_high", its opposite, for an ablation; "constant" for plain REPA.
+    path: the path whose signal-to-noise ratio "snr" uses. tau: the time in (0, 1] around which the weight falls.
+    steepness: k > 0 of the sigmoid. UserError for values out of range. Call it with times to get their weights.
     """
 
     name: WeightName
@@ -74,10 +77,10 @@ class AlignmentSchedule:
         if not 0 < self.tau <= 1:
             raise UserError(f"{arg('tau')} {self.tau}: expected a time in (0, 1]")
         if not 0 < self.steepness < math.inf:
-            raise UserError(f"{arg('steepness')} {self.steepness}: expected more than 0, as the weight falls with time")
+            raise UserError(f"{arg('steepness')} {self.steepness}: expected a finite number above 0")
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Weights in [0, 1] of the shape of `t` (times in [0, 1])."""
+        """The weights in [0, 1] at times `t` in [0, 1], with the shape of `t`."""
         if self.name == "hard":
             return (t < self.tau).to(t.dtype)
         if self.name == "hard_high":
@@ -91,9 +94,9 @@ class AlignmentSchedule:
         return torch.ones_like(t)
 
     def _snr_share(self, t: Tensor) -> Tensor:
-        """`SNR(t) / (SNR(t) + SNR(tau))`, multiplied through by the sigmas so that t = 0 needs no care.
+        """`SNR(t) / (SNR(t) + SNR(tau))`, with both sides multiplied by the sigmas so that t = 0 is no special case.
 
-        At t = tau it is 1/2 by definition; said apart, because for tau = 1 it is 0 / 0 there.
+        At t = tau it is 1/2 by definition; this is set explicitly, because for tau = 1 the quotient there is 0 / 0.
         """
         now, split = self.path.coefficients(t), self.path.coefficients(torch.full_like(t, self.tau))
         signal = (now.alpha * split.sigma).square()

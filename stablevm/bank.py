@@ -1,4 +1,4 @@
-"""The memory bank of StableVM: for each class, the most recent samples, as one preallocated ring."""
+"""The memory bank of StableVM: a preallocated ring buffer that holds the most recent samples of each class."""
 
 import numbers
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ NO_ID = -1
 
 
 class ClassBank:
-    """A first-in-first-out queue of at most `capacity` samples per class (Yang et al., 2026: 256).
+    """A first-in-first-out queue of at most `capacity` samples for each class (Yang et al., 2026: 256).
 
-    Slots are numbered flat: slot s of class c is `c * capacity + s`. No storage is allocated after construction, what
-    insertion and drawing hold meanwhile grows with the batch, not with the bank (but for the pool's key per slot), and
-    no method but the state's makes the host wait for the device.
+    Slots have flat numbers: slot s of class c is `c * capacity + s`. All storage is allocated at construction. The
+    temporary memory of insertion and drawing grows with the batch, not with the bank (except one key per slot in
+    `draw_pool`). Only the methods that save and load the state make the CPU wait for the GPU.
     """
 
     def __init__(
@@ -31,23 +31,27 @@ class ClassBank:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """shape: of one sample. dtype: of storage; float16 halves the memory and rounds the references."""
+        """Allocate an empty bank on `device`.
+
+        num_classes, capacity: 1 or more. shape: the shape of one sample. dtype: the floating-point type of the storage;
+        float16 halves the memory and rounds the references. UserError for anything else.
+        """
         for name, count in (("num_classes", num_classes), ("capacity", capacity)):
             if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
                 raise UserError(f"{arg(name)} {count!r}: expected a whole number, 1 or more")
         if not (_is_shape(shape) and isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(
-                f"shape {shape!r} of {dtype}: expected a shape such as (4, 32, 32) of floating point numbers"
+                f"shape {shape!r}, dtype {dtype}: expected a shape such as (4, 32, 32) and a floating-point dtype"
             )
         self.num_classes, self.capacity, self.shape = num_classes, capacity, tuple(shape)
         slots = num_classes * capacity
         # Tensors made in inference mode could not be written to outside it.
         with torch.inference_mode(False):
-            # One slot beyond the last takes the writes that no queue keeps: no shape then depends on the data.
+            # The extra slot at the end receives the samples that no queue keeps, so that no shape depends on the data.
             self._data = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
             self._ids = torch.full((slots + 1,), NO_ID, dtype=torch.int64, device=device)
             self._heads = torch.zeros(num_classes, dtype=torch.int64, device=device)
-            self.counts = torch.zeros_like(self._heads)  # filled slots per class; the first ones of each class
+            self.counts = torch.zeros_like(self._heads)  # filled slots per class, which are the class's first ones
             self.seen = torch.zeros_like(self._heads)  # samples ever inserted per class
 
     def __repr__(self) -> str:
@@ -58,17 +62,17 @@ class ClassBank:
 
     @property
     def discarded_slot(self) -> int:
-        """The flat slot that `insert` reports for a sample that did not stay."""
+        """The flat slot that `insert` returns for a sample that was not kept."""
         return self.num_classes * self.capacity
 
     @property
     def entries(self) -> Tensor:
-        """(classes, capacity, *shape), a view."""
+        """A view of all slots (classes, capacity, *shape) in the storage's dtype, empty ones too."""
         return self._data[:-1].view(self.num_classes, self.capacity, *self.shape)
 
     @property
     def ids(self) -> Tensor:
-        """(classes, capacity) int64, a view: the dataset row of each entry, or NO_ID."""
+        """A view (classes, capacity) int64 of each entry's row in the data set, or NO_ID."""
         return self._ids[:-1].view(self.num_classes, self.capacity)
 
     @property
@@ -76,14 +80,15 @@ class ClassBank:
         return self._data.device
 
     def insert(self, samples: Tensor, labels: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Put samples (B, *shape) of classes `labels` (B,) into their queues, in order; returns their flat slots (B,).
+        """Insert samples (B, *shape) with labels (B,) int64 into their queues, in order; return their flat slots (B,).
 
-        A sample whose id is in its queue already is refreshed where it stands, so that a small class seen many times
-        does not hold copies. Of more new samples of a class than fit, the last ones stay. No gradient flows to them.
+        ids: (B,) int64, the samples' rows in the data set. A sample whose id is already in its queue is refreshed in
+        place, so that a small class seen many times does not hold copies. If a class has more new samples than fit, the
+        last ones are kept. The bank holds no gradients.
 
-        UserError, and nothing inserted, for samples, labels (int64) or ids (int64) of another shape or type. Values are
-        looked at where they lie on a CPU, since a GPU would be waited for: labels out of range, and samples that are
-        not finite or exceed the storage's type.
+        UserError, with nothing inserted, for samples, labels or ids of another shape or type. Values on a CPU are
+        checked too: labels must be in range, and samples finite and in the range of the storage's dtype. On a GPU the
+        check would have to wait for it, so it is left out.
         """
         self.check(samples, labels, ids)
         self._check_values(samples, ids)
@@ -102,7 +107,7 @@ class ClassBank:
         local = torch.where(known, known_slot, slot)
         stays = torch.where(known, ~overtaken, stays)
         target = torch.where(stays, labels * self.capacity + local, self.discarded_slot)
-        # A known sample that comes twice at once: the last one stays, as a GPU writes to one place in any order.
+        # If a known sample occurs twice in the batch, only the last one is written: a GPU writes in no fixed order.
         again = torch.triu(target[:, None] == target, diagonal=1).any(dim=1)
         target.masked_fill_(again, self.discarded_slot)
         self._data.index_copy_(0, target, samples.detach().to(self._data))
@@ -113,18 +118,18 @@ class ClassBank:
         return target
 
     def check(self, samples: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
-        """UserError unless the bank can hold the batch; where labels are on a GPU their range is not looked at."""
+        """Raise UserError unless the bank can hold the batch; the range of labels on a GPU is not checked."""
         check_labels(labels)
         check_batch(samples, labels, ids)
         if samples.shape[1:] != self.shape:
             raise UserError(f"latents are {tuple(samples.shape)}: this bank holds samples of shape {self.shape}")
         if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise UserError(
-                f"labels reach from {labels.min()} to {labels.max()}: this bank has classes 0 to {self.num_classes - 1}"
+                f"labels range from {labels.min()} to {labels.max()}: this bank has classes 0 to {self.num_classes - 1}"
             )
 
     def _check_values(self, samples: Tensor, ids: Tensor | None) -> None:
-        """UserError for what would spoil targets for as long as it stays in the bank; on a GPU it is not looked at."""
+        """Raise UserError for values that would spoil targets while they stay in the bank; skipped on a GPU."""
         if samples.device.type != "cpu" or not samples.numel():
             return
         limit = torch.finfo(self._data.dtype).max
@@ -141,15 +146,17 @@ class ClassBank:
         raise UserError(f"latents hold {held}, first in row {row} of the batch{name}: they would stay in the bank")
 
     def gather(self, slots: Tensor) -> Tensor:
-        """Samples (B, *shape) at flat slots, in the storage's dtype."""
+        """The samples (B, *shape) at flat slots (B,), in the storage's dtype."""
         return self._data[slots]
 
     def ids_at(self, slots: Tensor) -> Tensor:
+        """The data-set rows (B,) int64 of the samples at flat slots (B,), NO_ID where unknown."""
         return self._ids[slots]
 
     def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels and flat slots (B,) from uniforms (B, 2) in [0, 1): a class uniform over those with an entry, then an
-        entry uniform over that class's.
+        """Pick entries by uniforms (B, 2) in [0, 1): their labels (B,) and flat slots (B,).
+
+        The class is uniform over the classes that have an entry, and the entry is uniform over that class's entries.
         """
         uniforms = to_device(uniforms, self.device)
         upper = (self.counts > 0).cumsum(0)
@@ -160,9 +167,10 @@ class ClassBank:
 
     @renamed(stream="generator")
     def draw_pool(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Flat slots (n,) of min(size, slots) entries over all classes, and a mask (n,) of those that are filled.
+        """Draw `size` entries of all classes, or all slots if there are fewer: flat slots (n,), and a mask (n,) that is
+        False where a slot is empty.
 
-        Without replacement, every entry alike: how much a class counts is for the weights to say.
+        Every entry is equally likely, and none is drawn twice. How much a class counts is left to the weights.
         """
         empty = torch.arange(self.capacity, device=self.device) >= self.counts[:, None]
         keys = rand(empty.shape, generator, self.device)
@@ -170,36 +178,40 @@ class ClassBank:
         return best.indices, best.values >= 0
 
     def is_reference(self, labels: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
-        """(B, capacity) bool: filled entries of each row's class that are not the row's anchor nor a copy of it."""
+        """A mask (B, capacity) of the references of each row: filled entries of its class, except the anchor and copies
+        of it. labels, slots, ids: (B,), of the anchors.
+        """
         local = torch.arange(self.capacity, device=self.device)
         filled = local < self.counts[labels, None]
         itself = labels[:, None] * self.capacity + local == slots[:, None]
         return filled & ~itself & ~self._is_copy(labels, ids)
 
     def _is_copy(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """(B, capacity) bool: entries of each row's class that are the sample `ids` (B,); NO_ID names none."""
+        """A mask (B, capacity) of the entries of each row's class that have the row's id (B,); none for NO_ID."""
         return (self.ids[labels] == ids[:, None]) & (ids != NO_ID)[:, None]
 
     def replica(self) -> "ClassBank":
-        """A bank on the CPU that keeps the same books and holds no values: given the same samples' labels and ids (and
-        values of shape (0,)), it reports the same slots and draws the same entries.
-        """
-        books = ClassBank(self.num_classes, self.capacity, (0,))
-        for mine, theirs in zip(self._books(), books._books(), strict=True):
-            theirs.copy_(mine)
-        return books
+        """A copy on the CPU without the samples' values.
 
-    def _books(self) -> tuple[Tensor, ...]:
+        Given the same labels and ids (and values of shape (0,)), it returns the same slots and draws the same entries.
+        """
+        copy = ClassBank(self.num_classes, self.capacity, (0,))
+        for mine, theirs in zip(self._indices(), copy._indices(), strict=True):
+            theirs.copy_(mine)
+        return copy
+
+    def _indices(self) -> tuple[Tensor, ...]:
         return self.ids, self._heads, self.counts, self.seen
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the bank holds, exactly; tensors only, so that safetensors can store it."""
+        """An exact copy of all that the bank holds; only tensors, so that safetensors can store it."""
         return {name: tensor.clone() for name, tensor in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a state of a bank of the same classes, capacity, shape and dtype.
+        """Restore the state of a bank with the same number of classes, capacity, shape and dtype.
 
-        UserError, and nothing restored, for another bank's, and for one that lacks tensors or contradicts itself.
+        UserError, with nothing restored, for the state of another bank, and for a state that lacks tensors or
+        contradicts itself.
         """
         own = self._state()
         _check_state(state, own, self.capacity)
@@ -207,8 +219,8 @@ class ClassBank:
             mine.copy_(state[name])
 
     def _state(self) -> dict[str, Tensor]:
-        books = dict(zip(("ids", "heads", "counts", "seen"), self._books(), strict=True))
-        return {"entries": self.entries, **books}
+        indices = dict(zip(("ids", "heads", "counts", "seen"), self._indices(), strict=True))
+        return {"entries": self.entries, **indices}
 
 
 def _is_shape(shape: Sequence[int]) -> bool:
@@ -218,44 +230,46 @@ def _is_shape(shape: Sequence[int]) -> bool:
 
 
 def check_labels(labels: Tensor | None) -> None:
-    """UserError for None, which only a set of references takes."""
+    """Raise UserError for None, which only a set of references allows."""
     if labels is None:
         raise UserError(
-            "labels are None: for data without classes give zeros, torch.int64 (B,), and the bank one class"
+            "labels are None: for data without classes give zeros, torch.int64 (B,), and make the bank with one class"
         )
 
 
 def check_batch(latents: Tensor, labels: Tensor | None, ids: Tensor | None = None) -> None:
-    """UserError unless these are a batch: shapes and types, which are known without waiting for a GPU."""
+    """Raise UserError unless shapes and types are those of a batch; both are known without waiting for a GPU."""
     for name, values in (("latents", latents), ("labels", labels), ("ids", ids)):
         if values is not None and not isinstance(values, Tensor):
             raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")
     if not latents.is_floating_point() or latents.ndim == 0 or not len(latents):
-        raise UserError(f"latents are {described(latents)}: expected floating point numbers, one sample or more")
+        raise UserError(f"latents are {described(latents)}: expected floating-point numbers, one sample or more")
     for name, values, remedy in (
         (
             "labels",
             labels,
-            "; give class indices (of one-hot labels, labels.argmax(1)), or zeros for data without classes",
+            "; give class indices (labels.argmax(1) if they are one-hot), or zeros for data without classes",
         ),
-        ("ids", ids, "; give rows of the data set"),
+        ("ids", ids, "; give the samples' rows in the data set"),
     ):
         if values is not None and (values.dtype != torch.int64 or values.shape != latents.shape[:1]):
             raise UserError(f"{name} are {described(values)}: expected torch.int64 ({len(latents)},){remedy}")
 
 
 def check_positions(name: str, values: Tensor, rows: int | None, bound: int) -> None:
-    """UserError unless these are `rows` positions (any number if None) below `bound`, looked at on a CPU only."""
+    """Raise UserError unless these are `rows` positions (any number if None) below `bound`; values on a GPU are not
+    checked.
+    """
     if not isinstance(values, Tensor):
         raise UserError(f"{name} are a {type(values).__name__}: expected a tensor")
     if values.dtype != torch.int64 or values.ndim != 1 or not len(values) or rows not in (None, len(values)):
         raise UserError(f"{name} are {described(values)}: expected torch.int64 ({'B' if rows is None else rows},)")
     if values.device.type == "cpu" and not 0 <= values.min() <= values.max() < bound:
-        raise UserError(f"{name} reach from {values.min()} to {values.max()}: expected 0 to {bound - 1}")
+        raise UserError(f"{name} range from {values.min()} to {values.max()}: expected 0 to {bound - 1}")
 
 
 def check_shares(shares: Tensor, classes: int) -> None:
-    """UserError unless these are shares of so many classes."""
+    """Raise UserError unless these are shares of `classes` classes."""
     if shares.shape != (classes,):
         raise UserError(f"class_shares are {tuple(shares.shape)}: expected ({classes},), one per class")
     if not (shares.isfinite() & (shares >= 0)).all():
@@ -263,10 +277,10 @@ def check_shares(shares: Tensor, classes: int) -> None:
 
 
 def _check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], capacity: int) -> None:
-    """UserError unless a bank that holds `own` can take `state` over."""
+    """Raise UserError unless a bank with the state `own` can load `state`."""
     damaged = "the saved bank is damaged: "
     if not isinstance(state, Mapping):
-        raise UserError(f"{damaged}it is a {type(state).__name__}, expected what state_dict gave")
+        raise UserError(f"{damaged}it is a {type(state).__name__}, expected a mapping, as state_dict returns it")
     missing = [name for name in own if not isinstance(state.get(name), Tensor)]
     unknown = [name for name in state if name not in own]
     if missing or unknown:
@@ -292,11 +306,11 @@ def _check_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], capacit
             raise UserError(f"{damaged}{name} of class {label} is {int(state[name][label])}, expected {expected}")
     for label, entries in enumerate(state["entries"]):  # class by class, in little memory
         if not entries.isfinite().all():
-            raise UserError(f"{damaged}class {label} holds NaN or infinity, which would return in targets")
+            raise UserError(f"{damaged}class {label} holds NaN or infinity, which would end up in targets")
 
 
 def _rank_within(keys: Tensor) -> Tensor:
-    """For each element, how many equal keys stand before it."""
+    """For each key, the number of equal keys before it."""
     order = keys.argsort(stable=True)
     grouped = keys[order]
     position = torch.arange(keys.numel(), device=keys.device)

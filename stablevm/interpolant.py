@@ -1,4 +1,4 @@
-"""Paths between data and noise, and every conversion between the four things a network can predict.
+"""Paths between data and noise, and the conversions between velocity, x0, noise and score predictions.
 
 Time runs from data (`t = 0`) to the prior N(0, I) (`t = 1`). A path is `x_t = alpha(t) x0 + sigma(t) noise`
 (Albergo et al., 2023, "Stochastic Interpolants"; Ma et al., 2024, "SiT", section 2).
@@ -20,7 +20,7 @@ Kind = Literal["velocity", "x0", "noise", "score"]
 
 @dataclass(frozen=True, repr=False)
 class Coefficients(ShownByShape):
-    """alpha, sigma and their derivatives by t, each of the shape of the times that they were asked for."""
+    """alpha, sigma and their derivatives with respect to t, each with the shape of the times they were computed at."""
 
     alpha: Tensor
     sigma: Tensor
@@ -35,49 +35,54 @@ class Coefficients(ShownByShape):
 
 @dataclass(frozen=True)
 class Interpolant:
-    """One path. `x0`, `noise` and `x_t` have shape (B, ...); `t` has shape (B,) or is a scalar tensor, in [0, 1]."""
+    """A path `x_t = alpha(t) x0 + sigma(t) noise` from data (t = 0) to noise (t = 1).
+
+    Its methods take `x0`, `noise` and `x_t` of shape (B, ...), and `t` in [0, 1] of shape (B,) or a scalar tensor.
+    """
 
     name: str
     _coefficients: Callable[[Tensor], Coefficients] = field(repr=False)
     _time_at_ratio: Callable[[Tensor], Tensor] = field(repr=False)
 
     def coefficients(self, t: Tensor, like: Tensor | None = None) -> Coefficients:
-        """Coefficients at `t`; with `like` (B, ...), shaped to broadcast against it."""
+        """The coefficients at `t`; if `like` (B, ...) is given, reshaped so that they broadcast against it."""
         return self._coefficients(t if like is None else align(t, like))
 
     def time_at_ratio(self, ratio: Tensor) -> Tensor:
-        """The time at which `sigma / alpha` equals `ratio` (the noise level that EDM calls sigma)."""
+        """The time at which `sigma / alpha`, the noise level that EDM calls sigma, equals `ratio`."""
         return self._time_at_ratio(ratio)
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """`x_t = alpha x0 + sigma noise`."""
+        """The noisy sample `x_t = alpha x0 + sigma noise` (B, ...)."""
         c = self.coefficients(t, x0)
         return c.alpha * x0 + c.sigma * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """`alpha' x0 + sigma' noise`: the conditional velocity of the path, and the target of plain flow matching."""
+        """The conditional velocity `alpha' x0 + sigma' noise` (B, ...), which is the target of plain flow matching."""
         c = self.coefficients(t, x0)
         return c.d_alpha * x0 + c.d_sigma * noise
 
     def offset_gain(self, t: Tensor, like: Tensor) -> Tensor:
-        """`sigma' alpha / sigma - alpha'`: how much the velocity rises where E[x0 | x_t] falls (docs/theory.md).
+        """`sigma' alpha / sigma - alpha'`, minus the derivative of the velocity with respect to E[x0 | x_t].
 
-        0 at t = 0, where it multiplies a difference of posterior means that is exactly 0.
+        It turns the difference x0 - E[x0 | x_t] into the correction of the target (docs/theory.md). It is set to 0 at
+        t = 0, where that difference is exactly 0. Shaped to broadcast against `like` (B, ...).
         """
         c = self.coefficients(t, like)
         return torch.where(c.sigma > 0, c.wronskian / c.sigma, 0.0)
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio `alpha^2 / sigma^2`; infinite at t = 0."""
+        """The signal-to-noise ratio `alpha^2 / sigma^2`, with the shape of `t`; infinite at t = 0."""
         c = self.coefficients(t)
         return (c.alpha / c.sigma).square()
 
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, source: Kind, target: Kind) -> Tensor:
-        """Turn a prediction of one kind into another: all four are affine in E[x0 | x_t] (docs/theory.md).
+        """Convert a prediction `value` (B, ...) at `x_t` and `t` from one kind to another.
 
-        Each conversion goes through the pair (x0, noise) that the prediction implies, with the path's Wronskian
-        as the only divisor for velocities. What stays singular is so by nature: scores at t = 0, noise from x0 at
-        t = 0 and x0 from noise at t = 1.
+        source, target: "velocity", "x0", "noise" or "score", all affine in E[x0 | x_t] (docs/theory.md). The
+        conversion computes the pair (x0, noise) that the prediction implies. From a velocity it divides only by the
+        path's Wronskian, which is never zero. What remains singular is so by definition: the score at t = 0, noise
+        from x0 at t = 0, and x0 from noise or score at t = 1. ValueError for an unknown kind.
         """
         if source == target:
             return value
@@ -95,7 +100,7 @@ class Interpolant:
 
 
 def _pair(value: Tensor, x_t: Tensor, c: Coefficients, source: Kind) -> tuple[Tensor, Tensor]:
-    """The data and the noise that `value` and `x_t` imply together."""
+    """The pair (x0, noise) that is consistent with both `value` and `x_t`."""
     if source == "velocity":
         x0 = (c.d_sigma * x_t - c.sigma * value) / c.wronskian
         return x0, (c.alpha * value - c.d_alpha * x_t) / c.wronskian
@@ -110,7 +115,7 @@ def _pair(value: Tensor, x_t: Tensor, c: Coefficients, source: Kind) -> tuple[Te
 
 
 def align(t: Tensor, like: Tensor) -> Tensor:
-    """Reshape times (B,), or any values of rows, to (B, 1, ..., 1) with the dimensions of `like`; scalars stay."""
+    """Reshape `t` (B,) to (B, 1, ..., 1) with as many dimensions as `like`; a scalar is returned as it is."""
     return t if t.ndim == 0 else t.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -133,16 +138,16 @@ def _cosine_time(ratio: Tensor) -> Tensor:
     return torch.atan(ratio) * (2 / math.pi)
 
 
-# Functions with names, not lambdas: a path is pickled with all that holds one.
+# Named functions, not lambdas, so that an object that holds a path can be pickled.
 LINEAR = Interpolant("linear", _linear, _linear_time)
-"""`x_t = (1 - t) x0 + t noise`."""
+"""The linear path: `x_t = (1 - t) x0 + t noise`."""
 COSINE = Interpolant("cosine", _cosine, _cosine_time)
-"""`x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise`."""
+"""The cosine path: `x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise`."""
 INTERPOLANTS = {path.name: path for path in (LINEAR, COSINE)}
 
 
 def get_interpolant(name: str) -> Interpolant:
-    """The path called `name`; UserError otherwise."""
+    """The path called `name` ("linear" or "cosine"); UserError for any other name."""
     if name not in INTERPOLANTS:
         raise UserError(f"{arg('path')} {name!r}: expected one of {', '.join(INTERPOLANTS)}")
     return INTERPOLANTS[name]

@@ -1,6 +1,6 @@
-"""What the network is trained on: noisy samples, times, labels and targets, for CFM, STF and StableVM.
+"""Training objectives: noisy samples, times, labels and regression targets for CFM, STF and StableVM.
 
-Model-free: a draw knows neither the network nor the trainer, so it fits into any training loop:
+An objective knows neither the network nor the trainer, so it fits into any training loop:
 
     objective = StableVM(ClassBank(num_classes=10, capacity=256, shape=(4, 32, 32)))
     draw = objective.draw(latents, labels, generator)
@@ -28,19 +28,20 @@ from stablevm.times import TimeName, draw_times
 Prediction = Literal["v", "x"]
 Anchors = Literal["bank", "batch"]
 
-# References drawn over all classes for the samples whose label was dropped; the number of the published toy study.
+# References drawn from all classes for the samples whose label was dropped, as many as in the published toy study.
 POOL_SIZE = 2048
-# Values of them that are gathered at once on a CPU, where a large new tensor takes longer to map than to fill.
+# Values of these references gathered at once on a CPU, where a large new tensor takes longer to map than to fill.
 GATHERED_VALUES_CPU = 2**20
 
 
 @dataclass(frozen=True, repr=False)
 class Draw(ShownByShape):
-    """One batch to regress on. All tensors are on the latents' device; images have shape (B, *shape).
+    """One batch to regress on: give the network (x_t, t, labels) and compare its output with `target`.
 
-    labels holds the null class where the label was dropped. ids are the dataset rows of the anchors (NO_ID where
-    unknown): the images that alignment needs. ess is the effective sample size of each target, 1 for CFM. host_t is t
-    once more, on the host, where it was drawn: to read it there makes nobody wait for the device.
+    x_t, target, x0, noise: (B, *shape). t: (B,) in [0, 1]. labels: (B,) int64, the null class where a label was
+    dropped. ids: (B,) int64, the data-set row of each anchor, whose image alignment needs (NO_ID where unknown).
+    ess: (B,), the effective sample size of each target, 1 for CFM. All are on the latents' device. host_t is a copy of
+    t on the CPU, where it was drawn, so that code can read it without waiting for the GPU.
     """
 
     x_t: Tensor
@@ -56,10 +57,11 @@ class Draw(ShownByShape):
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What every objective is given: the path, and how targets, times and dropped labels are made.
+    """Settings that all objectives share: the path, the kind of target, the times and the label dropout.
 
-    prediction: "v" makes the velocity the target, "x" the data. null_class and label_dropout serve classifier-free
-    guidance: with that chance a label is replaced by the null class.
+    path: LINEAR or COSINE. prediction: "v" to regress on the velocity, "x" on the data. weighting: the distribution of
+    training times, as in `draw_times`. label_dropout: the probability in [0, 1] that a label is replaced by
+    `null_class`, for classifier-free guidance. Raises UserError for a value out of range.
     """
 
     path: Interpolant = LINEAR
@@ -76,13 +78,13 @@ class ObjectiveSettings:
         if self.weighting not in get_args(TimeName):
             raise UserError(f"{arg('weighting')} {self.weighting!r}: expected one of {', '.join(get_args(TimeName))}")
         if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"{arg('label_dropout')} {self.label_dropout}: expected a chance in [0, 1]")
+            raise UserError(f"{arg('label_dropout')} {self.label_dropout}: expected a probability in [0, 1]")
         if self.label_dropout and self.null_class is None:
-            raise UserError(f"a label dropout of {self.label_dropout} needs a null class to drop labels to")
+            raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
 
 
 class _Objective:
-    """What all objectives have."""
+    """What all objectives share: their settings, their bank if they have one, and the checks of a batch."""
 
     settings: ObjectiveSettings
     bank: ClassBank | None = None  # of references, where the objective keeps one
@@ -90,8 +92,9 @@ class _Objective:
 
     @property
     def protocol(self) -> ObjectiveSettings:
-        """The settings, by the name that version 0.1 gave them."""
-        warnings.warn("protocol is now settings; the old name goes in stablevm 0.3", DeprecationWarning, stacklevel=2)
+        """The settings, under their name in version 0.1."""
+        message = "protocol is now settings; the old name will be removed in stablevm 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
         return self.settings
 
     def __repr__(self) -> str:
@@ -100,7 +103,7 @@ class _Objective:
     def _begin(
         self, latents: Tensor, labels: Tensor | None, generator: AnyGenerator, ids: Tensor | None = None
     ) -> None:
-        """Check the batch, and at the first draw that no other process draws the same."""
+        """Check the batch; at the first draw, also that no other process draws the same random numbers."""
         check_batch(latents, labels, ids)
         if not isinstance(generator, torch.Generator | RowGenerators):
             raise UserError(
@@ -112,7 +115,10 @@ class _Objective:
 
 
 class FlowMatching(_Objective):
-    """Conditional flow matching (`si`): the target is made of the one sample that made x_t (Lipman et al., 2023)."""
+    """Conditional flow matching (CFM, or `si`; Lipman et al., 2023): the target is `alpha' x0 + sigma' noise`.
+
+    It is made from the one sample x0 that made x_t, without references.
+    """
 
     bank: None = None
 
@@ -122,9 +128,10 @@ class FlowMatching(_Objective):
 
     @renamed(stream="generator")
     def draw(self, latents: Tensor, labels: Tensor, generator: AnyGenerator, *, ids: Tensor | None = None) -> Draw:
-        """latents (B, *shape), labels (B,) int64; generator: where the times, noise and dropped labels come from.
+        """Draw times and noise for latents (B, *shape) with labels (B,) int64.
 
-        UserError for labels or ids of another shape or type.
+        generator: the source of times, noise and dropped labels. ids: (B,) int64, the latents' rows in the data set,
+        passed on to the draw. UserError for labels or ids of another shape or type.
         """
         check_labels(labels)
         self._begin(latents, labels, generator, ids)
@@ -134,10 +141,11 @@ class FlowMatching(_Objective):
 
 
 class StableTargetField(_Objective):
-    """STF (Xu et al., 2023): the samples of one set are the references of those of them that are perturbed.
+    """Stable Target Field (STF; Xu et al., 2023): samples of a set are perturbed, with the set as their references.
 
-    The references of a labelled row are those of its class in the set; of a row without label, the whole set.
-    references_from: below this time the target is plain flow matching's, and nothing is weighed.
+    The target averages the conditional velocity over the references, weighted by how likely each made x_t. A row with
+    a label has the set's samples of its class as references, a row without one the whole set. references_from: the
+    time in [0, 1] below which the target is that of plain flow matching.
     """
 
     @renamed(protocol="settings")
@@ -155,11 +163,12 @@ class StableTargetField(_Objective):
         anchors: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Draw:
-        """references (n, *shape) with labels (n,), or None for data of one class; anchors: positions (B,) in the set
-        that are perturbed (all if None).
+        """Perturb samples of the set `references` (n, *shape) with labels (n,) int64, or None for data of one class.
 
-        The anchors must be chosen independently of the references' values, or the target is biased. UserError for
-        labels or ids of another shape or type.
+        generator: the source of times, noise and dropped labels. anchors: positions (B,) int64 in the set of the
+        samples to perturb, all if None; they must be chosen independently of the references' values, or the target is
+        biased. ids: (n,) int64, the references' rows in the data set. UserError for labels, anchors or ids of another
+        shape or type.
         """
         self._begin(references, labels, generator, ids)
         if anchors is not None:
@@ -185,10 +194,10 @@ class StableTargetField(_Objective):
     def draw_over_blocks(
         self, anchors: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]], generator: AnyGenerator
     ) -> Draw:
-        """The same for unlabelled anchors (B, *shape) of a set that comes in blocks, in the memory of one block.
+        """Like `draw`, for anchors (B, *shape) without labels and a set read in blocks, one in memory at a time.
 
-        blocks: pairs of references (n, *shape) and keep (B, n), False where a reference is the row's own anchor, or
-        None where the block holds no anchor.
+        blocks: pairs of references (n, *shape) and keep (B, n) bool, which is False where a reference is the row's own
+        anchor; keep may be None where the block holds no anchor.
         """
         self._begin(anchors, None, generator)
         noisy = _perturb(self.settings, anchors, generator)
@@ -203,15 +212,18 @@ class StableTargetField(_Objective):
 
 
 class StableVM(_Objective):
-    """StableVM (Yang et al., 2026): references from a bank of each class's recent samples.
+    """StableVM (Yang et al., 2026): the references of a sample are a bank's recent samples of its class.
 
-    anchors: which sample makes x_t. "bank", as published: a class uniform over classes, then one of its entries;
-    "batch": the fresh sample itself. Rows whose label was dropped have references from all classes, `pool_size` of them
-    drawn anew each time. Their weights hold the prior probability that an entry is the anchor: its class's share among
-    the anchors over its class's entries; without it the target is biased where classes differ (docs/theory.md).
-    class_shares: (classes,), of the fresh samples' classes; where not given, those seen so far.
-    references_from: below this time the target is plain flow matching's, and nothing is weighed; unbiased for every
-    value, as the time is drawn independently of all else (docs/theory.md).
+    The target averages the conditional velocity over the references, weighted by how likely each made x_t.
+
+    anchors: the samples to perturb. "bank", as published, draws a class uniformly and then one of its entries; "batch"
+    takes the fresh samples themselves. A row whose label was dropped has references from all classes, `pool_size` of
+    them, drawn again at each step. Their weights include the prior probability that an entry is the anchor, which is
+    its class's share of the anchors divided by the number of the class's entries; without it the target is biased
+    where classes differ in size (docs/theory.md).
+    class_shares: (classes,), the shares of the classes among the fresh samples; if None, those seen so far.
+    references_from: the time in [0, 1] below which the target is that of plain flow matching. Every value is unbiased,
+    because the time is drawn independently of everything else (docs/theory.md).
     """
 
     bank: ClassBank
@@ -230,7 +242,7 @@ class StableVM(_Objective):
         if anchors not in ("bank", "batch"):
             raise UserError(f"{arg('anchors')} {anchors!r}: expected bank or batch")
         if pool_size < 1:
-            raise UserError(f"a pool of {pool_size} references: expected at least 1")
+            raise UserError(f"{arg('pool_size')} {pool_size}: expected at least 1")
         if class_shares is not None:
             check_shares(class_shares, bank.num_classes)
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
@@ -254,16 +266,20 @@ class StableVM(_Objective):
         slots: Tensor | None = None,
         pool_generator: torch.Generator | None = None,
     ) -> Draw:
-        """Insert fresh latents (B, *shape) of classes labels (B,) int64 into the bank, then draw B to regress on.
+        """Insert fresh latents (B, *shape) with labels (B,) int64 into the bank, then draw B samples to regress on.
 
-        With the bank's anchors (the default) these are not the fresh samples: whatever else the network is given about
-        a sample belongs to the rows `ids` of the draw. The draw is float32, and no gradient flows to the latents.
-        UserError where the batch does not fit the bank. Values are looked at on a CPU only, a GPU would be waited for:
-        there a label out of range ends in an assertion of the device, and what is not finite stays in the bank.
+        With anchors from the bank (the default) the drawn samples are not the fresh ones: anything else that the
+        network is given about a sample must be that of the rows `ids` of the draw. The draw is float32, and no gradient
+        flows to the latents.
 
-        ids: dataset rows of the latents, by which copies are recognised. slots: where the caller has inserted them
-        already (with the other processes' ones). pool_generator: where the shared pool comes from, if not from
-        `generator` (needed when that holds one generator for each row).
+        generator: the source of anchors, times, noise and dropped labels. ids: (B,) int64, the latents' rows in the
+        data set, by which copies are recognised. slots: (B,) int64, the latents' slots if the caller has already
+        inserted them (together with those of other processes). pool_generator: the source of the references of all
+        classes, `generator` if None; required when `generator` is a RowGenerators.
+
+        UserError where the batch does not fit the bank. Values are checked on a CPU only, because on a GPU the check
+        would have to wait for it: there a label out of range ends in a device-side assertion, and values that are not
+        finite stay in the bank.
         """
         check_labels(labels)
         self._begin(latents, labels, generator, ids)
@@ -271,7 +287,7 @@ class StableVM(_Objective):
         if not latents.device == labels.device == self.bank.device:
             raise UserError(
                 f"latents are on {latents.device}, labels on {labels.device}, the bank on {self.bank.device}: expected "
-                "one device (the bank's is ClassBank(..., device=...))"
+                "the same device for all (set the bank's with ClassBank(..., device=...))"
             )
         latents = latents.detach().float()
         if slots is None:
@@ -286,7 +302,7 @@ class StableVM(_Objective):
         shown, dropped = _drop_labels(self.settings, labels, generator)
         if pool_generator is None:
             if not isinstance(generator, torch.Generator):
-                raise ValueError("with one generator for each row the pool needs one of its own: give pool_generator")
+                raise ValueError("generator is a RowGenerators, which can't draw the shared pool: give pool_generator")
             pool_generator = generator
         corrections = self._weigh(noisy, labels, slots, ids, dropped, pool_generator)
         return _finish(self.settings, noisy, shown, ids, corrections)
@@ -300,7 +316,9 @@ class StableVM(_Objective):
         dropped: Tensor,
         pool_generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Offsets `x0 - m` and effective sample sizes; labelled rows by class, the others against the pool."""
+        """Offsets `x0 - m` (B, *shape) and effective sample sizes (B,): labelled rows are weighed against their class,
+        the others against the pool.
+        """
         offset, ess = torch.zeros_like(noisy.x0), torch.ones_like(noisy.t)
         weighed = noisy.host_t >= self.references_from
         for is_pool, chosen in ((False, weighed & ~dropped), (True, weighed & dropped)):
@@ -320,7 +338,7 @@ class StableVM(_Objective):
     def _pool(
         self, labels: Tensor, slots: Tensor, ids: Tensor, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of references (n, *shape) over all classes, and of their log prior odds against each anchor (R, n)."""
+        """Blocks of references (n, *shape) from all classes, with their log prior odds against each anchor (R, n)."""
         picked, filled = self.bank.draw_pool(self.pool_size, generator)
         log_prior = (self._shares() / self.bank.counts).log()
         odds = log_prior[picked // self.bank.capacity] - log_prior[labels, None]
@@ -332,19 +350,22 @@ class StableVM(_Objective):
             yield self.bank.gather(part), prior
 
     def _shares(self) -> Tensor:
-        """Of each class among the anchors, up to a factor."""
+        """The share of each class among the anchors (classes,), up to a constant factor."""
         if self.anchors == "bank":
             return (self.bank.counts > 0).float()
         return self.bank.seen.float() if self.class_shares is None else self.class_shares
 
 
 def draw_anchors(bank: ClassBank, rows: int, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
-    """Labels and flat slots (rows,) of the samples to perturb: the first numbers that `StableVM.draw` takes."""
+    """Draw the labels and flat slots (rows,) of the samples to perturb, as `StableVM.draw` does first."""
     return bank.draw(rand((rows, 2), generator))
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample: (B,), float32. UserError where the shapes differ: broadcasting hides mistakes."""
+    """Mean squared error of each sample: (B,), float32, for a prediction and a target (B, ...).
+
+    UserError where their shapes differ, because broadcasting would hide the mistake.
+    """
     if prediction.shape != target.shape:
         raise UserError(
             f"the prediction is {tuple(prediction.shape)}, the target {tuple(target.shape)}: expected the same"
@@ -373,8 +394,8 @@ def _time(references_from: float) -> float:
 def _weigh_from(
     references_from: float, noisy: _Noisy, weigh: Callable[[Tensor | slice], Posterior]
 ) -> tuple[Tensor, Tensor]:
-    """Offsets and effective sample sizes: those of `weigh(rows)` from that time on, 0 and 1 below, as without
-    references. The rows are found on the host, so that no device is waited for.
+    """Offsets and effective sample sizes: `weigh(rows)` for rows with t >= references_from; 0 and 1 for the others, as
+    without references. The rows are selected on the host, without waiting for the GPU.
     """
     offset, ess = torch.zeros_like(noisy.x0), torch.ones_like(noisy.t)
     chosen = noisy.host_t >= references_from
@@ -394,7 +415,7 @@ def _perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerat
 
 
 def _drop_labels(settings: ObjectiveSettings, labels: Tensor, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
-    """The labels that the network sees, and which were dropped (on the host, where their number is needed)."""
+    """The labels that the network sees, and a mask of the dropped ones (on the host, where their number is needed)."""
     if settings.null_class is None:
         return labels, torch.zeros(len(labels), dtype=torch.bool)
     dropped = rand((len(labels),), generator) < settings.label_dropout
@@ -408,7 +429,7 @@ def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
 def _finish(
     settings: ObjectiveSettings, noisy: _Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
 ) -> Draw:
-    """The target: CFM's, plus the correction that the references make where there are any (docs/theory.md)."""
+    """The draw, whose target is that of CFM plus the correction from the references, if any (docs/theory.md)."""
     ess = torch.ones_like(noisy.t) if correction is None else correction[1]
     if settings.prediction == "x":
         target = noisy.x0 if correction is None else noisy.x0 - correction[0]

@@ -1,12 +1,12 @@
-"""The posterior mean `m(x_t) = E[x0 | x_t]` over reference samples: the one attention-like kernel of this library.
+"""The posterior mean `m(x_t) = E[x0 | x_t]` over reference samples, computed like attention.
 
 With `x_t = alpha x0 + sigma noise`, where x0 (the *anchor*) is one of the references, and `lam = alpha / sigma`,
 
     logit_k = -0.5 lam^2 |x0 - b_k|^2 - lam noise.(x0 - b_k),    m = sum_k softmax(logit)_k b_k
 
-(the anchored form of the self-normalised estimator of Xu et al., 2023, "Stable Target Field", equation 6, which
-StableVM, Yang et al., 2026, takes over). The anchor's own logit is 0, so it needs no entry among the references: it
-always takes part, exactly once, and `references` hold the others.
+This is the anchored form of the self-normalised estimator of Xu et al. (2023, "Stable Target Field", equation 6), which
+StableVM (Yang et al., 2026) uses too. The anchor's own logit is 0, so it needs no entry among the references: it always
+takes part exactly once, and `references` holds the others.
 """
 
 import math
@@ -20,15 +20,15 @@ from stablevm.interpolant import Interpolant
 from stablevm.support.precision import full_precision
 from stablevm.support.shapes import ShownByShape
 
-# Logits this far below the largest get the weight 0: e^-43 is 2e-19, and the square of anything smaller is below
-# float32's normal numbers, which makes a CPU slow.
+# Logits this far below the largest get weight 0: e^-43 is 2e-19, and the square of any smaller weight is subnormal in
+# float32, which is slow on a CPU.
 LEAST_EXPONENT = -43.0
 LEAST_WEIGHT = math.exp(LEAST_EXPONENT)
 
 
 @dataclass(frozen=True)
 class _Limits:
-    """What is worked on at once: values of references, and logits."""
+    """How many values of references, and how many logits, are held in memory at once."""
 
     values: int
     logits: int
@@ -40,7 +40,7 @@ _CPU, _ACCELERATOR = _Limits(values=2**21, logits=2**17), _Limits(values=2**26, 
 
 @dataclass(frozen=True, repr=False)
 class Posterior(ShownByShape):
-    """`offset` is `x0 - m`, shaped like the anchors; `ess` (B,) is the effective sample size `1 / sum_k w_k^2`."""
+    """Result of `posterior`: `offset` is x0 - m (B, *shape), `ess` (B,) the effective sample size 1 / sum_k w_k^2."""
 
     offset: Tensor
     ess: Tensor
@@ -57,20 +57,20 @@ def posterior(
     groups: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Posterior:
-    """Weigh each anchor against its references.
+    """Compute the posterior mean of each row over its anchor and its references, as the offset from the anchor.
 
     anchors, noise: (B, *shape), the x0 and the noise that made x_t; t: (B,) times in [0, 1].
-    references: float32 or stored float16, in one of three arrangements:
+    references: float32, or float16 from storage, in one of three arrangements:
         (n, *shape)                  one set for all rows;
         (B, n, *shape)               one set per row;
         (G, n, *shape) with groups   a bank of G sets; row i uses set groups[i] (int64).
     keep: (B, n) bool, False where a reference takes no part in a row (an empty slot, a copy of the anchor); or float,
-        the logarithm of each reference's prior probability over the anchor's, -inf where it takes no part.
+        the log of the ratio of each reference's prior probability to the anchor's, -inf where it takes no part.
 
-    The arithmetic is float32 or wider with full-precision products even under autocast and TF32. Differences are
-    taken before products wherever a row has its references to itself, and products of shared references are float64,
-    so that references that nearly coincide keep their distances. Where sigma = 0 (t = 0) the noisy sample is its
-    anchor, and the references drop out.
+    All arithmetic is float32 or wider, with full-precision products even under autocast and TF32. Where each row has
+    references of its own, differences are taken before products; products with shared references are float64. So
+    references that nearly coincide are still told apart. Where sigma = 0 (t = 0), x_t equals its anchor: the offset is
+    0 and the effective sample size is 1.
     """
     flat = references.flatten(references.ndim - anchors.ndim + 1)
     x0, eps, lam = _flat_rows(path, anchors, noise, t)
@@ -83,7 +83,7 @@ def posterior(
             offset, ess = _per_row(x0, eps, lam, flat, None, keep)
         elif anchors.device.type == "cpu":
             offset, ess = _per_group(x0, eps, lam, flat, groups, keep)
-        else:  # finding the groups would make the host wait for the device
+        else:  # to find the groups, the host would have to wait for the GPU
             offset, ess = _per_row(x0, eps, lam, flat, groups, keep)
     return _posterior(anchors, lam, offset, ess)
 
@@ -92,9 +92,9 @@ def posterior(
 def posterior_over_blocks(
     path: Interpolant, anchors: Tensor, noise: Tensor, t: Tensor, blocks: Iterable[tuple[Tensor, Tensor | None]]
 ) -> Posterior:
-    """`posterior` over one set for all rows that comes in blocks: pairs (references (n, *shape), keep (B, n) or None).
+    """Like `posterior`, over one set for all rows that is read in blocks, one in memory at a time.
 
-    Memory is that of one block, however many there are.
+    blocks: pairs of references (n, *shape) and keep (B, n) or None, as in `posterior`.
     """
     x0, eps, lam = _flat_rows(path, anchors, noise, t)
     with full_precision(anchors.device):
@@ -106,14 +106,14 @@ def posterior_over_blocks(
 
 
 def _flat_rows(path: Interpolant, anchors: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors and noise as (B, d) float32, and lam = alpha / sigma (B,) in float64, infinite at t = 0."""
+    """Anchors and noise as (B, d) float32, and lam = alpha / sigma as (B,) float64, infinite at t = 0."""
     rows = anchors.shape[0]
     at = path.coefficients(t.double().expand(rows))
     return anchors.reshape(rows, -1).float(), noise.reshape(rows, -1).float(), at.alpha / at.sigma
 
 
 def _posterior(anchors: Tensor, lam: Tensor, offset: Tensor, ess: Tensor) -> Posterior:
-    """Where lam is infinite x_t is the anchor, and the references drop out."""
+    """The result in the anchors' shape; offset 0 and sample size 1 where lam is infinite, since x_t is the anchor."""
     finite = lam.isfinite()
     offset = torch.where(finite[:, None], offset, 0.0)
     return Posterior(offset.reshape(anchors.shape), torch.where(finite, ess, 1.0))
@@ -122,7 +122,7 @@ def _posterior(anchors: Tensor, lam: Tensor, offset: Tensor, ess: Tensor) -> Pos
 def _per_group(
     x0: Tensor, eps: Tensor, lam: Tensor, bank: Tensor, groups: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the same group share one pass over its references; nothing is gathered."""
+    """Offsets and sample sizes; rows of the same group share one pass over its references, and nothing is copied."""
     offset, ess, room = torch.empty_like(x0), torch.empty_like(lam, dtype=torch.float32), _Workspace(x0.device)
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero().squeeze(1)
@@ -135,7 +135,9 @@ def _per_group(
 def _per_row(
     x0: Tensor, eps: Tensor, lam: Tensor, sets: Tensor, groups: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Each row has its references to itself (gathered, where it has a group); a bounded number of rows at a time."""
+    """Offsets and sample sizes for rows with references of their own (copied from the bank where `groups` is given),
+    computed for a limited number of rows at a time.
+    """
     parts, room = [], _Workspace(x0.device)
     chunk = max(1, room.limits.values // max(1, sets[0].numel()))
     for start in range(0, x0.shape[0], chunk):
@@ -149,14 +151,17 @@ def _per_row(
 def _attend(
     x0: Tensor, eps: Tensor, lam: Tensor, refs: Tensor, keep: Tensor | None, room: "_Workspace"
 ) -> tuple[Tensor, Tensor]:
-    """G groups of R rows that share n references: x0, eps (G, R, d), lam (G, R), refs (G, n, d), keep (G, R, n)."""
+    """Offsets (G, R, d) and sample sizes (G, R) for G groups of R rows that share n references.
+
+    x0, eps: (G, R, d); lam: (G, R); refs: (G, n, d); keep: (G, R, n).
+    """
     weighing = _Weighing(x0, eps, lam, room)
     weighing.add(refs, keep)
     return weighing.result()
 
 
 class _Workspace:
-    """Memory for intermediate values that is used again: a CPU would otherwise map new pages for each block."""
+    """Reused memory for intermediate values; otherwise a CPU would map new pages for each block."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -164,7 +169,7 @@ class _Workspace:
         self._flat: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor with any content; it is the same memory for the same name."""
+        """An uninitialised tensor; the same name gives the same memory."""
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size or flat.dtype != dtype:
@@ -173,15 +178,15 @@ class _Workspace:
 
 
 class _Weighing:
-    """The softmax over references, taken in blocks (the online softmax of Milakov and Gimelshein, 2018).
+    """The softmax over references, computed block by block (online softmax: Milakov and Gimelshein, 2018).
 
-    Everything is measured from the group's first anchor. With one row per group that is the anchored form itself;
-    with more, `|x0 - b|^2` is expanded around that centre and the products are float64, where the cancellation of the
-    expansion does no harm. Terms that are the same for all references of a row are left out of the logits.
+    All vectors are relative to the group's first anchor. With one row per group this is the anchored form itself; with
+    more, `|x0 - b|^2` is expanded around that centre in float64, where the cancellation of the expansion is harmless.
+    Terms that are equal for all references of a row are left out of the logits.
     """
 
     def __init__(self, x0: Tensor, eps: Tensor, lam: Tensor, room: "_Workspace") -> None:
-        """x0, eps (G, R, d) and lam (G, R); the anchor alone takes part so far, with the weight 1."""
+        """Start from the anchors alone, each with weight 1: x0, eps (G, R, d) and lam (G, R)."""
         self.room = room
         self.dtype = torch.float32 if x0.shape[1] == 1 else torch.float64
         self.centre = x0[:, :1].to(self.dtype)
@@ -195,7 +200,7 @@ class _Weighing:
         self.offset = torch.zeros_like(self.own)
 
     def add(self, refs: Tensor, keep: Tensor | None) -> None:
-        """Let references (G, n, d) take part in all rows, or in those where keep (G, R, n) says so."""
+        """Add references (G, n, d) to all rows, or to those where keep (G, R, n) allows it."""
         groups, rows, width = self.own.shape
         count, limits = refs.shape[1], self.room.limits
         block = max(1, min(count, limits.logits // (groups * rows), limits.values // (groups * width)))
@@ -210,7 +215,7 @@ class _Weighing:
         narrow = self.room.take("narrow", (groups, rows, count), torch.float32)
         differences = self.room.take("differences", (groups, count, width), self.dtype)
         if refs.is_cpu and refs.dtype != self.dtype:
-            refs = differences.copy_(refs)  # as the subtraction would do itself, but in new memory
+            refs = differences.copy_(refs)  # the subtraction would convert them too, but in new memory
         delta = torch.sub(refs, self.centre, out=differences)
         squares = torch.linalg.vector_norm(delta, dim=-1).square()[:, None]
         logits = torch.bmm(self.query, delta.mT, out=wide).addcmul_(self.half_square, squares, value=-1)
@@ -219,7 +224,7 @@ class _Weighing:
         elif keep is not None:
             logits.add_(keep)
         peak = torch.maximum(self.peak, logits.amax(-1, keepdim=True))
-        # Made zero after the exponential, because that of an infinite number takes a CPU 20 times as long.
+        # Set to zero only after the exponential: on a CPU, exp(-inf) takes 20 times as long.
         weights = narrow.copy_(logits.sub_(peak)).clamp_(min=LEAST_EXPONENT - 1).exp_()
         torch.threshold_(weights, LEAST_WEIGHT, 0.0)
         shrink = (self.peak - peak).exp()

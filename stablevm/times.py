@@ -1,4 +1,4 @@
-"""How training times are drawn."""
+"""Distributions of training times: uniform, EDM's log-normal noise levels, SD3's logit-normal."""
 
 from typing import Literal, get_args
 
@@ -18,10 +18,13 @@ LOG_RATIO_MOMENTS = {"lognormal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
 
 @renamed(stream="generator")
 def draw_times(name: TimeName, path: Interpolant, rows: int, generator: AnyGenerator) -> Tensor:
-    """Training times (B,) in [0, 1], float32 on the CPU.
+    """Draw `rows` training times in [0, 1]: a tensor (rows,), float32 on the CPU.
 
-    uniform: U[0, 1). lognormal: EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2). logit_normal: N(0, 1) instead,
-    which on the linear path is the logit-normal distribution of SD3. Both become times through the path in use.
+    name: "uniform" is U[0, 1). "lognormal" draws EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2), and
+    "logit_normal" draws ln(sigma/alpha) ~ N(0, 1), which on the linear path is SD3's logit-normal distribution of t;
+    `path` turns these ratios into times.
+
+    Raises UserError for any other name.
     """
     if name == "uniform":
         return rand((rows,), generator)

@@ -1,4 +1,4 @@
-"""How noisy the targets are: the variance of CFM's and StableVM's about the exact velocity, over time."""
+"""The variance of the targets of CFM and StableVM about the exact velocity, as a function of time."""
 
 import dataclasses
 import itertools
@@ -14,17 +14,18 @@ from stablevm.support.moved import renamed
 from stablevm.support.rng import rand, randn
 
 BAND = (0.15, 0.85)  # quantiles over samples, as published
-# Up to the split point fewer references than this take part, on average: x_t still tells which sample it came from.
+# Below the split point the mean effective sample size is less than this: x_t still tells which sample it came from.
 SPLIT_ESS = 2.0
-OPEN_SHARE = 0.5  # of the data's variance that x_t leaves open at tau: there w(tau) = 1/2 for sigmoid and snr
-PASS_ROWS = 100  # anchors that read a class's data together, each with all times
+OPEN_SHARE = 0.5  # of the data's variance is unexplained by x_t at tau, where w(tau) = 1/2 for sigmoid and snr
+PASS_ROWS = 100  # anchors that share one pass over a class's data, each at all times
 
 
 @dataclass(frozen=True)
 class VarianceCurve:
-    """Per time: squared errors per dimension of the targets, and StableVM's mean effective sample size.
+    """The variance of the targets at each time, per dimension, and the mean effective sample size of StableVM.
 
-    `cfm` and `stablevm` are means over samples, the bands their 15 % and 85 % quantiles.
+    cfm, stablevm: the squared error of the target about the exact velocity, per dimension, averaged over samples; each
+    band holds its 15 % and 85 % quantiles. ess: the mean effective sample size. All lists have one entry per time `t`.
     """
 
     t: list[float]
@@ -33,11 +34,13 @@ class VarianceCurve:
     cfm_band: list[tuple[float, float]]
     stablevm_band: list[tuple[float, float]]
     ess: list[float]
-    references: int  # per sample, the anchor among them
+    references: int  # per sample, including the anchor
 
     @classmethod
     def of(cls, times: Tensor, references: int, samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "VarianceCurve":
-        """From, per time, squared errors per dimension of CFM and StableVM and effective sample sizes: (rows,) each."""
+        """Average samples: for each time, the squared errors per dimension of CFM and of StableVM and the effective
+        sample sizes, (rows,) each.
+        """
         cfm, stablevm, ess = zip(*samples, strict=True)
         return cls(
             times.tolist(),
@@ -50,10 +53,10 @@ class VarianceCurve:
         )
 
     def of_noise(self, path: Interpolant) -> "VarianceCurve":
-        """The curve of targets for the noise, which is -sigma times the score; this one is of velocities.
+        """The curve for targets that are the noise (-sigma times the score), converted from this one for velocities.
 
-        At a given x_t the noise is affine in the velocity, `noise = (alpha v - alpha' x_t) / wronskian`, so that each
-        squared error is multiplied by `(alpha / wronskian)^2`: `(1 - t)^2` on the linear path.
+        At a given x_t the noise is affine in the velocity, `noise = (alpha v - alpha' x_t) / wronskian`, so each
+        squared error is multiplied by `(alpha / wronskian)^2`, which is `(1 - t)^2` on the linear path.
         """
         c = path.coefficients(torch.tensor(self.t, dtype=torch.float64))
         factors = (c.alpha / c.wronskian).square().tolist()
@@ -73,15 +76,15 @@ class VarianceCurve:
         )
 
     def split_point(self) -> float:
-        """xi: the largest time up to which the mean effective sample size stays below SPLIT_ESS; 0 if there is none."""
+        """The split point xi: the largest time up to which the mean effective sample size stays below 2, or 0."""
         below = itertools.takewhile(lambda point: point[1] < SPLIT_ESS, zip(self.t, self.ess, strict=True))
         return max((time for time, _ in below), default=0.0)
 
     def recommended_tau(self, path: Interpolant) -> float:
-        """The time at which x_t leaves half of the data's variance open; the curve must reach t = 1.
+        """The time at which x_t leaves half of the data's variance unexplained; the curve must end at t = 1.
 
-        `V_CFM = gain^2 E[tr Cov(x0 | x_t)] / d`, so the curve over gain^2, relative to t = 1, is the share left open.
-        It rises from 0 at t = 0; between the curve's times it is taken as linear.
+        `V_CFM = gain^2 E[tr Cov(x0 | x_t)] / d`, so the curve divided by gain^2, relative to its value at t = 1, is the
+        unexplained share. It is 0 at t = 0 and interpolated linearly between the curve's times.
         """
         assert self.t[-1] == 1
         gain = path.offset_gain(torch.tensor(self.t, dtype=torch.float64), torch.tensor(self.t)).tolist()
@@ -105,13 +108,15 @@ def variance_curve(
     generator: torch.Generator,
     references_from: float = 0.0,
 ) -> VarianceCurve:
-    """`V(t) = E |target - v(x_t)|^2 / d` for latents (N, *shape) with labels (N,), at times (T,).
+    """Measure `V(t) = E |target - v(x_t)|^2 / d` on latents (N, *shape) with labels (N,), at times (T,) in [0, 1].
 
-    v is the exact velocity of the class's empirical distribution: the whole class is its posterior (docs/theory.md).
-    Each time uses `rows` anchors drawn from the data, each with `references - 1` others of its class (fewer where the
-    class is smaller) for StableVM, which takes part from the time `references_from` on.
+    v is the exact velocity of the class's empirical distribution, computed with the whole class as references
+    (docs/theory.md). At each time `rows` anchors are drawn from the data. For StableVM each has `references - 1` other
+    samples of its class as references (fewer where the class is smaller); below the time `references_from` its target
+    is that of CFM.
 
-    latents: as training sees them, a draw of each sample's mean and deviation, where its autoencoder gives both.
+    latents: as training sees them, that is, sampled if the autoencoder gives a mean and a deviation for each image.
+    generator: a CPU generator, the source of anchors, noise and references.
     """
     members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
 
@@ -143,10 +148,11 @@ def streamed_variance_curve(
     generator: torch.Generator,
     references_from: float = 0.0,
 ) -> VarianceCurve:
-    """The same without labels, for data of any size: `blocks()` reads all `count` samples (n, *shape) in order.
+    """Like `variance_curve`, without labels, for data of any size: `blocks()` reads all `count` samples in order, in
+    blocks (n, *shape).
 
-    Memory is that of a block, of `references` samples and of `rows` samples at each time; the data is read twice.
-    The same anchors and the same references serve all times.
+    In memory are one block, `references` samples, and `rows` samples for each time; the data is read twice. All times
+    use the same anchors and the same references.
     """
     errors = _streamed_errors(path, blocks, count, times, references, rows, generator, references_from)
     return VarianceCurve.of(times, references, zip(*errors, strict=True))
@@ -163,9 +169,11 @@ def class_variance_curve(
     references_from: float = 0.0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> VarianceCurve:
-    """The same with labels, for classes of any size: pairs of a class's count and of what reads its samples in blocks.
+    """Like `variance_curve`, for classes of any size: each is a pair of its number of samples and a function that reads
+    them in blocks (n, *shape).
 
-    Every class gets `rows` anchors, PASS_ROWS at a time with references of their own; `progress` hears of each pass.
+    Each class has `rows` anchors, in groups of PASS_ROWS with the same references. `progress` is called after each
+    group with its number of anchors.
     """
     parts = []
     for count, blocks in classes:
@@ -187,7 +195,7 @@ def _streamed_errors(
     generator: torch.Generator,
     references_from: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Errors of CFM and of StableVM, and effective sample sizes: each a list over times of (rows,)."""
+    """Squared errors of CFM and of StableVM, and effective sample sizes: each a list over times of (rows,)."""
     anchors = torch.randint(count, (rows,), generator=generator)
     subset = torch.randperm(count, generator=generator)[: references - 1]
     x0, few = (_pick(blocks(), rows_) for rows_ in (anchors, subset))
@@ -212,8 +220,10 @@ def _streamed_errors(
 def _errors(
     path: Interpolant, t: Tensor, exact: Tensor, few: Posterior, references_from: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared errors per dimension (rows,) of CFM and StableVM: both targets differ from v by the gain times a
-    difference of posterior means. Below `references_from` StableVM's is CFM's.
+    """Squared errors per dimension of CFM and StableVM, and the effective sample sizes: (rows,) each.
+
+    Both targets differ from v by the gain times a difference of posterior means. Below `references_from` the target of
+    StableVM is that of CFM.
     """
     gain, weighed = align(path.offset_gain(t, t), exact), t >= references_from
     offset, ess = torch.where(align(weighed, exact), few.offset, 0.0), torch.where(weighed, few.ess, 1.0)
@@ -226,14 +236,14 @@ def _band(values: Tensor) -> tuple[float, float]:
 
 
 def _choose(allowed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """A mask of at most `count` of each row's allowed columns, at random."""
+    """A mask of `count` random allowed columns in each row, or of all where fewer are allowed."""
     keys = rand(allowed.shape, generator).masked_fill(~allowed, -1.0)
     best = keys.topk(min(count, keys.shape[1]), dim=1).indices
     return torch.zeros_like(allowed).scatter_(1, best, True) & allowed
 
 
 def _pick(blocks: Iterable[Tensor], rows: Tensor) -> Tensor:
-    """The samples at `rows` of a data set that is read in blocks."""
+    """The samples at positions `rows` of a data set that is read in blocks: (rows, *shape), float32."""
     found: Tensor | None = None
     start = 0
     for block in blocks:

@@ -1,1 +1,1 @@
-"""Statistics of features: each metric in a file."""
+"""Metrics of image features, one file for each."""

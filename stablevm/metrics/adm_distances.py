@@ -1,8 +1,8 @@
-"""Precision and recall as ADM's evaluation script gets them: squared distances in float16.
+"""Precision and recall as in ADM's evaluation script, which computes squared distances in float16.
 
-For comparison with published numbers alone: float16 has 11 digits, so that squared distances of a few hundred are
-rounded to quarters, and a point just outside a ball may count as inside, or one inside as outside: precision moved by
--0.002 to +0.0023 and recall by -0.002 to +0.003 where it was measured.
+Use them only for comparison with published numbers. float16 has 11 significant bits, so squared distances of a few
+hundred are rounded to quarters, and a point near the edge of a ball may count on the wrong side. Where this was
+measured, precision changed by -0.002 to +0.0023 and recall by -0.002 to +0.003.
 """
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor
 from stablevm.metrics.neighbours import PRECISION_RECALL_K, Membership, check_counts
 from stablevm.support.precision import full_precision
 
-BLOCK = 10_000  # rows and columns of the script's blocks; a block in which anything overflows is float32 as a whole
-ROWS_AT_ONCE = 1024  # of a block, where it is widened to float32
+BLOCK = 10_000  # rows and columns of the script's blocks; if any value overflows, the whole block is float32
+ROWS_AT_ONCE = 1024  # rows of a block that are widened to float32 at once
 
 
 def membership_adm(
     reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K, device: torch.device | None = None
 ) -> Membership:
-    """`neighbours.membership` by the script's arithmetic; a point is among its own nearest neighbours, and is skipped
-    as the first of them.
+    """Like `neighbours.membership`, with the arithmetic of ADM's script.
 
-    What float16 sums lose on a TensorFlow 1 GPU depends on its kernels; here sums are rounded once, at their end.
+    As there, the smallest distance of a point is taken for that to itself, and skipped. How the script's float16 sums
+    are rounded depends on TensorFlow's GPU kernels; here a sum is rounded once, at its end.
     """
     check_counts(reference, samples, k)
     device = device or reference.device
@@ -42,7 +42,7 @@ def membership_adm(
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Squared distance of each to its k-th neighbour, (n,)."""
+    """The squared distance (n,) of each row to its k-th nearest neighbour."""
     best = torch.full((len(features), k + 1), torch.inf, dtype=torch.float32, device=features.device)
     for start in range(0, len(features), BLOCK):
         for other_start in range(0, len(features), BLOCK):
@@ -56,7 +56,7 @@ def _radii(features: Tensor, k: int) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """max(|a|^2 - 2ab + |b|^2, 0) of all pairs, each step rounded to float16; float32 where float16 overflows."""
+    """max(|a|^2 - 2ab + |b|^2, 0) for all pairs, with each step rounded to float16; float32 where float16 overflows."""
     halves = _by_norms(a.half(), b.half())
     return halves if halves.isfinite().all() else _by_norms(a, b)
 

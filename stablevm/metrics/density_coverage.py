@@ -1,4 +1,4 @@
-"""Density and coverage (Naeem et al., 2020): which reference images' neighbourhoods hold samples."""
+"""Density and coverage (Naeem et al., 2020): how many samples lie near each reference image, and near how many."""
 
 from typing import Any
 

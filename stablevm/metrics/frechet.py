@@ -1,4 +1,4 @@
-"""The Fréchet distance of features: FID and sFID of the published Inception's, plain distances of others'."""
+"""The Fréchet distance between features, called FID and sFID only for the features of the published Inception."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from stablevm.metrics.statistics import frechet_distance, moments_of
 
 
 def _distance(name: str, kind: str) -> Callable[[FeatureSets], dict[str, Any]]:
-    """Between the features of one kind: "pool", or "spatial", which keep their position."""
+    """A function that computes the distance for features of one kind: "pool", or "spatial", which keep positions."""
 
     def values(sets: FeatureSets) -> dict[str, Any]:
         if kind not in sets.moments:

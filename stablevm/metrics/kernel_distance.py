@@ -1,4 +1,4 @@
-"""Kernel Inception distance (Bińkowski et al., 2018, "Demystifying MMD GANs"): unbiased however few the images."""
+"""Kernel Inception distance (Bińkowski et al., 2018, "Demystifying MMD GANs"), unbiased for any number of images."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from stablevm.metrics.statistics import check_features
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 
-SUBSETS, SUBSET_SIZE = 100, 1000  # as published with the measure
+SUBSETS, SUBSET_SIZE = 100, 1000  # as in the paper
 
 
 def kernel_distance(
@@ -19,11 +19,12 @@ def kernel_distance(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> tuple[float, float]:
-    """Squared maximum mean discrepancy of features (n, width) and (m, width): mean over random subsets, and deviation.
+    """Squared maximum mean discrepancy between features (n, width) and (m, width): its mean and deviation over subsets.
 
-    The kernel is (x.y / width + 1)^3, the estimate the unbiased one (equation 4), which may be below 0. A subset is
-    drawn without replacement from each set, by `seed`; both have `subset_size` rows, or as many as the smaller set.
-    The deviation (divisor `subsets`) tells how much one subset's value varies. Computed in float64.
+    The kernel is (x.y / width + 1)^3, and the estimate is the unbiased one (equation 4), which can be negative. Random
+    subsets of `subset_size` rows, or of the size of the smaller set, are drawn without replacement from each set, with
+    `seed`. The standard deviation (divisor `subsets`) shows how much the value of one subset varies. Computed in
+    float64. UserError for fewer than 2 images or different widths.
     """
     for name, features in (("reference", reference), ("samples", samples)):
         check_features(features)
@@ -37,23 +38,23 @@ def kernel_distance(
         raise UserError(f"subsets {subsets} of {subset_size}: expected at least 1, of at least 2 images")
     size = min(subset_size, len(reference), len(samples))
     device = device or reference.device
-    stream = rng.generator("kernel distance", seed)
+    generator = rng.generator("kernel distance", seed)
     values = []
     for _ in range(subsets):
-        drawn = [torch.randperm(len(each), generator=stream)[:size] for each in (reference, samples)]
+        drawn = [torch.randperm(len(each), generator=generator)[:size] for each in (reference, samples)]
         real, fake = (
             each[rows.to(each.device)].detach().to(device, torch.float64)
             for each, rows in zip((reference, samples), drawn, strict=True)
         )
         values.append(_discrepancy(real, fake))
         if size == len(reference) == len(samples):
-            break  # every subset is the whole of both sets
+            break  # every subset is the whole set
     found = torch.stack(values).cpu()
     return float(found.mean()), float(found.std(correction=0))
 
 
 def _discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """The unbiased estimate from as many rows of each, float64."""
+    """The unbiased estimate from equally many rows of each set, float64."""
     count = len(a)
     within = (_kernel(each, each) for each in (a, b))
     pairs = sum((kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1)) for kernel in within)

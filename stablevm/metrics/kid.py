@@ -1,4 +1,4 @@
-"""KID, the kernel Inception distance; of other features a kernel distance."""
+"""The kernel Inception distance (KID), called a kernel distance for features of other networks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def _distance(name: str) -> Callable[[FeatureSets], dict[str, Any]]:
     return values
 
 
-# Of the whole set alone: it takes time of its own, and is unbiased, so that over the number of samples it is level.
+# Computed for the whole set only: it is slow, and being unbiased it does not depend on the number of samples.
 KID = Metric(
     "kid", "KID", "kernel distance to {images}, unbiased", "lower", "kernel", _distance("kid"), published=True,
     whole_set=True,

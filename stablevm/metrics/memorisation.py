@@ -1,4 +1,4 @@
-"""Memorisation: how many samples are as near to a reference image as copies are."""
+"""Memorisation: the share of samples that are as near to a reference image as a copy would be."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def _memorisation(sets: FeatureSets) -> dict[str, Any]:
 MEMORISATION = Metric(
     "memorisation",
     "memorisation",
-    "share of samples nearer to a reference image than 99 of 100 of those are to another; 0.01 for new images",
+    "share of samples nearer to a reference image than 99 of 100 reference images are to another; 0.01 for new images",
     None,
     "coverage",
     _memorisation,

@@ -1,4 +1,4 @@
-"""What a metric is, and the two sets of features that it compares: all that tables, plots and reports know of one."""
+"""The definition of a metric, for tables, plots and reports, and the two sets of features that it compares."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,27 +15,30 @@ from stablevm.metrics.statistics import AnyMoments, chunk_scores, moments_of
 
 @dataclass(frozen=True)
 class FeatureSets:
-    """One extractor's view of both sets; `stored` are the reference's statistics by kind of features, or empty."""
+    """The features of the samples and of the reference, by one extractor."""
 
     extractor: str
-    published: bool  # the published Inception's: only then is a distance called FID
+    published: bool  # whether it is the published Inception; only then is a distance called FID
     samples: dict[str, Tensor]  # "pool", perhaps "spatial" and "logits": (N, width) each
-    reference: dict[str, Tensor]  # empty where the reference holds no images
-    stored: Mapping[str, AnyMoments]
+    reference: dict[str, Tensor]  # the same for the reference; empty where it holds no images
+    stored: Mapping[str, AnyMoments]  # the reference's statistics by kind of features; empty where it has none
     arithmetic: Literal["exact", "adm"]
     device: torch.device
     section: str = "encoder"  # of the results
 
     @cached_property
     def moments(self) -> dict[str, AnyMoments]:
-        """The reference's by kind of features: stored ones before those of its images, never some of each."""
+        """The reference's moments by kind of features: the stored ones if there are any, else those of its images."""
         if self.stored:
             return {kind: self.stored[kind] for kind in self.samples if kind in self.stored}
         return {kind: moments_of(self.reference[kind]) for kind in self.samples if kind in self.reference}
 
     @cached_property
     def membership(self) -> Membership | None:
-        """Who is in whose balls, and what else distances tell; None where the reference holds no images."""
+        """Which points lie in the other set's balls, with further results of the distances if they are exact.
+
+        None where the reference holds no images.
+        """
         if "pool" not in self.reference:
             return None
         real, fake = self.reference["pool"], self.samples["pool"]
@@ -46,13 +49,13 @@ class FeatureSets:
 
     @property
     def neighbourhood(self) -> Neighbourhood | None:
-        """The membership where it holds all numbers: exact distances, and enough reference images."""
+        """The membership if it is a Neighbourhood, for which distances are exact and images enough; else None."""
         found = self.membership
         return found if isinstance(found, Neighbourhood) else None
 
     @cached_property
     def chunks(self) -> list[float]:
-        """The Inception score's; empty where there are no logits."""
+        """The Inception score of each chunk; empty where there are no logits."""
         return chunk_scores(self.samples["logits"]) if "logits" in self.samples else []
 
 
@@ -61,14 +64,17 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number about two sets of features, which `metrics.table` lists.
+    """A metric of two sets of features; `metrics.table` lists them all.
 
-    values: from both sets to the number under `name`, with others that explain it; {} where it can't be computed.
-    meaning: what a table says of it; {statistics} and {images} stand for what the reference is. A function gets the
-    values. better: which way; None where neither is. panel: plotted together are those of one word, which are shares
-    then. published: True
-    for what only the published Inception's features are called, False for what only others' are. whole_set: it is
-    computed once, not of subsets too.
+    name: its key in the results. title: its name in tables and figures.
+    meaning: its explanation in tables, in which {statistics} and {images} are replaced by names of the reference; or a
+    function from the results to that text.
+    better: "lower" or "higher"; None where neither is better.
+    panel: metrics with the same panel are plotted together.
+    values: computes the results from both sets: the number under `name`, and others that explain it; {} where it can't
+    be computed.
+    published: True if only features of the published Inception have this metric, False if only those of other networks.
+    whole_set: whether it is computed for the whole set only, not for subsets.
     """
 
     name: str
@@ -81,7 +87,7 @@ class Metric:
     whole_set: bool = False
 
     def row(self, values: Values, statistics: str, images: str) -> tuple[str, str | float, str]:
-        """The line of a table: its title, its value and what that means."""
+        """The row of a table: title, value and explanation."""
         meaning = self.meaning if isinstance(self.meaning, str) else self.meaning(values)
         text = meaning.replace("{statistics}", statistics).replace("{images}", images)
         return self.title, values[self.name], text + (f"; {self.better} is better" if self.better else "")

@@ -1,7 +1,8 @@
-"""Sets of features compared by distances: precision and recall, density and coverage, nearest neighbours.
+"""Precision and recall, density and coverage, and nearest neighbours, from distances between two sets of features.
 
-Blocked, and exact: bounds (points.py) sort out, and the few pairs that they leave open are settled by differences in
-float64. The result is that of comparing all pairs one by one, with points on the edge of a ball inside.
+The computation runs in blocks and is exact: bounds on the distances (points.py) decide most pairs, and the few that
+remain are compared by differences in float64. The result is the same as comparing all pairs one by one. A point on the
+edge of a ball counts as inside.
 """
 
 import math
@@ -26,15 +27,18 @@ from stablevm.support.errors import UserError
 
 PRECISION_RECALL_K = 3  # Kynkäänniemi et al., 2019, "Improved precision and recall metric"
 COVERAGE_K = 5  # Naeem et al., 2020, "Reliable fidelity and diversity metrics": equal sets then get 1 - 2^-5 = 0.97
-SPARE_CANDIDATES = 5  # beyond the k nearest by the bounds: enough to prove nearly every row
-PAIRS_MARKED = 512  # measured before those are left out whose row is inside by then
-ROWS_COMPARED_WITH_ALL = BLOCK_ROWS // 8  # their candidates are listed before they are measured
-MEMORISED_SHARE = 0.01  # of real images that count as copies of another: the yardstick of memorisation
+SPARE_CANDIDATES = 5  # kept beyond the k nearest by the bounds: enough to prove nearly every row
+PAIRS_MARKED = 512  # pairs measured at once; afterwards the pairs of rows found to be inside are skipped
+ROWS_COMPARED_WITH_ALL = BLOCK_ROWS // 8  # rows at once, because all their candidates are listed before measuring
+MEMORISED_SHARE = 0.01  # share of real images that count as copies of another; it sets the threshold of memorisation
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Who lies in a ball of the other set: (samples,) and (references,) bool; their means are precision and recall."""
+    """Masks of the samples (n,) and the reference images (m,) that lie in a ball of the other set.
+
+    Their means are precision and recall.
+    """
 
     samples: Tensor
     reference: Tensor
@@ -50,46 +54,48 @@ class Membership:
 
 @dataclass(frozen=True)
 class Neighbourhood(Membership):
-    """Membership by `PRECISION_RECALL_K`, and what else the same distances tell."""
+    """Membership with `PRECISION_RECALL_K` neighbours, and the other metrics of the same distances."""
 
-    holding: Tensor  # (samples,) in how many of the reference's balls of `COVERAGE_K` neighbours each sample lies
-    covered: Tensor  # (references,) whether that ball holds a sample
+    holding: Tensor  # (samples,) number of the reference's balls of `COVERAGE_K` neighbours that hold the sample
+    covered: Tensor  # (references,) whether the image's ball of `COVERAGE_K` neighbours holds a sample
     to_reference: Tensor  # (samples,) distance to the nearest reference image, float64
-    within_reference: Tensor  # (references,) distance to the nearest other one, float64
+    within_reference: Tensor  # (references,) distance to the nearest other reference image, float64
 
     @property
     def density(self) -> float:
-        """Mean number of the reference's balls that hold a sample, over k (Naeem et al., 2020, equation 4)."""
+        """Mean number of the reference's balls that hold a sample, divided by k (Naeem et al., 2020, equation 4)."""
         return float(self.holding.double().mean()) / COVERAGE_K
 
     @property
     def coverage(self) -> float:
-        """Share of the reference's balls that hold a sample (Naeem et al., 2020, equation 5)."""
+        """The share of the reference's balls that hold a sample (Naeem et al., 2020, equation 5)."""
         return float(self.covered.double().mean())
 
     @property
     def memorisation(self) -> float:
-        """`memorised_share` of the samples, with the reference's own distances as the yardstick."""
+        """`memorised_share` of the samples, relative to the distances between the reference images."""
         return memorised_share(self.to_reference, self.within_reference)
 
 
 def memorised_share(samples: Tensor, unseen: Tensor) -> float:
-    """Share of samples that lie nearer to a training image than 99 of 100 real images that were not trained on.
+    """The share of samples that are nearer to a training image than 99 of 100 real images that were not trained on.
 
-    Both are distances to the nearest training image: `samples` (n,) of generated images, `unseen` (m,) of real ones.
-    These are test images; or the training images themselves, each without itself, since a training image that is left
-    out is to the others what a test image is. With q the ceil(m / 100)-th smallest of `unseen`, the share of `samples`
-    that are at most q is returned: about 0.01 for a generator that draws new images, 1 for one that copies. Lower is
-    better down to 0.01. It finds copies of the images that the distances are to, and of no others.
+    samples (n,), unseen (m,): the distances of generated and of real images to the nearest training image. The real
+    images are test images, or the training images themselves, each compared with the others.
+
+    With q the ceil(m / 100)-th smallest of `unseen`, it is the share of `samples` that are at most q: about 0.01 for a
+    generator of new images, 1 for one that copies. Lower is better, down to 0.01. Only copies of the images that the
+    distances refer to are found.
     """
     rank = max(1, math.ceil(MEMORISED_SHARE * len(unseen)))
     return float((samples <= unseen.kthvalue(rank).values).double().mean())
 
 
 def neighbourhood(reference: Tensor, samples: Tensor, device: torch.device | None = None) -> Neighbourhood:
-    """All that distances between features (n, width) tell; UserError for a reference of `COVERAGE_K` rows or fewer.
+    """All metrics of the distances between features (n, width) and (m, width).
 
-    A ball reaches to the k-th nearest neighbour of its centre, itself excluded, and is closed.
+    A closed ball around each point reaches to its k-th nearest neighbour in its own set, not counting itself. UserError
+    for a reference with `COVERAGE_K` rows or fewer.
     """
     check_counts(reference, samples, PRECISION_RECALL_K)
     check_counts(reference, reference, COVERAGE_K)
@@ -110,10 +116,10 @@ def neighbourhood(reference: Tensor, samples: Tensor, device: torch.device | Non
 def membership(
     reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K, device: torch.device | None = None
 ) -> Membership:
-    """Which samples lie inside the reference's manifold, and which of the reference inside the samples'.
+    """Which samples lie inside the reference's manifold, and which reference points inside that of the samples.
 
-    A set's manifold is the union of the closed balls around its points that reach the k-th nearest neighbour, itself
-    excluded (Kynkäänniemi et al., 2019, equations 1 and 2).
+    The manifold of a set is the union of closed balls around its points, each of which reaches to the point's k-th
+    nearest neighbour, not counting itself (Kynkäänniemi et al., 2019, equations 1 and 2).
     """
     check_counts(reference, samples, k)
     real, fake = points(reference, samples, device=device)
@@ -122,13 +128,22 @@ def membership(
 
 
 def precision_recall(reference: Tensor, samples: Tensor, k: int = PRECISION_RECALL_K) -> tuple[float, float]:
-    """Share of samples inside the reference's manifold, and of the reference inside the samples' (both in [0, 1])."""
+    """Precision and recall of samples (n, width) against a reference (m, width), both in [0, 1].
+
+    Precision is the share of samples inside the reference's manifold, recall the share of the reference inside the
+    manifold of the samples (Kynkäänniemi et al., 2019). A manifold is the union of balls that reach from each point to
+    its k-th nearest neighbour. UserError for sets of k rows or fewer, or of different widths.
+    """
     found = membership(reference, samples, k)
     return found.precision, found.recall
 
 
 def coverage(reference: Tensor, samples: Tensor, k: int = COVERAGE_K) -> float:
-    """Share of the reference's k-nearest-neighbour balls that hold a sample (Naeem et al., 2020)."""
+    """Coverage (Naeem et al., 2020): the share of the reference's k-nearest-neighbour balls that hold a sample.
+
+    reference, samples: features (m, width) and (n, width). UserError for sets of k rows or fewer, or of different
+    widths.
+    """
     check_counts(reference, samples, k)
     real, fake = points(reference, samples)
     _, squared = _nearest(real, fake)
@@ -136,29 +151,29 @@ def coverage(reference: Tensor, samples: Tensor, k: int = COVERAGE_K) -> float:
 
 
 def nearest(queries: Tensor, among: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Of each query (n, width), the nearest of `among` (m, width): its position (n,) and its distance, float64 (n,)."""
+    """The nearest row of `among` (m, width) to each query (n, width): its index (n,) and its distance (n,), float64."""
     indices, squared = _nearest(*points(queries, among, device=device))
     return indices.cpu(), squared.sqrt().cpu()
 
 
 def nearest_distance(queries: Tensor, among: Tensor) -> Tensor:
-    """Euclidean distance of each query (n, width) to the nearest of `among` (m, width): float32 (n,)."""
+    """The Euclidean distance of each query (n, width) to the nearest row of `among` (m, width): (n,), float32."""
     return nearest(queries, among)[1].float()
 
 
 def radii(among: Points, k: int) -> Tensor:
-    """Squared distance of each point to its k-th nearest neighbour, itself excluded by position: float64 (n,)."""
+    """The squared distance of each point to its k-th nearest neighbour, not counting itself: (n,), float64."""
     return radii_of(among, (k,))[0]
 
 
 def radii_of(among: Points, ks: Sequence[int]) -> list[Tensor]:
-    """`radii` for several k; the bounds are computed once."""
+    """`radii` for several k, with the bounds computed once."""
     among = about(mean_of(among.rows), among.rows)
     bounds, indices = _no_candidates(len(among), min(max(ks) + SPARE_CANDIDATES, len(among) - 1), among)
     for start, block in among.blocks():
         mine = slice(start, start + len(block))
         for other_start, other in among.blocks():
-            if other_start < start:  # a block and its mirror image come from one product
+            if other_start < start:  # one product serves a block and its transpose
                 continue
             lower = bounds_between(block, other, same=start == other_start).lower
             _keep_smallest(bounds[mine], indices[mine], lower, other_start)
@@ -169,7 +184,7 @@ def radii_of(among: Points, ks: Sequence[int]) -> list[Tensor]:
 
 
 def check_counts(reference: Tensor, samples: Tensor, k: int) -> None:
-    """UserError where a set has too few rows for k nearest neighbours."""
+    """Raise UserError if a set has too few rows for k nearest neighbours."""
     for name, features in (("reference", reference), ("samples", samples)):
         check_features(features)
         if len(features) <= k:
@@ -177,7 +192,7 @@ def check_counts(reference: Tensor, samples: Tensor, k: int) -> None:
 
 
 def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:
-    """Position and squared distance of the nearest of `among`, (n,) each."""
+    """The index of the nearest row of `among` and the squared distance to it, (n,) each."""
     bounds, indices = _no_candidates(len(queries), min(1 + SPARE_CANDIDATES, len(among)), among)
     for start, block in queries.blocks():
         mine = slice(start, start + len(block))
@@ -187,13 +202,13 @@ def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:
 
 
 def _no_candidates(count: int, kept: int, among: Points) -> tuple[Tensor, Tensor]:
-    """Lower bounds and positions, (count, kept) each, for `_keep_smallest` to fill."""
+    """Lower bounds and indices, (count, kept) each, for `_keep_smallest` to fill."""
     bounds = torch.full((count, kept), torch.inf, dtype=torch.float32, device=among.rows.device)
     return bounds, torch.zeros((count, kept), dtype=torch.int64, device=among.rows.device)
 
 
 def _keep_smallest(bounds: Tensor, indices: Tensor, lower: Tensor, start: int) -> None:
-    """Let `bounds` and `indices` (n, kept) be the smallest of them and of a block whose columns begin at `start`."""
+    """Update `bounds` and `indices` (n, kept) to the smallest of them and a block whose columns begin at `start`."""
     values, columns = lower.topk(min(bounds.shape[1], lower.shape[1]), dim=1, largest=False, sorted=False)
     values, indices_of_both = torch.cat([bounds, values], 1), torch.cat([indices, columns + start], 1)
     best, chosen = values.topk(bounds.shape[1], dim=1, largest=False)
@@ -204,10 +219,11 @@ def _keep_smallest(bounds: Tensor, indices: Tensor, lower: Tensor, start: int) -
 def _settled(
     queries: Points, among: Points, bounds: Tensor, indices: Tensor, k: int, *, exclude_self: bool
 ) -> tuple[Tensor, Tensor]:
-    """The k-th nearest of each query, position and squared distance (n,), from the nearest by lower bounds (n, kept).
+    """The k-th nearest neighbour of each query, its index and squared distance (n,), from candidates (n, kept).
 
-    Only candidates whose bounds leave it open whether they are the k-th are measured. A row is proven when the k-th
-    distance is at most the largest bound kept: everything else is at least as far. The others are compared with all.
+    Only candidates whose bounds do not decide whether they are the k-th are measured. A row is proven if the k-th
+    distance is at most the largest bound kept, because all other points are at least that far away. Rows that are not
+    proven are compared with all points.
     """
     upper = (bounds + queries.spread[:, None] + among.spread[indices]) * (1 + torch.finfo(torch.float32).eps)
     kth_lower, kth_upper = (each.kthvalue(k, dim=1, keepdim=True).values for each in (bounds, upper))
@@ -226,7 +242,10 @@ def _settled(
 def _kth_of_all(
     queries: Points, among: Points, rows: Tensor, at_most: Tensor, k: int, *, exclude_self: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of these `rows` of the queries, the k-th nearest of all, which is `at_most` so far: position and distance."""
+    """The k-th nearest of all points for these `rows` of the queries: its index and squared distance.
+
+    at_most: upper bounds of the squared distances, the k-th of the candidates.
+    """
     found_rows, found_columns = [], []
     for start, block in among.blocks():
         near = bounds_between(queries[rows], block)
@@ -246,20 +265,20 @@ def _kth_of_all(
 
 
 class _Crossing:
-    """Two sets compared in one pass over their blocks; all radii are squared.
+    """The comparison of two sets in one pass over their blocks; all radii are squared.
 
-    `wide` are the reference's radii for density and coverage; without them only the first two results are computed.
+    wide: the reference's radii for density and coverage; without them only precision and recall are computed.
     """
 
     def __init__(
         self, real: Points, fake: Points, real_radii: Tensor, fake_radii: Tensor, wide: Tensor | None = None
     ) -> None:
         device = real.rows.device
-        self.in_real = torch.zeros(len(fake), dtype=torch.bool, device=device)  # in a ball around a real one
+        self.in_real = torch.zeros(len(fake), dtype=torch.bool, device=device)  # in a ball around a real point
         self.in_fake = torch.zeros(len(real), dtype=torch.bool, device=device)
         self.holding = torch.zeros(len(fake), dtype=torch.int64, device=device)
         self.covered = torch.zeros(len(real), dtype=torch.bool, device=device)
-        # of each fake one, the real ones that may be nearest
+        # for each fake point, the real ones that may be nearest
         self.bounds, self.indices = _no_candidates(len(fake), min(1 + SPARE_CANDIDATES, len(real)), real)
         for start, block in real.blocks():
             mine = slice(start, start + len(block))
@@ -275,7 +294,7 @@ class _Crossing:
 
 
 def _mark(inside: Tensor, near: Bounds, squared_radii: Tensor) -> None:
-    """Set `inside` for the rows of `near.a` that lie in one of the balls around the rows of `near.b`."""
+    """Set `inside` for the rows of `near.a` that lie in a ball around a row of `near.b`."""
     inside |= near.any_surely_within(squared_radii)
     rows, columns = near.pairs_within(squared_radii, rows=(~inside).nonzero().flatten())
     for some, balls in zip(rows.split(PAIRS_MARKED), columns.split(PAIRS_MARKED), strict=True):
@@ -286,7 +305,7 @@ def _mark(inside: Tensor, near: Bounds, squared_radii: Tensor) -> None:
 
 
 def _count(holding: Tensor, covered: Tensor, near: Bounds, squared_radii: Tensor) -> None:
-    """Add to `holding` how many balls hold each row of `near.a`, and set `covered` for balls that hold one."""
+    """Add to `holding` the number of balls that hold each row of `near.a`; set `covered` for balls that hold one."""
     rows, balls = near.pairs_within(squared_radii)
     inside = near.upper(rows, balls) <= squared_radii[balls]
     undecided = (~inside).nonzero().flatten()

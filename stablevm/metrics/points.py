@@ -1,9 +1,10 @@
-"""Rows of features prepared for distances, and bounds on the squared distances of all pairs in two blocks of them.
+"""Bounds on the squared distances between all pairs of rows in two blocks of features.
 
-`|a|^2 + |b|^2 - 2ab` needs one matrix product for many distances at once, but it cancels: equal rows would lie apart,
-and the distances of near copies would be noise. So the product gives bounds: its rounding error is known (Higham, 2002,
-section 3.1). It is relative to the norms about the centre. Where many rows lie so close together that the bounds tell
-nothing, the product is taken again about one of them, where their norms are as small as their distances.
+`|a|^2 + |b|^2 - 2ab` takes one matrix product for many distances, but suffers from cancellation: equal rows would lie
+apart, and the distances of near copies would be noise. So the product is used only for bounds, by the known bound on
+its rounding error (Higham, 2002, section 3.1), which is relative to the norms about the centre. Where many rows lie so
+close together that the bounds are useless, the product is computed again with one of them as the centre, where the
+norms are as small as the distances.
 """
 
 from collections.abc import Iterator
@@ -17,20 +18,20 @@ from stablevm.support.errors import UserError
 from stablevm.support.precision import full_precision
 
 BLOCK_ROWS = 4096  # a block of products is 64 MiB
-PAIRS_AT_ONCE = {"cpu": 32}  # by differences in float64, 512 elsewhere; on a CPU they stay in its cache
-VAGUE = 256  # a bound that may be off by more than one part in this many of the squared distance is taken again
-FEW_PAIRS = 2  # per row and column of a block: so many vague pairs are settled by differences
-MAX_DEPTH = 8  # a crowd within a crowd is 60 times smaller: float32 has room for four of them
+PAIRS_AT_ONCE = {"cpu": 32}  # compared by differences in float64, 512 elsewhere; on a CPU this fits its cache
+VAGUE = 256  # a bound is vague if its error may exceed the squared distance divided by this
+FEW_PAIRS = 2  # per row and column of a block: up to so many vague pairs are computed by differences
+MAX_DEPTH = 8  # of crowds within crowds; each is 60 times smaller, so float32 can resolve four
 
 
 @dataclass(frozen=True)
 class Points:
-    """Rows to compare, as they are and prepared for the products: float32, all on one device."""
+    """Rows of features and the factors of their products: float32, all on one device."""
 
     rows: Tensor  # (n, width)
-    factors: Tensor  # (n, width + 2): the rows about a common centre, 1, and `low`
-    low: Tensor  # (n,) squared norms about that centre, less what rounding may add to a squared distance
-    spread: Tensor  # (n,) a squared distance is at most both spreads above its lower bound
+    factors: Tensor  # (n, width + 2): the rows relative to a common centre, then 1 and `low`
+    low: Tensor  # (n,) squared norms about that centre, minus what rounding may add to a squared distance
+    spread: Tensor  # (n,) a squared distance is at most its lower bound plus both spreads
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,7 +45,7 @@ class Points:
 
 
 def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
-    """The sets (n, width) prepared for comparison with one another; UserError if not finite or not equally wide."""
+    """Prepare sets (n, width) for comparison with one another; UserError if not finite or not equally wide."""
     for features in sets:
         check_features(features)
         if features.shape[1] != sets[0].shape[1]:
@@ -58,21 +59,21 @@ def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
 
 
 def mean_of(rows: Tensor) -> Tensor:
-    """Of rows (n, width), float32: rounded once, since rows may lie as near to each other as float32 allows."""
+    """The mean (width,) of rows (n, width), float32, rounded once, since rows may be as close as float32 allows."""
     return rows.mean(0, dtype=torch.float64).float()
 
 
 def about(centre: Tensor, rows: Tensor) -> Points:
-    """The rows (n, width) prepared about a centre (width,), near which they compare best."""
+    """Prepare rows (n, width) relative to a centre (width,); the bounds are tightest for rows near it."""
     count, width = rows.shape
     kind = torch.finfo(torch.float32)
-    # A sum of n + 4 products is off by (n + 4) u of its terms' sizes, which add up to twice the norms; the rest is for
-    # centring and for rounding what is stored. Products below float32's smallest number are lost.
+    # The error of a sum of n + 4 products is at most (n + 4) u times the sum of their absolute values, which is at most
+    # twice the norms. The rest covers centring and the rounding of stored values. Products that underflow are lost.
     relative = (2 * (width + 4) + 16) * kind.eps / 2
     factors = torch.ones(count, width + 2, dtype=torch.float32, device=rows.device)
     torch.sub(rows, centre, out=factors[:, :width])
     norms = torch.cat([block.double().square().sum(1) for block in factors[:, :width].split(BLOCK_ROWS)])
-    lost = 4 * (width + 4) * kind.tiny * (norms > 0)  # copies of the centre are exactly there
+    lost = 4 * (width + 4) * kind.tiny * (norms > 0)  # a copy of the centre is exact
     factors[:, -1] = norms * (1 - relative) - lost
     spread = (norms * 2 * relative * (1 + relative) + 2 * lost).float()
     return Points(rows, factors, factors[:, -1].clone(), spread)
@@ -80,7 +81,7 @@ def about(centre: Tensor, rows: Tensor) -> Points:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on the squared distances of all pairs of two blocks, (len(a), len(b))."""
+    """Bounds on the squared distances between all pairs of two blocks: (len(a), len(b))."""
 
     a: Points
     b: Points
@@ -92,28 +93,28 @@ class Bounds:
         return Bounds(self.b, self.a, self.lower.T, None if self.sharpened is None else self.sharpened.T)
 
     def any_surely_within(self, squared: Tensor) -> Tensor:
-        """Of each row of `a`, whether the bounds prove it to be as near to a row of `b` as that one's `squared`."""
+        """For each row of `a`, whether the bounds prove that it lies within `squared` (len(b),) of a row of `b`."""
         if self.sharpened is not None:
             return (self.sharpened <= _rounded_down(squared)).any(1)
         # one spread for all rows of `a`: a sum for each pair would cost another matrix
         return (self.lower <= _rounded_down(squared - self.b.spread.double() - self.a.spread.max().double())).any(1)
 
     def pairs_within(self, squared: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The pairs that may be as near as `squared` (len(b),) or (len(a), 1) allows; of these `rows` of `a` alone."""
+        """The pairs that may lie within `squared`, (len(b),) or (len(a), 1); only for these `rows` of `a` if given."""
         lower = self.lower if rows is None else self.lower[rows]
         up = lower.new_tensor(torch.inf)
         found, columns = (lower <= squared.float().nextafter(up)).nonzero().T
         return found if rows is None else rows[found], columns
 
     def upper(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Upper bounds of some pairs."""
+        """The upper bounds of the pairs (rows[i], columns[i])."""
         if self.sharpened is not None:
             return self.sharpened[rows, columns]
         return _widened(self.lower[rows, columns] + self.a.spread[rows], self.b.spread[columns])
 
 
 def bounds_between(a: Points, b: Points, *, same: bool = False) -> Bounds:
-    """Of all pairs of two blocks; if both are the `same`, a row is infinitely far from itself."""
+    """Bounds for all pairs of two blocks; if they are the `same` block, a row is infinitely far from itself."""
     lower = _lower_bounds(a, b)
     if same:
         lower.fill_diagonal_(torch.inf)
@@ -135,9 +136,9 @@ def _rounded_down(values: Tensor) -> Tensor:
 
 
 def _lower_bounds(a: Points, b: Points) -> Tensor:
-    """|a|^2 - 2ab + |b|^2 of all pairs (len(a), len(b)), less what rounding may add: no squared distance is below it.
+    """Lower bounds (len(a), len(b)) on all squared distances: |a|^2 - 2ab + |b|^2 minus what rounding may add.
 
-    One product gives the whole sum; float32 whatever the global switches say.
+    One product computes the whole sum, in float32 whatever the global switches say.
     """
     left = torch.cat([-2 * a.factors[:, :-2], a.low[:, None], torch.ones_like(a.low)[:, None]], 1)
     with full_precision(left.device):
@@ -145,7 +146,7 @@ def _lower_bounds(a: Points, b: Points) -> Tensor:
 
 
 def _widened(bounds: Tensor, spread: Tensor) -> Tensor:
-    """Upper bounds from others and a spread that they lack, with room for rounding the sum; `bounds` is overwritten."""
+    """Add a spread to `bounds` in place, with a margin for the rounding of the sum, so that they are upper bounds."""
     return bounds.add_(spread).mul_(1 + 4 * torch.finfo(torch.float32).eps)
 
 
@@ -154,9 +155,9 @@ def _vague(lower: Tensor, a: Points, b: Points) -> Tensor:
 
 
 def _sharpen(lower: Tensor, upper: Tensor, vague: Tensor, a: Points, b: Points, depth: int) -> None:
-    """Tighten the bounds of the `vague` pairs: crowds by products about one of their rows, the rest by differences.
+    """Tighten the bounds of the `vague` pairs: crowds by products relative to one of their rows, others by differences.
 
-    All three matrices (len(a), len(b)) are changed in place.
+    lower, upper, vague: (len(a), len(b)), all changed in place.
     """
     few, counts = FEW_PAIRS * (len(a) + len(b)), vague.sum(1)
     while depth < MAX_DEPTH and int(counts.sum()) > few:
@@ -175,7 +176,7 @@ def _sharpen_crowd(
     lower: Tensor, upper: Tensor, vague: Tensor, a: Points, b: Points,
     rows: Tensor, columns: Tensor, pivot: int, depth: int,
 ) -> None:  # fmt: skip
-    """Tighten the bounds of these rows and columns, which lie near to `a.rows[pivot]`, until none of them is vague."""
+    """Tighten the bounds of these rows and columns, which lie near `a.rows[pivot]`, until none of them is vague."""
     near, others = (about(a.rows[pivot], each) for each in (a.rows[rows], b.rows[columns]))
     local_lower = _lower_bounds(near, others)
     local_upper = _widened(local_lower + near.spread[:, None], others.spread)
@@ -185,14 +186,15 @@ def _sharpen_crowd(
         _sharpen(local_lower, local_upper, open_pairs, near, others, depth + 1)
     before = upper[crowd]
     lower[crowd] = torch.maximum(lower[crowd], local_lower)
-    upper[crowd] = torch.where(before.isinf(), before, torch.minimum(before, local_upper))  # infinite: a row and itself
+    # Infinite bounds, of a row and itself, stay infinite.
+    upper[crowd] = torch.where(before.isinf(), before, torch.minimum(before, local_upper))
     vague[crowd] = False
 
 
 def squared_distances(a: Points, b: Points, rows: Tensor, columns: Tensor) -> Tensor:
-    """Of the pairs (rows[i], columns[i]), by differences in float64: (pairs,).
+    """The squared distances (pairs,) of the pairs (rows[i], columns[i]), from differences in float64.
 
-    One pair has one value in whatever company and order it is computed, so that a point on the edge of a ball is in it.
+    The value of a pair does not depend on the other pairs or their order, so a point on the edge of a ball is inside.
     """
     blocks, at_once = [], PAIRS_AT_ONCE.get(a.rows.device.type, 512)
     for some_rows, some_columns in zip(rows.split(at_once), columns.split(at_once), strict=True):

@@ -1,4 +1,4 @@
-"""Precision and recall (Kynkäänniemi et al., 2019): shares of one set that lie near the other."""
+"""Precision and recall (Kynkäänniemi et al., 2019): the share of each set that lies near the other."""
 
 from typing import Any
 

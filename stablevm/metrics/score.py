@@ -1,4 +1,4 @@
-"""The Inception score of samples, and the same of another network's classes."""
+"""The Inception score of samples, and the same score with the class probabilities of another network."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation, in the order of its table. Tables, plots, the report and training follow this list."""
+"""The list of metrics, in the order of the table; tables, plots, reports and training all follow it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -29,7 +29,7 @@ METRICS: list[Metric] = [
 
 
 def results_of(sets: FeatureSets, *, subset: bool = False) -> dict[str, Any]:
-    """The numbers by name, and what they were computed from; of a subset those alone that depend on its size."""
+    """The results by name, with what they were computed from; for a subset only the metrics that depend on its size."""
     values: dict[str, Any] = {"extractor": sets.extractor}
     for metric in METRICS:
         if metric.published in (None, sets.published) and not (subset and metric.whole_set):
@@ -38,18 +38,18 @@ def results_of(sets: FeatureSets, *, subset: bool = False) -> dict[str, Any]:
 
 
 def metrics_in(values: Iterable[str]) -> list[Metric]:
-    """Those whose names are among `values`, in the order of the table."""
+    """The metrics whose names are among `values`, in the order of the table."""
     names = set(values)
     return [metric for metric in METRICS if metric.name in names]
 
 
 def result_rows(values: Values, statistics: str, images: str) -> list[tuple[str, str | float, str]]:
-    """Rows (measure, value, meaning) of results; `statistics` and `images` say which were used."""
+    """The rows (title, value, meaning) of results; `statistics` and `images` name those of the reference."""
     return [metric.row(values, statistics, images) for metric in metrics_in(values)]
 
 
 def panels_of(values: Iterable[str]) -> list[list[Metric]]:
-    """Metrics in groups that share a panel of a figure."""
+    """The metrics among `values`, in groups that share a panel of a figure."""
     found: dict[str, list[Metric]] = {}
     for metric in metrics_in(values):
         found.setdefault(metric.panel, []).append(metric)

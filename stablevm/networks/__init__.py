@@ -1,1 +1,1 @@
-"""Networks and their sizes; projectors, autoencoders and frozen encoders; the snapshot that knows its data."""
+"""Networks and their projectors, autoencoders, frozen encoders, and saved networks with the facts of their data."""

@@ -1,6 +1,6 @@
-"""Between pixels and latents: the latent's scale and shift, the rounding of pixels, and the autoencoders.
+"""Autoencoders between pixels and latents, with the scale and shift of the latents and the rounding of pixels.
 
-This is the one home of `(z - shift) * scale` and of the conversion between uint8 pixels and [-1, 1].
+Only this module computes `(z - shift) * scale` and converts between uint8 pixels and [-1, 1].
 """
 
 import hashlib
@@ -21,34 +21,34 @@ from stablevm.support.files import sha256
 from stablevm.support.hub import check_reachable
 
 IDENTITY = "identity"
-# Of Stable Diffusion's autoencoder (Rombach et al., 2022) and its fine-tuned decoders: the latents' scale, and
-# pixels to a side of each.
+# Stable Diffusion's autoencoder (Rombach et al., 2022) and its fine-tuned decoders: the scale of the latents, and the
+# number of pixels along the side of one.
 SD_SCALE, SD_FACTOR = 0.18215, 8
 SD_AUTOENCODERS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
 _PROBE = 4096  # pixels: a side that every factor divides
-LARGEST_SIDE = 65_536  # of a latent: a file that says more is damaged
+LARGEST_SIDE = 65_536  # of a latent; a file that claims more is damaged
 PerChannel = float | tuple[float, ...]  # one number for all channels, or one for each
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSpec:
-    """What a latent is: recorded with the prepared data and in each checkpoint, compared when the two meet.
+    """The shape and scale of latents and the autoencoder that makes them.
 
-    Two are equal when shape, scale and shift are, and the autoencoder is the same: a folder's by its content, wherever
-    it lies and however its path was written.
+    It is recorded in prepared data and in each checkpoint, and compared when the two are used together. Two are equal
+    if shape, scale, shift and autoencoder are. The autoencoder in a folder is identified by its content, not its path.
     """
 
     shape: tuple[int, int, int]  # channels, height, width
     scale: PerChannel
     shift: PerChannel
     autoencoder: str  # "identity" (latent = pixels), or a diffusers AutoencoderKL's name or folder
-    fingerprint: str | None = None  # of a folder's configuration and weights; None for names, and in older files
-    measured: bool = False  # whether scale and shift are those of the data, and not of the autoencoder's configuration
+    fingerprint: str | None = None  # SHA-256 of a folder's configuration and weights; None for names, and in old files
+    measured: bool = False  # whether scale and shift were measured on the data, instead of from the configuration
 
     def __post_init__(self) -> None:
-        """UserError for a latent that can't be."""
+        """Raise UserError for impossible values."""
         if len(self.shape) != 3 or not all(1 <= length <= LARGEST_SIDE for length in self.shape):
             raise UserError(f"latent shape {list(self.shape)}, expected 3 lengths of 1 to {LARGEST_SIDE:,}")
         scales, shifts = map(_numbers, (self.scale, self.shift))
@@ -70,36 +70,41 @@ class LatentSpec:
         return hash((self.shape, self.scale, self.shift))
 
     def has_autoencoder_of(self, other: "LatentSpec") -> bool:
-        """Whether the latents of both are of one autoencoder."""
+        """Whether the latents of both come from the same autoencoder."""
         return same_source(self.autoencoder, self.fingerprint, other.autoencoder, other.fingerprint)
 
     def is_by(self, name: str) -> bool:
-        """Whether the autoencoder called `name` made the latents; reads a folder's files where its content is known."""
+        """Whether the autoencoder called `name` made the latents; reads a folder's files if its content is recorded."""
         found = fingerprint(name) if self.fingerprint is not None else None
         return same_source(self.autoencoder, self.fingerprint, full_name(name), found)
 
     @property
     def autoencoder_id(self) -> str:
-        """What distinguishes the autoencoder from others: a folder's content where it is known, else the name."""
+        """An identifier of the autoencoder: the fingerprint of its folder if recorded, else its name."""
         return _identity(self.autoencoder, self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
         return asdict(self)
 
     def from_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draw latents: moments (B, 2C, h, w) hold mean and standard deviation, noise is (B, C, h, w) of N(0, 1)."""
+        """Latents (B, C, h, w) sampled from moments (B, 2C, h, w), which are means and standard deviations.
+
+        noise: (B, C, h, w), standard normal.
+        """
         mean, deviation = moments.float().chunk(2, dim=1)
         return self.normalize(mean + deviation * noise)
 
     def means(self, moments: Tensor) -> Tensor:
-        """The latents' means (B, C, h, w), without their noise."""
+        """The means (B, C, h, w) of the latents with moments (B, 2C, h, w)."""
         return self.normalize(moments.float().chunk(2, dim=1)[0])
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """The autoencoder's own latents (B, C, h, w) to the space in which the network works."""
+        """Convert the autoencoder's own latents (B, C, h, w) to those of the network: `(raw - shift) * scale`."""
         return (raw - _over_pixels(self.shift, raw)) * _over_pixels(self.scale, raw)
 
     def denormalize(self, latents: Tensor) -> Tensor:
+        """Convert the network's latents (B, C, h, w) to the autoencoder's own, the inverse of `normalize`."""
         return latents / _over_pixels(self.scale, latents) + _over_pixels(self.shift, latents)
 
 
@@ -108,36 +113,36 @@ def _numbers(values: PerChannel) -> tuple[float, ...]:
 
 
 def _over_pixels(values: PerChannel, latents: Tensor) -> float | Tensor:
-    """Numbers of channels as (C, 1, 1), on the device and in the type of the latents."""
+    """Values per channel as (C, 1, 1), with the device and dtype of the latents; a single number stays a float."""
     if not isinstance(values, tuple):
         return values
     return torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1)
 
 
 def pixels_to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels 0..255 to float32 in [-1, 1]."""
+    """Convert uint8 pixels (0 to 255) to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def unit_to_pixels(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to uint8, rounded to the nearest level; values outside are clamped."""
+    """Convert floats in [-1, 1] to uint8 pixels, rounded to the nearest level; values outside are clamped."""
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 class Autoencoder(Protocol):
-    """Between uint8 images (B, 3, H, W) and latents; frozen, float32, without gradients."""
+    """A frozen float32 autoencoder, without gradients, between uint8 images (B, 3, H, W) and latents."""
 
     latent: LatentSpec
 
     def encode(self, images: Tensor) -> Tensor:
-        """Moments float32 (B, 2C, h, w) of the raw latents: mean, then standard deviation."""
+        """The moments (B, 2C, h, w), float32, of the autoencoder's own latents: means, then standard deviations."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) in the network's space to uint8 images (B, 3, H, W) on the CPU."""
+        """Decode the network's latents (B, C, h, w) to uint8 images (B, 3, H, W) on the CPU."""
 
 
 class IdentityAutoencoder:
-    """The latent is the pixels in [-1, 1]: three channels, or one, which stands for grey."""
+    """The identity: latents are the pixels in [-1, 1], with three channels or, for grey images, one."""
 
     def __init__(self, latent: LatentSpec) -> None:
         if latent.shape[0] not in (1, 3):
@@ -156,7 +161,7 @@ class IdentityAutoencoder:
 
 
 class KLAutoencoder:
-    """A diffusers AutoencoderKL, such as Stable Diffusion's (Rombach et al., 2022)."""
+    """An AutoencoderKL of diffusers, such as Stable Diffusion's (Rombach et al., 2022)."""
 
     def __init__(self, latent: LatentSpec, model: Any) -> None:
         self.latent = latent
@@ -174,20 +179,20 @@ class KLAutoencoder:
 
 
 def load_autoencoder(latent: LatentSpec, *, name: str | None = None, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder of `latent`, or the one called `name` ("identity", "mse", "ema", a hub name, a folder) instead.
+    """Load the autoencoder of `latent`, or the one called `name`: "identity", "mse", "ema", a hub name or a folder.
 
-    Raises UserError when it can't be loaded, when its channels, scale or shift are not those of `latent`, or when the
-    recorded folder has other content than it had.
+    Raises UserError if it can't be loaded, if its channels, scale or shift differ from those of `latent`, or if the
+    content of the recorded folder has changed.
     """
     source = full_name(name) if name is not None else latent.autoencoder
     return _kind_of(source).load(latent, source, name is None, device)
 
 
 def latent_spec_of(name: str, resolution: int) -> LatentSpec:
-    """The latents that the autoencoder called `name` makes of images of `resolution` x `resolution` pixels.
+    """Describe the latents that the autoencoder called `name` makes of images with `resolution` x `resolution` pixels.
 
-    Reads the autoencoder's configuration; a folder's weights too, to know them again. Raises UserError when it can't
-    be read, or when `resolution` is not a multiple of the autoencoder's downsampling factor.
+    It reads the autoencoder's configuration, and in a folder the weights too, for the fingerprint. Raises UserError if
+    they can't be read, or if `resolution` is not a multiple of the autoencoder's downsampling factor.
     """
     source = full_name(name)
     return _kind_of(source).latent(source, resolution)
@@ -200,11 +205,11 @@ def downsampling(name: str) -> int:
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """Autoencoders of one kind: which names are of it, the latents they make, and how one is loaded."""
+    """A kind of autoencoder: how its names are recognised, its latents described, and an autoencoder loaded."""
 
-    knows: Callable[[str], bool]  # the full name
-    latent: Callable[[str, int], LatentSpec]  # of square images with a side of so many pixels
-    # For latents: by the name, whether that is the one recorded with them, on the device.
+    knows: Callable[[str], bool]  # whether a full name is of this kind
+    latent: Callable[[str, int], LatentSpec]  # the latents, by full name and side of the square images in pixels
+    # Loads an autoencoder, by the latents, its full name, whether that is the one recorded with them, and the device.
     load: Callable[[LatentSpec, str, bool, torch.device | str], Autoencoder]
 
 
@@ -223,15 +228,15 @@ def _identity_latent(source: str, resolution: int) -> LatentSpec:
 def _load_autoencoder_kl(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
     if recorded and not latent.is_by(source):
         raise UserError(
-            f"autoencoder {source}: configuration or weights are others than when the data was encoded; "
-            f"give the folder of the earlier ones as {arg('autoencoder')}"
+            f"autoencoder {source}: configuration or weights have changed since the data was encoded; "
+            f"give the folder with the original ones as {arg('autoencoder')}"
         )
     model = _load_kl(source)
     ours, theirs = (latent.shape[0], latent.scale, latent.shift), _latent_facts(source, model.config)
     if ours[0] != theirs[0] or (ours != theirs and not latent.measured):
         raise UserError(
-            f"autoencoder {source}: (channels, scale, shift) of its latents are {theirs}, those of the data and "
-            f"the network are {ours}; give the autoencoder that the data was prepared with, {latent.autoencoder}"
+            f"autoencoder {source}: (channels, scale, shift) of its latents are {theirs}, but data and network have "
+            f"{ours}; give the autoencoder that the data was prepared with, {latent.autoencoder}"
         )
     return KLAutoencoder(latent, model.to(device))
 
@@ -239,24 +244,25 @@ def _load_autoencoder_kl(latent: LatentSpec, source: str, recorded: bool, device
 def _kl_latent(source: str, resolution: int) -> LatentSpec:
     config = _read_kl_config(source)
     channels, scale, shift = _latent_facts(source, config)
-    factor = 2 ** (len(config.block_out_channels) - 1)  # each block of the encoder but the last halves the side
+    factor = 2 ** (len(config.block_out_channels) - 1)  # every block of the encoder except the last halves the side
     side, rest = divmod(resolution, factor)
     if rest:
         raise UserError(f"{arg('resolution')} {resolution}: autoencoder {source} needs a multiple of {factor}")
     return LatentSpec((channels, side, side), scale, shift, source, fingerprint(source))
 
 
-# Those that have names of their own; every other name is a folder's or a hub's, of a KL autoencoder.
+# Kinds that have names of their own; any other name is the folder or the hub name of a KL autoencoder.
 AUTOENCODERS = [AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, _load_identity)]
 _KL = AutoencoderKind(lambda source: True, _kl_latent, _load_autoencoder_kl)
 
 
 def _latent_facts(source: str, config: Any) -> tuple[int, PerChannel, PerChannel]:
-    """Channels, scale and shift of `(z - shift) * scale`.
+    """The number of channels, and the scale and shift of `(z - shift) * scale`.
 
-    With `latents_mean` m and `latents_std` s of each channel the latent is `(z - m) * scaling_factor / s`, as in
-    diffusers' pipelines of Stable Diffusion XL; without them it is `(z - shift_factor) * scaling_factor`. UserError
-    for one of m and s without the other, or together with a shift factor, which those pipelines leave out unsaid.
+    If the configuration has `latents_mean` m and `latents_std` s for each channel, the latent is
+    `(z - m) * scaling_factor / s`, as in diffusers' pipelines for Stable Diffusion XL; otherwise it is
+    `(z - shift_factor) * scaling_factor`. UserError if it has only one of m and s, or both with a shift factor, which
+    those pipelines silently ignore.
     """
     channels, factor, shift = config.latent_channels, config.scaling_factor, config.shift_factor or 0.0
     means, deviations = config.latents_mean, config.latents_std
@@ -265,8 +271,8 @@ def _latent_facts(source: str, config: Any) -> tuple[int, PerChannel, PerChannel
     if means is None or deviations is None or shift:
         found = "shift_factor beside latents_mean" if shift else f"latents_{'std' if means is None else 'mean'} alone"
         raise UserError(
-            f"autoencoder {source}: its {CONFIG_FILE} has {found}; how its latents are normalised is not defined, "
-            "give both latents_mean and latents_std, or neither"
+            f"autoencoder {source}: its {CONFIG_FILE} has {found}, which does not define how latents are normalised; "
+            "give both latents_mean and latents_std without shift_factor, or neither"
         )
     if not len(means) == len(deviations) == channels or not all(deviations):
         raise UserError(
@@ -283,16 +289,16 @@ def _load_kl(source: str) -> Any:
         model, info = kl_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise _load_error(source, error) from None
-    if info["missing_keys"]:  # diffusers would leave these at random values and only warn
+    if info["missing_keys"]:  # diffusers would leave them random, with only a warning
         raise UserError(
-            f"autoencoder {source}: its weights lack {len(info['missing_keys'])} tensors, "
-            f"the first {min(info['missing_keys'])}; fetch it again"
+            f"autoencoder {source}: {len(info['missing_keys'])} tensors are missing from its weights, "
+            f"the first {min(info['missing_keys'])}; download it again"
         )
     return model
 
 
 def _read_kl_config(source: str) -> Any:
-    """The configuration with defaults filled in: older ones, sd-vae-ft-mse's too, leave out the scaling factor."""
+    """The configuration with default values filled in; old ones, such as sd-vae-ft-mse's, lack the scaling factor."""
     kl_class = _autoencoder_kl(source)
     _check_there(source, CONFIG_FILE)
     try:
@@ -304,7 +310,9 @@ def _read_kl_config(source: str) -> Any:
 
 
 def _check_there(source: str, *files: str) -> None:
-    """Before diffusers looks: a folder is never looked up on a hub, and an unreachable hub is reported at once."""
+    """Check the source before diffusers does: a folder is never looked up on the hub, and an unreachable hub is
+    reported at once.
+    """
     if is_folder(source):
         existing_folder(source)
         return
@@ -331,7 +339,7 @@ def _load_error(source: str, error: Exception) -> UserError:
 
 
 def is_folder(name: str) -> bool:
-    """Whether the name is a folder's: one that exists, or one that no repository of a hub can have."""
+    """Whether `name` is a folder: it exists, or it can't be the name of a repository on the hub."""
     path = Path(name)
     if name in SD_AUTOENCODERS or any(kind.knows(name) for kind in AUTOENCODERS):
         return False
@@ -339,15 +347,15 @@ def is_folder(name: str) -> bool:
 
 
 def full_name(name: str) -> str:
-    """The recorded form of a name: a folder's is absolute; "mse" and "ema" are Stability AI's fine-tuned decoders."""
+    """The name as it is recorded: absolute for a folder, and Stability AI's repositories for "mse" and "ema"."""
     return str(Path(name).expanduser().resolve()) if is_folder(name) else SD_AUTOENCODERS.get(name, name)
 
 
 def fingerprint(name: str) -> str | None:
-    """SHA-256 of the configuration and the weights in the folder called `name`; None for what is no folder.
+    """SHA-256 of the configuration and the weights in the folder `name`; None if it is not a folder.
 
-    The configuration counts by its values, not by how the file was written, nor by who wrote it (`_class_name`,
-    `_diffusers_version` and the like). UserError where there is no such folder, or no autoencoder in it.
+    Only the values of the configuration count, not the file's layout, nor the keys that say what program wrote it
+    (`_class_name`, `_diffusers_version` and so on). UserError if there is no such folder, or no autoencoder in it.
     """
     if not is_folder(name):
         return None
@@ -356,13 +364,13 @@ def fingerprint(name: str) -> str | None:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         settings = {key: value for key, value in values.items() if not key.startswith("_")}
     except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"autoencoder {name}: its {CONFIG_FILE} is damaged; fetch it again") from None
+        raise UserError(f"autoencoder {name}: its {CONFIG_FILE} is damaged; download it again") from None
     content = {"config": settings, "weights": sha256(folder / WEIGHTS_FILE)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def autoencoder_id(name: str) -> str:
-    """What distinguishes the autoencoder called `name` from others, as `LatentSpec.autoencoder_id`."""
+    """An identifier of the autoencoder called `name`, as `LatentSpec.autoencoder_id`."""
     return _identity(full_name(name), fingerprint(name))
 
 
@@ -371,10 +379,10 @@ def _identity(name: str, digest: str | None) -> str:
 
 
 def existing_folder(name: str) -> Path:
-    """The folder called `name`; UserError where it does not hold an autoencoder. It is never looked for elsewhere."""
+    """The folder `name`; UserError if it does not hold an autoencoder."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise UserError(f"autoencoder {name}: no such folder; give the folder where it is now as {arg('autoencoder')}")
+        raise UserError(f"autoencoder {name}: no such folder; if it was moved, give it as {arg('autoencoder')}")
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(
@@ -385,7 +393,7 @@ def existing_folder(name: str) -> Path:
 
 
 def same_source(name: str, digest: str | None, other: str, other_digest: str | None) -> bool:
-    """Whether two recorded names are of one autoencoder: by the digests where both are known, else by the names."""
+    """Whether two recorded names mean the same autoencoder: by the digests if both are known, else by the names."""
     if digest is not None and other_digest is not None:
         return digest == other_digest
     return name == other or full_name(name) == full_name(other)

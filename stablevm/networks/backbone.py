@@ -1,4 +1,4 @@
-"""What every network offers to training and sampling, whatever its kind."""
+"""The interface that every network offers to training and sampling."""
 
 from abc import abstractmethod
 
@@ -8,7 +8,7 @@ from stablevm.networks.network_config import NetworkConfig
 
 
 class Backbone(nn.Module):
-    """Predicts a velocity (or whatever the loss asks for) from a noisy latent, its time and its label."""
+    """A network that predicts the velocity, or another regression target, from a noisy latent, a time and a label."""
 
     config: NetworkConfig
 
@@ -16,13 +16,13 @@ class Backbone(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """The prediction (B, C, H, W) for latents x (B, C, H, W), times t (B,) in [0, 1] and labels y (B,) int64.
+        """Predict (B, C, H, W) from latents x (B, C, H, W), times t (B,) in [0, 1] and labels y (B,) int64.
 
-        Labels run from 0 to num_classes; the last one is the null class, "no label". With `features`, returns
-        (prediction, one tensor of tokens (B, T, feature_dim) per projector), read after block `encoder_depth`;
-        without, the projectors don't run.
+        Labels run from 0 to num_classes; the last is the null class, "no label". With `features`, it returns a pair:
+        the prediction, and for each projector its tokens (B, T, feature_dim), computed after block `encoder_depth`.
+        Without, the projectors do not run.
         """
 
     @abstractmethod
     def compile_blocks(self) -> None:
-        """Let torch.compile make faster kernels of the network's parts; names of parameters stay."""
+        """Compile the network's blocks with torch.compile, without changing the names of parameters."""

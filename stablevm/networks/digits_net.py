@@ -1,4 +1,4 @@
-"""The small network that recognises handwritten digits: it evaluates generated ones, and is their frozen encoder."""
+"""The small network that classifies handwritten digits: it evaluates generated digits, and is an encoder for them."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ class DigitsNet(nn.Module):
     """Three convolutions and a feature layer over grey images (B, 1, 8, 8) in [-1, 1]."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
-        """Build on the default device; first values come from the CPU `generator` (without one: seeded 0)."""
+        """Build the network on the default device; parameters are drawn from a CPU generator, by default seeded 0."""
         super().__init__()
         with torch.device("meta"):
             self.convolutions = nn.Sequential(
@@ -27,15 +27,15 @@ class DigitsNet(nn.Module):
         xavier_uniform(self, generator or torch.Generator().manual_seed(0))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10)."""
+        """The logits (B, 10) of images (B, 1, 8, 8) in [-1, 1]."""
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The feature layer's values (B, 64)."""
+        """The features (B, 64) of images (B, 1, 8, 8), from the layer before the logits."""
         return self.embedding(self.convolutions(images))
 
     def patches(self, images: Tensor) -> Tensor:
-        """Tokens of the third convolution (B, 16, 64), row by row."""
+        """The tokens (B, 16, 64) of images (B, 1, 8, 8), from the third convolution, row by row."""
         return self.convolutions(images).flatten(2).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Frozen image encoders: their patch tokens are what representation alignment aims at."""
+"""Frozen image encoders, whose patch tokens are the targets of representation alignment."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -20,33 +20,33 @@ from stablevm.support.hub import check_reachable
 from stablevm.support.precision import without_autocast
 
 DIGITS = "digits"
-MOCO_PREFIX = "module.base_encoder."  # of the encoder among the parameters of a MoCo v3 checkpoint
-# Misspelt layers in MoCo v3 checkpoints that REPA's loader renames.
+MOCO_PREFIX = "module.base_encoder."  # of the encoder's parameters in a MoCo v3 checkpoint
+# Layers with wrong names in MoCo v3 checkpoints, which REPA's loader renames too.
 MOCO_MISSPELT = {
     "blocks.13.norm13": "blocks.13.norm1",
     "blocks.13.mlp.fc13": "blocks.13.mlp.fc1",
     "blocks.14.norm14": "blocks.14.norm2",
     "blocks.14.mlp.fc14": "blocks.14.mlp.fc2",
 }
-FEATURE_PIXELS = 224  # side of an image whose pooled features are compared, as for FD-DINOv2 (Stein et al., 2023)
-NOT_PLAIN = "not a plain vision transformer, of one token for each patch; choose one, such as dinov2-vit-b"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm looks for in a repository
-ERROR_LENGTH = 240  # characters of another library's message that ours quotes
+FEATURE_PIXELS = 224  # side of the images for pooled features, as for FD-DINOv2 (Stein et al., 2023)
+NOT_PLAIN = "not a plain vision transformer with one token per patch; choose one, such as dinov2-vit-b"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the files that timm looks for in a repository
+ERROR_LENGTH = 240  # characters quoted from another library's message
 
 
 @dataclass(frozen=True)
 class TimmEncoderSpec:
-    """A network of timm's, and how its tokens are read."""
+    """A network in timm, and how its tokens are read."""
 
     timm_name: str
     final_norm: bool = True  # REPA reads MAE and CLIP before their last normalisation
     downloadable: bool = True
-    num_heads: int | None = None  # where it differs from timm's entry
+    num_heads: int | None = None  # if it differs from timm's
 
 
-# REPA's names (Yu et al., 2024). timm has no MoCo v3: its weights go into entries that have its architecture and
-# pixel statistics, MAE's, and DINO's for the small one, which MoCo v3 gives 12 heads instead of 6. Of timm's two CLIP
-# entries, "quickgelu" has the activation that CLIP was trained with.
+# REPA's names (Yu et al., 2024). timm has no MoCo v3, so its weights are loaded into models of the same architecture
+# and pixel statistics: MAE's, and for the small one DINO's with 12 heads instead of 6. Of timm's two CLIP models,
+# "quickgelu" has the activation that CLIP was trained with.
 SHORT_NAMES = {
     "dinov2-vit-s": TimmEncoderSpec("vit_small_patch14_dinov2.lvd142m"),
     "dinov2-vit-b": TimmEncoderSpec("vit_base_patch14_dinov2.lvd142m"),
@@ -67,12 +67,12 @@ SHORT_NAMES = {
 
 
 class Encoder(nn.Module, ABC):
-    """A frozen network from images to tokens: without gradients, always in evaluation mode."""
+    """A frozen network that maps images to tokens, without gradients and always in evaluation mode."""
 
-    network: Any  # the frozen part: DigitsNet, or a model of timm's, which has no useful static type
+    network: Any  # the frozen network: DigitsNet, or a timm model, which has no useful static type
 
     def __init__(self, network: nn.Module, *, dim: int, grid_size: int) -> None:
-        """`dim` is the width of a token, `grid_size` the number of tokens per side."""
+        """Freeze `network`, whose tokens have width `dim` and form a grid of grid_size x grid_size."""
         super().__init__()
         self.network = network
         self.dim = dim
@@ -85,27 +85,27 @@ class Encoder(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) on the encoder's device to float32 tokens (B, grid_size^2, dim), row by row."""
+        """The tokens (B, grid_size^2, dim), float32, row by row, of uint8 images (B, 3, H, W) on the same device."""
         with without_autocast(images.device):
             return self._tokens(images).float()
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
-        """One float32 vector per image (B, dim), by the network's own pooling: the class token, where it has one."""
+        """One feature vector per image: (B, dim), float32, by the network's own pooling, such as the class token."""
         with without_autocast(images.device):
             return self._pooled(images).float()
 
     @abstractmethod
     def _tokens(self, images: Tensor) -> Tensor:
-        """The tokens in whatever precision the network runs in."""
+        """The tokens, in the precision that the network runs in."""
 
     @abstractmethod
     def _pooled(self, images: Tensor) -> Tensor:
-        """The vectors in whatever precision the network runs in."""
+        """The feature vectors, in the precision that the network runs in."""
 
 
 class DigitsEncoder(Encoder):
-    """The patches of DigitsNet, for grey images of 8 x 8."""
+    """The patch tokens of DigitsNet, for grey images of 8 x 8 pixels."""
 
     def __init__(self, network: DigitsNet, dtype: torch.dtype) -> None:
         super().__init__(network.to(dtype), dim=FEATURE_DIM, grid_size=GRID_SIZE)
@@ -121,19 +121,19 @@ class DigitsEncoder(Encoder):
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(
                 f"{arg('encoder')} {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, "
-                f"this encoder reads {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
+                f"this encoder takes {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
             )
         return pixels_to_unit(images[:, :1]).to(self.dtype)
 
 
 class TimmEncoder(Encoder):
-    """The patch tokens of a vision transformer of timm's, for images of any size."""
+    """The patch tokens of a vision transformer in timm, for images of any size."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, network: Any, dtype: torch.dtype, antialias: bool = False) -> None:
-        """antialias: as in `load_encoder`."""
+        """Wrap a timm network that runs in `dtype`; antialias: as in `load_encoder`."""
         grid_size = network.patch_embed.grid_size[0]
         super().__init__(network.to(dtype), dim=network.num_features, grid_size=grid_size)
         self.dtype = dtype
@@ -165,15 +165,15 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     antialias: bool = False,
 ) -> Encoder:
-    """The frozen encoder called `name`, giving grid_size x grid_size tokens and running in `dtype` on `device`.
+    """Load the frozen encoder called `name`, which gives grid_size x grid_size tokens and runs in `dtype` on `device`.
 
-    With `grid_size` None: as many tokens as an image of 224 x 224 pixels has.
+    name: "digits", one of REPA's short names (`SHORT_NAMES`), or the name of a vision transformer in timm.
+    grid_size: if None, an image has as many tokens as one of 224 x 224 pixels.
+    weights: a safetensors or torch file in timm's or the authors' layout; if None, timm downloads the pretrained ones.
+    antialias: images are resized by bicubic interpolation to the size that gives this many tokens, as in REPA without
+    antialiasing, or with it.
 
-    `name` is "digits", a short name of REPA's (`SHORT_NAMES`) or a vision transformer's name in timm. `weights` is a
-    safetensors or torch file in timm's or the authors' layout; without one, timm downloads the pretrained weights.
-    Images are resized by bicubic interpolation to the pixels of so many tokens: of the nearest pixels alone, as REPA
-    does, or with `antialias` of all that a smaller one covers.
-    Raises UserError for an unknown name, a file that doesn't fit, or weights that can't be downloaded.
+    Raises UserError for an unknown name, a file that does not fit, or weights that can't be downloaded.
     """
     if name == DIGITS:
         return _load_digits(grid_size, weights, dtype).to(device)
@@ -181,9 +181,9 @@ def load_encoder(
 
 
 def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, dtype: torch.dtype) -> Encoder:
-    """The encoder called `name` with random weights, for measuring what it costs.
+    """The encoder called `name` with random weights, to measure its speed and memory.
 
-    UserError for an unknown name, or a network whose tokens are not as many.
+    UserError for an unknown name, or a network that can't give grid_size x grid_size tokens.
     """
     if name == DIGITS:
         _check_digits_grid(grid_size)
@@ -195,7 +195,7 @@ def _check_digits_grid(grid_size: int | None) -> None:
     if grid_size not in (None, GRID_SIZE):
         raise UserError(
             f"{arg('encoder')} {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has "
-            f"{grid_size} x {grid_size}; choose a patch size that makes {GRID_SIZE} x {GRID_SIZE}"
+            f"{grid_size} x {grid_size}; choose a patch size that gives {GRID_SIZE} x {GRID_SIZE}"
         )
 
 
@@ -223,14 +223,17 @@ def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: to
 
 
 def _spec_of(name: str) -> TimmEncoderSpec:
-    """By a short name, or a name in timm, which also says whether there is something to download; UserError else."""
+    """The encoder with this short name or timm name, which must exist; timm says whether its weights can be downloaded.
+
+    UserError for any other name.
+    """
     need(f"{arg('encoder')} {name}", "timm")
     import timm
 
     spec = SHORT_NAMES.get(name, TimmEncoderSpec(name))
     try:
         pretrained = timm.get_pretrained_cfg(spec.timm_name)
-    except RuntimeError:  # a known architecture, with an unknown tag after the dot
+    except RuntimeError:  # a known architecture with an unknown tag after the dot
         pretrained = None
     if pretrained is None:
         names = ", ".join((DIGITS, *SHORT_NAMES))
@@ -239,9 +242,9 @@ def _spec_of(name: str) -> TimmEncoderSpec:
 
 
 def _check_plain(name: str, spec: TimmEncoderSpec) -> None:
-    """UserError for a network whose tokens are not one for each patch of a grid; before any weights are looked for.
+    """Raise UserError unless the network has one token per patch of a grid; checked before any weights are loaded.
 
-    Of others, such as hybrids of convolutions and a transformer, the patches' size does not tell the number of tokens.
+    In others, such as hybrids with convolutions, the number of tokens does not follow from the size of the patches.
     """
     import timm
     from timm.layers import PatchEmbed
@@ -254,19 +257,19 @@ def _check_plain(name: str, spec: TimmEncoderSpec) -> None:
 
 
 def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained: bool) -> Any:
-    """timm's network for an image of grid_size patches per side; timm resamples the position embedding."""
+    """Create timm's network for images of grid_size patches per side; timm resamples the position embedding."""
     import timm
 
     options: dict[str, Any] = {} if spec.num_heads is None else {"num_heads": spec.num_heads}
     try:
         if pretrained:
             _check_hub(spec.timm_name)
-        # timm draws first values from the global random state, also where weights replace them at once
+        # timm draws initial values from the global random state, even if weights replace them at once
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             network: Any = timm.create_model(spec.timm_name, pretrained=pretrained, num_classes=0, **options)
     except OSError as error:
         raise UserError(
-            f"{arg('encoder')} {name}: no download of {spec.timm_name} ({_quote(error)}); "
+            f"{arg('encoder')} {name}: {spec.timm_name} can't be downloaded ({_quote(error)}); "
             f"give a file as {arg('weights')}"
         ) from None
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "set_input_size"):
@@ -277,7 +280,7 @@ def _create(name: str, spec: TimmEncoderSpec, grid_size: int | None, pretrained:
 
 
 def _check_hub(timm_name: str) -> None:
-    """OSError at once where timm would ask a hub that does not answer, again and again."""
+    """Raise OSError at once if the hub that timm would download from does not answer; timm retries for a long time."""
     import timm
 
     pretrained = timm.get_pretrained_cfg(timm_name)
@@ -292,7 +295,7 @@ def _patch_size(network: Any) -> int:
 
 
 def _for_timm(checkpoint: dict[str, Any], network: nn.Module) -> dict[str, Any]:
-    """Parameters under timm's names, for the network's grid, without the classifier."""
+    """The parameters with timm's names, resampled to the network's grid, without the classifier."""
     nested = checkpoint.get("state_dict", checkpoint)
     moco = {_moco_name(key): value for key, value in nested.items() if key.startswith(MOCO_PREFIX)}
     state = moco or checkpoint

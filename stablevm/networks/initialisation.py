@@ -1,6 +1,6 @@
-"""First values of parameters, drawn from a CPU generator of the caller's, so that every device gets the same ones.
+"""Initial values of parameters, drawn from a CPU generator, so that they are the same on every device.
 
-The global random state is neither read nor moved, and networks on the meta device are passed over.
+The global random state is neither used nor changed. Parameters on the meta device are skipped.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def materialize(network: nn.Module) -> None:
-    """Give a network built on the meta device memory on the default device: normalisations identity, all else zero."""
+    """Move a network from the meta device to the default device; normalisations become identities, all else zero."""
     network.to_empty(device=torch.get_default_device())
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.zero_()
@@ -19,9 +19,9 @@ def materialize(network: nn.Module) -> None:
 
 
 def xavier_uniform(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw the weights of the linear layers and convolutions inside `network`; biases are left as they are.
+    """Draw the weights of all linear layers and convolutions of `network` from Xavier's uniform distribution.
 
-    A weight (out, in, ...) counts as a matrix (out, rest), as DiT does for its patch embedding.
+    A weight (out, in, ...) is treated as a matrix (out, rest), as in DiT's patch embedding. Biases are not changed.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:

@@ -1,4 +1,4 @@
-"""What is known of every network, whatever its kind. Free of torch, so that a command's help stays quick."""
+"""The configuration that all kinds of networks share, without importing torch, so that help is fast."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from stablevm.support.errors import UserError
 
 PROJECTOR_KINDS = ("mlp", "conv")  # REPA's and iREPA's
 LARGEST_WIDTH = 65_536
-# Far above any network of this kind: a file that says more is damaged, or made to occupy the machine.
+# Far above any real network: a file with larger values is damaged, or meant to exhaust the machine.
 _LARGEST = {
     "input_size": 4096,
     "in_channels": 4096,
@@ -17,19 +17,19 @@ _LARGEST = {
     "projector_hidden": 262_144,
 }
 _MOST_PROJECTORS = 64
-# Of these a network for other classes, with other projectors or another kernel may differ and yet have its weights.
+# A network may differ in these (other classes, projectors or attention kernel) and still take over the weights.
 _FREE = ("name", "num_classes", "fused_attn")
 PROJECTOR_FACTS = ("projector_dims", "projector_kind", "projector_hidden", "encoder_depth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Everything that a network's shape and arithmetic depend on; saved in each checkpoint.
+    """All that determines a network's shape and arithmetic; saved in each checkpoint.
 
-    A subclass adds what its kind needs. It refuses, in its `__post_init__`, what it can't honour.
+    A subclass adds the fields of its kind, and raises UserError in `__post_init__` for values it does not support.
     """
 
-    kind: ClassVar[str]  # the word by which a checkpoint names the class
+    kind: ClassVar[str]  # the name of the class in checkpoints
     label_table: ClassVar[str]  # the weight that has a row for each class and one, the last, for the null class
 
     name: str
@@ -46,16 +46,16 @@ class NetworkConfig:
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no label": the row after the last class in the label table."""
+        """The label that means "no label", the row after the last class in the label table."""
         return self.num_classes
 
     @property
     def grid_size(self) -> int:
-        """Tokens per side."""
+        """The number of tokens per side."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        """UserError for a network that can't be, or that nobody has: building it would take the machine down."""
+        """Raise UserError for an impossible network, or one so large that building it would exhaust the machine."""
         for name, largest in _LARGEST.items():
             check_within(self, name, largest)
         widths = self.projector_dims
@@ -67,18 +67,18 @@ class NetworkConfig:
             raise UserError(f"projector_kind {self.projector_kind}, expected one of {', '.join(PROJECTOR_KINDS)}")
 
     def weight_facts(self) -> dict[str, Any]:
-        """What decides the meaning of each weight but the label table's and the projectors'."""
+        """The facts that determine the meaning of all weights except the label table's and the projectors'."""
         free = {*_FREE, *PROJECTOR_FACTS}
         names = (field.name for field in fields(self))
         return {"kind": self.kind} | {name: getattr(self, name) for name in names if name not in free}
 
     def to_dict(self) -> dict[str, Any]:
-        """As a checkpoint's card has it: with the kind, by which it is read again."""
+        """The fields as a checkpoint's card holds them, with the kind, by which they are read again."""
         return {"kind": self.kind, **asdict(self)}
 
 
 def check_within(config: NetworkConfig, name: str, largest: int) -> None:
-    """UserError where the field `name` is not 1 to `largest`."""
+    """Raise UserError if the field `name` is not between 1 and `largest`."""
     value = getattr(config, name)
     if not 1 <= value <= largest:
         raise UserError(f"{name} {value}, expected 1 to {largest:,}")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 def build_projector(
     kind: str, *, hidden_size: int, projector_hidden: int, feature_dim: int, grid_size: int
 ) -> nn.Module:
-    """A module that maps tokens (B, grid_size^2, hidden_size) to (B, grid_size^2, feature_dim).
+    """Build a module that maps tokens (B, grid_size^2, hidden_size) to (B, grid_size^2, feature_dim).
 
     kind: one of `stablevm.networks.network_config.PROJECTOR_KINDS`.
     """
@@ -16,7 +16,7 @@ def build_projector(
 
 
 def mlp_projector(hidden_size: int, projector_hidden: int, feature_dim: int) -> nn.Sequential:
-    """Three linear layers with SiLU between, on each token alone (REPA: Yu et al., 2024)."""
+    """REPA's projector (Yu et al., 2024): three linear layers with SiLU between, applied to each token."""
     return nn.Sequential(
         nn.Linear(hidden_size, projector_hidden),
         nn.SiLU(),
@@ -27,7 +27,7 @@ def mlp_projector(hidden_size: int, projector_hidden: int, feature_dim: int) -> 
 
 
 class ConvProjector(nn.Module):
-    """One 3 x 3 convolution on the grid of tokens, zero-padded (iREPA: Singh et al., 2025)."""
+    """iREPA's projector (Singh et al., 2025): one zero-padded 3 x 3 convolution on the grid of tokens."""
 
     def __init__(self, hidden_size: int, feature_dim: int, grid_size: int) -> None:
         super().__init__()
@@ -35,6 +35,6 @@ class ConvProjector(nn.Module):
         self.projection_layer = nn.Conv2d(hidden_size, feature_dim, kernel_size=3, padding=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, hidden_size) to (B, T, feature_dim); tokens are in row-major order."""
+        """Map tokens (B, T, hidden_size) in row-major order to (B, T, feature_dim)."""
         grid = tokens.transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
         return self.projection_layer(grid).flatten(2).transpose(1, 2)

@@ -1,6 +1,6 @@
-"""The kinds of networks that there are: their names, their configurations, and what builds them.
+"""The registry of networks: the names, the configuration and the constructor of each kind.
 
-Free of torch until one is built, so that a command's help stays quick.
+It imports torch only when a network is built, so that the help of commands is fast.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from stablevm.networks.backbone import Backbone
 
-DEFAULT_KIND = SiTConfig.kind  # of checkpoints that don't name theirs: version 0.1 knew SiT alone
+DEFAULT_KIND = SiTConfig.kind  # of checkpoints without a kind: version 0.1 had only SiT
 
 
 @dataclass(frozen=True)
 class Network:
-    """One kind of network."""
+    """A kind of network."""
 
-    names: tuple[str, ...]  # of its sizes, as the option `model` has them
-    config: type[NetworkConfig]  # whose `kind` checkpoints record
-    # From a name, and input_size, in_channels, num_classes and other fields of NetworkConfig, to the configuration.
+    names: tuple[str, ...]  # of its sizes, as the argument `model` takes them
+    config: type[NetworkConfig]  # its `kind` is recorded in checkpoints
+    # Makes the configuration from a name, input_size, in_channels, num_classes and other fields of NetworkConfig.
     configure: Callable[..., NetworkConfig]
-    # First values are drawn from the generator, one on the CPU; without one, from a generator seeded 0.
+    # Builds the network; its parameters are drawn from a CPU generator, or if None, from one seeded 0.
     build: Callable[[Any, "torch.Generator | None"], "Backbone"]
 
 
@@ -53,9 +53,10 @@ NETWORKS = [
 
 
 def network_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any) -> NetworkConfig:
-    """The configuration of the network called `name`, for latents (in_channels, input_size, input_size).
+    """The configuration of the network called `name`, such as "SiT-XL/2".
 
-    UserError for a name that is not registered, and as the kind's own function raises it.
+    Its latents have the shape (in_channels, input_size, input_size). options: other fields of the configuration.
+    UserError for a name that is not registered, or values that the network does not support.
     """
     for network in NETWORKS:
         if name in network.names:
@@ -71,13 +72,16 @@ def network_names() -> tuple[str, ...]:
 
 
 def build_network(config: NetworkConfig, generator: "torch.Generator | None" = None) -> "Backbone":
-    """The network of `config` on the default device, with its first values."""
+    """Build the network of `config` on the default device, with initial values drawn from a CPU generator.
+
+    Without a generator, they are drawn from one seeded 0.
+    """
     for network in NETWORKS:
         if network.config is type(config):
             return network.build(config, generator)
-    raise UserError(f"a network of the kind {config.kind}: expected one of {', '.join(config_classes())}")
+    raise UserError(f"network of kind {config.kind}: expected one of {', '.join(config_classes())}")
 
 
 def config_classes() -> dict[str, type[NetworkConfig]]:
-    """The configurations by the word that a checkpoint's card holds."""
+    """The classes of configurations, by the kind that a checkpoint's card holds."""
     return {network.config.kind: network.config for network in NETWORKS}

@@ -1,4 +1,4 @@
-"""A trained network that knows all that sampling needs: `model.json` beside its weights in safetensors."""
+"""Saved networks: weights in safetensors, beside `model.json`, which holds all else that sampling needs."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ Weights = Literal["ema", "model"]
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The facts that a network's weights are useless without."""
+    """The contents of `model.json`: the facts without which a network's weights are useless."""
 
     model: Annotated[NetworkConfig, ByKind(config_classes, DEFAULT_KIND)]
     latent: LatentSpec
@@ -35,12 +35,12 @@ class ModelCard:
     prediction: Literal["v", "x"]
     class_names: tuple[str, ...]
     step: int
-    # Facts of the training that cards of earlier versions and imported ones do not hold (None).
+    # Facts about the training; None in cards of earlier versions and of imported checkpoints.
     class_counts: tuple[int, ...] | None = None  # samples of each class in the training data
-    label_dropout: float | None = None  # chance that a sample was trained without its label
+    label_dropout: float | None = None  # probability that a sample was trained without its label
 
     def __post_init__(self) -> None:
-        """UserError for facts that contradict each other."""
+        """Raise UserError for facts that contradict each other."""
         side, channels = self.model.input_size, self.model.in_channels
         if self.latent.shape != (channels, side, side):
             raise UserError(f"the latent is {list(self.latent.shape)}, but the network takes {[channels, side, side]}")
@@ -52,41 +52,42 @@ class ModelCard:
         if counts is not None and (len(counts) > self.model.num_classes or not all(count >= 0 for count in counts)):
             raise UserError(f"class_counts of {len(counts)} classes, expected {self.model.num_classes} of 0 or more")
         if self.label_dropout is not None and not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout {self.label_dropout}, expected a chance in [0, 1]")
+            raise UserError(f"label_dropout {self.label_dropout}, expected a probability in [0, 1]")
 
     @property
     def trained_classes(self) -> tuple[int, ...]:
-        """The classes that the training data had samples of; all where the card does not say."""
+        """The classes of which the training data had samples; all classes if this is not recorded."""
         if self.class_counts is None:
             return tuple(range(self.model.num_classes))
         return tuple(label for label, count in enumerate(self.class_counts) if count)
 
     @property
     def null_is_trained(self) -> bool:
-        """Whether the null class, which guidance and unconditional images need, was seen; assumed if not recorded."""
+        """Whether the null class, which guidance and unconditional images need, was trained; True if not recorded."""
         return self.label_dropout != 0
 
     @property
     def classes_are_trained(self) -> bool:
-        """Whether the classes were seen: not where every label was dropped; assumed where the card does not say."""
+        """Whether labels were trained, that is, not all of them were dropped; True if not recorded."""
         return self.label_dropout != 1
 
     def agrees_with(self, other: "ModelCard") -> bool:
-        """Whether both are of one training, whatever the step; what one of them does not say is no difference."""
+        """Whether both come from the same training run; the step, and facts that one of them lacks, are ignored."""
         other = replace(
             other,
             step=self.step,
             class_counts=self.class_counts if other.class_counts is None else other.class_counts,
             label_dropout=self.label_dropout if other.label_dropout is None else other.label_dropout,
         )
-        told = replace(
+        completed = replace(
             self,
             class_counts=other.class_counts if self.class_counts is None else self.class_counts,
             label_dropout=other.label_dropout if self.label_dropout is None else self.label_dropout,
         )
-        return told == other
+        return completed == other
 
     def to_dict(self) -> dict[str, Any]:
+        """The card as JSON values, with the version of its format."""
         return {
             "format_version": FORMAT_VERSION,
             "model": self.model.to_dict(),
@@ -101,7 +102,7 @@ class ModelCard:
 
 
 def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> None:
-    """Write each set of weights as `NAME.safetensors`, then the card; an existing file is replaced whole."""
+    """Write each set of weights as `NAME.safetensors`, then the card; existing files are replaced."""
     folder = Path(folder)
     for name, tensors in weights.items():
         save_tensors(folder / f"{name}.safetensors", tensors)
@@ -109,7 +110,7 @@ def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, T
 
 
 def load_card(folder: str | Path) -> ModelCard:
-    """Read the card; UserError when `folder` is no checkpoint, its card is damaged, or of another format version."""
+    """Read the card; UserError if `folder` is not a checkpoint, or its card is damaged or of another version."""
     folder = Path(folder)
     if not (folder / CARD_FILE).is_file():
         raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
@@ -117,7 +118,7 @@ def load_card(folder: str | Path) -> ModelCard:
 
 
 def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`; UserError when the file is absent or damaged, or weights are not finite."""
+    """Read the tensors of `NAME.safetensors`; UserError if it is missing or damaged, or weights are not finite."""
     path = Path(folder) / f"{name}.safetensors"
     try:
         tensors = load_file(path)
@@ -134,17 +135,17 @@ def load_weights(folder: str | Path, name: str) -> dict[str, Tensor]:
 def load_model(
     folder: str | Path, card: ModelCard, *, weights: Weights = "ema", device: torch.device | str = "cpu"
 ) -> Backbone:
-    """The network of `card` with the weights in `folder`: evaluation mode, float32, without gradients.
+    """Load the network of `card` with the weights in `folder`: float32, in evaluation mode, without gradients.
 
-    UserError when the weights are absent, damaged, or those of another network.
+    UserError if the weights are missing, damaged, or those of another network.
     """
-    with torch.device("meta"):  # first values would be thrown away
+    with torch.device("meta"):  # initial values would be thrown away
         model = build_network(card.model)
     try:
         model.load_state_dict(load_weights(folder, weights), assign=True)
     except RuntimeError:
         raise UserError(
-            f"{folder}: {weights}.safetensors holds other tensors than the {card.model.name} of {CARD_FILE}; "
+            f"{folder}: the tensors of {weights}.safetensors do not fit the {card.model.name} of {CARD_FILE}; "
             "use another checkpoint"
         ) from None
     return model.to(device).eval().requires_grad_(False)

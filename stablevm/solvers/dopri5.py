@@ -1,8 +1,8 @@
-"""Adaptive integration of `dx/dt = v` from t = 1 down, with error control of each image on its own.
+"""Adaptive integration of `dx/dt = v` from t = 1 to t = 0, with a step size for each image.
 
-The usual solvers choose one step for a whole batch, from an error averaged over it: an image would depend on the
-other images of its batch. Here every row has its own time and its own step, rows that are done leave the batch, and the
-network still sees all the others at once.
+The usual solvers choose one step size for a whole batch from an average error, so that an image depends on the others
+in its batch. Here every row has its own time and step size. Rows that have arrived leave the batch, and the network
+still evaluates all remaining rows together.
 """
 
 import torch
@@ -13,7 +13,7 @@ from stablevm.solvers.fixed_steps import Velocity
 from stablevm.support.errors import UserError
 
 # Dormand and Prince (1980), "A family of embedded Runge-Kutta formulae", table 2. The last row of stages is the
-# solution of order 5, and its slope is the first one of the next step.
+# solution of order 5, and the slope there is the first one of the next step.
 _TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -30,22 +30,23 @@ _ORDER = 5
 _SAFETY, _SHRINK_LIMIT, _GROWTH_LIMIT = 0.9, 0.2, 10.0
 _PROBE, _PROBE_IF_FLAT, _FLAT = 0.01, 1e-6, 1e-5
 
-# A velocity made from a prediction of the data divides by sigma, 0 at t = 0: the steps end here, and one of Euler's,
-# whose error is of the order of the square of it, leads to 0.
+# A velocity computed from a prediction of the data divides by sigma, which is 0 at t = 0. So the adaptive steps end
+# here, and a last Euler step, whose error is of the order of its square, goes to 0.
 _LAST_TIME = 1e-3
-_SMALLEST_STEP = 1e-9  # whoever needs a smaller one does not get on
-_MOST_TRIES = 10_000  # a hundred times what images take
+_SMALLEST_STEP = 1e-9  # a row that needs a smaller step makes no progress
+_MOST_TRIES = 10_000  # a hundred times what images need
 
 
 def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
-    """Dormand-Prince steps of order 5 from x (B, ...) at t = 1 to t = 0, float32 or wider; float64 is best.
+    """Integrate with Dormand-Prince steps of order 5 from x (B, ...) at t = 1 to t = 0.
 
-    The root mean square over a row of the error that a step is estimated to add stays below atol + rtol |x|, with |x|
-    the root mean square of the row. (Not value by value, as for unlike quantities: the pixels that happen to be near 0
-    would then rule the steps, and rounding would rule those pixels.) Six evaluations per step, rejected ones too.
+    x is float32 or wider; float64 is best. A step is accepted if the root mean square (RMS) of its estimated error over
+    a row is at most atol + rtol |x|, where |x| is the RMS of the row. The error is not controlled value by value, as is
+    usual for unlike quantities, because pixels that happen to be near 0 would then dictate the steps. Each step costs
+    six evaluations of the velocity, also when it is rejected.
 
-    It always ends: a row that meets values that are not finite leaves the batch and is NaN in the result; where a
-    row's tolerance can't be met, because the velocity jumps or is rounded too coarsely, UserError says so.
+    The integration always ends. A row whose values become infinite or NaN leaves the batch and is NaN in the result.
+    Where the tolerance can't be met, because the velocity jumps or is rounded too coarsely, UserError is raised.
     """
     result = torch.empty_like(x)
     rows = torch.arange(len(x), device=x.device)
@@ -77,8 +78,8 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
         hopeless = going & (stuck | (tries == _MOST_TRIES))
         if hopeless.any():
             raise UserError(
-                f"rtol {rtol:g}, atol {atol:g}: dopri5 does not get on at t = {float(t[hopeless].max()):.3g}, where "
-                "the velocity jumps or is rounded too coarsely; give larger ones, or another solver"
+                f"rtol {rtol:g}, atol {atol:g}: dopri5 can't meet this tolerance at t = {float(t[hopeless].max()):.3g},"
+                " where the velocity jumps or is rounded too coarsely; use larger tolerances or another solver"
             )
         rows, x, t, slope, step = (values[going] for values in (rows, x, t, slope, step))
     return result
@@ -87,7 +88,7 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
 def _try_step(
     velocity: Velocity, x: Tensor, t: Tensor, slope: Tensor, step: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state one step ahead (towards smaller t), the slope there, and the error estimate."""
+    """Take one step towards smaller t: the new state, the slope there, and the estimated error."""
     slopes, h = [slope], -align(step.to(x.dtype), x)
     ahead = x
     for time, weights in zip(_TIMES, _STAGES, strict=True):
@@ -97,11 +98,11 @@ def _try_step(
 
 
 def _first_step(velocity: Velocity, x: Tensor, slope: Tensor, rows: Tensor, rtol: float, atol: float) -> Tensor:
-    """Hairer's guess: a small Euler step shows how fast the slope changes."""
+    """The initial step size (n,) after Hairer: a small Euler step shows how fast the slope changes."""
     scale = atol + rtol * _rms(x)
     size, speed = _rms(x) / scale, _rms(slope) / scale
     probe = torch.where((size < _FLAT) | (speed < _FLAT), _PROBE_IF_FLAT, _PROBE * size / speed)
-    probe = probe.clamp(max=1 - _LAST_TIME)  # no velocity has to be defined at t = 0
+    probe = probe.clamp(max=1 - _LAST_TIME)  # the velocity need not be defined at t = 0
     change = velocity(x - align(probe.to(x.dtype), x) * slope, 1 - probe, rows) - slope
     steepest = torch.maximum(speed, _rms(change) / scale / probe)
     return torch.minimum(probe / _PROBE, (_PROBE / steepest) ** (1 / _ORDER))
@@ -120,5 +121,5 @@ def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 
 def _rms(values: Tensor) -> Tensor:
-    """Root mean square over all but the first dimension, float64 (n,)."""
+    """The root mean square over all but the first dimension: (n,), float64."""
     return values.reshape(*values.shape, 1).flatten(1).double().square().mean(dim=1).sqrt()

@@ -1,7 +1,7 @@
-"""Integrators from the prior (t = 1) to data (t = 0), and their time grids.
+"""Solvers with a fixed number of steps from the prior (t = 1) to data (t = 0), and their time grids.
 
-States are best held in float64: hundreds of small steps are added to them. Times are scalars of a decreasing float64
-grid on the CPU. A solver knows nothing of networks: `velocity(x, t)` is any function of a state (B, ...) and a scalar.
+States are best kept in float64, because hundreds of small steps are added to them. Times are a decreasing float64 grid
+on the CPU. `velocity(x, t)` may be any function of a state (B, ...) and a scalar time; no network is assumed.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from torch import Tensor
 from stablevm.interpolant import Interpolant
 from stablevm.support.errors import UserError
 
-# `velocity(x, t)` at states x (n, ...) and a scalar time; `dopri5` asks for `velocity(x, t, rows)`, at times (n,), of
-# the rows (n,) of the batch that x holds.
+# `velocity(x, t)` at states x (n, ...) and a scalar time t. `dopri5` calls `velocity(x, t, rows)` with times (n,) and
+# with rows (n,), the positions in the batch of the states x.
 Velocity = Callable[..., Tensor]
 
 # Karras et al. (2022), "EDM", table 1.
@@ -23,7 +23,7 @@ EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0
 
 def ode_times(num_steps: int) -> Tensor:
     """`num_steps + 1` evenly spaced times from 1 to 0, float64."""
-    # Quotients, not accumulated steps: the grid then holds 0.7 itself where a guidance interval ends at 0.7.
+    # Quotients, not accumulated steps, so that the grid holds exactly 0.7 where a guidance interval ends at 0.7.
     return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
 
 
@@ -34,10 +34,10 @@ def sde_times(num_steps: int, last_time: float) -> Tensor:
 
 
 def edm_times(num_steps: int, path: Interpolant) -> Tensor:
-    """EDM's noise levels (Karras et al., 2022, equation 5) as times of the path: `num_steps` of them, then 0; float64.
+    """EDM's noise levels (Karras et al., 2022, equation 5) as times of `path`: `num_steps` times, then 0; float64.
 
-    A level is `sigma / alpha` of the path. The first one, 80, is read as infinite, because the state there is drawn
-    from the prior: it is at t = 1, and not at 80/81. `num_steps` is 2 or more.
+    A noise level is `sigma / alpha` of the path. The first, 80, is replaced by infinity (t = 1 instead of 80/81 on the
+    linear path), because the initial state is drawn from the prior. `num_steps` is 2 or more.
     """
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     highest, lowest = (level ** (1 / EDM_RHO) for level in (EDM_SIGMA_MAX, EDM_SIGMA_MIN))
@@ -47,16 +47,19 @@ def edm_times(num_steps: int, path: Interpolant) -> Tensor:
 
 
 def split_times(num_steps: int, split: float, steps_below: int) -> tuple[Tensor, Tensor]:
-    """Evenly spaced times from 1 to `split`, and `steps_below + 1` from there to 0: `num_steps` steps in all."""
+    """Two grids, float64: evenly spaced times from 1 to `split`, and `steps_below + 1` from there to 0.
+
+    Together they have `num_steps` steps.
+    """
     above = 1 - (1 - split) * (1 - ode_times(num_steps - steps_below))
     return above, split * ode_times(steps_below)
 
 
 def thinned(count: int, kept: int) -> Tensor:
-    """Which of `count` falling noise levels the published StableVS takes its steps from: int64 (min(count, kept),).
+    """Indices of the `count` decreasing noise levels at which the published StableVS takes a step.
 
-    `kept` of them, evenly by their number from the first to the last but one, so that the step to 0 is a large one;
-    all of them where there are no more than `kept`.
+    It takes `kept` of them, at evenly spaced indices from the first to the last but one, so that the step to 0 is a
+    large one; or all, if there are at most `kept`. int64 (min(count, kept),).
     """
     if count <= kept:
         return torch.arange(count)
@@ -64,17 +67,21 @@ def thinned(count: int, kept: int) -> Tensor:
 
 
 def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    """Explicit Euler for `dx/dt = v`, of order 1. One evaluation per step: `len(times) - 1`."""
+    """Explicit Euler method for `dx/dt = v`, of order 1, from x (B, ...) at times[0] to times[-1].
+
+    It takes one evaluation per step, `len(times) - 1` in all.
+    """
     for t, t_next in _steps(times):
         x = x + (t_next - t) * velocity(x, t)
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    """Heun's method for `dx/dt = v`, of order 2. Two evaluations per step, but one for a step that ends at t = 0.
+    """Heun's method for `dx/dt = v`, of order 2, from x (B, ...) at times[0] to times[-1].
 
-    A velocity made from a prediction of the data divides by sigma, which is 0 at t = 0, so the step that arrives there
-    is an Euler step (Karras et al., 2022, "EDM", algorithm 1). Its error of O(h^2) is made once, so the order stays 2.
+    It takes two evaluations per step, and one for a step that ends at t = 0: a velocity computed from a prediction of
+    the data divides by sigma, which is 0 there, so that step is an Euler step (Karras et al., 2022, "EDM", algorithm
+    1). Its error of O(h^2) occurs once, so the order remains 2.
     """
     for t, t_next in _steps(times):
         slope = velocity(x, t)
@@ -91,12 +98,13 @@ def euler_maruyama(
     noise: Callable[[], Tensor],
     diffusion_scale: float = 1.0,
 ) -> Tensor:
-    """Euler-Maruyama for the SDE with the ODE's marginals, run from t = 1 down (Ma et al., 2024, "SiT", section 2):
+    """Euler-Maruyama method for the SDE that has the ODE's marginals (Ma et al., 2024, "SiT", section 2):
 
         dx = [v - w s / 2] dt + sqrt(w) dB,  w = diffusion_scale * sigma,  s = the score that v implies.
 
-    A step that ends at t = 0 takes the drift without noise, as published. `noise()` gives standard normal values of
-    x's shape. `diffusion_scale` is 1 for StableVM and 2 for REPA. One evaluation per step: `len(times) - 1`.
+    It runs from x (B, ...) at times[0] down to times[-1]; a step that ends at t = 0 takes the drift without noise, as
+    published. `noise()` returns standard normal values of x's shape. `diffusion_scale` is 1 for StableVM and 2 for
+    REPA. One evaluation per step, `len(times) - 1` in all.
     """
     for t, t_next in _steps(times):
         drift, w = _drift_and_diffusion(velocity, x, t, path, diffusion_scale)
@@ -114,10 +122,11 @@ def stochastic_heun(
     noise: Callable[[], Tensor],
     diffusion_scale: float = 1.0,
 ) -> Tensor:
-    """Heun's method for the SDE of `euler_maruyama`: the mean of the drifts before and after a step, with one noise.
+    """Heun's method for the SDE of `euler_maruyama`: it averages the drifts before and after a step, with one noise.
 
-    As the noise does not depend on x, distributions converge with order 2 (Kloeden and Platen, 1992, section 15.1).
-    Two evaluations per step, but one for a step that ends at t = 0, which is Euler's and takes no noise.
+    The diffusion coefficient does not depend on x, so distributions converge with order 2 (Kloeden and Platen, 1992,
+    section 15.1). It takes two evaluations per step, and one for a step that ends at t = 0, which is an Euler step
+    without noise.
     """
     for t, t_next in _steps(times):
         drift, w = _drift_and_diffusion(velocity, x, t, path, diffusion_scale)
@@ -147,9 +156,9 @@ def stable_velocity(
     noise: Callable[[], Tensor],
     noise_factor: float = 0.0,
 ) -> Tensor:
-    """StableVS (Yang et al., 2026): large steps where x_t nearly determines x0, so that v hardly changes on the way.
+    """StableVS (Yang et al., 2026): large steps at small t, where x_t nearly determines x0 and v hardly changes.
 
-    `noise()` gives standard normal values of x's shape. One evaluation per step: `len(times) - 1`.
+    It applies `stable_velocity_step` from x (B, ...) at times[0] to times[-1], with one evaluation per step.
     """
     for t, t_next in _steps(times):
         x = stable_velocity_step(velocity(x, t), x, t, t_next, path, noise, noise_factor)
@@ -165,16 +174,19 @@ def stable_velocity_step(
     noise: Callable[[], Tensor],
     noise_factor: float = 0.0,
 ) -> Tensor:
-    """With the data x0 and the noise e that v implies at x and t, a draw from the Gaussian posterior at tau = t_next:
+    """One step of StableVS from x (B, ...) at t to tau = t_next, given the velocity v (B, ...) at x:
 
-        x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I).
+        x_tau = alpha_tau x0 + sqrt(sigma_tau^2 - beta^2) e + beta z,  beta = noise_factor * sigma_tau,  z ~ N(0, I),
 
-    Given x0 it has the marginal of the path for every `noise_factor` in [0, 1]. On the linear path and with
-    `noise_factor` 0 it is x + (tau - t) v. Computed in float32 or wider, and returned in x's dtype. UserError for a
-    velocity of another shape than x.
+    where x0 and e are the data and the noise that v implies at x and t. Given x0, x_tau has the path's marginal for
+    every `noise_factor` in [0, 1]. On the linear path with `noise_factor` 0 it is x + (tau - t) v. t, t_next: scalar
+    tensors. noise: a function that returns z, standard normal values of x's shape; called only if beta > 0.
+
+    Computed in float32 or wider, and returned in x's dtype. UserError for a velocity of another shape than x, or a
+    noise_factor out of range.
     """
     if v.shape != x.shape:
-        raise UserError(f"the velocity is {tuple(v.shape)}, the state {tuple(x.shape)}: expected the same")
+        raise UserError(f"the velocity is {tuple(v.shape)}, the state {tuple(x.shape)}: expected the same shape")
     if not 0 <= noise_factor <= 1:
         raise UserError(f"noise_factor {noise_factor}: expected a number in [0, 1]")
     given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)

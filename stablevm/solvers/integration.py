@@ -1,4 +1,4 @@
-"""`integrate`: from noise to data with the sampler that `SamplerSettings` describes, for any velocity."""
+"""`integrate`: from noise to data, for any velocity, with the solver that `SamplerSettings` describes."""
 
 from collections.abc import Callable
 
@@ -23,33 +23,36 @@ from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
 from stablevm.support.shapes import described
 
-# Solvers with a given number of steps, by the word of `SamplerSettings.solver`: of the ODE, and of the SDE.
+# Solvers with a given number of steps, by the value of `SamplerSettings.solver`: of the ODE, and of the SDE.
 _FIXED_STEPS = {"euler": euler, "heun": heun}
 _FIXED_STEPS_SDE = {"euler": euler_maruyama, "heun": stochastic_heun}
 
 
 def integrate(velocity: Velocity, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
-    """What the sampler of `settings` makes at t = 0 of `noise()` at t = 1, a floating point tensor (B, ...); later
-    noise, of the same shape, comes from there too.
+    """Integrate from noise at t = 1 to samples (B, ...) at t = 0 with the solver of `settings`.
 
-    Hundreds of small steps are added up in float32 or wider: a bfloat16 or float16 state would not move. The velocity
-    is asked at states of the dtype that the noise came in, and the result has that dtype too. UserError where noise
-    or velocities are of another shape than the state.
+    velocity: a function of states x (B, ...) and a scalar time (of x, times (n,) and row indices (n,) with the solver
+    dopri5). noise: a function that returns standard normal values (B, ...), called for the initial state and for the
+    noise of each step that needs some.
+
+    The state is float32 or wider, because adding hundreds of small steps to a bfloat16 or float16 state would not
+    change it. The velocity receives states in the dtype of the noise, and the result has that dtype. UserError if the
+    noise or a velocity has another shape than the state.
     """
     if not isinstance(path, Interpolant) or not isinstance(settings, SamplerSettings):
         raise UserError(f"path {path!r}, settings {settings!r}: expected an Interpolant and SamplerSettings")
     first = noise()
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
         shown = described(first) if isinstance(first, Tensor) else f"a {type(first).__name__}"
-        raise UserError(f"noise() is {shown}: expected floating point numbers (B, ...), a row for each sample")
+        raise UserError(f"noise() returned {shown}: expected floating-point numbers (B, ...), a row for each sample")
     dtype = torch.promote_types(first.dtype, torch.float32)
 
     def wide(name: str, value: Tensor, x: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.shape != x.shape:
             shown = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise UserError(f"the {name} is {shown}, the state {tuple(x.shape)}: expected the same")
-        if not value.is_floating_point():  # whole numbers are rounded, and of complex ones a part would be dropped
-            raise UserError(f"the {name} is {described(value)}: expected floating point numbers")
+            raise UserError(f"the {name} is {shown}, the state {tuple(x.shape)}: expected the same shape")
+        if not value.is_floating_point():  # integers are rounded, and a complex number would lose its imaginary part
+            raise UserError(f"the {name} is {described(value)}: expected floating-point numbers")
         return value.to(dtype)
 
     def slope(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:

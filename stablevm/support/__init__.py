@@ -1,1 +1,1 @@
-"""What all rooms use: errors, files, options, seeds, precision, processes. Nothing here knows the method."""
+"""Helpers for all other packages: errors, files, options, random numbers, precision, processes."""

@@ -1,7 +1,7 @@
-"""JSON that describes something, such as a checkpoint's card, read into its dataclass: every type is checked.
+"""Reading JSON files, such as a checkpoint's card, into dataclasses, with every type checked.
 
-Files are damaged by disks, edited by people, and sent by strangers. What is read here is either what the dataclass
-declares, or one line that names the file, the field, what stands there and what was expected.
+Files can be damaged, edited by hand, or come from strangers. Reading one gives either what the dataclass declares, or
+an error of one line that names the file, the field, its value and what was expected.
 """
 
 import math
@@ -15,7 +15,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.files import LARGEST_JSON, read_json
 from stablevm.support.text import shown
 
-INTEGERS = range(-(2**63), 2**63)  # what tensors and other programs hold
+INTEGERS = range(-(2**63), 2**63)  # those that fit an int64
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -26,21 +26,21 @@ _NAMES: dict[Any, str] = {
 }
 
 T = TypeVar("T")
-KIND = "kind"  # the field of an object that says which dataclass it is
+KIND = "kind"  # the field of an object that names its dataclass
 
 
 @dataclass(frozen=True)
 class ByKind:
-    """In an annotation `Annotated[Base, ByKind(classes, default)]`: the object's `kind` names its dataclass.
+    """The note in `Annotated[Base, ByKind(classes, default)]`: the dataclass is the one that the object's `kind` names.
 
-    default: the kind of objects that name none, as files of older versions.
+    default: the kind of objects without one, as in files of older versions.
     """
 
     classes: Callable[[], Mapping[str, type]]
     default: str
 
     def convert(self, value: Any, where: str) -> Any:
-        """The object as the dataclass that it names."""
+        """Convert an object to the dataclass that it names."""
         classes = self.classes()
         kind = value.get(KIND, self.default) if isinstance(value, dict) else self.default
         if not isinstance(kind, str) or kind not in classes:
@@ -51,7 +51,7 @@ class ByKind:
 
 
 class _MismatchError(Exception):
-    """A value that is not of the declared type: where it stands, and what is wrong with it."""
+    """Raised for a value of the wrong type: where it is in the file, and what is wrong with it."""
 
     def __init__(self, where: str, fault: str) -> None:
         super().__init__(where, fault)
@@ -68,10 +68,10 @@ def read_card(
     finite: bool = True,
     remedy: str = "restore or remake it",
 ) -> T:
-    """Read a JSON file into the dataclass `kind`, as `card_of`.
+    """Read a JSON file into the dataclass `kind`, with the checks of `card_of`.
 
-    what: names the file's subject at the beginning of the message, remedy: what to do at its end. With `version` the
-    file says its `format_version`, which must be this one. UserError also when the file is absent or no JSON.
+    what: what the file is, for the beginning of error messages. remedy: what to do, for their end. version: if given,
+    the file's `format_version` must equal it. Raises UserError also if the file is missing or not JSON.
     """
     values = read_object(path, what, remedy=remedy)
     if version is not None:
@@ -83,7 +83,7 @@ def read_card(
 def read_object(
     path: str | Path, what: str, *, remedy: str = "restore or remake it", largest: int = LARGEST_JSON
 ) -> dict[str, Any]:
-    """Read a JSON file that holds an object, whatever is in it; UserError when it is absent or damaged."""
+    """Read a JSON file that holds an object, without checking its fields; UserError if it is missing or damaged."""
     values = read_json(path, what, largest=largest)
     if not isinstance(values, dict):
         raise UserError(f"{what}: {path}: expected an object, found {shown(values)}; {remedy}")
@@ -91,22 +91,22 @@ def read_object(
 
 
 def check_version(values: Mapping[str, Any], version: int, where: str) -> None:
-    """UserError unless the file's `format_version` is `version`."""
+    """Raise UserError unless the file's `format_version` is `version`."""
     found = values.get("format_version")
     if type(found) is not int or found != version:
         raise UserError(
             f"{where}: has format version {shown(found)}, this program reads {version}; "
-            "use the program that wrote it, or make it again"
+            "use the version that wrote it, or make it again"
         )
 
 
 def card_of(kind: type[T], values: Any, where: str, *, finite: bool = True, remedy: str = "restore or remake it") -> T:
-    """Values as JSON gives them, as the dataclass or other type `kind`, with all that it is made of.
+    """Convert values from JSON to the dataclass or other type `kind`, including everything inside.
 
-    A list becomes a tuple and text a path where one is declared, and an integer a float; nothing else is converted.
-    A field with a default may be absent, as it is in files of older versions; a field that `kind` does not know is an
-    error, and so is NaN or infinity anywhere with `finite`. UserError, which begins with `where` and names the field;
-    what a `__post_init__` raises as ValueError too.
+    Lists become tuples, text becomes a path, and integers become floats where these are declared; nothing else is
+    converted. A field with a default may be missing, as in files of older versions. An unknown field is an error, and
+    so is NaN or infinity anywhere if `finite`. Raises UserError, which begins with `where` and names the field; a
+    ValueError from `__post_init__` becomes one too.
     """
     try:
         if finite:
@@ -170,7 +170,7 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written: JSON may hold halves of characters; those that stand for a name's bytes are fine."""
+    """Whether the text can be encoded: JSON may hold lone surrogates, of which only those for undecodable bytes can."""
     try:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -208,7 +208,7 @@ def _first_that_fits(hints: Iterable[Any], value: Any, where: str) -> Any:
     containers = [
         error for hint, error in faults if error.where != where or (is_dataclass(hint) and isinstance(value, dict))
     ]
-    if containers:  # the value has the form of this one, and something in it is wrong
+    if containers:  # the value has this type's form, but something inside it is wrong
         raise containers[0]
     expected = " or ".join(_name(hint) for hint, _ in faults if hint is not type(None))
     raise _MismatchError(where, f"{shown(value)}, expected {expected}")
@@ -250,7 +250,7 @@ def _mismatch(hint: Any, value: Any, where: str) -> _MismatchError:
 
 
 def _name(hint: Any) -> str:
-    """What a person would call values of the type."""
+    """The plain English name for values of the type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])

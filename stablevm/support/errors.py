@@ -1,13 +1,13 @@
-"""The one exception whose message is written for the person at the keyboard, and how it names arguments."""
+"""The exception for bad input, and how its messages name arguments."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Bad input: the message names what was given, what was expected and what to do.
+    """Bad input; the message says what was given, what was expected and what to do.
 
-    Commands print it as one line and leave with status 2; every other exception is a bug and keeps its traceback.
+    Commands print it as one line and exit with status 2. Any other exception is a bug and is shown with its traceback.
     """
 
 
@@ -15,13 +15,13 @@ _spelling: dict[str, str] = {}
 
 
 def arg(name: str) -> str:
-    """An argument of the library for a message: its name, or within a command the option that sets it."""
+    """The name of an argument for a message: its own name, or inside a command the option that sets it."""
     return _spelling.get(name, name)
 
 
 @contextmanager
 def arguments_spelt(spelling: Mapping[str, str]) -> Iterator[None]:
-    """Within it, `arg` answers with the spelling given; a command enters it with its options."""
+    """Inside the block, `arg` uses `spelling`; commands enter it with their options."""
     before = dict(_spelling)
     _spelling.clear()
     _spelling.update(spelling)

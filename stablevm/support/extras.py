@@ -1,10 +1,10 @@
-"""The packages that the base installation leaves out, and the extra of stablevm that brings each."""
+"""The optional packages, and the extra of stablevm that installs each."""
 
 from importlib.util import find_spec
 
 from stablevm.support.errors import UserError
 
-# By the names that are imported, as in pyproject.toml; the first extra that brings what is missing is the one to name.
+# Import names of the packages, as in pyproject.toml; messages name the first extra that has what is missing.
 _DATA = frozenset({"PIL", "sklearn"})
 _PLOTS = frozenset({"PIL", "matplotlib"})
 EXTRAS = {
@@ -21,20 +21,20 @@ _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def need(purpose: str, *packages: str) -> None:
-    """UserError that names the extra unless the packages are there. They are looked up, not imported."""
+    """Raise UserError, which names the extra, unless all packages are installed; they are not imported."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise _missing(purpose, missing)
 
 
 def explained(error: ModuleNotFoundError, purpose: str) -> Exception:
-    """The error that `need` raises, if an extra brings the module that was not found; else the error itself."""
+    """The error that `need` would raise, if an extra has the missing module; otherwise the error itself."""
     package = (error.name or "").partition(".")[0]
     return _missing(purpose, [package]) if package in EXTRAS["all"] else error
 
 
 def distribution(package: str) -> str:
-    """The name under which an imported package is installed."""
+    """The name under which pip installs an imported package."""
     return _INSTALLED_AS.get(package, package.replace("_", "-"))
 
 

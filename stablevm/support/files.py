@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, synced, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, synced, then renamed."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ from stablevm.support.errors import UserError
 _TEMPORARY = ".tmp-"
 _LONGEST_NAME = 255  # bytes, on all common file systems
 _LONGEST_OWN_NAME = 200  # bytes: file systems take 255, and the temporary name is longer
-LARGEST_JSON = 64 * 2**20  # bytes; what describes something is small, and whoever parses it needs ten times as much
+LARGEST_JSON = 64 * 2**20  # bytes; descriptions are small, and parsing takes ten times as much memory
 _DEEPEST_JSON = 64
 
 
 @contextmanager
 def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it becomes `path` when the block ends without an exception.
+    """Yield a temporary path, which is renamed to `path` when the block ends without an exception.
 
-    The temporary name keeps the suffix of `path`, because writers such as PIL and numpy choose a format by it. It lies
-    in `scratch` if given, a folder on the same disk. Without `durable` the caller has to wait for the disk (`sync`),
-    which is quicker for many small files at once.
+    It has the suffix of `path`, by which writers such as PIL and NumPy choose a format, and lies beside `path`, or in
+    the folder `scratch` on the same disk. With `durable` false the file is not synced: the caller must call `sync`,
+    which is faster for many small files together.
     """
     path = Path(path)
     for folder in {path.parent, scratch or path.parent}:
@@ -48,12 +48,12 @@ def replacing(path: str | Path, *, scratch: Path | None = None, durable: bool = 
 
 
 def _own_name(path: Path) -> str:
-    """What of its name a file keeps in the temporary one: the suffix at least."""
+    """The part of the file's name that its temporary name ends with: all of it, or only the suffix if it is long."""
     return path.name if len(os.fsencode(path.name)) <= _LONGEST_OWN_NAME else path.suffix[-_LONGEST_OWN_NAME:]
 
 
 def sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
+    """Wait until the file or folder has been written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,12 +65,12 @@ def sync(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is a leftover of an interrupted `replacing`."""
+    """Whether `path` is a temporary file, as an interrupted `replacing` leaves it."""
     return path.name.startswith(_TEMPORARY)
 
 
 def remove_temporary_of(*paths: Path) -> None:
-    """Remove what interrupted `replacing` of just these files left beside them; nobody may be writing them."""
+    """Remove temporary files of these paths that an interrupted `replacing` left; no process may be writing them."""
     for path in paths:
         leftover = re.compile(rf"{_TEMPORARY}\d+-[0-9a-f]{{8}}-{re.escape(_own_name(path))}")
         for other in path.parent.glob(f"{_TEMPORARY}*"):
@@ -79,33 +79,34 @@ def remove_temporary_of(*paths: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove the leftovers of interrupted `replacing` anywhere below `folder`, which nobody may be writing to."""
+    """Remove all temporary files below `folder`; no process may be writing there."""
     for path in folder.rglob(f"{_TEMPORARY}*"):
         path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8; bytes of a file's name that are none stand in it as "\\udcff", from which JSON restores them."""
+    """Write text as UTF-8; undecodable bytes of file names become like "\\udcff", from which JSON restores them."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names: JSON's form of them too
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON, indented, in UTF-8."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_with(path: str | Path, writer: Callable[[Path], Any]) -> None:
-    """Let `writer(temporary_path)` write the file."""
+    """Write the file by `writer(temporary_path)`."""
     with replacing(path) as temporary:
         writer(temporary)
 
 
 def output_fault(path: Path, *, is_folder: bool) -> str | None:
-    """Why nothing can be written at `path`, a folder or a file that may be there already; None where it can."""
+    """The reason why the folder or file `path`, which may exist, can't be written; None if it can."""
     if "\0" in str(path):
         return "a name can't hold the character NUL"
     if long := next((part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
-        return f"a name of {len(os.fsencode(long))} bytes, a disk takes {_LONGEST_NAME}"
+        return f"a name has {len(os.fsencode(long))} bytes, file systems allow {_LONGEST_NAME}"
     try:
         nearest = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
         kind = nearest.stat().st_mode
@@ -115,7 +116,7 @@ def output_fault(path: Path, *, is_folder: bool) -> str | None:
         if stat.S_ISDIR(kind):
             return f"{path} is a folder"
         if not stat.S_ISREG(kind):
-            return f"{path} is no plain file"
+            return f"{path} is not a regular file"
         nearest = path.absolute().parent
     elif not stat.S_ISDIR(kind):
         return f"{nearest} is a file"
@@ -123,13 +124,13 @@ def output_fault(path: Path, *, is_folder: bool) -> str | None:
 
 
 def check_output(what: str, path: Path, *, is_folder: bool) -> None:
-    """UserError, which begins with `what`, where nothing can be written at `path`."""
+    """Raise UserError, which begins with `what`, if the folder or file `path` can't be written."""
     if fault := output_fault(path, is_folder=is_folder):
         raise UserError(f"{what}: expected a {'folder' if is_folder else 'file'} that can be written; {fault}")
 
 
 def read_json(path: str | Path, what: str, *, largest: int = LARGEST_JSON) -> Any:
-    """Parse a JSON file; `what` names it in the message when it is absent, damaged or larger than `largest` bytes."""
+    """Read a JSON file; UserError, beginning with `what`, if it is missing, damaged or larger than `largest` bytes."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -139,25 +140,25 @@ def read_json(path: str | Path, what: str, *, largest: int = LARGEST_JSON) -> An
     except (IsADirectoryError, NotADirectoryError):
         raise UserError(f"{what}: {path} is not a file") from None
     if len(content) > largest:
-        raise UserError(f"{what}: {path} has more than {largest:,} bytes, so it is not what it should be; remake it")
+        raise UserError(f"{what}: {path} has more than {largest:,} bytes, too many for such a file; remake it")
     return parse_json(content, f"{what}: {path}")
 
 
 def parse_json(content: str | bytes, where: str) -> Any:
-    """Parse JSON that others wrote; UserError, which begins with `where`, for what is none or nested without end."""
+    """Parse untrusted JSON; UserError, beginning with `where`, if it is invalid or nested too deeply."""
     try:
         values = json.loads(content)
         if _is_deeper(values, _DEEPEST_JSON):
             raise RecursionError
     except RecursionError:
         raise UserError(f"{where} is nested more than {_DEEPEST_JSON} deep; restore or remake it") from None
-    except ValueError as error:  # also for integers of thousands of digits, and text that is no UTF-8
+    except ValueError as error:  # also raised for integers of thousands of digits, and text that is not UTF-8
         raise UserError(f"{where} is not valid JSON ({error}); restore or remake it") from None
     return values
 
 
 def _is_deeper(values: Any, depth: int) -> bool:
-    """Whether lists and objects lie in one another more than `depth` deep: whoever walks through them recurses."""
+    """Whether lists and objects are nested more than `depth` deep, which recursive functions could not handle."""
     level = [values]
     for _ in range(depth + 1):
         inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
@@ -168,6 +169,6 @@ def _is_deeper(values: Any, depth: int) -> bool:
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of the file's bytes."""
+    """The SHA-256 of the file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Weights in files that others wrote: safetensors, or torch files of tensors alone. Nothing in them is executed."""
+"""Reading untrusted files of weights: safetensors, or torch files that hold only tensors. No code in them runs."""
 
 import pickle
 import struct
@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from stablevm.support.errors import UserError
 
-# What the readers of safetensors and of torch files raise for bytes that they can't make sense of: a pickle of which a
-# byte is wrong asks for whatever the wrong byte says.
+# Exceptions that the readers of safetensors and torch files raise for damaged files. A damaged pickle can raise nearly
+# anything.
 UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, EOFError, LookupError, RuntimeError),
     *(ValueError, TypeError, AttributeError, AssertionError),
@@ -21,9 +21,9 @@ UNREADABLE = (
 
 
 def read_weights(path: Path, option: str) -> dict[str, Any]:
-    """The named tensors, on the CPU, of the file that was given as `option`; torch files may hold dictionaries of them.
+    """Read the tensors of a file by name, on the CPU; torch files may also hold dictionaries of tensors.
 
-    UserError where there is no file, or none of that kind.
+    option: the argument that gave the file, for error messages. UserError if the file is missing or of another kind.
     """
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file")
@@ -32,7 +32,7 @@ def read_weights(path: Path, option: str) -> dict[str, Any]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE:
-        raise UserError(f"{option} {path}: neither safetensors nor a torch file of tensors alone; convert it") from None
+        raise UserError(f"{option} {path}: not safetensors nor a torch file of only tensors; convert it") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: expected named tensors, found {type(content).__name__}")
     return content

@@ -1,4 +1,4 @@
-"""Whether the hub of models answers, asked once: its own client tries again for half a minute."""
+"""The check that the Hugging Face hub is reachable, in one request; its own client retries for half a minute."""
 
 import ssl
 import urllib.error
@@ -10,9 +10,9 @@ PATIENCE_SECONDS = 10.0
 
 
 def check_reachable(repository: str, *files: str) -> None:
-    """OSError where none of `files` of the hub's `repository` is in the cache, and the hub does not answer.
+    """Raise OSError if none of `files` of the hub's `repository` is in the cache and the hub does not answer.
 
-    Whatever the hub answers counts; that a certificate is not known here says nothing about its client.
+    Any answer counts, even an error. An unknown certificate is ignored, because the hub's client may accept it.
     """
     need(f"the hub's {repository}", "huggingface_hub")
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache

@@ -1,4 +1,4 @@
-"""Pictures for people: many small images in one PNG, or one after another in a GIF."""
+"""Images for viewing: many small images tiled in one PNG, or as the frames of a GIF."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,10 @@ _GAP_LEVEL = 255  # white
 
 
 def tile(images: NDArray[np.uint8], columns: int, scale: int = 1, pad: int = 2) -> NDArray[np.uint8]:
-    """Lay uint8 images (N, H, W, 3) out in rows of `columns`, from the top left; returns uint8 (H', W', 3).
+    """Tile uint8 images (N, H, W, 3) in rows of `columns`, from the top left: one uint8 image (H', W', 3).
 
-    Each pixel becomes `scale` x `scale`; `pad` white pixels lie around every image, and white fills the last row.
+    Each pixel is enlarged to `scale` x `scale`. Images are separated by `pad` white pixels, and the last row is filled
+    up with white.
     """
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = images.shape
@@ -30,21 +31,21 @@ def tile(images: NDArray[np.uint8], columns: int, scale: int = 1, pad: int = 2) 
 def save_png(
     path: str | Path, image: NDArray[np.uint8], text: Mapping[str, str] | None = None, scratch: Path | None = None
 ) -> None:
-    """Write one uint8 (H, W, 3) image, with `text` as PNG's text chunks; `scratch` as in `replacing`."""
+    """Write a uint8 image (H, W, 3) as PNG, with `text` as its text chunks; scratch: as in `replacing`."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value)
-    content = io.BytesIO()  # in memory first: an error of the disk that Pillow reports may have no number
+    content = io.BytesIO()  # in memory first, because Pillow may report disk errors without an error number
     Image.fromarray(image).save(content, format="PNG", pnginfo=chunks)
     with replacing(path, scratch=scratch) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG file; none if it is no PNG file."""
+    """The text chunks of a PNG file; empty if it is not a PNG file."""
     from PIL import Image, UnidentifiedImageError
     from PIL.PngImagePlugin import PngImageFile
 
@@ -58,7 +59,10 @@ def read_png_text(path: str | Path) -> dict[str, str]:
 def save_gif(
     path: str | Path, frames: Iterable[NDArray[np.uint8]], milliseconds: int, last_milliseconds: int | None = None
 ) -> None:
-    """Write uint8 frames (H, W, 3) of one size as an endless GIF; the last may stay longer."""
+    """Write uint8 frames (H, W, 3) of equal size as a looping GIF.
+
+    milliseconds: how long each frame is shown. last_milliseconds: how long the last one is, if different.
+    """
     from PIL import Image
 
     first, *others = map(Image.fromarray, frames)

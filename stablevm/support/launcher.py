@@ -1,6 +1,6 @@
-"""What the launcher of several processes, such as torchrun, tells each of them; and one voice for all of them.
+"""The rank of this process as set by a launcher such as torchrun, and messages that are printed once for all processes.
 
-Importing it does not import torch.
+Importing this module does not import torch.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from stablevm.support.errors import UserError
 from stablevm.support.text import printable
 
 CONNECTION_PATIENCE = timedelta(seconds=30)
-SPEAKER_PATIENCE = timedelta(minutes=2)  # for the process that speaks for all; only one that was killed needs it
+PRINTING_PATIENCE = timedelta(minutes=2)  # for the process that prints for all; only one that was killed needs it
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of all processes this one is, and which of those on its machine."""
+    """The rank of this process among all processes, and among those on its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,7 +27,10 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; alone without them. UserError for others."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; without them, the process runs alone.
+
+        UserError for invalid values.
+        """
         rank, world_size, local_rank = (_number(name, least) for name, least in _PLACE)
         if rank >= world_size:
             raise UserError(
@@ -37,51 +40,50 @@ class Place:
         return cls(rank, world_size, local_rank)
 
 
-_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # with the least value, which is that of a single process
+_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # with the minimum, which is the value for one process
 
 
 def _number(name: str, least: int) -> int:
     text = os.environ.get(name, str(least))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
         raise UserError(
-            f"{name}={text[:40]}: expected a number from {least}, as launchers such as torchrun set it; "
-            "unset it to run alone"
+            f"{name}={text[:40]}: expected a number, {least} or more, as launchers such as torchrun set it; "
+            "unset it to run a single process"
         )
     return int(text)
 
 
 def is_alone() -> bool:
-    """Whether this is the only process; UserError as `Place.from_environment`."""
+    """Whether this is the only process; UserError as in `Place.from_environment`."""
     return Place.from_environment().world_size == 1
 
 
 def tell(line: str, *, kept: str = "") -> None:
-    """Print the last line of a command on stderr: once for all processes that end with the same one.
+    """Print the last line of a command on stderr, once for all processes that end with the same line.
 
-    The first that comes to say it speaks, and the others wait until it has, because the end of one process makes the
-    launcher end them all. They agree through the launcher's own store, so it does not matter how fast any of them is,
-    and nothing is left behind. Processes that were started one by one have no store: each speaks for itself.
-    kept: as for `text.printable`.
+    The first process to get here prints it. The others wait until it has, because when one process ends, the launcher
+    ends all. They coordinate through the launcher's store, so timing does not matter and nothing is left behind.
+    Processes that were started one by one have no store, and each prints its own line. kept: as for `text.printable`.
     """
     try:
         place = Place.from_environment()
     except UserError:  # the line may be about just that
         place = Place()
     store = _launchers_store() if place.world_size > 1 else None
-    told = ""
+    printed = ""
     if store is not None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        told = f"stablevm/told/{attempt}/{hashlib.sha256(line.encode(errors='replace')).hexdigest()}"
-        if store.add(f"{told}/speakers", 1) > 1 and _has_come(store, told):
+        printed = f"stablevm/printed/{attempt}/{hashlib.sha256(line.encode(errors='replace')).hexdigest()}"
+        if store.add(f"{printed}/processes", 1) > 1 and _wait_for_key(store, printed):
             return
-    speaker = f" (process {place.rank})" if place.rank else ""
-    print(printable(line + speaker, kept=kept), file=sys.stderr, flush=True)
+    process = f" (process {place.rank})" if place.rank else ""
+    print(printable(line + process, kept=kept), file=sys.stderr, flush=True)
     if store is not None:
-        store.set(told, "yes")
+        store.set(printed, "yes")
 
 
 def _launchers_store() -> Any:
-    """The store of keys and values that torchrun keeps for its processes; None without one."""
+    """The key-value store that torchrun runs for its processes; None without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import DistError, TCPStore
@@ -93,12 +95,12 @@ def _launchers_store() -> Any:
         return None
 
 
-def _has_come(store: Any, key: str) -> bool:
-    """Wait for a key of the store; False where whoever was to set it was killed over it."""
+def _wait_for_key(store: Any, key: str) -> bool:
+    """Wait until another process sets the key; False if it does not, because it was killed."""
     from torch.distributed import DistError
 
     try:
-        store.wait([key], SPEAKER_PATIENCE)
+        store.wait([key], PRINTING_PATIENCE)
     except DistError:
         return False
     return True

@@ -1,8 +1,8 @@
-"""One command at a time in a folder: locks that the kernel holds, and gives back when their process ends, however.
+"""Locks that let only one command at a time work in a folder; the kernel releases them when their process ends.
 
-A command holds `FOLDER/.lock-RANK`, or `.lock-RANK-NAME` beside the file NAME that it makes, while it is at work. The
-processes of one launch each hold their own, so that those which outlive their launcher keep others out. The file tells
-who it is; it goes with the lock, and one that a killed process left means nothing.
+While it runs, a command locks `FOLDER/.lock-RANK`, or `.lock-RANK-NAME` beside the file NAME that it makes. Each
+process of a launch has its own lock, so that processes that outlive their launcher still keep other commands out. The
+lock file describes its process and is removed with the lock; one left by a killed process has no effect.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary
 
 LOCK = ".lock-"
-PATIENCE = 2.0  # seconds: a process that is being killed, or only looks who else is there, holds a lock for a moment
+PATIENCE = 2.0  # seconds; a process that is being killed, or only checks for others, holds a lock for a moment
 _POLL_SECONDS = 0.05
-_COMMAND_LENGTH = 150  # characters that are shown
+_COMMAND_LENGTH = 150  # characters of a command shown in messages
 # Facts that the processes of one launch share, as torchrun, accelerate and SLURM set them.
 _LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_STEP_ID")
-# Of folders that may be read alone, and of file systems that know no locks.
+# Errors of read-only folders, and of file systems without locks.
 _NOT_HERE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: set[int] = set()  # descriptors
@@ -36,10 +36,10 @@ _held: set[int] = set()  # descriptors
 
 @contextmanager
 def owned(folder: str | Path, name: str = "", *, patience: float = PATIENCE) -> Iterator[None]:
-    """Keep other commands out of `folder`, or away from its file `name`, as long as the block lasts.
+    """Keep other commands out of `folder`, or from its file `name`, during the block.
 
-    The folder is made if need be, and removed again if nothing was written into it. Raises UserError, naming the other
-    process, where one still holds the lock after `patience` seconds. Where there can be no lock, a warning says so.
+    The folder is made if necessary, and removed afterwards if it is empty. Raises UserError, which names the other
+    process, if the lock is still taken after `patience` seconds. Where locks are not possible, it prints a warning.
     """
     folder = Path(folder)
     path = folder / f"{LOCK}{_rank()}{f'-{name}' if name else ''}"
@@ -58,14 +58,14 @@ def owned(folder: str | Path, name: str = "", *, patience: float = PATIENCE) -> 
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `path` is more than a lock or what an interrupted writer left, neither of which makes a folder used."""
+    """Whether `path` is neither a lock nor a temporary file; a folder that holds only those counts as empty."""
     return not path.name.startswith(LOCK) and not is_temporary(path)
 
 
 def _make_and_take(path: Path, what: Path, patience: float, made: list[Path]) -> int | None:
-    """As `_take`, in a folder that is made if need be: once more where its last holder removes it meanwhile.
+    """Like `_take`, but make the folder if necessary, again if its last user removes it in the meantime.
 
-    made: gets the folders that were not there before, the innermost first.
+    made: receives the new folders, innermost first.
     """
     begun = time.monotonic()
     while True:
@@ -74,12 +74,12 @@ def _make_and_take(path: Path, what: Path, patience: float, made: list[Path]) ->
             return _take(path, what, begun + patience)
         except FileNotFoundError as error:
             if time.monotonic() > begun + min(patience, PATIENCE):
-                raise UserError(f"{path.parent}: the folder can't be made ({error.strerror}); give another") from None
+                raise UserError(f"{path.parent}: can't make this folder ({error.strerror}); give another") from None
             time.sleep(_POLL_SECONDS)
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make the folder; returns those that were not there before, the innermost first."""
+    """Make the folder, and return those that did not exist before, innermost first."""
     made = []
     for each in (folder, *folder.parents):
         if each.is_dir():
@@ -92,7 +92,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _take(path: Path, what: Path, deadline: float) -> int | None:
-    """The descriptor that holds the lock; None where there can be none."""
+    """Take the lock and return its file descriptor; None where locks are not possible."""
     taken = None
     try:
         while True:
@@ -103,8 +103,8 @@ def _take(path: Path, what: Path, deadline: float) -> int | None:
                 _held.add(taken)
                 return taken
             if time.monotonic() > deadline:
-                raise UserError(f"{what}: {_describe(other)}; wait for its end, or end it")
-            if taken is not None and _rank():  # of two launches that meet, the first process of one stays
+                raise UserError(f"{what}: {_describe(other)}; wait until it ends, or stop it")
+            if taken is not None and _rank():  # if two launches start together, only the first process of one stays
                 _release(path, taken)
                 taken = None
             time.sleep(_POLL_SECONDS)
@@ -113,18 +113,18 @@ def _take(path: Path, what: Path, deadline: float) -> int | None:
             _release(path, taken)
         if not isinstance(error, OSError) or error.errno not in _NOT_HERE:
             raise
-        print(f"warning: {what}: can't be locked ({error.strerror}); let no other command write there", file=sys.stderr)
+        print(f"warning: {what}: can't be locked ({error.strerror}); run no other command there", file=sys.stderr)
         return None
 
 
 def _release(path: Path, descriptor: int) -> None:
-    path.unlink(missing_ok=True)  # while it is held: whoever waits for it looks whether it is still there
+    path.unlink(missing_ok=True)  # while it is held, so that a process that waits for it notices
     _held.discard(descriptor)
     os.close(descriptor)
 
 
 def _open(path: Path) -> int | None:
-    """Open and lock the file, and say in it who we are; None where another process has it."""
+    """Open and lock the file, and write into it which process this is; None if another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _lock(descriptor) or not _is(path, descriptor):
@@ -147,7 +147,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is(path: Path, descriptor: int) -> bool:
-    """Whether the open file still has its name: its last holder may have removed it since it was opened."""
+    """Whether `path` is still the open file, which its last holder may have removed since it was opened."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def _is(path: Path, descriptor: int) -> bool:
 
 
 def _stranger(mine: Path) -> Path | None:
-    """A lock of the same folder or file that a process of another launch holds; those that nobody holds are removed."""
+    """A lock on the same folder or file held by a process of another launch; locks that nobody holds are removed."""
     suffix = re.fullmatch(rf"{LOCK}\d+(.*)", mine.name, re.DOTALL)
     assert suffix is not None
     pattern = re.compile(rf"{LOCK}\d+{re.escape(suffix[1])}")
@@ -193,11 +193,11 @@ def _launch() -> str:
 
 def _rank() -> int:
     text = os.environ.get("RANK", "0")
-    return int(text) if text.isdecimal() else 0  # what else it may be is told where processes are counted
+    return int(text) if text.isdecimal() else 0  # `launcher` reports other values
 
 
 def _read(path: Path) -> dict[str, object]:
-    """What a holder says of itself; nothing where that is not (yet) written."""
+    """What the lock file says about its process; empty if that has not been written yet."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -208,9 +208,9 @@ def _read(path: Path) -> dict[str, object]:
 def _describe(path: Path) -> str:
     facts = {name: _printable(str(value)) for name, value in _read(path).items()}
     if not {"pid", "host", "command", "started"} <= facts.keys():
-        return "another command is at work there"
+        return "another command is running there"
     return (
-        f"another command is at work there: process {facts['pid']} on {facts['host']} since {facts['started']} "
+        f"another command is running there: process {facts['pid']} on {facts['host']} since {facts['started']} "
         f"({facts['command']})"
     )
 
@@ -221,9 +221,9 @@ def _printable(text: str) -> str:
 
 
 def _forget() -> None:
-    """In a forked child: without this a reader of data would hold the lock of its killed parent."""
+    """Close the locks in a forked child; otherwise a data worker would hold the lock of its killed parent."""
     for descriptor in _held:
-        os.close(descriptor)  # which leaves the parent's lock as it is
+        os.close(descriptor)  # the parent keeps its lock
     _held.clear()
 
 

@@ -1,4 +1,4 @@
-"""Modules, their names and keywords as version 0.1 called them: they still work, with a warning, until 0.3."""
+"""Old names of modules and keywords, from version 0.1: they work until 0.3, with a warning."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 GONE_IN = "0.3"
 Function = TypeVar("Function", bound=Callable[..., Any])
-# The old address of a module or a package, and the new one, both below `stablevm`.
+# Old and new names of modules and packages, without the leading `stablevm.`.
 MOVED = {
     "autoencoder": "networks.autoencoder",
     "benchmark": "profiling",
@@ -73,14 +73,14 @@ MOVED = {
     "toy.visualization": "toy.films",
     "variance_figure": "figures.variance",
 }
-_ALSO = {  # parted since
+_ALSO = {  # split since
     "alignment": ("times",),
     "figures.evaluation": ("figures.sheets",),
     "solvers.integration": ("sampling.guidance", "solvers.settings"),
     "toy.experiment": ("toy.mixture", "study.variance"),
     "toy.films": ("figures.toy",),
 }
-# Names that are others since, each in the modules of the new address that have it.
+# Names that changed too, in whichever new module has them.
 RENAMED = {
     "Protocol": "Provenance",
     "Report": "Results",
@@ -102,7 +102,7 @@ RENAMED = {
 
 
 class _OldAddress(MetaPathFinder, Loader):
-    """Finds a module by its old address, as one that has the names of the new module."""
+    """Import finder for modules under their old names; such a module has the contents of the new one."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         old = name.removeprefix("stablevm.")
@@ -122,24 +122,24 @@ class _OldAddress(MetaPathFinder, Loader):
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = look_up  # type: ignore[method-assign]
-        message = f"{module.__name__} is now {homes[0].__name__}; the old address goes in stablevm {GONE_IN}"
+        message = f"{module.__name__} is now {homes[0].__name__}; the old name will be removed in stablevm {GONE_IN}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
 
 
 def keep_old_addresses() -> None:
-    """Let Python look up modules by their old addresses, after all other ways."""
+    """Make old names of modules importable, after all other finders."""
     if not any(isinstance(finder, _OldAddress) for finder in sys.meta_path):
         sys.meta_path.append(_OldAddress())
 
 
 def old_names(module: str, **new_by_old: str) -> Callable[[str], object]:
-    """A `__getattr__` for the module of that full name, which has names by their old ones too, with a warning."""
+    """The `__getattr__` of `module`, by its full name, that also finds names by their old ones, with a warning."""
 
     def look_up(name: str) -> object:
         if name not in new_by_old:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new = new_by_old[name]
-        message = f"{module}.{name} is now {module}.{new}; the old name goes in stablevm {GONE_IN}"
+        message = f"{module}.{name} is now {module}.{new}; the old name will be removed in stablevm {GONE_IN}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return getattr(sys.modules[module], new)
 
@@ -147,14 +147,15 @@ def old_names(module: str, **new_by_old: str) -> Callable[[str], object]:
 
 
 def renamed(**new_by_old: str) -> Callable[[Function], Function]:
-    """A decorator: the function takes keywords by their old names too, with a warning."""
+    """A decorator that lets a function accept old names of keywords, with a warning: `@renamed(old="new")`."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def called(*values: Any, **keywords: Any) -> Any:
             for old in keywords.keys() & new_by_old:
                 new = new_by_old[old]
-                message = f"{function.__qualname__}: {old} is now {new}; the old keyword goes in stablevm {GONE_IN}"
+                change = f"{function.__qualname__}: {old} is now {new}"
+                message = f"{change}; the old keyword will be removed in stablevm {GONE_IN}"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
                 keywords[new] = keywords.pop(old)
             return function(*values, **keywords)

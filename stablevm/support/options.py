@@ -1,4 +1,4 @@
-"""What the commands' configurations share: ranges, choices, and options that have no effect. Free of torch."""
+"""Checks that the commands' configurations share: ranges, choices, and options without effect; without torch."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.files import output_fault
 from stablevm.support.text import printable, shown
 
-# The options that set arguments of another name. An argument that is not here has its option's name, if it has one.
+# Options whose arguments have another name; any other argument has the name of its option.
 OPTION_OF = {
     "anchors": "bank_anchors",
     "autoencoder": "vae",
@@ -31,7 +31,7 @@ Expectation = tuple[str, bool, str]  # the field, whether its value is right, an
 
 
 def as_typed(option: str, value: Any) -> str:
-    """The option as it is given on the command line, or left out (None)."""
+    """The option as typed on the command line; for None, that it is left out."""
     dashed = option.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--{'no-'}{dashed}"
@@ -41,7 +41,7 @@ def as_typed(option: str, value: Any) -> str:
 
 
 def options_of(kind: type) -> dict[str, str]:
-    """How the arguments of the library are spelt in a command whose options are the fields of `kind`."""
+    """The options, by argument of the library, of a command whose options are the fields of `kind`."""
     names = {field.name for field in fields(kind)}
     pairs = (*_IN_THE_TOY_STUDY.items(), *OPTION_OF.items())
     renamed = {argument: option for argument, option in pairs if option in names}
@@ -51,20 +51,20 @@ def options_of(kind: type) -> dict[str, str]:
 
 
 def require(config: Any, expectations: Iterable[Expectation]) -> None:
-    """Raise UserError for the first field of a configuration that is outside its choices or not as expected."""
+    """Raise UserError for the first field of a configuration that is not among its choices or not as expected."""
     for option, met, expected in [*_choices(config), *_finite(config), *expectations]:
         if not met:
             raise UserError(f"{as_typed(option, getattr(config, option))}: expected {expected}")
 
 
 def writable(option: str, path: Path | None, *, is_folder: bool = True) -> Expectation:
-    """That the folder or file which an option names can be written, as far as it can be told before; None can."""
+    """The expectation that the folder or file an option names can be written, as far as can be checked beforehand."""
     fault = None if path is None else output_fault(path, is_folder=is_folder)
     return option, fault is None, f"a {'folder' if is_folder else 'file'} that can be written; {fault}"
 
 
 def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
-    """One line for each field of `idle` (option: the options that make it useless) that is not at its default."""
+    """One warning for each field in `idle` that is not at its default; its value names the options that disable it."""
     defaults = {field.name: field.default for field in fields(config)}
     return [
         f"{as_typed(option, getattr(config, option))} has no effect with {reason}"
@@ -74,14 +74,14 @@ def idle_warnings(config: Any, idle: Mapping[str, str]) -> list[str]:
 
 
 def some_of(values: Sequence[object], most: int = 10) -> str:
-    """The first of several values for a message, fit for a terminal, and a sign that there are more."""
+    """The first `most` values for a message, safe for a terminal, with "..." if there are more."""
     return ", ".join(shown(str(value), quoted=False) for value in values[:most]) + (
         ", ..." if len(values) > most else ""
     )
 
 
 def distinct_indices(text: str) -> tuple[int, ...] | None:
-    """The numbers in "3, 5"; None where they are not distinct integers from 0."""
+    """The numbers in a text such as "3, 5"; None unless they are distinct integers, 0 or more."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
         return None
@@ -89,7 +89,7 @@ def distinct_indices(text: str) -> tuple[int, ...] | None:
 
 
 def _choices(config: Any) -> list[Expectation]:
-    """One expectation for each field that takes words: of type Literal[...], alone or beside None or int."""
+    """One expectation for each field with choices: of type Literal[...], alone or with None or int."""
     expectations = []
     for option, hint in get_type_hints(type(config)).items():
         parts = [hint] if get_origin(hint) is Literal else get_args(hint)
@@ -102,7 +102,7 @@ def _choices(config: Any) -> list[Expectation]:
 
 
 def _finite(config: Any) -> list[Expectation]:
-    """One expectation for each field that holds a number with decimals, or several: infinity and NaN fit nowhere."""
+    """One expectation for each field that holds floats, none of which may be infinite or NaN."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return [
         (option, all(map(math.isfinite, numbers)), "a finite number")

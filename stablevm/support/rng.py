@@ -1,8 +1,8 @@
 """Random numbers whose seeds belong to samples, never to processes.
 
-A sample is named by a key such as (global seed, purpose, step, global position). Its stream depends on the key
-alone, so one process or four, batch 8 or 64, before or after a resume, it gets the same numbers. Streams run on the
-CPU: the same numbers on every device.
+A sample is identified by a key such as (global seed, purpose, step, global position). Its generator depends only on the
+key, so it gets the same numbers with one process or four, batch size 8 or 64, before or after a resume. Generators run
+on the CPU and so give the same numbers for every device.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from torch import Tensor
 
 
 def derive_seed(*key: int | str) -> int:
-    """A 63-bit seed for `key`, the same on every machine and Python version."""
+    """A 63-bit seed for `key`, the same on every machine and in every Python version."""
     text = "/".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator at the start of the stream that `key` names."""
+    """A new CPU generator seeded by `key`."""
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
 class RowGenerators:
-    """One generator for each row of a batch; stands wherever the functions below take a `torch.Generator`."""
+    """One generator for each row of a batch; the functions below accept it in place of a `torch.Generator`."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self.generators = list(generators)
@@ -36,7 +36,7 @@ class RowGenerators:
 
     @classmethod
     def for_keys(cls, *prefix: int | str, positions: Sequence[int]) -> "RowGenerators":
-        """Row i gets the generator named (*prefix, positions[i])."""
+        """Give row i the generator with the key (*prefix, positions[i])."""
         return cls([generator(*prefix, int(position)) for position in positions])
 
 
@@ -44,12 +44,12 @@ AnyGenerator = torch.Generator | RowGenerators
 
 
 def randn(shape: Sequence[int], generator: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal float32 values of `shape` = (B, ...)."""
+    """Standard normal values of `shape` (B, ...), float32."""
     return _fill(torch.randn, shape, generator, device)
 
 
 def rand(shape: Sequence[int], generator: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform float32 values in [0, 1) of `shape` = (B, ...)."""
+    """Uniform values in [0, 1) of `shape` (B, ...), float32."""
     return _fill(torch.rand, shape, generator, device)
 
 
@@ -65,7 +65,7 @@ def _fill(
         return to_device(values, device)
     rows, *rest = shape
     if rows != len(generator.generators):
-        raise ValueError(f"{rows} rows asked of {len(generator.generators)} row generators")
+        raise ValueError(f"{rows} rows requested from {len(generator.generators)} row generators")
     values = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=pinned)
     for row, row_generator in zip(values, generator.generators, strict=True):
         row.copy_(sample(tuple(rest), generator=row_generator, dtype=torch.float32))
@@ -73,9 +73,9 @@ def _fill(
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """A copy to a GPU that the host does not wait for; the way back is waited for, as values are read there.
+    """Copy values to a device; the host does not wait for a copy to a GPU, but does wait for one from it.
 
-    It goes by page-locked memory: from any other, the driver may wait until the GPU has done what is in its queue.
+    The copy to a GPU uses page-locked memory. From other memory the driver may wait until the GPU's queue is empty.
     """
     from_host = values.device.type == "cpu"
     if from_host and torch.device(device).type == "cuda" and not values.is_pinned():
@@ -84,19 +84,19 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 def warn_if_drawn_alike(generator: AnyGenerator) -> None:
-    """Warn where another process of this torch.distributed run is about to draw the same numbers.
+    """Warn if another process of this torch.distributed run is about to draw the same random numbers.
 
-    Processes leave a hash of their generator's state in the run's store, where each looks whether it was there. No
-    process waits for another, so it does no harm where not all of them draw.
+    Each process puts a hash of its generator's state into the run's store, and checks whether it is already there. No
+    process waits for another, so it is harmless if not all of them draw.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    if dist.get_backend() == dist.Backend.MPI:  # it has no store
+    if dist.get_backend() == dist.Backend.MPI:  # MPI has no store
         return
     first = generator if isinstance(generator, torch.Generator) else generator.generators[0]
     name = hashlib.blake2b(first.get_state().numpy().tobytes(), digest_size=16).hexdigest()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    other = int(store.compare_set(f"stablevm/stream/{name}", "", str(rank)))
+    other = int(store.compare_set(f"stablevm/generator/{name}", "", str(rank)))
     if other != rank:
         warnings.warn(
             f"process {rank} draws the same times and noise as process {other}: seed its generator by rank, such as "

@@ -1,4 +1,4 @@
-"""How tensors are named in messages and in what Python prints of a value that holds them: by type and shape."""
+"""Short descriptions of tensors, by type and shape, for messages and for printed dataclasses."""
 
 from dataclasses import fields
 from typing import Any
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def described(values: Tensor) -> str:
-    """Such as `torch.float32 (64, 4, 32, 32)`."""
+    """The dtype and shape of a tensor, such as `torch.float32 (64, 4, 32, 32)`."""
     return f"{values.dtype} {tuple(values.shape)}"
 
 
 class ShownByShape:
-    """For dataclasses that hold tensors: printing one shows type, shape and device of each, not hundreds of numbers."""
+    """Base class of dataclasses that hold tensors: printing one shows the type, shape and device of each tensor."""
 
     def __repr__(self) -> str:
         shown = [f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self) if field.repr]  # type: ignore[arg-type]

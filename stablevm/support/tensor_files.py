@@ -1,4 +1,4 @@
-"""The one writer of safetensors files: complete or absent, and a full disk is the system's error."""
+"""Writing safetensors files, complete or not at all."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from stablevm.support.files import replacing
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, complete or not at all; OSError, as for any file, when the disk is full."""
+    """Write a safetensors file, complete or not at all; OSError, as for other files, if the disk is full."""
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(plain, temporary, metadata)
-        except SafetensorError as error:  # it tells of the system's error in words only
-            if told := re.search(r"os error (\d+)", str(error)):
-                raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from None
+        except SafetensorError as error:  # it mentions the system's error only in its text
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
             raise

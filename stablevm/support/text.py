@@ -1,4 +1,4 @@
-"""Foreign text, such as names of files and classes, for people: nothing in it reaches a terminal raw."""
+"""Untrusted text, such as names of files and classes, made safe to print on a terminal."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 _LONGEST = 60  # characters of a value in a message
-# Controls (C0, C1, escape), marks that reorder what follows or are not seen, halves of characters, breaks of lines.
+# Control characters, invisible formatting characters (some reorder text), surrogates, line and paragraph separators.
 _UNPRINTED = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
-_JOINERS = "\u200c\u200d"  # of the category of marks, but part of words and of pictures
-_MOVES = re.compile(r"[\r\n]*(?:\x1b\[A)*")  # what a progress bar writes by itself to move about
+_JOINERS = "\u200c\u200d"  # formatting characters too, but part of words and emoji
+_MOVES = re.compile(r"[\r\n]*(?:\x1b\[A)*")  # cursor movements that a progress bar writes separately
 
 
 def printable(text: str, *, kept: str = "") -> str:
-    """The text with each character that a terminal would obey, or could not show, written as an escape.
+    """Escape each character that a terminal would interpret or could not show.
 
-    kept: such characters that stay, as "\\n" in text of several lines. Bytes of a file's name that are no UTF-8 are
-    written as such, "\\xff".
+    kept: characters that are not escaped, such as "\\n" in text of several lines. Bytes of a file name that are not
+    UTF-8 are written like "\\xff".
     """
     if text.isprintable():
         return text
@@ -28,7 +28,7 @@ def printable(text: str, *, kept: str = "") -> str:
 
 
 def shown(value: Any, *, quoted: bool = True) -> str:
-    """A value of JSON in a message: on one line, printable, and cut to a length."""
+    """A JSON value for a message: on one line, printable, and cut to 60 characters."""
     if isinstance(value, str):
         text = printable(value[:_LONGEST]) + ("…" if len(value) > _LONGEST else "")
         return f'"{text}"' if quoted else text
@@ -40,13 +40,13 @@ def shown(value: Any, *, quoted: bool = True) -> str:
 
 
 def brief(value: Any, longest: int = 200) -> str:
-    """Any value on one line of at most about `longest` characters, as `str` writes it but printable."""
+    """The text of any value, printable, on one line, and cut to `longest` characters."""
     text = str(value)
     return printable(text[:longest]) + ("…" if len(text) > longest else "")
 
 
 def caption(text: str, longest: int = 80) -> str:
-    """Foreign text as a caption: one line without characters that have no picture, of at most `longest` characters."""
+    """Untrusted text as a caption: one line of at most `longest` characters, without invisible ones."""
     head = text[: 4 * longest]
     spaced = "".join(" " if each.isspace() else each for each in head)
     clean = " ".join("".join(each for each in spaced if _has_picture(each)).split())
@@ -55,14 +55,14 @@ def caption(text: str, longest: int = 80) -> str:
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Standard streams that take any text: a service has none, and a terminal's encoding may lack characters."""
+    """Make standard output and error accept any text: a service may have none, a terminal's encoding may lack some."""
     with _streams(lambda stream: _Stream(stream, clean=False)):
         yield
 
 
 @contextmanager
 def printable_streams() -> Iterator[None]:
-    """Standard streams that write what a terminal would obey as escapes, whoever prints: us, a bar or a library."""
+    """Make standard output and error escape what a terminal would interpret, also in the output of libraries."""
     with _streams(lambda stream: _Stream(stream, clean=True)):
         yield
 
@@ -78,7 +78,7 @@ def _streams(wrap: Any) -> Iterator[None]:
 
 
 class _Stream:
-    """A standard stream; None, which a process without a terminal may have, takes everything and shows nothing."""
+    """A wrapped standard stream; None, as in a process without a terminal, discards all output."""
 
     def __init__(self, stream: TextIO | None, *, clean: bool) -> None:
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115, PTH123
@@ -110,6 +110,6 @@ def _printable(character: str) -> str:
     if character == " " or _has_picture(character):
         return character
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte, as Python keeps it in a file's name
+    if 0xDC80 <= code <= 0xDCFF:  # an undecodable byte of a file name (surrogateescape)
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode() if code < 0xD800 or code > 0xDFFF else f"\\u{code:04x}"

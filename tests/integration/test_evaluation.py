@@ -460,7 +460,7 @@ def test_a_short_last_chunk_is_warned_of_with_both_numbers(options, monkeypatch,
     assert len(results["score_of_chunks"]) == 3
     assert results["score_of_whole_chunks"] == pytest.approx(np.mean(results["score_of_chunks"][:2]))
     assert f"{results['score']:.6g} over all chunks" in warning
-    assert f"{results['score_of_whole_chunks']:.6g} over the whole ones" in warning
+    assert f"{results['score_of_whole_chunks']:.6g} over the full ones" in warning
     captured = capsys.readouterr()
     assert warning in captured.err and f"without it {results['score_of_whole_chunks']:.6g}" in captured.out
 

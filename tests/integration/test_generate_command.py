@@ -171,7 +171,7 @@ def test_an_autoencoder_that_moved_is_known_by_its_content(command, tmp_path, ca
     assert command("--num-fid-samples=2", ckpt=ckpt) == 0
     moved = folder.rename(tmp_path / "moved")
     assert command("--num-fid-samples=2", "--grid", ckpt=ckpt, name="other") == 2
-    assert f"autoencoder {folder}: no such folder; give the folder where it is now as --vae" in capsys.readouterr().err
+    assert f"autoencoder {folder}: no such folder; if it was moved, give it as --vae" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert command("--num-fid-samples=2", "--vae=moved", ckpt=ckpt) == 0
     told = capsys.readouterr()
@@ -256,4 +256,4 @@ def test_compiled_network_makes_the_same_images(command, tmp_path, monkeypatch):
 def test_compiling_needs_a_compiler(command, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert command("--num-fid-samples=1", "--compile") == (2 if not torch.cuda.is_available() else 0)
-    assert "--compile: no C++ compiler no-such-compiler here" in capsys.readouterr().err
+    assert "--compile: found no C++ compiler (no-such-compiler)" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_compiling_needs_a_compiler(root, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     runs.AcceleratorState._reset_state(True)
     line = refusal(runs.as_arguments(runs.config(root, "mistake", compile=True)), capsys, root)
-    assert "--compile: no C++ compiler no-such-compiler here" in line
+    assert "--compile: found no C++ compiler (no-such-compiler)" in line
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

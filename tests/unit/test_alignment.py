@@ -69,7 +69,7 @@ def test_spatial_normalisation():
 )
 def test_tokens_of_other_shapes_are_refused(projected, features):
     """Three of these would broadcast, or be read as something else, without a word."""
-    with pytest.raises(UserError, match=r"expected the same \(B, T, D\) of both"):
+    with pytest.raises(UserError, match=r"expected the same shape \(B, T, D\)"):
         alignment_loss(torch.ones(projected), torch.ones(features))
 
 

@@ -59,7 +59,7 @@ def test_a_moved_name_warns_and_works(monkeypatch):
     moves = {"Bank": ("stablevm.ClassBank", "0.3"), "sit": ("stablevm.networks.sit.SiT", "0.3")}
     monkeypatch.setattr(stablevm, "_MOVED", moves)
     with pytest.warns(
-        DeprecationWarning, match=r"^stablevm\.Bank is now stablevm\.ClassBank; .* goes in stablevm 0\.3$"
+        DeprecationWarning, match=r"^stablevm\.Bank is now stablevm\.ClassBank; .* will be removed in stablevm 0\.3$"
     ) as seen:
         from stablevm import Bank
     assert Bank is stablevm.ClassBank and {warning.filename for warning in seen} == {__file__}
@@ -76,7 +76,7 @@ def test_moved_names_are_not_public_and_lead_to_what_exists():
 
 def test_old_keywords_warn_and_work():
     bank = stablevm.ClassBank(2, 4, (3,))
-    with pytest.warns(DeprecationWarning, match=r"protocol is now settings; .* goes in stablevm 0\.3$") as seen:
+    with pytest.warns(DeprecationWarning, match=r"protocol is now settings; .* in stablevm 0\.3$") as seen:
         objective = stablevm.StableVM(bank, protocol=stablevm.ObjectiveSettings(null_class=2))
     assert objective.settings.null_class == 2 and {warning.filename for warning in seen} == {__file__}
     latents, labels = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])

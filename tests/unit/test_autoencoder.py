@@ -135,8 +135,8 @@ def test_every_failed_load_is_one_clear_line(tiny_kl, tmp_path, monkeypatch):
     for folder, cause in (
         (tmp_path / "empty", "config.json"),
         (cut.parent, "can't be loaded"),
-        (tmp_path / "nowhere", "no such folder; give the folder where it is now as autoencoder"),
-        (lacking.parent, "lack 1 tensors, the first decoder.conv_in.weight"),
+        (tmp_path / "nowhere", "no such folder; if it was moved, give it as autoencoder"),
+        (lacking.parent, "1 tensors are missing from its weights, the first decoder.conv_in.weight"),
     ):
         with pytest.raises(UserError, match=cause) as error:
             load_autoencoder(latent, name=str(folder))
@@ -187,7 +187,7 @@ def test_a_folder_keeps_its_identity_where_it_moves_and_loses_it_with_its_conten
     folder = copy_of(tiny_kl, tmp_path / "vae")
     recorded = latent_spec_of(str(folder), 16)
     moved = folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"vae: no such folder; give the folder where it is now as autoencoder"):
+    with pytest.raises(UserError, match=r"vae: no such folder; if it was moved, give it as autoencoder"):
         load_autoencoder(recorded)
     assert recorded.is_by(str(moved)) and recorded == latent_spec_of(str(moved), 16)
     assert load_autoencoder(recorded, name=str(moved)).latent == recorded
@@ -196,7 +196,7 @@ def test_a_folder_keeps_its_identity_where_it_moves_and_loses_it_with_its_conten
     save_file(weights, moved / "diffusion_pytorch_model.safetensors")
     moved.rename(folder)
     assert not recorded.is_by(str(folder)) and recorded != latent_spec_of(str(folder), 16)
-    with pytest.raises(UserError, match=r"others than when the data was encoded; give the folder .* as autoencoder"):
+    with pytest.raises(UserError, match=r"have changed since the data was encoded; give the folder .* as autoencoder"):
         load_autoencoder(recorded)
 
 

@@ -214,12 +214,12 @@ def test_of_a_known_sample_that_comes_twice_at_once_the_last_one_stays():
     [
         ((0, 4, (2,)), "num_classes 0: expected a whole number, 1 or more"),
         ((3, 2.0, (2,)), "capacity 2.0"),
-        ((3, 4, 2), r"shape 2 of torch.float32: expected a shape such as \(4, 32, 32\)"),
-        ((3, 4, (2, -3)), r"shape \(2, -3\) of torch.float32: expected a shape"),
-        ((3, 4, (2.5,)), r"shape \(2.5,\) of torch.float32"),
-        ((3, 4, ("2",)), r"shape \('2',\) of torch.float32"),
-        ((3, 4, (2,), torch.int64), r"shape \(2,\) of torch.int64"),
-        ((3, 4, (2,), "float16"), r"shape \(2,\) of float16"),
+        ((3, 4, 2), r"shape 2, dtype torch.float32: expected a shape such as \(4, 32, 32\)"),
+        ((3, 4, (2, -3)), r"shape \(2, -3\), dtype torch.float32: expected a shape"),
+        ((3, 4, (2.5,)), r"shape \(2.5,\), dtype torch.float32"),
+        ((3, 4, ("2",)), r"shape \('2',\), dtype torch.float32"),
+        ((3, 4, (2,), torch.int64), r"shape \(2,\), dtype torch.int64"),
+        ((3, 4, (2,), "float16"), r"shape \(2,\), dtype float16"),
     ],
 )
 def test_a_bank_that_cannot_be(arguments, message):
@@ -246,8 +246,8 @@ REFUSED = {
     "infinity": (lambda x, y, i: (spoiled(x, 2, torch.inf), y), "NaN or infinity, first in row 2 of the batch:"),
     "one-hot": (lambda x, y, i: (x, torch.nn.functional.one_hot(y)), "labels are torch.int64 .*argmax"),
     "int32 labels": (lambda x, y, i: (x, y.int()), "labels are torch.int32"),
-    "a class too many": (lambda x, y, i: (x, y + 1), "labels reach from 1 to 3: this bank has classes 0 to 2"),
-    "a negative class": (lambda x, y, i: (x, y - 1), "labels reach from -1"),
+    "a class too many": (lambda x, y, i: (x, y + 1), "labels range from 1 to 3: this bank has classes 0 to 2"),
+    "a negative class": (lambda x, y, i: (x, y - 1), "labels range from -1"),
     "no labels": (lambda x, y, i: (x, None), "labels are None"),
     "bytes": (lambda x, y, i: (x.byte(), y), "latents are torch.uint8"),
     "short ids": (lambda x, y, i: (x, y, i[:2]), r"ids are torch.int64 \(2,\)"),
@@ -324,5 +324,5 @@ def test_a_damaged_state_is_refused_in_a_line_and_changes_nothing(damage, messag
 
 
 def test_what_is_no_state_is_refused():
-    with pytest.raises(UserError, match="damaged: it is a NoneType, expected what state_dict gave"):
+    with pytest.raises(UserError, match="damaged: it is a NoneType, expected a mapping"):
         filled([0, 1, 2]).load_state_dict(None)

@@ -32,7 +32,7 @@ def test_wrong_bytes_are_one_line(damaged_torch_files):
 
 def test_nothing_is_executed(tmp_path):
     torch.save(Harmful(tmp_path / "executed"), tmp_path / "w.pth")
-    with pytest.raises(UserError, match="neither safetensors nor a torch file of tensors alone") as error:
+    with pytest.raises(UserError, match="not safetensors nor a torch file of only tensors") as error:
         read_weights(tmp_path / "w.pth", "--weights")
     one_line(error)
     assert not (tmp_path / "executed").exists()

@@ -141,10 +141,10 @@ def test_the_download_is_checked_and_done_once(monkeypatch, tmp_path, weights_fi
 def test_unfit_weights_are_named(tmp_path, weights):
     for name, write, message in (
         ("absent.pth", lambda path: None, "no such file"),
-        ("text.pth", lambda path: path.write_text("x"), "neither safetensors nor a torch file"),
+        ("text.pth", lambda path: path.write_text("x"), "not safetensors nor a torch file"),
         ("list.pth", lambda path: torch.save([1], path), "expected named tensors, found list"),
         ("other.pth", lambda path: torch.save({"weight": torch.ones(2)}, path), "not the weights of"),
-        ("text.safetensors", lambda path: path.write_text("x"), "neither safetensors nor a torch file"),
+        ("text.safetensors", lambda path: path.write_text("x"), "not safetensors nor a torch file"),
     ):
         write(tmp_path / name)
         with pytest.raises(UserError, match=message) as error:

@@ -88,13 +88,13 @@ def test_a_velocity_of_another_shape_is_refused(settings):
 def test_a_velocity_of_whole_or_complex_numbers_is_refused(settings):
     """Of complex ones the imaginary part would be dropped, with no more than a warning of torch's."""
     for dtype in (torch.complex64, torch.int64):
-        with pytest.raises(UserError, match=rf"the velocity is {dtype} \(3, 1\): expected floating point numbers"):
+        with pytest.raises(UserError, match=rf"the velocity is {dtype} \(3, 1\): expected floating-point numbers"):
             integrate(lambda x, t, rows=None, dtype=dtype: x.to(dtype), start((3, 1)), LINEAR, settings)
 
 
 def test_noise_that_is_no_batch_and_noise_of_another_shape_are_refused():
     for wrong in (torch.zeros(()), torch.zeros(3, 2, dtype=torch.int64), [0.0]):
-        with pytest.raises(UserError, match=r"noise\(\) is .*: expected floating point numbers \(B, ...\)"):
+        with pytest.raises(UserError, match=r"noise\(\) returned .*: expected floating-point numbers \(B, ...\)"):
             integrate(towards_one, lambda wrong=wrong: wrong, LINEAR, EULER)
     shapes = iter([(3, 2), (3, 1)])
     with pytest.raises(UserError, match=r"the noise is \(3, 1\), the state \(3, 2\)"):
@@ -183,9 +183,11 @@ def test_the_first_probe_does_not_reach_the_data(dtype):
 
 def test_a_tolerance_that_cannot_be_met_ends_in_a_line():
     """Rounding to float16 at each evaluation, or a jump, with a tolerance far below either."""
-    with pytest.raises(UserError, match=r"rtol 1e-14, atol 1e-16: dopri5 does not get on at t = .*larger ones"):
+    with pytest.raises(
+        UserError, match=r"rtol 1e-14, atol 1e-16: dopri5 can't meet this tolerance at t = .*larger tolerances"
+    ):
         dopri5(lambda x, t, rows: (7 * x).half().to(x), start((1, 2), torch.float64)() + 0.1, rtol=1e-14, atol=1e-16)
-    with pytest.raises(UserError, match=r"does not get on at t = 0.5,"):
+    with pytest.raises(UserError, match=r"meet this tolerance at t = 0.5,"):
         dopri5(lambda x, t, rows: torch.sign(t - 0.5)[:, None] * 1e9 + x, start()().double(), rtol=1e-12, atol=1e-12)
 
 

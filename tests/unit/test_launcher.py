@@ -68,7 +68,7 @@ def test_nobody_ends_before_the_one_that_speaks_has_spoken(store, monkeypatch, c
 
 
 def test_where_the_speaker_was_killed_another_speaks(store, monkeypatch, capsys):
-    monkeypatch.setattr(launcher, "SPEAKER_PATIENCE", timedelta(seconds=0.1))
+    monkeypatch.setattr(launcher, "PRINTING_PATIENCE", timedelta(seconds=0.1))
 
     def killed(*_, **__):
         raise SystemExit
@@ -99,14 +99,14 @@ def test_what_the_parser_of_options_says_is_told_once_too(store, monkeypatch, ca
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("RANK", "abc", "RANK=abc: expected a number from 0"),
-        ("RANK", "-1", "RANK=-1: expected a number from 0"),
-        ("RANK", "", "RANK=: expected a number from 0"),
-        ("RANK", "9" * 5000, "expected a number from 0"),
+        ("RANK", "abc", "RANK=abc: expected a number, 0 or more"),
+        ("RANK", "-1", "RANK=-1: expected a number, 0 or more"),
+        ("RANK", "", "RANK=: expected a number, 0 or more"),
+        ("RANK", "9" * 5000, "expected a number, 0 or more"),
         ("RANK", "2", "RANK=2: expected less than WORLD_SIZE=2"),
-        ("WORLD_SIZE", "0", "WORLD_SIZE=0: expected a number from 1"),
-        ("WORLD_SIZE", "two", "WORLD_SIZE=two: expected a number from 1"),
-        ("LOCAL_RANK", "1.5", "LOCAL_RANK=1.5: expected a number from 0"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0: expected a number, 1 or more"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two: expected a number, 1 or more"),
+        ("LOCAL_RANK", "1.5", "LOCAL_RANK=1.5: expected a number, 0 or more"),
     ],
 )
 @pytest.mark.parametrize("command", [cli.generate, cli.train], ids=["generate", "train"])

@@ -59,8 +59,8 @@ def test_the_second_is_told_who_is_there(tmp_path):
         process.kill()
         process.wait()
     assert re.fullmatch(
-        rf"{re.escape(str(folder))}: another command is at work there: process {process.pid} on \S+ since "
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*an option\?\[2J'\); wait for its end, or end it",
+        rf"{re.escape(str(folder))}: another command is running there: process {process.pid} on \S+ since "
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*an option\?\[2J'\); wait until it ends, or stop it",
         str(refused.value),
     )
 
@@ -139,7 +139,7 @@ def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypat
 
 
 def test_a_folder_that_cannot_be_made_is_told():
-    with pytest.raises(UserError, match=r"^/proc/none: the folder can't be made"), owned("/proc/none"):
+    with pytest.raises(UserError, match=r"^/proc/none: can't make this folder"), owned("/proc/none"):
         pass
 
 
@@ -177,4 +177,4 @@ def test_commands_refuse_a_folder_in_which_another_is_at_work(command, words, tm
     with owned(tmp_path):
         assert command([word.format(tmp_path) for word in words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path}: another command is at work there: process {os.getpid()} ")
+    assert line.startswith(f"error: {tmp_path}: another command is running there: process {os.getpid()} ")

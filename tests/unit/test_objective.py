@@ -206,18 +206,18 @@ def test_squared_error_is_a_mean_per_sample():
     assert squared_error(prediction, target).dtype == torch.float32
 
 
-def test_mistakes_are_told(batch):
+def test_mistakes_are_reported(batch):
     latents, labels = batch
     with pytest.raises(UserError, match="prediction 'eps': expected v or x"):
         ObjectiveSettings(prediction="eps")
-    with pytest.raises(UserError, match=r"label_dropout 2: expected a chance in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"label_dropout 2: expected a probability in \[0, 1\]"):
         ObjectiveSettings(label_dropout=2, null_class=3)
-    with pytest.raises(UserError, match="needs a null class"):
+    with pytest.raises(UserError, match=r"label_dropout 0\.1 needs null_class"):
         ObjectiveSettings(label_dropout=0.1)
     bank = ClassBank(CLASSES, 2, SHAPE)
     with pytest.raises(UserError, match="anchors 'fresh': expected bank or batch"):
         StableVM(bank, anchors="fresh")
-    with pytest.raises(UserError, match="a pool of 0 references"):
+    with pytest.raises(UserError, match="pool_size 0: expected at least 1"):
         StableVM(bank, pool_size=0)
     with pytest.raises(UserError, match="num_classes 0"):
         ClassBank(0, 2, SHAPE)
@@ -238,8 +238,8 @@ MISTAKES = {
     "too few labels": (lambda x, y: (x, y[:5]), r"\(5,\): expected torch.int64 \(12,\)"),
     "no labels": (lambda x, y: (x, None), "labels are None: .* zeros"),
     "a list": (lambda x, y: (x, y.tolist()), "labels are a list"),
-    "a class too many": (lambda x, y: (x, y + 1), "labels reach from 1 to 3: this bank has classes 0 to 2"),
-    "a negative class": (lambda x, y: (x, y - 1), "labels reach from -1 to 1"),
+    "a class too many": (lambda x, y: (x, y + 1), "labels range from 1 to 3: this bank has classes 0 to 2"),
+    "a negative class": (lambda x, y: (x, y - 1), "labels range from -1 to 1"),
     "another device": (lambda x, y: (x, y.to("meta")), "latents are on cpu, labels on meta, the bank on cpu"),
     "other latents": (lambda x, y: (x[:, :1], y), r"latents are \(12, 1, 3, 3\): .* shape \(2, 3, 3\)"),
     "bytes": (lambda x, y: (x.byte(), y), "latents are torch.uint8"),
@@ -386,7 +386,7 @@ def test_draws_are_the_same_in_autocast_and_usable_after_inference_mode(objectiv
     [
         (torch.zeros(3, dtype=torch.int64), r"slots are torch.int64 \(3,\): expected torch.int64 \(12,\)"),
         (torch.zeros(ROWS), r"slots are torch.float32 \(12,\)"),
-        (torch.full((ROWS,), 13), "slots reach from 13 to 13: expected 0 to 12"),
+        (torch.full((ROWS,), 13), "slots range from 13 to 13: expected 0 to 12"),
         ([0] * ROWS, "slots are a list"),
     ],
 )

@@ -55,7 +55,7 @@ def test_weights_that_are_not_finite(tmp_path):
 
 def test_weights_of_another_network(tmp_path):
     folder = save_checkpoint(tmp_path, tiny_card(num_classes=4))
-    with pytest.raises(UserError, match=r"ema.safetensors holds other tensors than the SiT-XXS/4") as error:
+    with pytest.raises(UserError, match=r"tensors of ema.safetensors do not fit the SiT-XXS/4") as error:
         load_model(folder, tiny_card(num_classes=5))
     one_line(error)
 

@@ -128,7 +128,7 @@ def test_inception_score_is_the_mean_over_chunks_in_file_order() -> None:
     def score(rows: np.ndarray) -> float:
         return float(np.exp(np.mean(np.sum(rows * (np.log(rows) - np.log(rows.mean(0))), 1))))
 
-    with pytest.warns(UserWarning, match="the last chunk of the inception score has 50 images of 100") as told:
+    with pytest.warns(UserWarning, match="the last chunk of the inception score has 50 of 100 images") as told:
         mean, chunks = inception_score(logits, chunk=100)
     for number in (mean, (chunks[0] + chunks[1]) / 2):
         assert f"{number:.6g} over" in str(told[0].message)

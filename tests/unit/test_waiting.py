@@ -25,7 +25,7 @@ def test_a_name_is_drawn_by_one_command_at_a_time(tmp_path, monkeypatch):
     config = SimpleNamespace(validate=lambda: None, sample_dir=tmp_path)
     (tmp_path / ".tmp-123-0123abcd-x.npz").touch()
     (tmp_path / ".tmp-123-0123abcd-y.npz").touch()
-    with owned(tmp_path, "x"), pytest.raises(UserError, match="x: another command is at work there"):
+    with owned(tmp_path, "x"), pytest.raises(UserError, match="x: another command is running there"):
         generation.generate(config)
     generation.generate(config)
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-123-0123abcd-y.npz"], "what may be another's stays"
