@@ -21,8 +21,8 @@ from stablevm.preparation.config import ConvertConfig, ConvertShardsConfig
 from stablevm.preparation.pictures import dhariwal
 from stablevm.profiling.machine import describe_machine
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from sources import write_source
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.helpers.sources import write_source
 
 SIDE = 256
 

@@ -7,8 +7,9 @@ It shares nothing with stablevm.networks: positions are rotated as complex numbe
 import math
 
 import torch
-from published import holder, modulated
 from torch import nn
+
+from tests.helpers.published import holder, modulated
 
 WIDTH, DEPTH, HEADS, CHANNELS, SIDE, CLASSES = 64, 2, 2, 4, 4, 5
 HEAD = WIDTH // HEADS

@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from tiny_vae import save_tiny_vae
 
 from stablevm import cli
 from stablevm.data.manifest import Manifest
@@ -20,6 +18,8 @@ from stablevm.evaluation.config import ReferenceConfig
 from stablevm.evaluation.reference import reference
 from stablevm.networks.autoencoder import latent_spec_of, load_autoencoder
 from stablevm.networks.snapshot import load_card
+from tests.helpers import runs
+from tests.helpers.tiny_vae import save_tiny_vae
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 

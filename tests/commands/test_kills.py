@@ -1,0 +1,16 @@
+"""A small sample of what helpers/kill.py does at length: killed at a file operation and run again, nothing shows."""
+
+import pytest
+
+from tests.helpers import kill
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "every", "limit"),
+    [("train", 97, 23, 3), ("train-judged", 60, 37, 2), ("generate", 19, 11, 3), ("convert", 30, 20, 2)],
+)
+def test_killed_at_a_file_operation(command, first, every, limit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    outcome = kill.harass(kill.CASES[command], tmp_path, every, first, limit)
+    assert outcome.kills >= 1 and outcome.differences == []

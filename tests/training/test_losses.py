@@ -1,0 +1,52 @@
+"""Recorded losses of the first steps of a tiny run, for each kind of target: a change of the numbers is noticed.
+
+python -m tests.training.test_losses --write
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import runs
+
+RECORDED = Path(__file__).parents[1] / "golden" / "losses.json"
+
+STABLEVM = {"loss_type": "stablevm"}
+CASES = {
+    "si": {},
+    "stablevm, bank anchors": STABLEVM,
+    "stablevm, batch anchors": {**STABLEVM, "bank_anchors": "batch"},
+    "stablevm, full bank": {**STABLEVM, "prefill_bank_fully": True},
+    "cosine path": {**STABLEVM, "path_type": "cosine"},
+    "data prediction": {**STABLEVM, "prediction": "x"},
+    "lognormal times": {**STABLEVM, "weighting": "lognormal"},
+    "alignment": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid"},
+    "irepa": {**STABLEVM, **runs.ALIGNED, "use_irepa": True},
+}
+
+
+def compute(root):
+    runs.write_data(root / "data")
+    runs.write_encoder(root / "encoder.safetensors")
+    return {
+        name: runs.losses(runs.run(runs.config(root, f"run{number}", max_train_steps=5, **options)))
+        for number, (name, options) in enumerate(CASES.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    return compute(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_the_recorded_ones(name, computed):
+    assert computed[name] == pytest.approx(json.loads(RECORDED.read_text())[name], rel=1e-4)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    with tempfile.TemporaryDirectory() as folder:
+        RECORDED.write_text(json.dumps(compute(Path(folder)), indent=1) + "\n")
