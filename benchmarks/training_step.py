@@ -26,10 +26,10 @@ from stablevm.networks.registry import build_network
 from stablevm.profiling.machine import describe_machine, synchronize
 from stablevm.profiling.random_data import RandomDataset
 from stablevm.support import rng
-from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.launch import make_accelerator
+from stablevm.training.step import PhaseClock
 
 WARMUP = 3  # steps that are not timed: compilation, first allocations
 WINDOW = 20  # steps over which losses are averaged before they are compared

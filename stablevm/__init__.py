@@ -22,11 +22,12 @@ from stablevm.support.version import __version__ as __version__
 if TYPE_CHECKING:
     from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
     from stablevm.bank import ClassBank
+    from stablevm.draw import Draw, ObjectiveSettings
     from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
     from stablevm.interpolant import COSINE, LINEAR, Interpolant
     from stablevm.metrics.neighbours import coverage, precision_recall
     from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
-    from stablevm.objective import Draw, FlowMatching, ObjectiveSettings, StableTargetField, StableVM, squared_error
+    from stablevm.objective import FlowMatching, StableTargetField, StableVM, squared_error
     from stablevm.posterior import Posterior
     from stablevm.solvers.fixed_steps import stable_velocity_step
     from stablevm.solvers.integration import integrate
@@ -41,11 +42,12 @@ keep_old_addresses()
 _HOMES = {
     "alignment": ("AlignmentSchedule", "alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
+    "draw": ("Draw", "ObjectiveSettings"),
     "integrations.diffusers_scheduler": ("StableVSFlowMatchScheduler",),
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
     "metrics.neighbours": ("coverage", "precision_recall"),
     "metrics.statistics": ("FeatureStatistics", "frechet_distance"),
-    "objective": ("Draw", "FlowMatching", "ObjectiveSettings", "StableTargetField", "StableVM", "squared_error"),
+    "objective": ("FlowMatching", "StableTargetField", "StableVM", "squared_error"),
     "posterior": ("Posterior",),
     "solvers.fixed_steps": ("stable_velocity_step",),
     "solvers.integration": ("integrate",),

@@ -1,4 +1,4 @@
-"""Training objectives: noisy samples, times, labels and regression targets for CFM, STF and StableVM.
+"""Training objectives, CFM, STF and StableVM: from a batch of data to noisy samples with regression targets.
 
 An objective knows neither the network nor the trainer, so it fits into any training loop:
 
@@ -10,77 +10,24 @@ An objective knows neither the network nor the trainer, so it fits into any trai
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions, check_shares
-from stablevm.interpolant import LINEAR, Interpolant
+from stablevm.draw import Draw, Noisy, ObjectiveSettings, drop_labels, known_ids, perturb, with_target
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
 from stablevm.support.errors import UserError, arg
 from stablevm.support.moved import old_names, renamed
-from stablevm.support.rng import AnyGenerator, RowGenerators, rand, randn, to_device, warn_if_drawn_alike
-from stablevm.support.shapes import ShownByShape
-from stablevm.times import TimeName, draw_times
+from stablevm.support.rng import AnyGenerator, RowGenerators, rand, to_device, warn_if_drawn_alike
 
-Prediction = Literal["v", "x"]
 Anchors = Literal["bank", "batch"]
 
 # References drawn from all classes for the samples whose label was dropped, as many as in the published toy study.
 POOL_SIZE = 2048
 # Values of these references gathered at once on a CPU, where a large new tensor takes longer to map than to fill.
 GATHERED_VALUES_CPU = 2**20
-
-
-@dataclass(frozen=True, repr=False)
-class Draw(ShownByShape):
-    """One batch to regress on: give the network (x_t, t, labels) and compare its output with `target`.
-
-    x_t, target, x0, noise: (B, *shape). t: (B,) in [0, 1]. labels: (B,) int64, the null class where a label was
-    dropped. ids: (B,) int64, the data-set row of each anchor, whose image alignment needs (NO_ID where unknown).
-    ess: (B,), the effective sample size of each target, 1 for CFM. All are on the latents' device. host_t is a copy of
-    t on the CPU, where it was drawn, so that code can read it without waiting for the GPU.
-    """
-
-    x_t: Tensor
-    t: Tensor
-    labels: Tensor
-    target: Tensor
-    x0: Tensor
-    noise: Tensor
-    ids: Tensor
-    ess: Tensor
-    host_t: Tensor
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """Settings that all objectives share: the path, the kind of target, the times and the label dropout.
-
-    path: LINEAR or COSINE. prediction: "v" to regress on the velocity, "x" on the data. weighting: the distribution of
-    training times, as in `draw_times`. label_dropout: the probability in [0, 1] that a label is replaced by
-    `null_class`, for classifier-free guidance. Raises UserError for a value out of range.
-    """
-
-    path: Interpolant = LINEAR
-    prediction: Prediction = "v"
-    weighting: TimeName = "uniform"
-    label_dropout: float = 0.0
-    null_class: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.prediction not in ("v", "x"):
-            raise UserError(f"{arg('prediction')} {self.prediction!r}: expected v or x")
-        if not isinstance(self.path, Interpolant):
-            raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
-        if self.weighting not in get_args(TimeName):
-            raise UserError(f"{arg('weighting')} {self.weighting!r}: expected one of {', '.join(get_args(TimeName))}")
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"{arg('label_dropout')} {self.label_dropout}: expected a probability in [0, 1]")
-        if self.label_dropout and self.null_class is None:
-            raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
 
 
 class _Objective:
@@ -135,9 +82,9 @@ class FlowMatching(_Objective):
         """
         check_labels(labels)
         self._begin(latents, labels, generator, ids)
-        noisy = _perturb(self.settings, latents, generator)
-        labels, _ = _drop_labels(self.settings, labels, generator)
-        return _finish(self.settings, noisy, labels, _ids_or_none(ids, labels), None)
+        noisy = perturb(self.settings, latents, generator)
+        labels, _ = drop_labels(self.settings, labels, generator)
+        return with_target(self.settings, noisy, labels, known_ids(ids, labels), None)
 
 
 class StableTargetField(_Objective):
@@ -175,20 +122,20 @@ class StableTargetField(_Objective):
             check_positions("anchors", anchors, None, len(references))
         count, device = references.shape[0], references.device
         chosen = torch.arange(count, device=device) if anchors is None else anchors
-        noisy = _perturb(self.settings, references[chosen], generator)
+        noisy = perturb(self.settings, references[chosen], generator)
         if labels is None:
             own_labels = torch.zeros_like(chosen)
             keep = torch.ones(len(chosen), count, dtype=torch.bool, device=device)
         else:
-            own_labels, dropped = _drop_labels(self.settings, labels[chosen], generator)
+            own_labels, dropped = drop_labels(self.settings, labels[chosen], generator)
             keep = (labels[chosen, None] == labels) | to_device(dropped, device)[:, None]
         keep[torch.arange(len(chosen), device=device), chosen] = False
 
         def weigh(rows: Tensor | slice) -> Posterior:
             return posterior(self.settings.path, *noisy.part(rows), references, keep=keep[rows])
 
-        own_ids = _ids_or_none(None if ids is None else ids[chosen], own_labels)
-        return _finish(self.settings, noisy, own_labels, own_ids, _weigh_from(self.references_from, noisy, weigh))
+        own_ids = known_ids(None if ids is None else ids[chosen], own_labels)
+        return with_target(self.settings, noisy, own_labels, own_ids, _weigh_from(self.references_from, noisy, weigh))
 
     @renamed(stream="generator")
     def draw_over_blocks(
@@ -200,7 +147,7 @@ class StableTargetField(_Objective):
         anchor; keep may be None where the block holds no anchor.
         """
         self._begin(anchors, None, generator)
-        noisy = _perturb(self.settings, anchors, generator)
+        noisy = perturb(self.settings, anchors, generator)
         labels = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
 
         def weigh(rows: Tensor | slice) -> Posterior:
@@ -208,7 +155,7 @@ class StableTargetField(_Objective):
             return posterior_over_blocks(self.settings.path, *noisy.part(rows), parts)
 
         corrections = _weigh_from(self.references_from, noisy, weigh)
-        return _finish(self.settings, noisy, labels, _ids_or_none(None, labels), corrections)
+        return with_target(self.settings, noisy, labels, known_ids(None, labels), corrections)
 
 
 class StableVM(_Objective):
@@ -294,22 +241,22 @@ class StableVM(_Objective):
             slots = self.bank.insert(latents, labels, ids)
         else:
             check_positions("slots", slots, len(latents), self.bank.discarded_slot + 1)
-        ids = _ids_or_none(ids, labels)
+        ids = known_ids(ids, labels)
         if self.anchors == "bank":
             labels, slots = draw_anchors(self.bank, latents.shape[0], generator)
             latents, ids = self.bank.gather(slots).to(latents), self.bank.ids_at(slots)
-        noisy = _perturb(self.settings, latents, generator)
-        shown, dropped = _drop_labels(self.settings, labels, generator)
+        noisy = perturb(self.settings, latents, generator)
+        shown, dropped = drop_labels(self.settings, labels, generator)
         if pool_generator is None:
             if not isinstance(generator, torch.Generator):
                 raise ValueError("generator is a RowGenerators, which can't draw the shared pool: give pool_generator")
             pool_generator = generator
         corrections = self._weigh(noisy, labels, slots, ids, dropped, pool_generator)
-        return _finish(self.settings, noisy, shown, ids, corrections)
+        return with_target(self.settings, noisy, shown, ids, corrections)
 
     def _weigh(
         self,
-        noisy: "_Noisy",
+        noisy: Noisy,
         labels: Tensor,
         slots: Tensor,
         ids: Tensor,
@@ -373,18 +320,6 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
-@dataclass(frozen=True)
-class _Noisy:
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    x_t: Tensor
-    host_t: Tensor
-
-    def part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        return self.x0[rows], self.noise[rows], self.t[rows]
-
-
 def _time(references_from: float) -> float:
     if not 0 <= references_from <= 1:
         raise UserError(f"references_from {references_from}: expected a time in [0, 1]")
@@ -392,7 +327,7 @@ def _time(references_from: float) -> float:
 
 
 def _weigh_from(
-    references_from: float, noisy: _Noisy, weigh: Callable[[Tensor | slice], Posterior]
+    references_from: float, noisy: Noisy, weigh: Callable[[Tensor | slice], Posterior]
 ) -> tuple[Tensor, Tensor]:
     """Offsets and effective sample sizes: `weigh(rows)` for rows with t >= references_from; 0 and 1 for the others, as
     without references. The rows are selected on the host, without waiting for the GPU.
@@ -404,40 +339,6 @@ def _weigh_from(
         found = weigh(rows)
         offset[rows], ess[rows] = found.offset, found.ess
     return offset, ess
-
-
-def _perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerator) -> _Noisy:
-    device = latents.device
-    host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator)
-    t = to_device(host_t, device)
-    noise = randn(latents.shape, generator, device)
-    return _Noisy(latents, noise, t, settings.path.interpolate(latents, noise, t), host_t)
-
-
-def _drop_labels(settings: ObjectiveSettings, labels: Tensor, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
-    """The labels that the network sees, and a mask of the dropped ones (on the host, where their number is needed)."""
-    if settings.null_class is None:
-        return labels, torch.zeros(len(labels), dtype=torch.bool)
-    dropped = rand((len(labels),), generator) < settings.label_dropout
-    return torch.where(to_device(dropped, labels.device), settings.null_class, labels), dropped
-
-
-def _ids_or_none(ids: Tensor | None, labels: Tensor) -> Tensor:
-    return torch.full_like(labels, NO_ID) if ids is None else ids.to(labels)
-
-
-def _finish(
-    settings: ObjectiveSettings, noisy: _Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
-) -> Draw:
-    """The draw, whose target is that of CFM plus the correction from the references, if any (docs/theory.md)."""
-    ess = torch.ones_like(noisy.t) if correction is None else correction[1]
-    if settings.prediction == "x":
-        target = noisy.x0 if correction is None else noisy.x0 - correction[0]
-    else:
-        target = settings.path.velocity(noisy.x0, noisy.noise, noisy.t)
-        if correction is not None:
-            target = target + settings.path.offset_gain(noisy.t, noisy.x0) * correction[0]
-    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t)
 
 
 __getattr__ = old_names(__name__, Protocol="ObjectiveSettings")

@@ -18,8 +18,8 @@ from stablevm.networks.registry import build_network
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.journal import Journal
-from stablevm.training.main_process import on_main
-from stablevm.training.setup import choose_rows
+from stablevm.training.launch import on_main
+from stablevm.training.objectives import choose_rows
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 FILL_ROWS = 4096  # of the bank, at a time

@@ -22,8 +22,8 @@ from stablevm.support.files import remove_temporary_of
 from stablevm.support.locks import owned
 from stablevm.support.precision import DTYPES, tf32
 from stablevm.training.config import TrainConfig
+from stablevm.training.engine import model_config
 from stablevm.training.launch import make_accelerator
-from stablevm.training.setup import model_config
 
 # Where nothing else is asked for, on a GPU and on a CPU.
 MODELS = {"cuda": "SiT-XL/2", "cpu": "SiT-S/2"}

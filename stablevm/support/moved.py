@@ -71,6 +71,17 @@ MOVED = {
     "toy.figures": "figures.toy",
     "toy.variance": "toy.experiment",
     "toy.visualization": "toy.films",
+    "training.anchors": "training.objectives",
+    "training.clock": "training.step",
+    "training.ema": "training.weights",
+    "training.initial": "training.weights",
+    "training.interruption": "training.launch",
+    "training.main_process": "training.launch",
+    "training.previews": "training.evaluation",
+    "training.progress": "training.checkpoint",
+    "training.rate": "training.step",
+    "training.setup": "training.engine",
+    "training.state": "training.weights",
     "variance_figure": "figures.variance",
 }
 _ALSO = {  # split since
@@ -79,6 +90,7 @@ _ALSO = {  # split since
     "solvers.integration": ("sampling.guidance", "solvers.settings"),
     "toy.experiment": ("toy.mixture", "study.variance"),
     "toy.films": ("figures.toy",),
+    "training.engine": ("training.start", "training.objectives", "training.terms"),
 }
 # Names that changed too, in whichever new module has them.
 RENAMED = {

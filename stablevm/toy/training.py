@@ -15,8 +15,8 @@ from stablevm.support import rng
 from stablevm.toy.config import Method, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
 from stablevm.toy.network import ToyNetwork, make_network
-from stablevm.training.ema import MovingAverage
 from stablevm.training.tracker import Trackers
+from stablevm.training.weights import MovingAverage
 
 BLOCK = 2048  # references that are made from one generator, so that any part of a set can be made again
 SETTINGS = ObjectiveSettings(path=LINEAR)

@@ -1,1 +1,1 @@
-"""Training SiT networks: configuration, trainer, moving average, checkpoints, trackers."""
+"""Training a network: options, the trainer and its engine, checkpoints, metrics. `trainer.train` is where to begin."""

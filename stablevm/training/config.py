@@ -88,26 +88,26 @@ class TrainConfig:
     sampling_steps: int = 10_000
     """Draw a grid of samples every this many steps, and at the end; 0: never."""
     eval_every: int = 0
-    """Judge samples of the moving average every this many steps, and at the end, and keep the checkpoint with the
+    """Evaluate samples of the moving average every this many steps, and at the end, and keep the checkpoint with the
     lowest Fréchet distance as checkpoints/best; 0: never."""
     eval_samples: int = 1000
     """Samples that are evaluated, 4 or more: always of the same noise, 40 Euler steps, no guidance."""
     eval_reference: str | None = None
     """Reference file to evaluate against (stablevm reference); with --eval-extractor, the digits' folder."""
     eval_extractor: str | None = None
-    """Judge digits: folder of the extractor that was trained on them."""
+    """Evaluate digits: folder of the extractor that was trained on them."""
     eval_enc_type: str | None = None
-    """Judge by this encoder's features in place of Inception's."""
+    """Evaluate by this encoder's features in place of Inception's."""
     eval_weights: str | None = None
     """File with the weights of Inception or of --eval-enc-type. Default: downloaded once."""
     log_steps: int = 10
     """Write metrics every this many steps."""
     resume: bool = False
-    """Go on with OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
+    """Resume OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
     resume_step: int = 0
-    """Go on from the checkpoint of this step instead of the newest."""
+    """Resume from the checkpoint of this step instead of the newest."""
     init_from: Path | None = None
-    """Begin with the weights of this checkpoint folder instead of random ones: fine-tuning, of an import too."""
+    """Start from the weights of this checkpoint folder instead of random ones: fine-tuning, of an import too."""
     init_weights: Literal["ema", "model"] = "ema"
     """Which of its weights: ema, the moving average; model, those of its last step."""
     vae: str | None = None
@@ -272,8 +272,8 @@ class TrainConfig:
         if self.eval_every == self.sampling_steps == 0:
             idle["vae"] = "--eval-every 0 and --sampling-steps 0"
         if self.eval_every == 0:
-            judging = ("eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights")
-            idle |= dict.fromkeys(judging, "--eval-every 0")
+            idle_alone = ("eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights")
+            idle |= dict.fromkeys(idle_alone, "--eval-every 0")
         elif self.eval_extractor is not None:
             idle |= dict.fromkeys(("eval_enc_type", "eval_weights"), "--eval-extractor")
         if self.loss_type == "si":
@@ -307,7 +307,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, run: Path) -> "TrainConfig":
-        """The options that the run in the folder `run` was begun with; UserError for a damaged file."""
+        """The options that the run in the folder `run` was started with; UserError for a damaged file."""
         path = run / CONFIG_FILE
         values = read_object(path, "run", remedy=_REMEDY)
         if values.get("use_proj_loss"):

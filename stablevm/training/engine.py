@@ -12,25 +12,28 @@ from torch import Tensor, nn
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.data.workers import Calls
-from stablevm.networks.encoders import Encoder
-from stablevm.networks.registry import build_network
+from stablevm.networks.encoders import Encoder, load_encoder
+from stablevm.networks.network_config import NetworkConfig
+from stablevm.networks.registry import build_network, network_config
 from stablevm.networks.snapshot import ModelCard
 from stablevm.support import rng
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.text import shown
-from stablevm.training.anchors import AnchorPlan
-from stablevm.training.checkpoint import DamagedError, TrainingState
-from stablevm.training.clock import PhaseClock
+from stablevm.training.checkpoint import DamagedError, Progress, TrainingState
 from stablevm.training.config import TrainConfig
-from stablevm.training.ema import MovingAverage
 from stablevm.training.guard import Guard, GuardedAdamW
-from stablevm.training.initial import initial_weights
-from stablevm.training.objectives import make_objective
-from stablevm.training.progress import Progress
-from stablevm.training.setup import class_counts, class_names, make_terms, model_config
-from stablevm.training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
-from stablevm.training.step import BatchDrawer, StepMetrics, StepRunner
+from stablevm.training.objectives import AnchorPlan, make_objective
+from stablevm.training.start import class_counts, class_names
+from stablevm.training.step import BatchDrawer, PhaseClock, StepMetrics, StepRunner, make_terms
+from stablevm.training.weights import (
+    MovingAverage,
+    initial_weights,
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+)
 
 
 class Engine:
@@ -42,7 +45,7 @@ class Engine:
         """encoders: frozen, on the accelerator's device; those of `config.encoder_names`."""
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.step = 0  # steps that are done
-        self.progress = Progress()  # what the command that went so far left open
+        self.progress = Progress()  # what the earlier command left open
         self.terms = make_terms(config, encoders)
         self.with_images = any(term.needs_images for term in self.terms)
         self.card = _model_card(config, dataset, encoders)
@@ -77,10 +80,10 @@ class Engine:
         """One step at the learning rate `rate`; clock: told of the phases."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        draw = self.drawer.draw(batch, self.step)
+        draw = self.drawer.draw(batch, self.step)  # noisy samples and their targets
         images = self.drawer.images(batch, draw) if self.with_images else None
         clock.end("draw")
-        metrics = self.runner.run(draw, images, clock)
+        metrics = self.runner.run(draw, images, clock)  # loss, gradient, update of the weights
         norm = metrics.means["grad_norm"]
         self.ema.update(self.accelerator.unwrap_model(self.model), self.step, norm.isfinite())
         clock.end("ema")
@@ -106,7 +109,7 @@ class Engine:
         )
 
     def start_from(self, folder: Path) -> list[str]:
-        """Begin with the weights of the checkpoint in `folder`, and tell what was taken from it.
+        """Take over the weights of the checkpoint in `folder`; returns lines that say what was taken.
 
         UserError where they do not fit.
         """
@@ -207,6 +210,37 @@ def _difference(found: Kinds, expected: Kinds) -> str | None:
             ours = f"{list(expected[name][0])} {expected[name][1]}"
             return f"holds {name} as {list(shape)} {dtype}, this run's is {ours}"
     return None
+
+
+def model_config(config: TrainConfig, dataset: PreparedDataset) -> NetworkConfig:
+    """The network without projectors: their widths are the encoders'. UserError where no block is left to align."""
+    channels, height, width = dataset.latent.shape
+    if height != width:
+        raise UserError(f"--data-dir {config.data_dir}: its latents are {height} x {width}, the network takes squares")
+    model = network_config(
+        config.model,
+        input_size=height,
+        in_channels=channels,
+        num_classes=config.num_classes or dataset.num_classes,
+        qk_norm=config.qk_norm,
+        fused_attn=config.fused_attn,
+        encoder_depth=config.encoder_depth,
+        projector_kind="conv" if config.use_irepa else "mlp",
+    )
+    if config.use_proj_loss and not 1 <= config.encoder_depth <= model.depth:
+        raise UserError(
+            f"--encoder-depth {config.encoder_depth}: {config.model} has {model.depth} blocks; give 1 to {model.depth}"
+        )
+    return model
+
+
+def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dtype: torch.dtype) -> list[Encoder]:
+    """The frozen encoders on `device`, for a network of `grid_size` tokens per side."""
+    antialias = config.encoder_resize == "antialiased"
+    return [
+        load_encoder(name, grid_size=grid_size, weights=weights, device=device, dtype=dtype, antialias=antialias)
+        for name, weights in zip(config.encoder_names, config.encoder_files, strict=True)
+    ]
 
 
 def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequence[Encoder]) -> ModelCard:

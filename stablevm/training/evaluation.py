@@ -1,10 +1,13 @@
-"""Judging the moving average while it is trained, always on the same noise and classes, so that values compare."""
+"""The moving average, looked at while it is trained: grids of samples, and numbers, always from the same noise."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stablevm.evaluation.digits import digits_splits, evaluate_digits, load_extractor
@@ -16,20 +19,59 @@ from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import results_of
 from stablevm.networks.autoencoder import Autoencoder
 from stablevm.networks.snapshot import ModelCard
-from stablevm.sampling.guidance import draw_latents
+from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, draw_latents
 from stablevm.sampling.labels import balanced_labels, trained_labels
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
+from stablevm.support.images import save_png, tile
 from stablevm.support.processes import Process
 from stablevm.support.rng import RowGenerators
 from stablevm.training.config import TrainConfig
 
-SETTINGS = SamplerSettings(mode="ode", num_steps=40)  # no guidance: its best scale changes while the network learns
-BATCH = 64
+SETTINGS = SamplerSettings(mode="ode", num_steps=40)
+GUIDANCE = GuidanceSettings(cfg_scale=1.5)  # of the grids; numbers have none: its best scale changes in training
+CLASSES, PER_CLASS = 10, 6  # of a grid
+MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
+PREVIEWS = "samples"  # the folder of the grids in that of the run
+_NAME = re.compile(r"step-(\d+)\.png")
+
+BATCH = 64  # images that are evaluated at a time
 # The number by which a checkpoint is the best, whichever there is.
 DISTANCES = (FID.name, FRECHET.name, "frechet_test")
+Measure = Callable[[Tensor, Tensor], dict[str, float]]  # from images and labels to numbers by name
 
-Judge = Callable[[Tensor, Tensor], dict[str, float]]
+
+class Previews:
+    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes that the data has samples of, guided where
+    the null class is trained.
+    """
+
+    def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
+        self.folder, self.autoencoder, self.seed = folder, autoencoder, seed
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}.png"
+
+    def draw(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
+        """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
+        labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
+        streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
+        guidance = GUIDANCE if card.null_is_trained and card.classes_are_trained else UNGUIDED
+        shown = trained_labels(labels, card)
+        latents, _ = draw_latents(model, card, shown, streams, SETTINGS, device, guidance=guidance)
+        images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
+        grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
+        save_png(self.path(card.step), grid)
+        return grid
+
+
+def set_previews_aside(folder: Path, step: int, target: Path) -> None:
+    """Move the grids after `step` to `target`: they would pass for those of the run from there on."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = _NAME.fullmatch(path.name)
+        if name and int(name[1]) > step:
+            target.mkdir(exist_ok=True)
+            path.replace(target / path.name)
 
 
 class Evaluation:
@@ -37,7 +79,7 @@ class Evaluation:
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder, device: torch.device) -> None:
         self._config, self._autoencoder, self._device = config, autoencoder, device
-        self._judge = _digits_judge(config) if config.eval_extractor else _features_judge(config, device)
+        self._measure = _measure_of_digits(config) if config.eval_extractor else _measure_of_features(config, device)
 
     def run(self, model: nn.Module, card: ModelCard) -> dict[str, float]:
         """Numbers by name: a Fréchet distance (see `DISTANCES`), precision, recall, and perhaps others."""
@@ -48,7 +90,7 @@ class Evaluation:
             asked = trained_labels(labels[rows], card)
             latents, _ = draw_latents(model, card, asked, streams, SETTINGS, self._device)
             images.append(self._autoencoder.decode(latents))
-        return self._judge(torch.cat(images), labels)
+        return self._measure(torch.cat(images), labels)
 
 
 def distance_of(numbers: dict[str, float]) -> tuple[str, float]:
@@ -57,7 +99,7 @@ def distance_of(numbers: dict[str, float]) -> tuple[str, float]:
     return name, numbers[name]
 
 
-def _features_judge(config: TrainConfig, device: torch.device) -> Judge:
+def _measure_of_features(config: TrainConfig, device: torch.device) -> Measure:
     """By Inception's features, or an encoder's."""
     reference = open_reference(Path(str(config.eval_reference)))
     extractor: FeatureExtractor
@@ -68,12 +110,12 @@ def _features_judge(config: TrainConfig, device: torch.device) -> Judge:
         reference.check_extractor(extractor)
     known = _comparison(reference, extractor, device)
 
-    def judge_features(images: Tensor, labels: Tensor) -> dict[str, float]:
+    def of_features(images: Tensor, labels: Tensor) -> dict[str, float]:
         pool = torch.cat([extractor(batch)["pool"].cpu() for batch in images.split(BATCH)])
         results = results_of(replace(known, samples={"pool": pool}), subset=True)
         return {name: value for name, value in results.items() if isinstance(value, float)}
 
-    return judge_features
+    return of_features
 
 
 def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch.device) -> FeatureSets:
@@ -98,15 +140,15 @@ def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch
     return replace(known, stored=known.moments)
 
 
-def _digits_judge(config: TrainConfig) -> Judge:
+def _measure_of_digits(config: TrainConfig) -> Measure:
     train, test = digits_splits(Path(str(config.eval_reference)))
     extractor = load_extractor(str(config.eval_extractor))
 
-    def judge_images(images: Tensor, labels: Tensor) -> dict[str, float]:
+    def of_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
         results = evaluate_digits(images.permute(0, 2, 3, 1), labels, test, train, extractor)
         return {name: results[name] for name in ("frechet_test", "accuracy", "precision", "recall", "coverage")}
 
-    return judge_images
+    return of_digits
 
 
 def _path(text: str | None) -> Path | None:

@@ -102,7 +102,7 @@ class Guard:
         advice = (
             f"the newest checkpoint is of step {saved[-1]}; resume from it or, with --resume-step, from an earlier one"
             if saved
-            else "there is no checkpoint yet; begin again under another --exp-name with other options"
+            else "there is no checkpoint yet; start over under another --exp-name with other options"
         )
         many = f"{self.limit} steps in a row (--max-bad-steps)"
         raise UserError(f"the loss or its gradient was not finite in {many}: {steps}; {advice}")

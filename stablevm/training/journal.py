@@ -10,12 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.training.clock import PhaseClock
+from stablevm.training.checkpoint import Progress, Sums
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import Fault, Guard
-from stablevm.training.main_process import on_main
-from stablevm.training.progress import Progress, Sums
-from stablevm.training.step import StepMetrics
+from stablevm.training.launch import on_main
+from stablevm.training.step import PhaseClock, StepMetrics
 from stablevm.training.tracker import Trackers
 
 T_BINS = 10  # equal parts of [0, 1] by which samples are grouped

@@ -1,21 +1,26 @@
-"""How this process takes part in a run: alone, with others, in shards; and in which precision."""
+"""How a process takes part in a run: alone or with others, in which precision, and until which signal."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from torch import Tensor
 
 from stablevm.support.errors import UserError
 from stablevm.support.launcher import Place
 from stablevm.support.options import as_typed
 from stablevm.training.config import TrainConfig
+
+Result = TypeVar("Result")
 
 # What `accelerate launch` asks for in the environment and we do not do, with what to do instead.
 REFUSED = {
@@ -145,3 +150,65 @@ def _check_sharding(accelerator: Accelerator) -> None:
         raise UserError("FSDP of version 1 hides the weights' names; set fsdp_version: 2 (--fsdp_version 2)")
     if accelerator.mixed_precision == "fp16":
         raise UserError("--mixed-precision fp16: its scaler does not know of FSDP's shards; give bf16 or no")
+
+
+def told_by_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
+    """The result of `task` on the main process, on all of them; errors as in `on_main`."""
+    result = on_main(accelerator, task)
+    if accelerator.num_processes > 1:
+        (result,) = broadcast_object_list([result])
+    return cast(Result, result)
+
+
+def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result | None:
+    """The result of `task` on the main process, None on the others, which wait for its end.
+
+    A UserError or OSError, such as of a full disk, is raised on all of them: otherwise they would wait for one that is
+    gone.
+    """
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = task()
+        except (UserError, OSError) as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        (failure,) = broadcast_object_list([failure])
+    if failure is not None:
+        raise failure
+    return result
+
+
+class Interruption:
+    """While entered, the first signal is only noted; a second one ends the program as usual."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was told to stop; all of them ask at the same step."""
+        if accelerator.num_processes == 1:
+            return self.signal is not None
+        mine = torch.tensor(self.signal or 0, device=accelerator.device)
+        received = accelerator.reduce(mine, reduction="sum")
+        assert isinstance(received, Tensor)
+        agreed = bool(received.item())  # not the signal itself: it may have come since, and the others not know of it
+        if agreed and self.signal is None:
+            self.signal = signal.SIGTERM
+        return agreed
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number

@@ -1,22 +1,27 @@
-"""The objectives that `--loss-type` names: each word with what builds it, and what training asks of all of them."""
+"""The objectives that `loss_type` names; how their bank is made and filled, and which anchors it will give."""
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypedDict, Unpack
 
 import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from stablevm import objective
 from stablevm.bank import ClassBank
-from stablevm.data.dataset import PreparedDataset
+from stablevm.data.dataset import PreparedDataset, drawn_latents
+from stablevm.data.loader import StepSampler
+from stablevm.draw import Draw, ObjectiveSettings
 from stablevm.interpolant import get_interpolant
 from stablevm.networks.network_config import NetworkConfig
-from stablevm.objective import Anchors, Draw, FlowMatching, StableVM
+from stablevm.objective import Anchors, FlowMatching, StableVM, draw_anchors
+from stablevm.support import rng
 from stablevm.support.errors import UserError
+from stablevm.support.options import some_of
 from stablevm.support.rng import AnyGenerator
 from stablevm.training.config import TrainConfig
 
@@ -32,11 +37,19 @@ class WithoutBank(Protocol):
     def draw(self, latents: Tensor, labels: Tensor, generator: AnyGenerator, *, ids: Tensor | None = None) -> Draw: ...
 
 
+class Inserted(TypedDict):
+    """What training tells an objective of a batch that it has put into the bank, with those of all processes."""
+
+    ids: Tensor  # (B,) int64, rows of the data set
+    slots: Tensor  # (B,) int64, of the batch in the bank
+    pool_generator: torch.Generator  # where references over all classes come from, alike on all processes
+
+
 class WithBank(Protocol):
     """An objective with a bank, which training fills, saves and restores.
 
     anchors: "bank" where the samples to regress on are those that `objective.draw_anchors` draws, "batch" where they
-    are the fresh ones. The batch is in the bank already, at `slots`.
+    are the fresh ones.
     """
 
     @property
@@ -45,16 +58,7 @@ class WithBank(Protocol):
     @property
     def anchors(self) -> Anchors: ...
 
-    def draw(
-        self,
-        latents: Tensor,
-        labels: Tensor,
-        generator: AnyGenerator,
-        *,
-        ids: Tensor | None = None,
-        slots: Tensor | None = None,
-        pool_generator: torch.Generator | None = None,
-    ) -> Draw: ...
+    def draw(self, latents: Tensor, labels: Tensor, generator: AnyGenerator, **inserted: Unpack[Inserted]) -> Draw: ...
 
 
 Objective: TypeAlias = WithoutBank | WithBank
@@ -65,7 +69,7 @@ class Given:
     """What an objective is made of."""
 
     config: TrainConfig
-    settings: "objective.ObjectiveSettings"  # what all objectives share
+    settings: ObjectiveSettings  # what all objectives share
     class_counts: Tensor  # (classes,) samples of each class in the data
     shape: tuple[int, ...]  # of a latent
     device: torch.device
@@ -75,7 +79,7 @@ def make_objective(
     config: TrainConfig, model: NetworkConfig, dataset: PreparedDataset, device: torch.device
 ) -> Objective:
     """The objective that the options name, with an empty bank where it needs one."""
-    settings = objective.ObjectiveSettings(
+    settings = ObjectiveSettings(
         path=get_interpolant(config.path_type),
         prediction=config.prediction,
         weighting=config.weighting,
@@ -130,5 +134,111 @@ def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], devic
     return ClassBank(len(counts), int(counts.max()), shape, device=home)
 
 
+def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:
+    """Fill the bank with samples of each class chosen by the seed, or with all, reading latents only.
+
+    Every process chooses and reads the same ones, so that all hold the same bank without talking to each other.
+    Raises UserError naming the classes of which the data holds no sample.
+    """
+    labels = dataset.labels()
+    counts = torch.bincount(labels, minlength=bank.num_classes)
+    missing = (counts == 0).nonzero().flatten().tolist()
+    if missing:
+        remedy = "lower --num-classes"
+        if missing[0] < dataset.num_classes:
+            remedy = "prepare the data with them or, without them, with classes numbered from 0 without gaps"
+        raise UserError(
+            f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
+            f"({some_of(missing)}), so their bank would stay empty; {remedy}"
+        )
+    fully = config.prefill_bank_fully or config.bank_is_fixed
+    rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
+    if show and config.bank_is_fixed:
+        print(_cost(bank, len(rows), config))
+    workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
+    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not show) as progress:
+        for part, latents in _read_latents(dataset, rows, config, workers):
+            bank.insert(latents, labels[part], part)
+            progress.update(len(part))
+    short = int((counts < bank.capacity).sum())
+    if show and config.prefill_bank_fully and short and not config.bank_is_fixed:
+        print(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
+
+
+def _cost(bank: ClassBank, rows: int, config: TrainConfig) -> str:
+    size = gigabytes(bank.num_classes * bank.capacity * math.prod(bank.shape) * torch.float32.itemsize)
+    place = "the GPU's memory" if bank.device.type == "cuda" else "the host's memory"
+    if config.bank_on_gpu and bank.device.type == "cpu" and torch.cuda.is_available():
+        place += f", as it would take more than {GPU_SHARE:.0%} of what is free on the GPU"
+    slots = f"{bank.num_classes:,} classes x {bank.capacity:,} slots"
+    return f"bank: all {rows:,} latents, {slots}, {size} in each process, in {place}"
+
+
+def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:
+    """At most `per_class` rows of each class, which has `counts` of them, at random, in the order of the file."""
+    shuffled = torch.randperm(len(labels), generator=rng.generator(seed, "prefill"))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return by_class[rank < per_class].sort().values
+
+
+def _read_latents(
+    dataset: PreparedDataset, rows: Tensor, config: TrainConfig, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of `rows` with their latents, in order, read by `workers` threads (or this one)."""
+
+    def read(part: Tensor) -> Tensor:
+        return drawn_latents(dataset, part.tolist(), config.seed, "prefill")
+
+    parts = rows.split(config.prefill_batch_size)
+    if workers == 0:
+        yield from zip(parts, map(read, parts), strict=True)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(parts), workers):  # no more than `workers` parts are read ahead
+            ahead = parts[start : start + workers]
+            yield from zip(ahead, pool.map(read, ahead), strict=True)
+
+
 def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
+
+
+def objective_streams(seed: int, step: int, positions: Sequence[int]) -> rng.RowGenerators:
+    """Where `step` draws its anchors, times, noise and dropped labels from; positions: in the global batch."""
+    return rng.RowGenerators.for_keys(seed, "objective", step, positions=positions)
+
+
+class AnchorPlan:
+    """The dataset rows of the anchors that one process draws from the bank, for each step from `start_step` on.
+
+    What a bank holds follows from its content now and from the samples of the steps between, all of which the seed
+    tells; so a replica without values runs ahead of the bank and makes the same draws.
+    """
+
+    def __init__(
+        self,
+        bank: ClassBank,
+        dataset: PreparedDataset,
+        config: TrainConfig,
+        positions: range,
+        *,
+        start_step: int,
+        num_steps: int,
+    ) -> None:
+        """bank: as it is before `start_step`. positions: of the process's samples in the global batch."""
+        self._books, self._labels, self._seed, self._positions = (
+            bank.replica(),
+            dataset.labels(),
+            config.seed,
+            positions,
+        )
+        self._sampler = StepSampler(len(dataset), config.batch_size, 0, 1, config.seed, start_step, num_steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        books = self._books.replica()
+        for step, rows in enumerate(self._sampler, start=self._sampler.start_step):
+            books.insert(torch.empty(len(rows), 0), self._labels[rows], torch.tensor(rows))
+            streams = objective_streams(self._seed, step, self._positions)
+            _, slots = draw_anchors(books, len(self._positions), streams)
+            yield books.ids_at(slots).tolist()

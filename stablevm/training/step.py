@@ -1,6 +1,8 @@
-"""One optimiser step: from a batch of the loader to updated weights and a few numbers that stay on the device."""
+"""One optimiser step: a batch becomes noisy samples with targets, these a loss, and the loss updated weights."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -11,15 +13,25 @@ from torch import Tensor, nn
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
+from stablevm.networks.encoders import Encoder
 from stablevm.objective import Draw, squared_error
 from stablevm.support import rng
-from stablevm.training.anchors import objective_streams
-from stablevm.training.clock import PhaseClock
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import GuardedAdamW, spread
-from stablevm.training.objectives import Objective
-from stablevm.training.state import whole
-from stablevm.training.terms import Output, Share, Term
+from stablevm.training.objectives import Objective, objective_streams
+from stablevm.training.terms import Output, Share, Term, alignment_term
+from stablevm.training.weights import whole
+
+FINAL_SHARE = 0.05  # of the full rate, where a cosine ends
+
+# Terms of the loss beside the velocity's: from the options and their encoders to the term, or None without it.
+TERMS: tuple[Callable[[TrainConfig, Sequence[Encoder]], Term | None], ...] = (alignment_term,)
+
+
+def make_terms(config: TrainConfig, encoders: Sequence[Encoder]) -> list[Term]:
+    """The terms that the options ask for."""
+    found = (make(config, encoders) for make in TERMS)
+    return [term for term in found if term is not None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,48 @@ class StepMetrics:
     t: Tensor  # (B,) times of the samples
     velocity_loss: Tensor  # (B,)
     effective_sample_size: Tensor  # (B,)
+
+
+class PhaseClock:
+    """Seconds of each phase of the steps, every moment in exactly one phase: a phase ends where the next begins.
+
+    On a GPU the ends are events in its queue, looked at only in `read`: a phase then lasts until the GPU has done its
+    work, and what the host does meanwhile, such as reading data, costs only what the GPU has to wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._ends: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+
+    def end(self, phase: str) -> None:
+        """The time since the last end belonged to `phase`."""
+        self._ends.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase that ended since the last reading, in order of appearance; waits for the GPU."""
+        seconds: dict[str, float] = {}
+        _, before = self._ends[0]
+        for phase, now in self._ends[1:]:
+            seconds[phase] = seconds.get(phase, 0.0) + _seconds(before, now)
+            before = now
+        del self._ends[:-1]
+        return seconds
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(before: float | torch.cuda.Event, now: float | torch.cuda.Event) -> float:
+    if isinstance(before, torch.cuda.Event):
+        assert isinstance(now, torch.cuda.Event)
+        now.synchronize()
+        return before.elapsed_time(now) / 1000
+    assert isinstance(now, float)
+    return now - before
 
 
 class BatchDrawer:
@@ -176,3 +230,13 @@ class StepRunner:
 def on_device(draw: Draw, device: torch.device) -> Draw:
     names = [field.name for field in fields(draw) if field.name != "host_t"]
     return replace(draw, **{name: rng.to_device(getattr(draw, name), device) for name in names})
+
+
+def rate_at(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The rate of step `step`, counted from 0, of a run of `total_steps`."""
+    warmup = config.lr_warmup_steps
+    rate = config.learning_rate * min(1.0, (step + 1) / warmup if warmup else 1.0)
+    if config.lr_schedule == "constant":
+        return rate
+    progress = min(1.0, max(0, step - warmup) / max(1, total_steps - warmup))
+    return rate * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,12 +1,21 @@
-"""Terms of the loss beside the velocity's: what they need, and their value. `setup.TERMS` lists them."""
+"""Terms of the loss beside the velocity's: what each one offers, and VA-REPA's, which aligns tokens with encoders'."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from stablevm.objective import Draw
+from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
+from stablevm.draw import Draw
+from stablevm.interpolant import get_interpolant
+from stablevm.networks.encoders import Encoder
+from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.training.config import TrainConfig
+
+WEIGHT_GRID = 1000  # times at which the share of images that encoders see is looked at
 
 
 @dataclass(frozen=True)
@@ -40,3 +49,84 @@ class Term(ABC):
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
         """Networks that the term runs on images, each with the share of images that it sees on average."""
         return ()
+
+
+@dataclass(frozen=True)
+class Alignment(Term):
+    """One projector for each encoder; the mean of their losses, with a weight that depends on the time."""
+
+    encoders: list[Encoder]
+    schedule: AlignmentSchedule
+    coefficient: float
+    irepa_gamma: float | None  # None without iREPA
+
+    name = "alignment_loss"
+    needs_images = needs_tokens = True
+
+    def __post_init__(self) -> None:
+        if self.irepa_gamma is not None and any(encoder.grid_size == 1 for encoder in self.encoders):
+            raise UserError(
+                "--use-irepa: the network has one token per image, and iREPA normalises features over tokens; "
+                "choose a --model of smaller patches or leave it out"
+            )
+
+    def features(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """Tokens (B, T, D) that the projector of this encoder aims at."""
+        tokens = encoder(images)
+        return tokens if self.irepa_gamma is None else normalize_over_space(tokens, self.irepa_gamma)
+
+    def begin(self, draw: Draw, images: Tensor | None, total: Callable[[Tensor], Tensor]) -> Callable[[slice], Share]:
+        """Weights are functions of t, whose zeros are looked for on the host."""
+        assert images is not None
+        weights = self.schedule(draw.host_t)
+        whole = total(rng.to_device(weights.sum(), draw.t.device))
+        return lambda span: _Aim.at(images[span], weights[span], whole, self).share
+
+    def frozen(self) -> Sequence[tuple[nn.Module, float]]:
+        """The encoders see the images whose weight is not 0."""
+        seen = float((self.schedule(torch.linspace(0, 1, WEIGHT_GRID)) != 0).float().mean())
+        return [(encoder, seen) for encoder in self.encoders]
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What the tokens of one micro-batch are aligned with."""
+
+    rows: Tensor  # of the n samples whose weight is not 0; encoders see no other
+    weights: Tensor  # (n,)
+    total: Tensor  # sum of the weights over all micro-batches and processes
+    features: list[Tensor]  # (n, T, D) for each encoder
+
+    @classmethod
+    def at(cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment) -> "_Aim":
+        """images (b, 3, H, W) on the device; weights (b,) on the host, so that nobody waits to learn which are 0."""
+        active = weights.nonzero().squeeze(1)
+        rows = rng.to_device(active, images.device)
+        seen = images[rows]
+        return cls(
+            rows=rows,
+            weights=rng.to_device(weights[active], images.device),
+            total=total,
+            features=[alignment.features(encoder, seen) for encoder in alignment.encoders] if len(active) else [],
+        )
+
+    def share(self, output: Output) -> Tensor:
+        """Of the alignment loss, averaged over encoders."""
+        actives = [tokens[self.rows] for tokens in output.tokens]
+        features = self.features or [active.detach() for active in actives]  # no row: a 0 attached to the graph
+        losses = [alignment_loss(*pair) for pair in zip(actives, features, strict=True)]
+        return torch.stack([weighted_alignment(loss, self.weights, self.total) for loss in losses]).mean()
+
+
+def alignment_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignment | None:
+    """The term that the options ask for; encoders: those that they name."""
+    if not config.use_proj_loss:
+        return None
+    return Alignment(
+        encoders=list(encoders),
+        schedule=AlignmentSchedule(
+            config.proj_weight_schedule, get_interpolant(config.path_type), config.proj_tau, config.proj_k
+        ),
+        coefficient=config.proj_coeff,
+        irepa_gamma=config.irepa_gamma if config.use_irepa else None,
+    )

@@ -1,4 +1,9 @@
-"""The training run: from options to checkpoints, metrics and grids, and on from where an earlier command stopped."""
+"""The training run: from options to checkpoints, metrics and grids, resumed where an earlier command stopped.
+
+`train` reads from top to bottom: `_prepared` gathers what a run consists of, `Trainer.run` writes its folder, and the
+loop stands in `Trainer._train`. A step itself is `Engine.train_step`: in step.py a batch becomes a target
+(`BatchDrawer.draw`) and the loss is summed (`StepRunner._losses`). Checkpoints are written by `Trainer._save`.
+"""
 
 import sys
 from dataclasses import replace
@@ -17,22 +22,28 @@ from stablevm.support.precision import DTYPES, tf32
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import DamagedError, Record
 from stablevm.training.config import CONFIG_FILE, TrainConfig
-from stablevm.training.engine import Engine
-from stablevm.training.evaluation import Evaluation, distance_of
-from stablevm.training.interruption import Interruption
+from stablevm.training.engine import Engine, load_encoders, model_config
+from stablevm.training.evaluation import PREVIEWS, Evaluation, Previews, distance_of, set_previews_aside
 from stablevm.training.journal import Journal
-from stablevm.training.launch import as_launched, check_same_options, make_accelerator
-from stablevm.training.main_process import on_main, told_by_main
-from stablevm.training.previews import PREVIEWS, Previews, set_previews_aside
-from stablevm.training.rate import rate_at
-from stablevm.training.setup import (
-    empty_classes_warning,
-    load_encoders,
-    model_config,
-    open_data,
-    prefill,
+from stablevm.training.launch import (
+    Interruption,
+    as_launched,
+    check_same_options,
+    make_accelerator,
+    on_main,
+    told_by_main,
 )
-from stablevm.training.start import as_begun, check_bank, check_data, find_start, record_data
+from stablevm.training.objectives import prefill
+from stablevm.training.start import (
+    as_started,
+    check_bank,
+    check_data,
+    empty_classes_warning,
+    find_start,
+    open_data,
+    record_data,
+)
+from stablevm.training.step import rate_at
 from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evaluated, keep_metrics
 
 
@@ -44,22 +55,25 @@ def train(config: TrainConfig) -> int:
     """
     config.validate()
     with owned(config.folder):
-        return _train(config)
+        config = as_launched(config)
+        accelerator = make_accelerator(config)
+        check_same_options(config, accelerator)
+        trainer = _prepared(config, accelerator)
+        with Interruption() as interruption, tf32(config.allow_tf32):
+            return trainer.run(interruption)
 
 
-def _train(config: TrainConfig) -> int:
-    config = as_launched(config)
-    accelerator = make_accelerator(config)
-    check_same_options(config, accelerator)
+def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
+    """The trainer, with the weights and the state of the step that the run starts from. Writes nothing."""
     on_main(accelerator, lambda: check_trackers(config.trackers))
-    given, config = config, as_begun(config)
+    given, config = config, as_started(config)
     start = find_start(config, show=accelerator.is_main_process)
     dataset = open_data(config)
     unchecked = check_data(config, dataset, start)
     if accelerator.is_main_process:
         notes = empty_classes_warning(config, dataset) + decoding_notes(config.vae, dataset.latent)
         if config != given:
-            notes.append(f"--encoder-resize {config.encoder_resize} stays: version 0.1 began this run so")
+            notes.append(f"--encoder-resize {config.encoder_resize} stays: version 0.1 started this run so")
         for line in config.warnings() + notes + unchecked:
             print(f"warning: {line}", file=sys.stderr)
     trainer = Trainer(config, dataset, accelerator)
@@ -70,8 +84,7 @@ def _train(config: TrainConfig) -> int:
     elif config.init_from is not None:
         for line in trainer.engine.start_from(config.init_from):
             trainer.say(line)
-    with Interruption() as interruption, tf32(config.allow_tf32):
-        return trainer.run(interruption)
+    return trainer
 
 
 def _restore(engine: Engine, config: TrainConfig, start: int, *, show: bool) -> None:
@@ -114,16 +127,7 @@ class Trainer:
         if done and not owed:
             self.say(f"{self.config.folder}: already at step {engine.step} of {self.total_steps}")
             return engine.step
-        trackers = on_main(self.accelerator, self._open_trackers)
-        journal = Journal(
-            self.config,
-            self.accelerator,
-            trackers,
-            engine.guard,
-            step=engine.step,
-            total_steps=self.total_steps,
-            progress=engine.progress,
-        )
+        journal = self._open_journal()
         try:
             self._settle(journal, owed)
             if not done:
@@ -137,33 +141,27 @@ class Trainer:
         return engine.step
 
     def _train(self, journal: Journal, interruption: Interruption) -> None:
-        for batch in self.engine.loader(self.total_steps - self.engine.step):
+        """The training loop: every step, and what it leaves on the disk. `_settle` does what a kill leaves undone."""
+        config, engine = self.config, self.engine
+        for batch in engine.loader(self.total_steps - engine.step):
             journal.clock.end("data_wait")
-            rate = rate_at(self.config, self.engine.step, self.total_steps)
-            journal.add(self.engine.train_step(batch, rate, journal.clock))
-            if self._finish_step(journal, interruption):
+            rate = rate_at(config, engine.step, self.total_steps)
+            journal.add(engine.train_step(batch, rate, journal.clock))
+            scheduled = self._due(config.checkpointing_steps)
+            if scheduled or self._due(config.log_steps):
+                journal.flush(engine.step, engine.rate)
+            stop = self._may_stop() and interruption.agreed(self.accelerator)
+            if scheduled:
+                self._save(journal, journal.take_means())
+            elif stop:
+                self._save(journal, {})
+            if self._due(config.sampling_steps):
+                self._draw_previews(journal)
+            if self._due(config.eval_every):
+                self._evaluate(journal)
+            if stop:
                 break
             journal.clock.end("other")
-
-    def _finish_step(self, journal: Journal, interruption: Interruption) -> bool:
-        """Metrics, checkpoint and grid where this step asks for them; True when the run is to end.
-
-        `_settle` does what a kill leaves undone after the checkpoint.
-        """
-        config, step = self.config, self.engine.step
-        scheduled = self._due(config.checkpointing_steps)
-        if scheduled or self._due(config.log_steps):
-            journal.flush(step, self.engine.rate)
-        stop = interruption.agreed(self.accelerator) if self._may_stop() else False
-        if scheduled:
-            self._save(journal, journal.take_means())
-        elif stop:
-            self._save(journal, {})
-        if self._due(config.sampling_steps):
-            self._draw_previews(journal)
-        if self._due(config.eval_every):
-            self._evaluate(journal)
-        return stop
 
     def _due(self, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens at this one; 0: never."""
@@ -202,7 +200,7 @@ class Trainer:
         if aside := checkpoint.set_aside(folder, step):
             set_previews_aside(folder / PREVIEWS, step, aside / PREVIEWS)
             keep_metrics(folder, aside)
-            self.say(f"going on from step {step}; newer checkpoints were moved to {aside}")
+            self.say(f"resumes from step {step}; newer checkpoints were moved to {aside}")
         if not (folder / CONFIG_FILE).exists() or TrainConfig.read(folder) != config:
             write_json(folder / CONFIG_FILE, config.to_dict())
         record_data(config, self.dataset)
@@ -222,8 +220,24 @@ class Trainer:
                 checkpoint.keep_if_best(folder, Record(*distance_of(numbers), step))
         return owed
 
+    def _open_journal(self) -> Journal:
+        config, engine = self.config, self.engine
+
+        def open_trackers() -> Trackers:
+            return Trackers(config.folder, config.trackers, config.to_dict(), engine.step)
+
+        return Journal(
+            config,
+            self.accelerator,
+            on_main(self.accelerator, open_trackers),
+            engine.guard,
+            step=engine.step,
+            total_steps=self.total_steps,
+            progress=engine.progress,
+        )
+
     def _settle(self, journal: Journal, owed: list[str]) -> None:
-        """Do what the step of the checkpoint that the run begins with still owes."""
+        """Do what the step of the checkpoint that the run resumes from still owes."""
         if "previews" in owed:
             self._draw_previews(journal)
         if "evaluation" in owed:
@@ -245,13 +259,13 @@ class Trainer:
         on_main(self.accelerator, draw)
 
     def _evaluate(self, journal: Journal) -> None:
-        """Judge the moving average, and keep the checkpoint of this step if none before was better."""
+        """Evaluate the moving average, and keep the checkpoint of this step if none before was better."""
         folder, average = self.config.folder, self.engine.whole_average()
         state = None
         if not told_by_main(self.accelerator, lambda: self.engine.step in checkpoint.saved_steps(folder)):
             state = replace(self.engine.state(), progress=journal.progress({}))
 
-        def judge() -> None:
+        def write() -> None:
             assert self.evaluation is not None and journal.trackers is not None
             numbers = self.evaluation.run(average, self.engine.stamped_card())
             journal.trackers.log(self.engine.step, {f"{EVALUATED}{name}": value for name, value in numbers.items()})
@@ -261,7 +275,7 @@ class Trainer:
                     checkpoint.save(folder, state, self._kept(), self.config.checkpointing_steps)
                 checkpoint.keep_if_best(folder, record)
 
-        on_main(self.accelerator, judge)
+        on_main(self.accelerator, write)
 
     def _encoders(self) -> list[Encoder]:
         if not self.config.use_proj_loss:
@@ -280,11 +294,6 @@ class Trainer:
 
     def _autoencoder(self) -> Autoencoder:
         return load_autoencoder(self.dataset.latent, name=self.config.vae, device=self.accelerator.device)
-
-    def _open_trackers(self) -> Trackers:
-        """To be called on the main process."""
-        config = self.config
-        return Trackers(config.folder, config.trackers, config.to_dict(), self.engine.step)
 
     def say(self, line: str) -> None:
         if self.accelerator.is_main_process:

@@ -9,7 +9,7 @@ import torch
 from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
 from stablevm.interpolant import LINEAR
 from stablevm.support.errors import UserError
-from stablevm.training.alignment_term import Alignment
+from stablevm.training.terms import Alignment
 
 
 def test_loss_is_minus_the_mean_cosine():

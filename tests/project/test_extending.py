@@ -23,7 +23,7 @@ from stablevm.networks.autoencoder import LatentSpec, latent_spec_of, load_autoe
 from stablevm.networks.snapshot import load_card, load_model
 from stablevm.preparation import sources
 from stablevm.support.errors import UserError
-from stablevm.training import objectives, setup, step, terms
+from stablevm.training import objectives, step, terms
 from stablevm.training.config import TrainConfig
 from tests.helpers import runs
 
@@ -105,9 +105,9 @@ def test_the_backbone_that_is_shown_trains_resumes_and_is_loaded(root):
 def test_the_term_that_is_shown_is_summed_and_logged(root, monkeypatch):
     shown = PAGE.split("## Another term of the loss")[1]
     block = re.search(r"```python\n(.*?)```", shown, flags=re.DOTALL)[1]
-    names = {**vars(terms), **vars(step), **vars(setup)}
+    names = {**vars(terms), **vars(step)}
     exec("from collections.abc import Callable\nfrom dataclasses import dataclass\n" + block, names)
-    monkeypatch.setattr(setup, "TERMS", names["TERMS"])
+    monkeypatch.setattr(step, "TERMS", names["TERMS"])
     monkeypatch.setattr(TrainConfig, "mean_coeff", 0.5, raising=False)
     rows = {}
     for parts in (1, 2):

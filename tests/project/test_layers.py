@@ -18,8 +18,8 @@ FLOORS = dict(
             ("support",),
             ("interpolant", "metrics"),
             ("posterior", "times", "alignment", "bank", "solvers", "networks"),
-            ("objective", "variance", "data"),
-            ("figures", "integrations"),
+            ("draw", "variance", "data"),
+            ("objective", "figures", "integrations"),
             ("sampling", "preparation", "study"),
             ("evaluation",),
             ("training",),
@@ -130,6 +130,10 @@ OLD_ADDRESSES = [
     "sampling.protocol:Protocol",
     "toy.variance:mixture_curve",
     "toy.visualization:visualize",
+    "training.setup:open_data",
+    "training.setup:prefill",
+    "training.ema:MovingAverage",
+    "training.previews:Previews",
     "variance_figure:variance_figure",
 ]
 

@@ -12,8 +12,8 @@ from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
 from stablevm.networks.autoencoder import LatentSpec
-from stablevm.training.objectives import make_objective
-from stablevm.training.setup import model_config, prefill
+from stablevm.training.engine import model_config
+from stablevm.training.objectives import make_objective, prefill
 from tests.helpers import runs
 
 

@@ -7,7 +7,7 @@ from stablevm.data.loader import StepSampler
 from stablevm.data.opening import open_dataset
 from stablevm.interpolant import LINEAR
 from stablevm.objective import ObjectiveSettings, StableVM
-from stablevm.training.anchors import AnchorPlan, objective_streams
+from stablevm.training.objectives import AnchorPlan, objective_streams
 from tests.helpers import runs
 
 CLASSES, CAPACITY, STEPS, BATCH = 3, 4, 25, 6

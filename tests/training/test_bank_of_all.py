@@ -12,8 +12,8 @@ from stablevm import cli
 from stablevm.data.opening import open_dataset
 from stablevm.support import rng
 from stablevm.support.errors import UserError
-from stablevm.training.objectives import make_bank, make_objective
-from stablevm.training.setup import model_config, prefill
+from stablevm.training.engine import model_config
+from stablevm.training.objectives import make_bank, make_objective, prefill
 from tests.helpers import runs
 
 ALL = {"loss_type": "stablevm", "bank_capacity_per_class": "all"}

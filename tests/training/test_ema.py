@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stablevm.training.ema import MovingAverage
+from stablevm.training.weights import MovingAverage
 
 
 def random_layer(stream):

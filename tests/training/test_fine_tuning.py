@@ -1,4 +1,4 @@
-"""Beginning with another checkpoint's weights: what is taken over, what begins anew, and what does not fit."""
+"""Beginning with another checkpoint's weights: what is taken over, what starts from scratch, and what does not fit."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from stablevm import cli
 from stablevm.networks.sit_config import SiTConfig
 from stablevm.networks.snapshot import save
 from stablevm.support.errors import UserError
-from stablevm.training.initial import initial_weights
+from stablevm.training.weights import initial_weights
 from tests.helpers import runs
 from tests.helpers.checkpoints import random_weights, tiny_card
 from tests.helpers.data_sets import one_line
@@ -37,7 +37,7 @@ def earlier(root):
 
 
 def tuned(root, name, earlier, **options):
-    """Both sets of weights after one step at a rate of (nearly) zero: those that the run began with."""
+    """Both sets of weights after one step at a rate of (nearly) zero: those that the run started with."""
     settings = runs.config(root, name, init_from=earlier, learning_rate=1e-30, max_train_steps=1, **options)
     folder = runs.run(settings) / "checkpoints" / "0000001"
     return {part: load_file(folder / f"{part}.safetensors") for part in ("ema", "model")}
@@ -55,7 +55,7 @@ def test_begins_with_the_weights_of_the_checkpoint(weights, root, earlier):
         assert all(same(value, start[name]) for name, value in part.items())
 
 
-def test_other_classes_and_new_projectors_begin_anew(root, earlier, capfd):
+def test_other_classes_and_new_projectors_start_from_scratch(root, earlier, capfd):
     start = load_file(earlier / "ema.safetensors")
     found = tuned(root, "two", earlier, data_dir=root / "two", seed=5, **runs.ALIGNED)["ema"]
     for name in start.keys() - {LABEL_TABLE}:
@@ -64,8 +64,10 @@ def test_other_classes_and_new_projectors_begin_anew(root, earlier, capfd):
     assert not same(found[LABEL_TABLE][:2], start[LABEL_TABLE][:2])
     assert all(found[name].std() > 0 for name in found if re.match(r"projectors.*weight", name))
     said = capfd.readouterr().out
-    assert "labels begin anew: 2 classes, none of them among the 3 by name; the null class is taken over" in said
-    assert "projectors begin anew: the checkpoint has none" in said
+    assert (
+        "labels start from scratch: 2 classes, none of them among the 3 by name; the null class is taken over" in said
+    )
+    assert "projectors start from scratch: the checkpoint has none" in said
 
 
 def test_fine_tuning_is_deterministic_and_resumes_without_the_checkpoint(root, earlier, tmp_path):
@@ -90,7 +92,7 @@ def test_projectors_are_taken_over_where_they_fit(change, kept, tmp_path):
     start, lines = initial_weights(tmp_path, "ema", ours, fresh)
     name = "projectors.0.0.weight"
     assert torch.equal(start[name], load_file(tmp_path / "ema.safetensors")[name] if kept else fresh[name])
-    assert start.keys() == fresh.keys() and ("projectors begin anew" in " ".join(lines)) == (not kept)
+    assert start.keys() == fresh.keys() and ("projectors start from scratch" in " ".join(lines)) == (not kept)
 
 
 CARD = tiny_card()
@@ -148,14 +150,14 @@ def begun(theirs, ours):
     ("theirs", "ours", "rows", "told"),
     [
         (("cat", "dog", "owl"), ("ant", "cat", "dog"), {1: 0, 2: 1},
-         "labels: taken over by name 2 of 3 (cat, dog); begun anew 1 of 3 (ant); the null class is taken over"),
+         "labels: taken over by name 2 of 3 (cat, dog); from scratch 1 of 3 (ant); the null class is taken over"),
         (("cat", "dog"), ("dog", "cat"), {0: 1, 1: 0}, "taken over by name 2 of 2 (dog, cat); the null class"),
-        (("cat", "dog"), ("dog", "eel", "cat"), {0: 1, 2: 0}, "begun anew 1 of 3 (eel)"),
-        (("cat", "cat", "dog"), ("cat", "dog"), {1: 2}, "taken over by name 1 of 2 (dog); begun anew 1 of 2 (cat)"),
-        (("cat", "dog"), ("ant", "eel", "owl"), {}, "labels begin anew: 3 classes, none of them among the 2 by name"),
+        (("cat", "dog"), ("dog", "eel", "cat"), {0: 1, 2: 0}, "from scratch 1 of 3 (eel)"),
+        (("cat", "cat", "dog"), ("cat", "dog"), {1: 2}, "taken over by name 1 of 2 (dog); from scratch 1 of 2 (cat)"),
+        (("cat", "dog"), ("ant", "eel", "owl"), {}, "from scratch: 3 classes, none of them among the 2 by name"),
         (("0", "1"), ("cat", "dog"), {0: 0, 1: 1}, "taken over by their numbers: only one side names its classes"),
-        (("0", "1"), ("cat", "dog", "owl"), {}, "labels begin anew"),
-        (("0", "1"), ("0", "1", "2"), {0: 0, 1: 1}, "taken over by name 2 of 3 (0, 1); begun anew 1 of 3 (2)"),
+        (("0", "1"), ("cat", "dog", "owl"), {}, "labels start from scratch"),
+        (("0", "1"), ("0", "1", "2"), {0: 0, 1: 1}, "taken over by name 2 of 3 (0, 1); from scratch 1 of 3 (2)"),
     ],
 )  # fmt: skip
 def test_rows_of_the_label_table_are_matched_by_class_name(theirs, ours, rows, told, tmp_path):

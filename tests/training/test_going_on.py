@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from stablevm import cli
 from stablevm.support.files import sha256
 from stablevm.training.checkpoint import best_record, saved_steps
-from stablevm.training.interruption import Interruption
+from stablevm.training.launch import Interruption
 from tests.helpers import kill, runs
 
 RHYTHM = {"max_train_steps": 12, "checkpointing_steps": 4, "log_steps": 3}
@@ -62,7 +62,7 @@ def test_a_return_that_is_given_again_goes_on(root, capsys, monkeypatch):
         "metrics",
     }
     runs.run(back)
-    assert "went back to step 4 before; going on from step 9" in capsys.readouterr().out
+    assert "went back to step 4 before; resumes from step 9" in capsys.readouterr().out
     assert saved_steps(settings.folder) == [4, 8, 9, 12] and kill.contents(aside) == originals
     runs.run(settings)
     runs.run(back)  # another command came between, so this one is a new wish

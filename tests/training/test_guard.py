@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stablevm.support.errors import UserError
-from stablevm.training.ema import MovingAverage
 from stablevm.training.guard import Guard, GuardedAdamW, spread
+from stablevm.training.weights import MovingAverage
 from tests.helpers.data_sets import one_line
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1}

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from stablevm.training.interruption import Interruption
+from stablevm.training.launch import Interruption
 
 
 class Processes:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stablevm.training.clock import PhaseClock
 from stablevm.training.guard import Guard
 from stablevm.training.journal import Journal, means_by_time, sums_by_time
-from stablevm.training.step import StepMetrics
+from stablevm.training.step import PhaseClock, StepMetrics
 from tests.helpers import runs
 
 

@@ -12,7 +12,7 @@ from stablevm.networks.sit import SiT
 from stablevm.networks.sit_config import sit_config
 from stablevm.objective import FlowMatching, ObjectiveSettings, StableTargetField, StableVM, squared_error
 from stablevm.support import rng
-from stablevm.training.ema import MovingAverage
+from stablevm.training.weights import MovingAverage
 
 CLASSES, ROWS, SHAPE = 5, 12, (4, 8, 8)
 NULL = ObjectiveSettings(null_class=CLASSES, label_dropout=0.4)

@@ -8,7 +8,7 @@ import torch
 
 from stablevm.bank import NO_ID, ClassBank
 from stablevm.data.opening import open_dataset
-from stablevm.training.setup import prefill
+from stablevm.training.objectives import prefill
 from tests.helpers import runs
 
 CAPACITY = 5

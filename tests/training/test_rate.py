@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stablevm.training.config import TrainConfig
-from stablevm.training.rate import rate_at
+from stablevm.training.step import rate_at
 
 PLAIN = TrainConfig(exp_name="run", data_dir=Path("data"), learning_rate=2e-3)
 

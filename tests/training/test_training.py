@@ -19,10 +19,10 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.sampling.guidance import draw_latents
 from stablevm.support import rng
-from stablevm.training import previews
-from stablevm.training.alignment_term import Alignment
-from stablevm.training.anchors import AnchorPlan, objective_streams
+from stablevm.training import evaluation
+from stablevm.training.objectives import AnchorPlan, objective_streams
 from stablevm.training.step import StepRunner
+from stablevm.training.terms import Alignment
 from tests.helpers import runs
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_previews_ask_for_what_was_trained(chance, scale, labels, root, monkeypa
         asked.append((card.label_dropout, guidance.cfg_scale, set(wanted.tolist())))
         return draw_latents(model, card, wanted, *others, guidance=guidance)
 
-    monkeypatch.setattr(previews, "draw_latents", draw)
+    monkeypatch.setattr(evaluation, "draw_latents", draw)
     folder = runs.run(runs.config(root, f"chance-{chance}", cfg_prob=chance, sampling_steps=1, max_train_steps=1))
     assert asked == [(chance, scale, labels)]
     assert load_card(folder / "checkpoints" / "0000001").label_dropout == chance

@@ -10,7 +10,7 @@ import pytest
 
 from stablevm.support.errors import UserError
 from stablevm.training.config import FREE_ON_RESUME, TrainConfig
-from stablevm.training.start import as_begun
+from stablevm.training.start import as_started
 from tests.helpers.data_sets import one_line
 
 PLAIN = TrainConfig(exp_name="run", data_dir=Path("data"))
@@ -135,12 +135,12 @@ def test_a_run_of_before_keeps_its_images(begun, resize, tmp_path):
     values = begun.to_dict()
     del values["encoder_resize"]
     begun = replace(begun, output_dir=tmp_path)
-    assert as_begun(begun) == begun, "there is no run yet"
+    assert as_started(begun) == begun, "there is no run yet"
     begun.folder.mkdir()
     (begun.folder / "config.json").write_text(json.dumps(values | {"output_dir": str(tmp_path)}))
-    assert TrainConfig.read(begun.folder) == as_begun(begun) == replace(begun, encoder_resize=resize)
+    assert TrainConfig.read(begun.folder) == as_started(begun) == replace(begun, encoder_resize=resize)
     (begun.folder / "config.json").write_text(json.dumps(begun.to_dict()))
-    assert as_begun(begun) == begun
+    assert as_started(begun) == begun
     with pytest.raises(UserError, match="holds a run with --encoder-resize bicubic, this command says"):
         replace(begun, encoder_resize="antialiased").check_continues(TrainConfig.read(begun.folder))
 

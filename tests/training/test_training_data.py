@@ -69,7 +69,7 @@ def test_other_data_under_the_same_path_are_refused(root, begun, tmp_path, label
     settings = replace(copied(begun, f"replaced-{len(labels)}"), data_dir=tmp_path / "data")
     runs.write_data(tmp_path / "data", labels)
     line = refusal(settings, capsys)
-    assert words in line and "give those that it began with" in line and str(settings.folder) in line
+    assert words in line and "give those that it started with" in line and str(settings.folder) in line
 
 
 def test_a_run_of_before_knows_its_data_by_their_path(root, begun, tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_a_run_of_before_knows_its_data_by_their_path(root, begun, tmp_path, cap
     shutil.copytree(root / "data", tmp_path / "data")
     assert "holds a run with --data-dir" in refusal(replace(settings, data_dir=tmp_path / "data"), capsys)
     runs.run(replace(settings, max_train_steps=4))
-    assert "was begun by an earlier version" in capsys.readouterr().err
+    assert "was started by an earlier version" in capsys.readouterr().err
     runs.run(replace(settings, data_dir=tmp_path / "data"))  # now it is recorded
     assert "earlier version" not in capsys.readouterr().err
 

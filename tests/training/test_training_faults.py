@@ -184,7 +184,7 @@ def test_newer_checkpoints_make_way(root, whole, capsys):
     settings = copy_of(whole, root, "back")
     runs.run(replace(settings, resume_step=2, max_train_steps=3))
     aside = settings.folder / "checkpoints" / "newer-than-0000002"
-    assert f"going on from step 2; newer checkpoints were moved to {aside}" in capsys.readouterr().out
+    assert f"resumes from step 2; newer checkpoints were moved to {aside}" in capsys.readouterr().out
     assert saved_steps(settings.folder) == [2, 3] and len(list(aside.glob("0*"))) == 2
     assert_same(parts(runs.run(settings), 6), parts(whole, 6))
 

@@ -1,9 +1,20 @@
-"""Weights to begin with: those of another checkpoint, as far as they fit (fine-tuning)."""
+"""Weights of a run: whole or in shards; their moving average; and those of another checkpoint, to fine-tune."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from stablevm.networks.network_config import PROJECTOR_FACTS
 from stablevm.networks.snapshot import ModelCard, Weights, load_card, load_weights
@@ -12,6 +23,67 @@ from stablevm.support.errors import UserError
 NAMES_SHOWN = 8  # classes in the line about them
 LATENT_FACTS = ("shape", "scale", "shift")
 RUN_FACTS = ("path_type", "prediction")
+_WHOLE = StateDictOptions(full_state_dict=True)
+_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by their plain names, on the host of the main process. All processes take part; the others get none."""
+    tensors: dict[str, Any] = get_model_state_dict(model, options=_ON_MAIN)
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Take over whole weights; every process gives all of them and keeps its part."""
+    set_model_state_dict(model, dict(tensors), options=_WHOLE)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state as "NAME.exp_avg" and the like, as `model_tensors` gives the weights."""
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_ON_MAIN)
+    return {f"{name}.{key}": value for name, state in found.get("state", {}).items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; settings such as the rate stay this run's."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        states.setdefault(parameter, {})[key] = value
+    (group,) = optimizer.param_groups
+    settings = {key: value for key, value in group.items() if key != "params"}
+    state: dict[str, Any] = {"state": states, "param_groups": [{**settings, "params": list(states)}]}
+    set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class MovingAverage:
+    """A float32 copy of `model` that follows it: `average += (1 - d) (model - average)` after each step."""
+
+    def __init__(self, model: nn.Module, decay: float, *, warm_up: bool = True) -> None:
+        """decay: in [0, 1); with `warm_up`, `min(decay, (1 + n) / (10 + n))` is used after n updates."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.warm_up = decay, warm_up
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int, taken: Tensor | None = None) -> None:
+        """Follow `model` after `updates` earlier updates; where `taken`, () bool on its device, is false, stay."""
+        decay = min(self.decay, (1 + updates) / (10 + updates)) if self.warm_up else self.decay
+        average = [local(parameter.data) for parameter in self.model.parameters()]
+        current = [local(parameter.data) for parameter in model.parameters()]
+        if taken is None:
+            torch._foreach_lerp_(average, current, 1 - decay)
+        else:  # a weight on the device, which nothing waits for
+            torch._foreach_lerp_(average, current, [(1 - decay) * taken] * len(current))
 
 
 def initial_weights(
@@ -20,15 +92,14 @@ def initial_weights(
     """The weights of the checkpoint in `folder` for the network of `card`, and lines that say what they leave out.
 
     Labels' rows are those of the classes of the same name, and `fresh` for others; the null class's is taken over.
-    Projectors are fresh
-    unless the checkpoint's read the same block for encoders of the same widths. UserError for a checkpoint that can't
-    be read, and naming both values where it differs in anything else.
+    Projectors are `fresh` unless the checkpoint's read the same block for encoders of the same widths. UserError for a
+    checkpoint that can't be read, and naming both values where it differs in anything else.
     """
     theirs = load_card(folder)
     _check_same(folder, theirs, card)
     found = load_weights(folder, weights)
     start = {name: found.get(name, value) for name, value in fresh.items()}
-    lines = [f"starting from the weights {weights} of {folder}, step {theirs.step:,}"]
+    lines = [f"starts from the weights {weights} of {folder}, step {theirs.step:,}"]
     if not theirs.latent.has_autoencoder_of(card.latent):
         lines.append(f"its autoencoder was {theirs.latent.autoencoder}, this run's is {card.latent.autoencoder}")
     if _names(theirs) != _names(card):
@@ -40,7 +111,7 @@ def initial_weights(
     ):
         start |= {name: value for name, value in fresh.items() if name.startswith("projectors.")}
         had = "none" if not theirs.model.projector_dims else "others"
-        lines.append(f"projectors begin anew: the checkpoint has {had}")
+        lines.append(f"projectors start from scratch: the checkpoint has {had}")
     return start, lines
 
 
@@ -64,9 +135,9 @@ def _label_rows(theirs: ModelCard, ours: ModelCard, found: Tensor, fresh: Tensor
     new = sorted(set(range(ours.model.num_classes)) - set(kept))
     if not kept:
         counts = f"{ours.model.num_classes:,} classes, none of them among the {theirs.model.num_classes:,} by name"
-        return table, f"labels begin anew: {counts}; the null class is taken over"
+        return table, f"labels start from scratch: {counts}; the null class is taken over"
     return table, (
-        f"labels: taken over by name {_listed(ours, kept)}" + (f"; begun anew {_listed(ours, new)}" if new else "")
+        f"labels: taken over by name {_listed(ours, kept)}" + (f"; from scratch {_listed(ours, new)}" if new else "")
         + "; the null class is taken over"
     )  # fmt: skip
 

@@ -1,0 +1,119 @@
+"""One batch to regress on: noisy samples with times, labels and targets, and how each of these is made."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stablevm.bank import NO_ID
+from stablevm.interpolant import LINEAR, Interpolant
+from stablevm.support.errors import UserError, arg
+from stablevm.support.rng import AnyGenerator, rand, randn, to_device
+from stablevm.support.shapes import ShownByShape
+from stablevm.times import TimeName, draw_times
+
+Prediction = Literal["v", "x"]
+
+
+@dataclass(frozen=True, repr=False)
+class Draw(ShownByShape):
+    """One batch to regress on: give the network (x_t, t, labels) and compare its output with `target`.
+
+    x_t, target, x0, noise: (B, *shape). t: (B,) in [0, 1]. labels: (B,) int64, the null class where a label was
+    dropped. ids: (B,) int64, the data-set row of each anchor, whose image alignment needs (NO_ID where unknown).
+    ess: (B,), the effective sample size of each target, 1 for CFM. All are on the latents' device. host_t is a copy of
+    t on the CPU, where it was drawn, so that code can read it without waiting for the GPU.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    labels: Tensor
+    target: Tensor
+    x0: Tensor
+    noise: Tensor
+    ids: Tensor
+    ess: Tensor
+    host_t: Tensor
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Settings that all objectives share: the path, the kind of target, the times and the label dropout.
+
+    path: LINEAR or COSINE. prediction: "v" to regress on the velocity, "x" on the data. weighting: the distribution of
+    training times, as in `draw_times`. label_dropout: the probability in [0, 1] that a label is replaced by
+    `null_class`, for classifier-free guidance. Raises UserError for a value out of range.
+    """
+
+    path: Interpolant = LINEAR
+    prediction: Prediction = "v"
+    weighting: TimeName = "uniform"
+    label_dropout: float = 0.0
+    null_class: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("v", "x"):
+            raise UserError(f"{arg('prediction')} {self.prediction!r}: expected v or x")
+        if not isinstance(self.path, Interpolant):
+            raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
+        if self.weighting not in get_args(TimeName):
+            raise UserError(f"{arg('weighting')} {self.weighting!r}: expected one of {', '.join(get_args(TimeName))}")
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"{arg('label_dropout')} {self.label_dropout}: expected a probability in [0, 1]")
+        if self.label_dropout and self.null_class is None:
+            raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Samples x0 and what they became on the path; shapes as in `Draw`."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    x_t: Tensor
+    host_t: Tensor
+
+    def part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """x0, noise and t of some rows."""
+        return self.x0[rows], self.noise[rows], self.t[rows]
+
+
+def perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerator) -> Noisy:
+    """Latents (B, *shape) with noise from the generator, which gives the times first."""
+    device = latents.device
+    host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator)
+    t = to_device(host_t, device)
+    noise = randn(latents.shape, generator, device)
+    return Noisy(latents, noise, t, settings.path.interpolate(latents, noise, t), host_t)
+
+
+def drop_labels(settings: ObjectiveSettings, labels: Tensor, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
+    """The labels that the network sees, and a mask of the dropped ones (on the host, where their number is needed)."""
+    if settings.null_class is None:
+        return labels, torch.zeros(len(labels), dtype=torch.bool)
+    dropped = rand((len(labels),), generator) < settings.label_dropout
+    return torch.where(to_device(dropped, labels.device), settings.null_class, labels), dropped
+
+
+def known_ids(ids: Tensor | None, labels: Tensor) -> Tensor:
+    """The data-set rows of the anchors, NO_ID for each where the caller gives none; labels (B,) int64."""
+    return torch.full_like(labels, NO_ID) if ids is None else ids.to(labels)
+
+
+def with_target(
+    settings: ObjectiveSettings, noisy: Noisy, labels: Tensor, ids: Tensor, correction: tuple[Tensor, Tensor] | None
+) -> Draw:
+    """The draw, whose target is that of CFM plus the correction from the references, if any (docs/theory.md).
+
+    correction: the offsets `x0 - m` (B, *shape) and the effective sample sizes (B,).
+    """
+    ess = torch.ones_like(noisy.t) if correction is None else correction[1]
+    if settings.prediction == "x":
+        target = noisy.x0 if correction is None else noisy.x0 - correction[0]
+    else:
+        target = settings.path.velocity(noisy.x0, noisy.noise, noisy.t)
+        if correction is not None:
+            target = target + settings.path.offset_gain(noisy.t, noisy.x0) * correction[0]
+    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t)
