@@ -1,9 +1,7 @@
 """Published checkpoints: the imported network computes what the published one does; foreign files do no harm."""
 
-import argparse
 import os
 import re
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,17 +9,16 @@ import torch
 from stablevm import cli
 from stablevm.integrations.config import ImportConfig
 from stablevm.integrations.importing import import_checkpoint
-from stablevm.networks.snapshot import load_card, load_model
+from stablevm.networks.snapshot import load_model
 from stablevm.sampling.guidance import draw_latents
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
 from stablevm.support.rng import RowGenerators, randn
 from tests.helpers import published as pub
 from tests.helpers.data_sets import one_line
+from tests.helpers.imported import REPA_ARGS, TOLD, difference, imported, inputs, training_file
 
-TOLD = {"path_type": "linear", "prediction": "v"}
 SIT_ARGS = {"image_size": 64, "path_type": "Linear", "prediction": "velocity", "loss_weight": None}
-REPA_ARGS = {"path_type": "cosine", "prediction": "v", "encoder_depth": 1, "exp_name": "x", "resolution": 64}
 
 
 def sit(**options):
@@ -31,34 +28,6 @@ def sit(**options):
 def legacy(state):
     """Early REPA checkpoints call the blocks after the aligned one decoder blocks and count them anew."""
     return {key.replace("blocks.1.", "decoder_blocks.0."): value for key, value in state.items()}
-
-
-def training_file(network, args, **more):
-    """As the projects' training scripts write it; the model's weights are others than the average's."""
-    other = OrderedDict((key, 0.9 * value) for key, value in network.state_dict().items())
-    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
-    return {"model": other, "ema": network.state_dict(), "opt": optimizer, "args": argparse.Namespace(**args), **more}
-
-
-def imported(content, folder, **options):
-    torch.save(content, folder / "published.pt")
-    import_checkpoint(ImportConfig(folder / "published.pt", folder / "ours", **options))
-    card = load_card(folder / "ours")
-    return card, load_model(folder / "ours", card)
-
-
-def inputs():
-    stream = torch.Generator().manual_seed(3)
-    x = torch.randn(6, pub.CHANNELS, pub.SIDE, pub.SIDE, generator=stream)
-    t = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(4, generator=stream)])
-    return x, t, torch.tensor([0, 1, 2, 3, 4, pub.CLASSES])
-
-
-def difference(network, model, *, reverse):
-    """The largest, over the size of the output."""
-    x, t, y = inputs()
-    expected = -network(x, 1 - t, y) if reverse else network(x, t, y)
-    return ((model(x, t, y) - expected).abs().max() / expected.std()).item()
 
 
 FORMS = {

@@ -2,7 +2,6 @@
 
 import re
 
-import published_lightning_dit as pub
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from stablevm.networks.registry import build_network, network_config
 from stablevm.networks.sit_config import sit_config
 from stablevm.support.errors import UserError
 from tests.helpers import published as sit
+from tests.helpers import published_lightning_dit as pub
 
 
 def tiny(**options):

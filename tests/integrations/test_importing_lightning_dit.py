@@ -1,14 +1,14 @@
 """LightningDiT's and REPA-E's published files: imported networks compute the same, on latents of their statistics."""
 
-import published_lightning_dit as pub
 import pytest
 import torch
-from test_importing import REPA_ARGS, TOLD, imported, training_file
-from test_importing import difference as sit_difference
 
 from stablevm.support.errors import UserError
 from tests.helpers import published as sit_pub
+from tests.helpers import published_lightning_dit as pub
 from tests.helpers.data_sets import one_line
+from tests.helpers.imported import REPA_ARGS, TOLD, imported, training_file
+from tests.helpers.imported import difference as sit_difference
 
 MEANS, DEVIATIONS = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 4.0])
 CONFIG = {
