@@ -1,1 +1,1 @@
-"""Prepared data sets: what they hold, how they are written and read, and the loader that training resumes."""
+"""Prepared data sets: their contents, how they are written and read, and the resumable training loader."""

@@ -1,4 +1,4 @@
-"""What every prepared data set offers, however it lies on the disk."""
+"""The interface of prepared data sets, whatever their layout on disk."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -15,22 +15,22 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError, arg
 from stablevm.support.options import some_of
 
-_NAMES_SHOWN = 6  # classes named in a command's last line
+_NAMES_SHOWN = 6  # classes named in the last line of a command's output
 
 Rows = Sequence[int] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a data set holds: two that are equal give the same samples under the same row numbers, wherever they lie."""
+    """A fingerprint of a data set's contents: if two are equal, both sets have the same samples in the same rows."""
 
     rows: int
-    class_names: str  # SHA-256, as the following
-    latents: str  # and labels
-    images: str  # empty where they do not matter
+    class_names: str  # SHA-256, as are the following
+    latents: str  # of latents and labels
+    images: str  # empty if images do not matter
 
     def difference(self, expected: "Fingerprint") -> str | None:
-        """In words, what a set has in place of the `expected`; None where nothing differs."""
+        """A description of the first difference from `expected`; None if there is none."""
         if self.rows != expected.rows:
             return f"{self.rows:,} rows instead of {expected.rows:,}"
         if self.class_names != expected.class_names:
@@ -41,7 +41,7 @@ class Fingerprint:
 
 
 def digest(parts: Iterable[object]) -> str:
-    """SHA-256 of texts, numbers and bytes in their order."""
+    """The SHA-256 of a sequence of texts, numbers and bytes."""
     found = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
@@ -50,9 +50,9 @@ def digest(parts: Iterable[object]) -> str:
 
 
 class PreparedDataset(ABC):
-    """A data set on disk. `rows` are positions 0..N-1, in any order; repeated ones are allowed.
+    """A data set on disk. Its methods take `rows`, numbers from 0 to N - 1 in any order, repeated or not.
 
-    It can be sent to other processes. Files of images are neither checked nor opened until images are asked for.
+    It can be sent to other processes. Files of images are neither checked nor opened until images are requested.
     """
 
     folder: Path
@@ -60,47 +60,48 @@ class PreparedDataset(ABC):
     class_names: tuple[str, ...]
     resolution: int  # side of the images, in pixels
     has_images: bool
-    has_flips: bool  # moments of the mirrored images
+    has_flips: bool  # whether it holds moments of the mirrored images
 
-    layout: str  # how it lies on the disk, in words
+    layout: str  # a description of its layout on disk
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @property
     def num_classes(self) -> int:
+        """The number of classes."""
         return len(self.class_names)
 
     @abstractmethod
     def labels(self) -> Tensor:
-        """Classes (N,) int64 of the whole set."""
+        """The classes (N,) int64 of all samples."""
 
     @abstractmethod
     def index(self) -> Tensor:
-        """Numbers (N,) int64 of the samples in the source that the set was prepared from."""
+        """The numbers (N,) int64 of the samples in the source from which the set was prepared."""
 
     @abstractmethod
     def moments(self, rows: Rows) -> Tensor:
-        """Means and standard deviations (n, 2C, h, w) float16."""
+        """The means and standard deviations (n, 2C, h, w), float16, of the latents of these rows."""
 
     @abstractmethod
     def moments_flip(self, rows: Rows) -> Tensor:
-        """The same of the mirrored images; the set must have been prepared with them (`has_flips`)."""
+        """The moments of the mirrored images; the set must have been prepared with them (`has_flips`)."""
 
     @abstractmethod
     def images(self, rows: Rows) -> Tensor:
-        """Images (n, 3, H, W) uint8; the set must hold them (`check_images`)."""
+        """The images (n, 3, H, W), uint8, of these rows; the set must hold images (`check_images`)."""
 
     @abstractmethod
     def describe(self, row: int) -> str:
-        """A row in words that lead to its image and its file."""
+        """A description of a row by which its image and its file can be found."""
 
     @abstractmethod
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
-        """What the set holds, its images included where they matter."""
+        """The fingerprint of the contents, including images if they matter."""
 
     def facts(self) -> list[tuple[str, str]]:
-        """Names and values of what else people want to know of it."""
+        """Further facts about the set, as names and values, for `stablevm data info`."""
         return []
 
     def faults(self) -> Iterator[str]:
@@ -109,30 +110,30 @@ class PreparedDataset(ABC):
 
     @abstractmethod
     def check_images(self) -> None:
-        """UserError if the set was prepared without images, or if one of their files is missing or cut short."""
+        """Raise UserError if the set was prepared without images, or a file of images is missing or truncated."""
 
 
 def drawn_latents(dataset: PreparedDataset, rows: Sequence[int], *key: int | str) -> Tensor:
-    """Latents (n, *shape) in the network's space: a draw of each row's mean and deviation by its stream (*key, row).
+    """Sample latents (n, *shape) for the network from the moments of `rows`, each with the generator (*key, row).
 
-    UserError naming a row whose moments are not finite.
+    UserError, naming the row, if its moments are not finite.
     """
     moments = dataset.moments(rows)
     check_finite(dataset, rows, moments)
-    streams = rng.RowGenerators.for_keys(*key, positions=rows)
-    return dataset.latent.from_moments(moments, rng.randn((len(rows), *dataset.latent.shape), streams))
+    generators = rng.RowGenerators.for_keys(*key, positions=rows)
+    return dataset.latent.from_moments(moments, rng.randn((len(rows), *dataset.latent.shape), generators))
 
 
 def checked_rows(rows: Rows, count: int) -> np.ndarray:
-    """`rows` as int64; IndexError for one outside a data set of `count` rows."""
+    """The rows as int64; IndexError if one is outside a data set of `count` rows."""
     rows = np.asarray(rows, np.int64)
     if len(rows) and not (rows.min() >= 0 and rows.max() < count):
-        raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a data set of {count} rows")
+        raise IndexError(f"rows {rows.min()} to {rows.max()} requested from a data set of {count} rows")
     return rows
 
 
 def describe_classes(names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """The end of a last line: how many classes there are, and what the first ones and the empty ones are called."""
+    """The number of classes, the names of the first ones, and those without images, for a command's last line."""
     if not names:
         return []
     text = f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {some_of(names, _NAMES_SHOWN)}"
@@ -141,10 +142,10 @@ def describe_classes(names: Sequence[str], counts: Sequence[int]) -> list[str]:
 
 
 def check_finite(dataset: PreparedDataset, rows: Rows, moments: Tensor) -> None:
-    """UserError naming the first of `rows` whose moments (n, 2C, h, w) are not finite: in a bank it would spoil every
-    target of its class.
+    """Raise UserError, naming the row, if moments (n, 2C, h, w) are not finite; in a bank they would spoil every target
+    of their class.
     """
-    if moments.sum(dtype=torch.float32).isfinite():  # many times as fast as looking at each, and never true with one
+    if moments.sum(dtype=torch.float32).isfinite():  # much faster than checking each value, and just as safe
         return
     bad = ~moments.isfinite().flatten(1).all(1)
     if bad.any():

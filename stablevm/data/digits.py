@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as a prepared data set."""
+"""The bundled data set: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as a prepared data set."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.locks import is_foreign, owned
 
 SPLITS = ("train", "test")
-TEST_FRACTION = 0.25  # 1,347 digits for training, 450 for the test
+TEST_FRACTION = 0.25  # 1,347 digits for training, 450 for testing
 SPLIT_SEED = 0
 DESCRIPTION = Manifest(
     class_names=tuple("0123456789"),
@@ -29,9 +29,9 @@ DESCRIPTION = Manifest(
 
 
 def prepare_digits(folder: str | Path) -> str:
-    """Write `folder`/train and `folder`/test; return one line that says what was done.
+    """Write `folder`/train and `folder`/test, and return one line that says what was done.
 
-    Interrupted and called again it completes; called on complete data it changes nothing. Raises UserError, and
+    After an interruption, calling it again completes the work; complete data is left unchanged. Raises UserError, and
     changes nothing, if `folder` holds anything else.
     """
     with owned(folder):
@@ -54,7 +54,7 @@ def _prepare(folder: Path) -> str:
 
 
 def _digits() -> dict[str, dict[str, Tensor]]:
-    """The rows of each split, in the order of scikit-learn's file."""
+    """The tensors of each split, in the order of scikit-learn's file."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -74,7 +74,7 @@ def _digits() -> dict[str, dict[str, Tensor]]:
 
 
 def _check_ours(folder: Path, rows: dict[str, Tensor]) -> None:
-    """UserError unless every file in `folder` is one that writing `rows` there makes."""
+    """Raise UserError unless every file in `folder` is what writing `rows` there would produce."""
     kinds: tuple[ShardKind, ...] = ("latents", "images")
     _check_names(folder, {MANIFEST_FILE, *(shard_name(kind, 0) for kind in kinds)})
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""What a folder is that is not what a command needs: what is missing in it, or where the thing lies."""
+"""Explanations for a folder that is not what a command needs: what is missing, or which folder to give instead."""
 
 import os
 from pathlib import Path
@@ -8,18 +8,18 @@ from stablevm.data.listing import LISTING_FILE, WORK_FOLDER, kind_of_listing
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.repa import IMAGES, LATENTS, is_repa_folder
 
-_LOOKED_AT = 1000  # folders inside a folder among which a data set is looked for
+_LOOKED_AT = 1000  # subfolders in which a data set is searched for
 
 
 def why_no_dataset(folder: Path) -> str | None:
-    """Of a folder that is no prepared data set, what to do; None where it shows nothing."""
+    """What to do about a folder that is not a prepared data set; None if its contents give no hint."""
     if is_unfinished(folder):
         return _unfinished(folder)
     if folder.name in (IMAGES, LATENTS) and is_repa_folder(folder.parent):
         return f"only the {folder.name} of a data set; give the folder above, {folder.parent}"
     kind = kind_of_listing(folder / LISTING_FILE)
     if kind == "latents":
-        return f"holds latents: give a folder that holds them as {LATENTS}, and their images as {IMAGES}"
+        return f"holds latents: give a folder that has them in {LATENTS}, and their images in {IMAGES}"
     if kind == "images":
         return (
             f"holds images, not latents yet: run preprocessing/dataset_tools.py encode --source {folder} "
@@ -28,19 +28,19 @@ def why_no_dataset(folder: Path) -> str | None:
     inside = _folders(folder)
     for below in inside:
         if layout_of(below) is not None:
-            return f"no data set, but {below} is one; give that"
+            return f"not a data set, but {below} is one; give that"
     for below in inside:
         if is_unfinished(below):
-            return f"no data set; {below} {_unfinished(below)}"
+            return f"not a data set; {below} {_unfinished(below)}"
         if kind_of_listing(below / LISTING_FILE) in ("images", "latents"):
-            return f"no data set; {below} {why_no_dataset(below)}"
+            return f"not a data set; {below} {why_no_dataset(below)}"
     return None
 
 
 def why_no_source(folder: Path) -> str | None:
-    """Of a folder without a listing, why its images must not be taken as they lie; None where nothing speaks against.
+    """Why the images in a folder without a listing must not be used as a source; None if they may be.
 
-    Half-converted images would be a part of the set, and their numbered folders its classes.
+    A half-finished conversion holds only part of the images, and its numbered folders would become classes.
     """
     if is_unfinished(folder):
         return _unfinished(folder)
@@ -48,7 +48,7 @@ def why_no_source(folder: Path) -> str | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a preparing command has begun here and is not at its end."""
+    """Whether a preparation was started in this folder and has not finished."""
     return (folder / WORK_FOLDER).is_dir() and not (folder / MANIFEST_FILE).exists()
 
 
@@ -57,7 +57,7 @@ def _unfinished(folder: Path) -> str:
         return (
             f"holds shards without latents: run stablevm prepare encode --data-dir {folder}, after convert is complete"
         )
-    return f"was not prepared to its end ({LISTING_FILE} is missing): run the command that began it once more"
+    return f"its preparation has not finished ({LISTING_FILE} is missing): run the same command again"
 
 
 def _folders(folder: Path) -> list[Path]:

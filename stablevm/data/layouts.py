@@ -1,4 +1,4 @@
-"""The layouts of prepared data that detection walks through."""
+"""The list of layouts of prepared data, in the order in which they are tried."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from stablevm.data.shards import ShardDataset
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which prepared data lies on the disk."""
+    """A layout of prepared data on disk."""
 
     holds: Callable[[Path], bool]  # whether the folder is a data set of this layout
     open: Callable[[Path], PreparedDataset]
@@ -23,15 +23,15 @@ def _holds_shards(folder: Path) -> bool:
     return kind_of_listing(folder / MANIFEST_FILE) == "shards"
 
 
-# The first that a folder is of is taken.
+# The first layout that fits a folder is used.
 LAYOUTS = [Layout(is_repa_folder, RepaDataset), Layout(_holds_shards, ShardDataset)]
 
 
 def layout_of(folder: Path) -> Layout | None:
-    """The layout of the data set in the folder; None where it holds none."""
+    """The layout of the data set in the folder; None if it holds none."""
     return next((layout for layout in LAYOUTS if layout.holds(folder)), None)
 
 
 def has_dataset(folder: Path) -> bool:
-    """Whether the folder claims to be a data set, be it a damaged one."""
+    """Whether the folder is a data set, even a damaged one."""
     return (folder / MANIFEST_FILE).is_file() or layout_of(folder) is not None

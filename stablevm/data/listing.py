@@ -1,4 +1,4 @@
-"""`dataset.json` of folders with one file per image, as EDM and REPA have it: names and classes."""
+"""`dataset.json` of folders with one file per image, in the format of EDM and REPA: names and classes."""
 
 import json
 import zipfile
@@ -14,37 +14,38 @@ from stablevm.support.errors import UserError
 from stablevm.support.files import parse_json
 
 LISTING_FILE = "dataset.json"
-WORK_FOLDER = ".prepare"  # in a result's folder, until the result is complete
-# Classes without names are as many as the largest label says, and dates or identifiers as labels would make millions.
-# So many are taken as they are, and more only for as many images.
+WORK_FOLDER = ".prepare"  # in the folder of a result, until the result is complete
+# Without names, the largest label gives the number of classes; dates or identifiers as labels would give millions. Up
+# to this many are accepted, and more only if there are as many images.
 MAX_UNNAMED_CLASSES = 100_000
-# A member of an archive may unpack to a thousand times its size: what the archive's number of files can't explain is no
-# listing. A name has up to 300 characters or so, and escapes.
+# A member of an archive may unpack to a thousand times its size. A listing too large for the archive's number of files
+# is refused; an entry has up to 300 characters or so, and escapes.
 _BYTES_PER_FILE, _BYTES_AT_LEAST = 2_000, 2**24
 _BEGINNING = 4096
-_LARGEST_FILE = 2**31  # bytes of a listing in a folder, which lie on the disk: some 30 million images
+_LARGEST_FILE = 2**31  # bytes of a listing in a folder: enough for 30 million images
 
 
 @dataclass(frozen=True)
 class Listing:
-    """`labels` are (name, class) in the order of names, None where the file says that there are none."""
+    """The contents of a `dataset.json`."""
 
-    labels: list[tuple[str, int]] | None
+    labels: list[tuple[str, int]] | None  # (name, class), sorted by name; None if the file has "labels": null
     class_names: tuple[str, ...] | None
-    facts: dict[str, Any]  # what else the file says
+    facts: dict[str, Any]  # all other entries of the file
 
     @property
     def names(self) -> list[str]:
+        """The names of the images, sorted."""
         return [name for name, _ in self.labels or []]
 
     @property
     def known_class_names(self) -> tuple[str, ...]:
-        """The classes' names, or their numbers."""
+        """The names of the classes, or their numbers if they have none."""
         return self.class_names or tuple(map(str, range(max(label for _, label in self.labels or [("", 0)]) + 1)))
 
 
 def read_listing(storage: Storage) -> Listing:
-    """Raises UserError, naming the first faulty entry, for what is no listing of labels."""
+    """Read the listing of a folder or archive; UserError, naming the first faulty entry, if it is not a valid one."""
     path = f"{storage.root}/{LISTING_FILE}"
     values = _parsed(storage, path)
     if not isinstance(values, dict) or "format_version" in values or "labels" not in values:
@@ -55,7 +56,7 @@ def read_listing(storage: Storage) -> Listing:
     if rows is None:
         return Listing(None, None, values)
     if not isinstance(rows, list) or not isinstance(names, list | None):
-        raise UserError(f"{path}: its labels or class_names are no list; remake it")
+        raise UserError(f"{path}: its labels or class_names are not a list; remake it")
     pairs = [_pair(path, row, storage) for row in rows]
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated or not pairs:
@@ -72,7 +73,7 @@ def read_listing(storage: Storage) -> Listing:
 
 
 def kind_of_listing(path: Path) -> Literal["images", "latents", "shards", None]:
-    """What a dataset.json is about, from its beginning; None for another file, and without one."""
+    """The kind of a dataset.json, judging from its beginning; None for another file, or if there is none."""
     try:
         with path.open("rb") as file:
             start = file.read(_BEGINNING)
@@ -86,7 +87,7 @@ def kind_of_listing(path: Path) -> Literal["images", "latents", "shards", None]:
 
 
 def format_listing(labels: Iterable[tuple[str, int]], facts: dict[str, Any]) -> str:
-    """The text of a dataset.json, with a line for each image."""
+    """The text of a dataset.json, with one line for each image."""
     rows = ",\n".join(json.dumps(list(row), ensure_ascii=False) for row in labels)
     others = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in facts.items())
     return f'{{"labels": [\n{rows}\n],\n{others}\n}}\n'
@@ -105,11 +106,12 @@ def _parsed(storage: Storage, path: str) -> Any:
     except FileNotFoundError:
         if isinstance(storage, FolderStorage) and (storage.root / WORK_FOLDER).is_dir():
             raise UserError(
-                f"{path}: missing, {storage.root} was not prepared to its end: run the command that began it once more"
+                f"{path}: missing, because the preparation of {storage.root} has not finished: run the same command "
+                "again"
             ) from None
-        raise UserError(f"{path}: no such file; it says which image is of which class") from None
+        raise UserError(f"{path}: no such file; it must list the class of each image") from None
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: can't be read ({error}); fetch or make the archive again") from None
+        raise UserError(f"{path}: can't be read ({error}); download or make the archive again") from None
 
 
 def _is_manifest(values: Any) -> bool:
@@ -126,7 +128,7 @@ def _pair(path: str, row: Any, storage: Storage) -> tuple[str, int]:
 
 
 def _known_name(name: str, storage: Storage) -> str:
-    """As the storage calls the file: other systems write `a\\b.png` or `./a/b.png` for `a/b.png`."""
+    """The file's name in the storage; other systems may write `a\\b.png` or `./a/b.png` for `a/b.png`."""
     plain = plain_name(name)
     if plain == name or (is_inside(name) and "\\" in name and storage.exists(name)):
         return name

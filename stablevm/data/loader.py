@@ -1,8 +1,8 @@
-"""Which samples each optimiser step sees, and the loader that reads them.
+"""The order of training samples, and the loader that reads them.
 
-The stream of samples is the concatenation of one permutation per epoch; step s takes the positions s*G to (s+1)*G of it
-(G the global batch) and each process a contiguous part of those. It is a function of (seed, step) alone: to resume is
-to start at another step, and one process or four see the same global batches.
+The order is one permutation per epoch, one after another. Step s takes positions s*G to (s+1)*G, where G is the global
+batch size, and each process takes a contiguous part of them. A batch depends only on (seed, step), so resuming means
+starting at another step, and any number of processes see the same global batches.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,16 +22,16 @@ from stablevm.support.errors import UserError, arg
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The samples of one process in one optimiser step."""
+    """The samples of one process for one optimiser step."""
 
-    moments: Tensor  # (B, 2C, h, w) float16: mean, then standard deviation
+    moments: Tensor  # (B, 2C, h, w) float16: means, then standard deviations
     labels: Tensor  # (B,) int64
-    rows: Tensor  # (B,) int64: rows of the data set, which name the samples
-    images: Tensor | None  # (B, 3, H, W) uint8, where asked for
-    image_rows: Tensor | None = None  # (B,) int64: the rows that the images are of
+    rows: Tensor  # (B,) int64: the samples' rows in the data set
+    images: Tensor | None  # (B, 3, H, W) uint8, if requested
+    image_rows: Tensor | None = None  # (B,) int64: the rows of the images
 
     def pin_memory(self) -> "TrainingBatch":
-        """The batch in page-locked memory, from which copies to a GPU run beside other work."""
+        """Copy the batch to page-locked memory, from which copies to a GPU run in parallel with other work."""
         return TrainingBatch(
             moments=self.moments.pin_memory(),
             labels=self.labels.pin_memory(),
@@ -43,10 +43,10 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class StepSampler:
-    """Yields the rows of process `rank` of `world` for the steps `start_step` to `start_step + num_steps - 1`.
+    """An iterable over the rows of process `rank` of `world`, for steps `start_step` to `start_step + num_steps - 1`.
 
-    Every sample comes once in each epoch, none is dropped; a step may reach over the end of an epoch, and a global
-    batch may be larger than the data set. Raises UserError if `world` does not divide `global_batch`.
+    Each epoch contains every sample once. A step may extend into the next epoch, and a global batch may be larger than
+    the data set. Raises UserError if `world` does not divide `global_batch`.
     """
 
     num_samples: int
@@ -60,17 +60,18 @@ class StepSampler:
     def __post_init__(self) -> None:
         if self.global_batch < 1 or self.global_batch % self.world:
             raise UserError(
-                f"{arg('global_batch')} {self.global_batch}: not a positive multiple of the {self.world} processes "
-                "that share it; give one"
+                f"{arg('global_batch')} {self.global_batch}: expected a positive multiple of the number of processes, "
+                f"{self.world}"
             )
 
     @property
     def first_position(self) -> int:
-        """Position of this process's first sample in the global batch."""
+        """The position of this process's first sample in the global batch."""
         return self.rank * self.local_batch
 
     @property
     def local_batch(self) -> int:
+        """The number of samples of this process in each step."""
         return self.global_batch // self.world
 
     def __len__(self) -> int:
@@ -93,7 +94,7 @@ class StepSampler:
             yield rows
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """The order (num_samples,) int64 in which `epoch` goes through the data set."""
+        """The order of the samples in an epoch: (num_samples,) int64."""
         return torch.randperm(self.num_samples, generator=rng.generator(self.seed, "epoch", epoch)).numpy()
 
 
@@ -112,11 +113,11 @@ def training_loader(
     finite: bool = False,
     pin_memory: bool = False,
 ) -> Calls[TrainingBatch]:
-    """A loader of `num_steps` batches (`TrainingBatch`) of this process, from `start_step` on.
+    """A loader of `num_steps` batches (`TrainingBatch`) for this process, beginning with step `start_step`.
 
-    With `image_rows`, which gives one list for each step, the images are those of other rows than the samples'; it is
-    asked in this process, shortly before the workers are. With `finite` a sample whose latent is not finite ends the
-    run. Raises UserError for a batch that the processes can't share, and for images that the data set does not hold.
+    image_rows: one list of rows for each step, whose images are read instead of those of the samples; it is iterated in
+    this process, shortly before a batch is requested from the workers. finite: raise UserError for a sample whose
+    latent is not finite. Raises UserError if the processes can't share a batch equally, or the data set lacks images.
     """
     if with_images:
         dataset.check_images()
@@ -125,13 +126,13 @@ def training_loader(
         _StepReader(dataset, finite),
         _StepRequests(sampler, (image_rows or sampler) if with_images else None),
         workers,
-        finish_after_signals=True,  # the trainer, told to stop, finishes its step and needs the workers for that
+        finish_after_signals=True,  # when asked to stop, the trainer finishes its step, for which it needs the workers
         pin_memory=pin_memory,
     )
 
 
 class _Request(NamedTuple):
-    """What a worker is asked for: the samples of a step, and images where they are wanted."""
+    """A request to a worker: the rows of a step's samples, and of its images if they are wanted."""
 
     rows: list[int]
     image_rows: list[int] | None

@@ -1,4 +1,4 @@
-"""`dataset.json`: what a prepared data set holds. It is written last, so a folder without it is incomplete."""
+"""`dataset.json`, the manifest of a prepared data set. It is written last, so a folder without it is incomplete."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,37 +14,38 @@ from stablevm.support.text import shown
 
 MANIFEST_FILE = "dataset.json"
 FORMAT_VERSION = 1
-_DERIVED = ("format_version", "count")  # in the file, for people and other programs
+_DERIVED = ("format_version", "count")  # written for readers of the file, but not fields of Manifest
 REMEDY = "restore it, or remove the folder and prepare the data again"
 ShardKind = Literal["latents", "images"]
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file, as it was when it was written."""
+    """A file of a shard: its name, size and checksum when it was written."""
 
     name: str
     size: int  # bytes
     sha256: str
 
     def __post_init__(self) -> None:
-        """ValueError for a name that leads out of the data set's folder."""
+        """Raise ValueError for a name that leads out of the data set's folder."""
         if self.name in ("", "..") or Path(self.name).name != self.name:
-            raise ValueError(f"{self.name!r} is no name of a file in its folder")
+            raise ValueError(f"{self.name!r} is not the name of a file in its folder")
 
     @classmethod
     def of(cls, path: Path) -> "ShardFile":
+        """The name, size and checksum of an existing file."""
         return cls(path.name, path.stat().st_size, files.sha256(path))
 
     def is_intact(self, folder: Path) -> bool:
-        """Whether the file in `folder` is there and has the recorded content, reread."""
+        """Whether the file exists in `folder` and still has the recorded content, which is read again."""
         path = folder / self.name
         return path.is_file() and ShardFile.of(path) == self
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive rows of the data set; `images` is None where the set holds none, `latents` before they are made."""
+    """The files of consecutive rows; `images` is None if the set has none, `latents` until they are encoded."""
 
     rows: int
     latents: ShardFile | None
@@ -56,16 +57,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts of a data set. A `ShardWriter` gets them without the last two, and fills those in."""
+    """The facts about a data set. A `ShardWriter` takes them without the last two fields, and fills those in."""
 
     class_names: tuple[str, ...]
     resolution: int  # side of the images, in pixels
-    crop: str  # how the images were cut to squares, such as "center-crop-dhariwal"; "none" if they were square
+    crop: str  # how the images were cropped to squares, such as "center-crop-dhariwal"; "none" if they were square
     latent: LatentSpec
-    has_flips: bool  # moments of the mirrored images too: a latent can't be mirrored
+    has_flips: bool  # whether it has moments of the mirrored images, since a latent can't be mirrored
     has_images: bool
-    precision: str = "fp32"  # in which the autoencoder worked
-    compressed: bool = False  # images are PNG files instead of pixels
+    precision: str = "fp32"  # of the autoencoder's arithmetic
+    compressed: bool = False  # whether images are stored as PNG files instead of pixels
     class_counts: tuple[int, ...] = ()
     shards: tuple[Shard, ...] = ()
 
@@ -74,7 +75,7 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     def tensors(self, kind: ShardKind) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """The tensors in each file of a kind: the shape of one row, and the type of its values."""
+        """The tensors in each file of a kind: the shape of one row, and the dtype."""
         index = {"index": ((), np.dtype(np.int64))}
         if kind == "images" and self.compressed:
             return index | {"sizes": ((), np.dtype(np.int64)), "png": ((), np.dtype(np.uint8))}
@@ -90,18 +91,18 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":
-        """Parse `folder`/dataset.json, without a look at the shards.
+        """Read `folder`/dataset.json, without checking the shards.
 
-        Raises UserError when the folder or the file is absent, and when the file is damaged, of another format
-        version, or contradicts itself.
+        Raises UserError if the folder or the file is missing, or if the file is damaged, has another format version,
+        or contradicts itself.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{arg('folder')} {folder}: no such folder; give the folder of a prepared data set")
         if not (folder / MANIFEST_FILE).is_file():
             raise UserError(
-                f"{arg('folder')} {folder}: no {MANIFEST_FILE} in it, so it is no prepared data set or its preparation "
-                "was interrupted; run the preparation again"
+                f"{arg('folder')} {folder}: it has no {MANIFEST_FILE}, so it is not a prepared data set, or its "
+                "preparation was interrupted; run the preparation again"
             )
         where = f"{arg('folder')} {folder}: {MANIFEST_FILE}"
         values = read_object(folder / MANIFEST_FILE, f"{arg('folder')} {folder}", remedy=REMEDY)
@@ -111,7 +112,7 @@ class Manifest:
         return manifest
 
     def check_files(self, folder: Path, kind: ShardKind) -> None:
-        """UserError for the first file of `kind` that is absent or has not the recorded size."""
+        """Raise UserError for the first file of `kind` that is missing or does not have the recorded size."""
         for shard in self.shards:
             file = shard.file(kind)
             if file is None:
@@ -126,14 +127,14 @@ class Manifest:
                 )
 
     def files(self) -> list[ShardFile]:
-        """Of all shards."""
+        """The files of all shards."""
         return [file for shard in self.shards for file in (shard.latents, shard.images) if file]
 
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "count": self.count, **asdict(self)}
 
     def _check_complete(self, count: Any, where: str) -> None:
-        """UserError for a manifest of which `write` made no part, or only one; `count` is the one in the file."""
+        """Raise UserError for a manifest that `write` can't have written; count: the number in the file."""
         fault = None
         if not self.shards:
             fault = "no shards"

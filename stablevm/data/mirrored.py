@@ -1,4 +1,4 @@
-"""A data set together with its mirror images: rows of their own, so that nothing else needs to know of flips."""
+"""A data set together with its mirror images, which are rows like any others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,9 @@ from stablevm.support.errors import UserError, arg
 
 
 class MirroredDataset(PreparedDataset):
-    """Rows 0 to N - 1 are those of `plain`; row N + i is row i mirrored from left to right.
+    """A data set of 2N rows: 0 to N - 1 are those of `plain`, and row N + i is row i mirrored from left to right.
 
-    UserError for a set that was prepared without the latents of mirrored images.
+    UserError if `plain` was prepared without the latents of mirrored images.
     """
 
     has_flips = False
@@ -59,7 +59,7 @@ class MirroredDataset(PreparedDataset):
         )
 
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
-        """That of the plain set, which holds the mirrored latents."""
+        """The fingerprint of the plain set, which holds the mirrored latents too."""
         return self.plain.fingerprint(with_images=with_images)
 
     def check_images(self) -> None:

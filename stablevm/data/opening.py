@@ -1,4 +1,4 @@
-"""The one way in to a prepared data set, whatever its layout."""
+"""`open_dataset` opens a prepared data set of any layout."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from stablevm.support.errors import UserError, arg
 
 
 def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
-    """Open the data set in `path`, or in `path`/`split` when `path` itself is none.
+    """Open the data set in `path`, or in `path`/`split` if `path` itself is not one.
 
-    Raises UserError for what is no data set, saying what it is instead where it shows, and for shards that are missing
-    or have changed in size.
+    Raises UserError if there is no data set, with a hint where possible, or if shards are missing or have changed in
+    size.
     """
     folder = dataset_folder(path, split)
     layout = layout_of(folder)
@@ -26,7 +26,7 @@ def open_dataset(path: str | Path, split: str = "train") -> PreparedDataset:
 
 
 def dataset_folder(path: str | Path, split: str) -> Path:
-    """`path` itself if it holds a data set, else its folder called `split` where there is one."""
+    """The folder `path`/`split` if it exists and `path` itself is not a data set; otherwise `path`."""
     path = Path(path)
     if has_dataset(path) or not (path / split).is_dir():
         return path

@@ -1,7 +1,8 @@
-"""The layout of REPA and its successors, read as it is: `DATA/images/**.png` with `DATA/vae-sd/**.npy`.
+"""The layout of REPA and its successors: `DATA/images/**.png` with `DATA/vae-sd/**.npy`.
 
 `vae-sd/dataset.json` lists latents and classes. Images and latents are paired by name: `00000/img00000012.png` with
-`00000/img-mean-std-00000012.npy`, and other names with their equals. Either folder may be a ZIP archive instead.
+`00000/img-mean-std-00000012.npy`, and any other image with the latent of the same name. Either folder may be a ZIP
+archive.
 """
 
 import re
@@ -24,27 +25,28 @@ from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError, arg
 
 LATENTS, IMAGES = "vae-sd", "images"
-# What folders that do not say so were made with: the autoencoder and scale of REPA's own preparation.
+# Assumed for folders that do not record them: the autoencoder and scale of REPA's own preparation.
 ASSUMED_AUTOENCODER, ASSUMED_SCALE, ASSUMED_FACTOR = SD_AUTOENCODERS["mse"], SD_SCALE, SD_FACTOR
-_BEYOND = 65_520  # the least number that float16 rounds to infinity
-_COMPARED = 256  # files whose content tells one set from another: evenly spread
+_BEYOND = 65_520  # the smallest number that float16 rounds to infinity
+_COMPARED = 256  # evenly spaced files whose content enters the fingerprint
 _IMAGE_STEM, _LATENT_STEM = "img", "img-mean-std-"
 
 
 def latent_name(image: str) -> str:
-    """The name of an image's latent."""
+    """The name of the latent that belongs to an image."""
     path = PurePosixPath(image)
     return str(path.with_name(re.sub(rf"^{_IMAGE_STEM}(?=\d+$)", _LATENT_STEM, path.stem) + ".npy"))
 
 
 def is_repa_folder(folder: Path) -> bool:
+    """Whether the folder has the layout of REPA, that is, holds vae-sd or vae-sd.zip."""
     return _part(folder, LATENTS) is not None
 
 
 class RepaDataset(PreparedDataset):
-    """A folder of that layout. Names and classes are read once; files are opened as their rows are asked for.
+    """A data set in the layout of REPA. Names and classes are read once; files are opened when rows are requested.
 
-    Raises UserError for a listing that can't be read, and for latents whose autoencoder is another than `vae`.
+    Raises UserError if the listing can't be read, or if the latents were made by another autoencoder than `vae`.
     """
 
     layout = "one file per image (layout of REPA)"
@@ -54,7 +56,7 @@ class RepaDataset(PreparedDataset):
         self.folder, self._vae = Path(folder), vae
         latents, images = _part(self.folder, LATENTS), _part(self.folder, IMAGES)
         if latents is None:
-            raise UserError(f"{arg('folder')} {folder}: no {LATENTS} in it; give a folder with {LATENTS} and {IMAGES}")
+            raise UserError(f"{arg('folder')} {folder}: it has no {LATENTS}; give a folder with {LATENTS} and {IMAGES}")
         self._latents = open_storage(latents)
         self._images = None if images is None else open_storage(images)
         listing = read_listing(self._latents)
@@ -80,12 +82,12 @@ class RepaDataset(PreparedDataset):
         return self._labels
 
     def index(self) -> Tensor:
-        """The numbers at the end of the names, as convert gives them; the rows' own where names have none."""
+        """The numbers at the end of the names, as convert writes them; row numbers if the names have none."""
         numbers = [int(match[0]) for name in self.names if (match := re.search(r"\d+(?=\.npy$)", name))]
         return torch.tensor(numbers) if len(set(numbers)) == len(self) else torch.arange(len(self))
 
     def moments(self, rows: Rows) -> Tensor:
-        """UserError naming the file for values beyond the range of float16, which would be infinite in it."""
+        """The moments of these rows; UserError, naming the file, for values that would be infinite in float16."""
         names = [self.names[row] for row in checked_rows(rows, len(self))]
         values = np.empty((len(names), *self.moments_shape), np.float16)
         for row, name in enumerate(names):
@@ -95,8 +97,8 @@ class RepaDataset(PreparedDataset):
             largest = np.abs(found).max(initial=0)
             if np.isfinite(largest) and largest >= _BEYOND:
                 raise UserError(
-                    f"{self._latents.root}/{name}: holds {largest:g}, latents are kept in float16 up to 65,504; "
-                    "encode that image again or leave it out"
+                    f"{self._latents.root}/{name}: holds {largest:g}, but latents are stored in float16, up to "
+                    "65,504; encode that image again or leave it out"
                 )
             with np.errstate(over="ignore"):
                 values[row] = found
@@ -117,7 +119,7 @@ class RepaDataset(PreparedDataset):
         return f"row {row} ({self._latents.root}/{self.names[row]})"
 
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
-        """Of names, labels and the content of some files: to read all would take as long as an epoch."""
+        """The fingerprint of names, labels and the content of some files; reading all files would take an epoch."""
         sample = np.unique(np.linspace(0, len(self) - 1, _COMPARED).round().astype(int))
         latents = (_load(self._latents, self.names[row]).tobytes() for row in sample)
         images = (self.images([row]).numpy().tobytes() for row in sample)
@@ -129,19 +131,19 @@ class RepaDataset(PreparedDataset):
         )
 
     def check_images(self) -> None:
-        """UserError if there are no images, or none for some latent. Files are looked for when they are read."""
+        """Raise UserError if there are no images, or a latent has none; files are checked only when they are read."""
         if self._images is None:
             raise UserError(
                 f"{arg('folder')} {self.folder}: has no {IMAGES}, which are needed here; put them beside {LATENTS}"
             )
-        len(self.image_names)  # pairs them, which is an error for a latent without one
+        len(self.image_names)  # raises an error for a latent without an image
 
     def facts(self) -> list[tuple[str, str]]:
         images = "yes" if self.has_images else "no"
         return [("crop", self.crop), ("encoded in", self.precision), ("with images", images)]
 
     def faults(self) -> Iterator[str]:
-        """What lies in the folders without a place in the set: one line for each kind."""
+        """Latents and images in the folders that do not belong to the set: one line for each kind."""
         listed = set(self.names)
         extra = [name for name in self._latents.names() if name.endswith(".npy") and name not in listed]
         if extra:
@@ -169,7 +171,7 @@ class RepaDataset(PreparedDataset):
         return [suffixes.get(name) or _image_name(name) for name in self.names]
 
     def _image(self, name: str) -> np.ndarray:
-        """(3, H, W)."""
+        """Read an image as uint8 (3, H, W)."""
         assert self._images is not None
         side = self.resolution
         with _told(self._images, name, "convert"), self._images.open(name) as file, Image.open(file) as picture:
@@ -196,8 +198,8 @@ class RepaDataset(PreparedDataset):
             spec = LatentSpec((channels // 2, height, width), ASSUMED_SCALE, 0.0, ASSUMED_AUTOENCODER)
         if spec.shape != (channels // 2, height, width):
             raise UserError(
-                f"{arg('folder')} {self.folder}: latents of shape {spec.shape} are announced ({spec.autoencoder}), "
-                f"{self.names[0]} has {(channels // 2, height, width)}"
+                f"{arg('folder')} {self.folder}: {spec.autoencoder} makes latents of shape {spec.shape}, but "
+                f"{self.names[0]} has {(channels // 2, height, width)}; name the autoencoder that made them"
             )
         return spec
 
@@ -236,7 +238,7 @@ def _image_name(latent: str) -> str:
 
 @contextmanager
 def _told(storage: Storage, name: str, maker: str) -> Iterator[None]:
-    """UserError for a file that is missing or damaged; what is wrong with the machine instead passes."""
+    """Turn errors of a missing or damaged file into UserError; errors of the machine are raised unchanged."""
     try:
         yield
     except (*READ_ERRORS, Image.DecompressionBombError) as error:
@@ -246,7 +248,7 @@ def _told(storage: Storage, name: str, maker: str) -> Iterator[None]:
 
 
 def _load(storage: Storage, name: str) -> np.ndarray:
-    """Moments (2C, h, w) of one file, whose array may have a leading 1."""
+    """The moments (2C, h, w) in a file, whose array may have a leading dimension of 1."""
     with _told(storage, name, "encode"), storage.open(name) as file:
         values = np.lib.format.read_array(file, allow_pickle=False)
     if values.ndim == 4 and len(values) == 1:

@@ -1,10 +1,10 @@
-"""The native layout: safetensors shards, written once, complete or absent, and read by row number.
+"""The native layout: safetensors shards, read by row number.
 
-A data set is `dataset.json` (data/manifest.py) with shards of 8,192 to 16,384 rows. `latents-00000.safetensors` holds
-`moments` (n, 2C, h, w) float16 (mean, then standard deviation), `moments_flip` (the same of the mirrored image) where
-prepared, `labels` (n,) int64 and `index` (n,) int64, the sample's number in its source. `images-00000.safetensors`
-holds `images` (n, 3, H, W) uint8 and the same `index`; compressed ones hold `png`, the bytes of n files one after the
-other, and their `sizes` (n,) int64 instead of `images`.
+A data set is a `dataset.json` (data/manifest.py) with shards of 8,192 to 16,384 rows. `latents-00000.safetensors` holds
+`moments` (n, 2C, h, w) float16 (means, then standard deviations), optionally `moments_flip` (those of the mirrored
+images), `labels` (n,) int64, and `index` (n,) int64, the samples' numbers in their source. `images-00000.safetensors`
+holds `images` (n, 3, H, W) uint8 and the same `index`. If compressed, it holds instead of `images` the bytes of n PNG
+files one after another, `png`, and their `sizes` (n,) int64.
 """
 
 import math
@@ -26,16 +26,16 @@ from stablevm.support.errors import UserError, arg
 
 
 class ShardDataset(PreparedDataset):
-    """A folder of shards.
+    """A data set in shards.
 
-    A shard is opened when its first row is asked for: reading a row is one copy. Raises UserError for a folder without
+    A shard is opened when its first row is requested; reading a row is one copy. Raises UserError for a folder without
     a readable manifest, and for files that are missing or have changed in size.
     """
 
     layout = "shards"
 
     def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
-        """manifest: what the folder holds, where that is not in it (yet)."""
+        """Open the folder; manifest: its manifest, if not yet written into it."""
         self.folder = Path(folder)
         self._given = manifest
         self.manifest = manifest or Manifest.read(self.folder)
@@ -53,16 +53,16 @@ class ShardDataset(PreparedDataset):
         return self.manifest.count
 
     def __reduce__(self) -> tuple[type["ShardDataset"], tuple[Path, Manifest | None]]:
-        """A spawned worker opens the files anew. A forked one shares them, as reads have no common position."""
+        """Let a spawned worker open the files itself; a forked one shares them, since reads do not move a position."""
         return ShardDataset, (self.folder, self._given)
 
     def labels(self) -> Tensor:
-        """UserError if they are not those that the manifest counts."""
+        """The classes (N,) int64 of all samples; UserError if they contradict the counts in the manifest."""
         labels = self._column("labels")
         counts = np.bincount(labels.clip(0), minlength=self.num_classes)
         if labels.min() < 0 or counts.tolist() != list(self.manifest.class_counts):
             raise UserError(
-                f"{arg('folder')} {self.folder}: the labels in its shards are not those that {MANIFEST_FILE} counts; "
+                f"{arg('folder')} {self.folder}: the labels in its shards contradict the counts in {MANIFEST_FILE}; "
                 f"{REMEDY}"
             )
         return torch.from_numpy(labels)
@@ -71,7 +71,7 @@ class ShardDataset(PreparedDataset):
         return torch.from_numpy(self._column("index"))
 
     def image_index(self) -> Tensor:
-        """The same, as the shards of images have it."""
+        """The samples' numbers (N,) int64 in the source, as recorded in the shards of images."""
         return torch.from_numpy(np.concatenate([shard.read("images", "index") for shard in self._shards]))
 
     def moments(self, rows: Rows) -> Tensor:
@@ -95,7 +95,7 @@ class ShardDataset(PreparedDataset):
         return f"row {row} (image {self.index()[row]} of the source{f', in {file.name}' if file else ''})"
 
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
-        """Of the checksums in the manifest: no shard is read."""
+        """The fingerprint from the checksums in the manifest, without reading shards."""
         files = [(shard.rows, shard.latents, shard.images) for shard in self.manifest.shards]
         return Fingerprint(
             rows=len(self),
@@ -126,7 +126,7 @@ class ShardDataset(PreparedDataset):
         return np.concatenate([shard.read("latents", name) for shard in self._shards])
 
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard of each row, and the row's place in it."""
+        """The shard of each row, and the row's position in it."""
         shards = np.searchsorted(self._ends, rows, side="right")
         return shards, rows - np.append(0, self._ends)[shards]
 
@@ -143,9 +143,9 @@ class ShardDataset(PreparedDataset):
         return values
 
     def _runs(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-        """Runs of consecutive rows, each one copy: a random batch row by row, a range shard by shard.
+        """Yield runs of consecutive rows, each of which is read by one copy.
 
-        Yields start and end of the run in `rows`, its shard, and its first row there.
+        A run is its start and end in `rows`, its shard, and its first row in the shard.
         """
         shards, local = self._locate(rows)
         starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(shards, prepend=-1) != 0))
@@ -154,30 +154,30 @@ class ShardDataset(PreparedDataset):
 
 
 class _OpenShard:
-    """The files of one shard, each opened at first use and checked against the manifest then.
+    """The files of one shard, each opened at first use and then checked against the manifest.
 
-    UserError, naming the file, for one that can't be read, is cut short, or holds other tensors than the manifest says.
+    UserError, naming the file, if it can't be read, is truncated, or does not hold the tensors of the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard: Shard, files: Opener) -> None:
         self._folder, self._manifest, self._shard, self._open = folder, manifest, shard, files
 
     def read(self, kind: ShardKind, name: str) -> np.ndarray:
-        """A tensor of the shard, whole."""
+        """Read a whole tensor of the shard."""
         try:
             return self._file(kind).read(name)
         except OSError as error:
             raise self._unreadable(kind, error) from None
 
     def read_into(self, kind: ShardKind, name: str, spans: list[tuple[memoryview, int]]) -> None:
-        """Fill each buffer with bytes of a tensor, from the byte beside it on."""
+        """Fill each buffer with bytes of a tensor, beginning at the offset given with it."""
         try:
             self._file(kind).read_into(name, spans)
         except OSError as error:
             raise self._unreadable(kind, error) from None
 
     def image(self, row: int) -> np.ndarray:
-        """One image of a compressed shard, (3, H, W)."""
+        """Read an image of a compressed shard, uint8 (3, H, W)."""
         start, end = self._png_starts[row : row + 2].tolist()
         content = bytearray(end - start)
         self.read_into("images", "png", [(memoryview(content), start)])
@@ -206,7 +206,7 @@ class _OpenShard:
         opened = self._opened("images")
         latents = self._shard.latents
         if latents is not None and not np.array_equal(opened.read("index"), self.read("latents", "index")):
-            raise self._error("images", f"holds other samples than {latents.name}")
+            raise self._error("images", f"does not hold the samples of {latents.name}")
         return opened
 
     def _opened(self, kind: ShardKind) -> TensorFile:
@@ -227,7 +227,7 @@ class _OpenShard:
         return opened
 
     def _unreadable(self, kind: ShardKind, error: Exception) -> Exception:
-        """What to raise for an error while the file is read: that error, where the machine is at fault."""
+        """The exception for an error in reading the file: the same one if due to the machine, otherwise UserError."""
         if isinstance(error, OSError) and not is_fault_of_file(error):
             return error
         return self._error(kind, f"can't be read ({error})")

@@ -1,4 +1,4 @@
-"""Many small files under one root, which is a folder or a ZIP archive; names are relative, with forward slashes."""
+"""Access to many small files in a folder or a ZIP archive, by relative names with forward slashes."""
 
 import errno
 import os
@@ -12,13 +12,13 @@ from typing import IO
 
 from stablevm.support.errors import UserError
 
-# Faults of one file; others, such as too many open files, are the machine's and must not pass for a damaged file.
+# Errors due to one file. Others, such as too many open files, are due to the machine; no file is damaged then.
 _FILE_FAULTS = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EINVAL),
-    None,  # of decoders
+    None,  # errors of decoders
 }
 
-# All that reading a damaged file raises, in Pillow's decoders, NumPy and archives.
+# All exceptions that reading a damaged file can raise in Pillow, NumPy and zipfile.
 READ_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError),
     *(struct.error, zlib.error, zipfile.BadZipFile),
@@ -26,29 +26,29 @@ READ_ERRORS = (
 
 
 def is_fault_of_file(error: OSError) -> bool:
-    """Whether an error while a file is read is due to that file alone."""
+    """Whether an error in reading a file is due to that file alone."""
     return error.errno in _FILE_FAULTS
 
 
 def open_storage(root: str | Path) -> "Storage":
-    """Raises UserError if there is neither a folder nor a readable ZIP archive at `root`."""
+    """Open a folder or a ZIP archive; UserError if `root` is neither."""
     root = Path(root)
     if root.is_dir():
         return FolderStorage(root)
     if root.is_file() and root.suffix.lower() == ".zip":
         return ZipStorage(root)
-    found = "it is a file" if root.exists() else "there is nothing"
+    found = "it is another kind of file" if root.exists() else "it does not exist"
     raise UserError(f"{root}: expected a folder or a .zip archive, but {found}; check the path")
 
 
 class FolderStorage:
-    """A folder of this machine's."""
+    """Files in a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def open(self, name: str) -> IO[bytes]:
-        """OSError of kind ESTALE, which is no fault of a file, where the whole folder is gone."""
+        """Open a file for reading; OSError with errno ESTALE, not due to the file, if the whole folder has vanished."""
         try:
             return open(self.root / name, "rb", opener=_open_regular)
         except FileNotFoundError:
@@ -60,7 +60,7 @@ class FolderStorage:
         return (self.root / name).is_file()
 
     def names(self) -> Iterator[str]:
-        """Every file, links to files too. Each real folder is entered once, so that loops of links end."""
+        """All files, including links to files. Each real folder is visited once, so that cycles of links end."""
         return self._below("", set())
 
     def folders(self, prefix: str) -> set[str]:
@@ -84,7 +84,7 @@ class FolderStorage:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """A descriptor of the regular file at `path`. OSError for a pipe or a device, without waiting for its other end."""
+    """Open a regular file and return its descriptor; OSError for a pipe or a device, without waiting for it."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -93,12 +93,12 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Whether the folder is there and not empty: an unmounted disk leaves an empty one."""
+    """Whether the folder exists and is not empty; unmounting a disk leaves an empty one."""
     return folder.is_dir() and any(folder.iterdir())
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """A link that leads in a circle, or where nobody may look, is no folder: opening it will tell the cause."""
+    """Whether it is a folder; False for a cyclic or inaccessible link, for which opening it will raise an error."""
     try:
         return entry.is_dir()
     except OSError:
@@ -106,16 +106,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class ZipStorage:
-    """An archive, opened anew in each process: the position in an open file is shared with forked processes.
+    """Files in a ZIP archive, which each process opens itself, because forked processes share a file's position.
 
-    Members are known by their plain names, however the archive's maker wrote them (`./a/b.png`, `a\\b.png`); those that
-    would lie outside the root are not known at all.
+    Members have plain names, also if the archive spells them `./a/b.png` or `a\\b.png`; members outside the root are
+    ignored.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._opened: tuple[int, zipfile.ZipFile, dict[str, zipfile.ZipInfo]] | None = None
-        self._members()  # a damaged archive is an error now
+        self._members()  # so that a damaged archive is reported now
 
     def open(self, name: str) -> IO[bytes]:
         archive, members = self._members()
@@ -128,7 +128,7 @@ class ZipStorage:
 
     @property
     def count(self) -> int:
-        """Members, folders too."""
+        """The number of members, including folders."""
         return len(self._members()[1])
 
     def exists(self, name: str) -> bool:
@@ -147,7 +147,9 @@ class ZipStorage:
             try:
                 archive = zipfile.ZipFile(self.root)
             except zipfile.BadZipFile as error:
-                raise UserError(f"{self.root}: not a readable ZIP archive ({error}); fetch or make it again") from None
+                raise UserError(
+                    f"{self.root}: not a readable ZIP archive ({error}); download or make it again"
+                ) from None
             named = ((plain_name(info.filename).lstrip("/"), info) for info in archive.infolist())
             members = {name: info for name, info in named if is_inside(name)}
             self._opened = os.getpid(), archive, members
@@ -161,13 +163,13 @@ Storage = FolderStorage | ZipStorage
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative name from a file that others wrote stays below its root."""
+    """Whether a relative name from an untrusted file stays below its root."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def plain_name(name: str) -> str:
-    """A file's relative name with single forward slashes; a slash at its end, of a folder, stays."""
+    """A relative name with single forward slashes; a final slash, which marks a folder, is kept."""
     name = name.replace("\\", "/")
     if not name.startswith("./") and "/./" not in name and "//" not in name:
         return name

@@ -1,4 +1,4 @@
-"""safetensors files written piece by piece, so that only one piece is in memory; and files joined into larger ones."""
+"""Writing safetensors files piece by piece, with one piece in memory at a time, and joining such files."""
 
 import json
 import struct
@@ -11,14 +11,14 @@ import numpy as np
 
 from stablevm.support import files
 
-_FORMAT_NAMES = {"float16": "F16", "int64": "I64", "uint8": "U8"}  # NumPy's names, and those of the format
+_FORMAT_NAMES = {"float16": "F16", "int64": "I64", "uint8": "U8"}  # names of dtypes in NumPy and in the format
 NUMPY_NAMES = {ours: numpy for numpy, ours in _FORMAT_NAMES.items()}
 _COPY_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor on its way into a file, in pieces along its first axis that are made when they are written."""
+    """A tensor to be written in pieces along its first axis, each of which is made when it is written."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -32,10 +32,10 @@ class StreamedTensor:
 def write_streamed(
     target: Path, tensors: Mapping[str, StreamedTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file piece by piece: only one of them is in memory.
+    """Write a safetensors file piece by piece, with one piece in memory at a time.
 
-    The format: the length of the header, the header in JSON, padded to a multiple of 8 bytes, then the tensors' bytes;
-    those of the largest values first, so that each is aligned.
+    The file has the length of the header, the header in JSON padded to a multiple of 8 bytes, and the bytes of the
+    tensors. Tensors with the widest dtype come first, so that all are aligned.
     """
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -59,7 +59,7 @@ def write_streamed(
 
 
 def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> None:
-    """Write the rows of the tensors `names` of several safetensors files, in order, as one such file."""
+    """Concatenate the tensors `names` of several safetensors files along their first axis into one file."""
     headers = list(map(read_header, parts))
 
     def joined(name: str) -> StreamedTensor:
@@ -77,14 +77,14 @@ def join_files(parts: Sequence[Path], names: Sequence[str], target: Path) -> Non
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its tensors' bytes begin."""
+    """Read the header of a safetensors file, and the offset at which the bytes of its tensors begin."""
     with Path(path).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return json.loads(file.read(length)), 8 + length
 
 
 def _pieces_of_file(path: Path, start: int, end: int) -> Iterator[np.ndarray]:
-    """Bytes `start` to `end`, read into one buffer: copying through the page cache beats faulting mapped pages in."""
+    """Yield bytes `start` to `end` of a file, read into one buffer, which is faster than mapping its pages."""
     buffer = np.empty(min(_COPY_BYTES, end - start), np.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(start)

@@ -1,7 +1,7 @@
-"""Parts of a safetensors file, read by their position in it.
+"""Reading parts of a safetensors file by their offset.
 
-Nothing is mapped into memory: where a file is cut short while it is in use, mapped pages end the process by SIGBUS
-without a word, and in a loader's process that passes for a lack of shared memory. Here it is an error.
+Files are not mapped into memory. If a mapped file is truncated while in use, the process is killed by SIGBUS without a
+message, and in a loader's worker that looks like a lack of shared memory. Here it raises an error.
 """
 
 import os
@@ -13,11 +13,11 @@ from safetensors import safe_open
 
 from stablevm.data.streaming import NUMPY_NAMES, read_header
 
-MOST_OPEN = 256  # files of a data set at a time: most systems allow a process 1,024
+MOST_OPEN = 256  # open files of a data set; most systems allow 1,024 for a process
 
 
 class OpenFile:
-    """A descriptor for reading, closed when nobody holds it any more. OSError for a file of another size."""
+    """A file descriptor for reading, closed when it is no longer used. OSError if the file has another size."""
 
     def __init__(self, path: str, size: int) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -33,20 +33,20 @@ Opener = Callable[[str, int], OpenFile]
 
 
 def opener() -> Opener:
-    """Opens files by path and size, and keeps the last ones open."""
+    """A function that opens files by path and size, and keeps the most recent ones open."""
     return lru_cache(MOST_OPEN)(OpenFile)
 
 
 class TensorFile:
-    """The tensors of one file. Threads and forked processes may share it, as reads have no common position.
+    """The tensors of a safetensors file. Threads and forked processes can share it, since reads do not move a position.
 
-    Raises OSError or SafetensorError for a file that is none of the format, or has not the `size` given.
+    Raises OSError or SafetensorError if the file has another format or size.
     """
 
     def __init__(self, path: str, size: int, open_file: Opener) -> None:
         self._path, self._size, self._open = path, size, open_file
         open_file(path, size)
-        with safe_open(path, framework="np"):  # checks that the header is sound and fits the file
+        with safe_open(path, framework="np"):  # checks that the header is valid and fits the file
             header, start = read_header(path)
         header.pop("__metadata__", None)
         self._starts = {name: start + entry["data_offsets"][0] for name, entry in header.items()}
@@ -54,15 +54,15 @@ class TensorFile:
         self.dtypes = {name: np.dtype(NUMPY_NAMES.get(entry["dtype"], "V")) for name, entry in header.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """A whole tensor; errors as of `read_into`."""
+        """Read a whole tensor; errors as in `read_into`."""
         values = np.empty(self.shapes[name], self.dtypes[name])
         self.read_into(name, [(bytes_of(values), 0)])
         return values
 
     def read_into(self, name: str, spans: Iterable[tuple[memoryview, int]]) -> None:
-        """Fill each buffer with bytes of a tensor, from the byte beside it on.
+        """Fill each buffer with bytes of a tensor, beginning at the offset given with it.
 
-        OSError with the file's name, or without a number where the file ends before.
+        OSError with the file's name, or without an error number if the file is too short.
         """
         file = self._open(self._path, self._size)  # held while it is read, so that no other thread closes it
         first = self._starts[name]
@@ -80,5 +80,5 @@ class TensorFile:
 
 
 def bytes_of(values: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, to write into."""
+    """A writable view of the bytes of a contiguous array."""
     return values.reshape(-1).view(np.uint8).data

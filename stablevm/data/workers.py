@@ -1,4 +1,4 @@
-"""Calls that other processes make, with results in order."""
+"""Function calls made by worker processes, with results in order."""
 
 import os
 import signal
@@ -21,16 +21,17 @@ from stablevm.support.errors import UserError, arg
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
-_SECONDS_TO_DIE = 1.0  # between a worker's last sign and its end, as its parent sees them
+_SECONDS_TO_DIE = 1.0  # until the parent process notices the end of a worker
 
 
 class Calls(Generic[Result]):
-    """`work` of each request, in their order, done by `workers` processes two requests ahead; 0: in this one.
+    """An iterable over the results of `work` for each request, in order, computed by worker processes in advance.
 
-    UserError and OSError are raised here as they were there: torch would put a worker's traceback into the message. A
-    worker that dies is a UserError too, raised where the next result is waited for and nowhere else.
-    Ctrl-C, which reaches every process of the terminal, does not end the workers; with `finish_after_signals` neither
-    does the SIGTERM that a launcher sends to all of this process's group, as they leave it. `pin_memory` as torch's.
+    Each of the `workers` processes works up to two requests ahead; with 0, the calls are made in this process.
+    A UserError or OSError in a worker is raised here unchanged, whereas torch would put the worker's traceback into its
+    message. If a worker dies, UserError is raised, but only while the next result is awaited.
+    Ctrl-C, which reaches every process of the terminal, does not end the workers. With `finish_after_signals` they also
+    leave this process's group, so that a SIGTERM from a launcher does not reach them. pin_memory: as in torch.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Calls(Generic[Result]):
         with _many_workers_allowed():
             self._loader = DataLoader(
                 _Work(work),
-                batch_sampler=cast(Any, requests),  # each is what one call gets, be it a list or not
+                batch_sampler=cast(Any, requests),  # each is the argument of one call, a list or not
                 collate_fn=_as_made,
                 num_workers=many,
                 worker_init_fn=_leave_group if finish_after_signals else _ignore_interrupts,
                 pin_memory=pin_memory,
-                generator=torch.Generator(),  # seeds the workers: without it the global generator would be used
+                generator=torch.Generator(),  # seeds the workers; torch would use the global generator otherwise
             )
 
     def __len__(self) -> int:
@@ -78,10 +79,10 @@ class Calls(Generic[Result]):
 
 
 class _Watch:
-    """Tells of dead workers while their results are waited for.
+    """Detects dead workers while their results are awaited.
 
-    torch's own watch raises its error from the signal that a child has died, wherever the program is then; in this
-    block that signal matters only in `waiting`, where it ends a wait for what will never come.
+    torch itself raises an error when the signal arrives that a child has died, wherever the program is. Inside this
+    block the signal matters only in `waiting`, where it ends a wait for a result that will never come.
     """
 
     def __init__(self, workers: Sequence[BaseProcess]) -> None:
@@ -99,12 +100,12 @@ class _Watch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """UserError where a worker is dead, or dies in the block."""
+        """Raise UserError if a worker is dead, or dies during the block."""
         self._is_waiting = True
         try:
             self._check()
             yield
-        except (RuntimeError, OSError, EOFError):  # of torch, of a message that was cut short, of a worker's socket
+        except (RuntimeError, OSError, EOFError):  # from torch, from a truncated message, from a worker's socket
             end = time.monotonic() + _SECONDS_TO_DIE
             while self._workers and time.monotonic() < end:
                 self._check()
@@ -116,7 +117,7 @@ class _Watch:
     def _child_died(self, number: int, frame: FrameType | None) -> None:
         if self._is_waiting and any(
             worker.exitcode for worker in self._workers
-        ):  # 0: told to end, after the last result
+        ):  # 0: ended as requested, after the last result
             self._check()
 
     def _check(self) -> None:
@@ -133,15 +134,15 @@ def _more_room() -> str:
 def _cause(worker: BaseProcess) -> str:
     who, status = f"a process that reads data (pid {worker.pid})", worker.exitcode or 0
     if status == -signal.SIGBUS:
-        return f"{who} was ended by SIGBUS, most often because shared memory is full; {_more_room()}"
+        return f"{who} was killed by SIGBUS, usually because shared memory is full; {_more_room()}"
     if status == -signal.SIGKILL:
-        return f"{who} was killed, most often because memory ran out; lower {arg('num_workers')}, or run the same again"
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"{who} was killed, usually because memory ran out; lower {arg('num_workers')}, or run the same again"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     return f"{who} {how}; run the same command again, with {arg('num_workers')} 0 if that happens again"
 
 
 class _Work(Dataset):
-    """torch's loader passes each request to `__getitems__` as it is."""
+    """A data set for torch's loader, which passes each request unchanged to `__getitems__`."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self.work = work
@@ -156,12 +157,12 @@ class _Work(Dataset):
         try:
             _share(result)
         except RuntimeError as error:
-            return UserError(f"shared memory fails ({error}); {_more_room()}")
+            return UserError(f"shared memory failed ({error}); {_more_room()}")
         return result
 
 
 def _share(result: Any) -> None:
-    """Move tensors to shared memory now: in the thread of the queue an error would be lost."""
+    """Move tensors to shared memory now, because an error in the queue's thread would be lost."""
     if isinstance(result, Tensor):
         result.share_memory_()
     elif is_dataclass(result):
@@ -175,7 +176,7 @@ def _share(result: Any) -> None:
 
 @contextmanager
 def _many_workers_allowed() -> Iterator[None]:
-    """Without torch's warning of more workers than cores, which published commands ask for on a small machine."""
+    """Suppress torch's warning about more workers than cores, which published commands cause on a small machine."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         yield

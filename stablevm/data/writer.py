@@ -1,4 +1,4 @@
-"""Writing shards: rows collected into files that are complete or absent."""
+"""Writing shards: rows are collected into files, each complete or absent."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from stablevm.support import files
 from stablevm.support.errors import UserError
 from stablevm.support.tensor_files import save_tensors
 
-MIN_ROWS, MAX_ROWS = 8_192, 16_384  # per shard: few enough files for a million samples, small enough to rewrite
+MIN_ROWS, MAX_ROWS = 8_192, 16_384  # per shard: not too many files for a million samples, but small ones
 
 
 def shard_name(kind: ShardKind, number: int) -> str:
@@ -20,11 +20,11 @@ def shard_name(kind: ShardKind, number: int) -> str:
 
 
 class ShardWriter:
-    """Collects rows and writes a shard whenever `rows_per_shard` are there; `finish` writes the rest and the manifest.
+    """Collects rows and writes a shard after every `rows_per_shard`; `finish` writes the rest and the manifest.
 
-    Until `finish` returns the folder holds no manifest, so an interrupted writer leaves nothing that could pass for
-    a data set; the next writer replaces its shards. Raises UserError for a folder that holds a data set already, or
-    for `rows_per_shard` out of range.
+    The manifest is written last, so an interrupted writer leaves nothing that looks like a data set, and the next
+    writer replaces its shards. Raises UserError if the folder already holds a data set, or if `rows_per_shard` is out
+    of range.
     """
 
     def __init__(self, folder: str | Path, description: Manifest, rows_per_shard: int = MIN_ROWS) -> None:
@@ -32,7 +32,7 @@ class ShardWriter:
             raise UserError(f"rows per shard {rows_per_shard}: expected {MIN_ROWS} to {MAX_ROWS}")
         self.folder = Path(folder)
         if (self.folder / MANIFEST_FILE).exists():
-            raise UserError(f"{self.folder}: holds a prepared data set already; give another folder or remove it")
+            raise UserError(f"{self.folder}: already holds a prepared data set; give another folder or remove it")
         self.description = description
         self.rows_per_shard = rows_per_shard
         kinds: tuple[ShardKind, ...] = ("latents", "images") if description.has_images else ("latents",)
@@ -55,21 +55,21 @@ class ShardWriter:
         images: Tensor | None = None,
         moments_flip: Tensor | None = None,
     ) -> None:
-        """Append n rows, of the shapes that data/shards.py describes; floating-point moments are stored as float16.
+        """Append n rows, with the shapes described in data/shards.py; moments are stored as float16.
 
-        Raises ValueError for tensors that the description does not announce and labels without a class name.
+        Raises ValueError for tensors that do not fit the description, or labels without a class name.
         """
         optional = {"images": images, "moments_flip": moments_flip}
         rows = {"moments": moments, "labels": labels, "index": index}
         rows |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         if rows.keys() != self._buffers.keys():
-            raise ValueError(f"rows of {sorted(rows)} given to a data set of {sorted(self._buffers)}")
+            raise ValueError(f"rows have {sorted(rows)}, but the data set has {sorted(self._buffers)}")
         for name, tensor in rows.items():
             expected = (len(index), *self._buffers[name].shape[1:])
             if tensor.shape != expected:
-                raise ValueError(f"{name} of shape {tuple(tensor.shape)} given, {expected} expected")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self._class_counts):
-            raise ValueError(f"labels {labels.unique().tolist()} given, {len(self._class_counts)} class names")
+            raise ValueError(f"labels are {labels.unique().tolist()}, but there are {len(self._class_counts)} classes")
         begin = 0
         while begin < len(index):
             end = min(len(index), begin + self.rows_per_shard - self._filled)
@@ -81,9 +81,9 @@ class ShardWriter:
                 self._write_shard()
 
     def finish(self) -> Manifest:
-        """Write the last shard and the manifest, and clear what earlier, interrupted writers left half-written.
+        """Write the last shard and the manifest, and remove temporary files of earlier, interrupted writers.
 
-        Raises UserError if no row was added, or if moments are not finite (as `add` does when a shard is full).
+        Raises UserError if no row was added, or if moments are not finite (`add` raises it too, for a full shard).
         """
         if self._filled:
             self._write_shard()

@@ -136,7 +136,7 @@ class TestFingerprint:
 
 class TestWriter:
     def test_refuses_to_overwrite_a_data_set(self, dataset_dir):
-        with pytest.raises(UserError, match="holds a prepared data set already"):
+        with pytest.raises(UserError, match="already holds a prepared data set"):
             ShardWriter(dataset_dir, DESCRIPTION)
 
     @pytest.mark.parametrize("count", [8_191, 16_385])
@@ -237,7 +237,7 @@ class TestFaults:
             *(
                 (
                     lambda text, name=name: text.replace("latents-00001.safetensors", name),
-                    f"'{name}' is no name of a file",
+                    f"'{name}' is not the name of a file",
                 )
                 for name in ("../latents-00001.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", ".", "")
             ),
@@ -330,7 +330,7 @@ class TestFaults:
         save_file(tensors, path)
         data = open_dataset(dataset_copy)
         data.images([0])
-        with pytest.raises(UserError, match=r"images-00001.*holds other samples than latents-00001") as error:
+        with pytest.raises(UserError, match=r"images-00001.*does not hold the samples of latents-00001") as error:
             data.images([9_000])
         one_line(error)
 
@@ -339,7 +339,7 @@ class TestFaults:
         tensors = load_file(path)
         tensors["labels"][-1] = 3
         save_file(tensors, path)
-        with pytest.raises(UserError, match="labels in its shards are not those") as error:
+        with pytest.raises(UserError, match="labels in its shards contradict the counts") as error:
             open_dataset(dataset_copy).labels()
         one_line(error)
 

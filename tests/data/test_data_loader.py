@@ -155,12 +155,12 @@ class TestLoader:
     @pytest.mark.parametrize(
         ("number", "text"),
         [
-            (signal.SIGKILL, "was killed, most often because memory ran out; lower num_workers"),
+            (signal.SIGKILL, "was killed, usually because memory ran out; lower num_workers"),
             (
                 signal.SIGBUS,
-                "was ended by SIGBUS, most often because shared memory is full; give num_workers 0.*--shm-size",
+                "was killed by SIGBUS, usually because shared memory is full; give num_workers 0.*--shm-size",
             ),
-            (signal.SIGTERM, "ended with status 0; run the same command again"),  # torch takes it for an order
+            (signal.SIGTERM, "exited with status 0; run the same command again"),  # torch takes it for an order
         ],
     )
     def test_a_worker_that_dies_is_one_line_where_its_result_is_waited_for(self, dataset_dir, number, text):
@@ -187,7 +187,7 @@ class TestLoader:
 
         monkeypatch.setattr(torch.Tensor, "share_memory_", full)
         loader = training_loader(open_dataset(dataset_dir), global_batch=8, seed=3, num_steps=20, workers=2)
-        with pytest.raises(UserError, match=r"shared memory fails .*give num_workers 0.*--shm-size") as error:
+        with pytest.raises(UserError, match=r"shared memory failed .*give num_workers 0.*--shm-size") as error:
             list(loader)
         one_line(error)
 

@@ -376,7 +376,7 @@ def test_half_prepared_data_is_refused_by_every_command_that_takes_it(source, va
             (cli.train, [*train, str(given)]),
         ]:
             line = refusal(capsys, tool, words)
-            assert f"{data / 'images'}" in line and "run the command that began it once more" in line, line
+            assert f"{data / 'images'}" in line and "run the same command again" in line, line
     line = refusal(capsys, cli.train, [*train, str(shards)])
     assert f"run stablevm prepare encode --data-dir {shards}" in line
     assert "shards without latents" in refusal(capsys, cli.dataset_tools, encode(shards, tmp_path / "y", vae))
@@ -386,7 +386,7 @@ def test_half_prepared_data_is_refused_by_every_command_that_takes_it(source, va
         patch.setattr(folders, "format_listing", raise_interrupt)
         assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 130
     capsys.readouterr()
-    assert "run the command that began it once more" in refusal(capsys, cli.train, [*train, str(data)])
+    assert "run the same command again" in refusal(capsys, cli.train, [*train, str(data)])
     assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 0
     capsys.readouterr()
     for given, message in [

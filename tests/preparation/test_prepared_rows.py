@@ -184,7 +184,7 @@ def test_verify_names_values_beyond_float16(tmp_path, capsys):
     path = sorted((folder / "vae-sd").rglob("*.npy"))[1]
     np.save(path, np.full_like(np.load(path), 70_000.0))
     assert cli.data(["verify", str(folder), "--num-workers", "0"]) == 1
-    assert f"{path}: holds 70000, latents are kept in float16" in capsys.readouterr().out
+    assert f"{path}: holds 70000, but latents are stored in float16" in capsys.readouterr().out
 
 
 def test_a_complete_set_is_refused_to_other_options_and_sheds_its_images(source, tmp_path, capsys):

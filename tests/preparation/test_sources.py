@@ -217,7 +217,7 @@ def test_half_prepared_and_misplaced_folders(folder, tmp_path):
     for path in (images, data):
         with pytest.raises(UserError) as error:
             open_source(path)
-        assert f"{images}" in one_line(error) and "run the command that began it once more" in one_line(error)
+        assert f"{images}" in one_line(error) and "run the same command again" in one_line(error)
     shutil.rmtree(images / ".prepare")
     (images / "dataset.json").write_text('{"labels": null}')
     with pytest.raises(UserError) as error:
@@ -299,8 +299,8 @@ def test_a_source_that_vanishes_is_no_bad_picture(folder, mount_point):
         ('{"labels": [["a.png", ' + "1" * 5_000 + "]]}", "digits"),
         ('{"format_version": 1}', "found another kind of file"),
         ('{"labels": []}', "lists no images"),
-        ('{"labels": 3}', "are no list"),
-        ('{"labels": [["a.png", 0]], "class_names": 3}', "are no list"),
+        ('{"labels": 3}', "are not a list"),
+        ('{"labels": [["a.png", 0]], "class_names": 3}', "are not a list"),
         ('{"labels": [["a.png", 0], ["a.png", 1]]}', "lists a.png twice"),
         ('{"labels": [["../a.png", 0]]}', 'expected ["RELATIVE/NAME", CLASS]'),
         ('{"labels": [["/etc/passwd", 0]]}', 'expected ["RELATIVE/NAME", CLASS]'),
