@@ -199,7 +199,7 @@ def latent_spec_of(name: str, resolution: int) -> LatentSpec:
 
 
 def downsampling(name: str) -> int:
-    """Pixels to a side of one latent pixel, of the autoencoder called `name`; reads its configuration."""
+    """The downsampling factor of the autoencoder called `name`, in pixels per latent pixel and side."""
     return _PROBE // latent_spec_of(name, _PROBE).shape[1]
 
 

@@ -1,8 +1,7 @@
-"""LightningDiT (Yao et al., 2025): DiT's blocks with rotary positions, SwiGLU and RMSNorm, on patches of one latent
-pixel.
+"""LightningDiT (Yao et al., 2025): DiT with rotary positions, SwiGLU and RMSNorm, on patches of one latent pixel.
 
-Parameters carry the names of the published checkpoints. Their time runs from noise to data; `stablevm import` turns it
-round.
+Parameters have the same names as in the published checkpoints, whose time runs from noise to data; `stablevm import`
+reverses it.
 """
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from stablevm.networks.lightning_dit_config import LightningDiTConfig
 from stablevm.networks.transformer import MAX_PERIOD, Block, DiffusionTransformer
 
-NORM_EPSILON = 1e-6  # of all its normalisations (LightningDiT's code)
+NORM_EPSILON = 1e-6  # of all normalisations (LightningDiT's code)
 
 
 class LightningDiT(DiffusionTransformer):
-    """Predicts a velocity (or whatever the loss asks for) from a noisy latent, its time and its label."""
+    """A LightningDiT network, which predicts the velocity (or another target) from a noisy latent, time and label."""
 
     config: LightningDiTConfig
 
@@ -38,14 +37,14 @@ class LightningDiT(DiffusionTransformer):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Divides by the root of the mean square over the last axis, in float32 under autocast too."""
+    """Division by the root mean square over the last axis, in float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 class SwiGLU(nn.Module):
-    """`w3 (silu(a) * b)`, where a and b are the halves of `w12 x` (Shazeer, 2020)."""
+    """The gated MLP `w3 (silu(a) * b)`, where a and b are the halves of `w12 x` (Shazeer, 2020)."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class SwiGLU(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """Attention whose queries and keys are rotated by their positions, so that it sees their differences."""
+    """Attention with rotary positions: queries and keys are rotated, so that scores depend on relative positions."""
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class RotaryAttention(nn.Module):
         self.k_norm = RMSNorm(width, eps=NORM_EPSILON) if config.qk_norm else nn.Identity()
 
     def forward(self, tokens: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """tokens (B, T, hidden); cosines, sines: (T, width of a head) of the angles of `rotary_angles`."""
+        """Mix tokens (B, T, hidden); cosines, sines: (T, width of a head), of the angles from `rotary_angles`."""
         parts = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = parts.unbind()  # (B, heads, T, width) each
         q = rotated(self.q_norm(q), cosines, sines)
@@ -82,10 +81,10 @@ class RotaryAttention(nn.Module):
 
 
 def rotary_angles(grid_size: int, width: int, device: torch.device) -> Tensor:
-    """Angles of tokens in row-major order: (grid_size^2, width) float32, one for each value of a head.
+    """The rotation angles of tokens in row-major order: (grid_size^2, width), float32, one for each value of a head.
 
-    Its first half belongs to the row, the second to the column; a pair of neighbouring values has one angle, the
-    position times a frequency. Frequencies fall from 1 towards 1/10,000, as in EVA-02 (Fang et al., 2023).
+    The first half is for the row, the second for the column. Each pair of neighbouring values has one angle, position
+    times frequency. Frequencies decrease from 1 towards 1/10,000, as in EVA-02 (Fang et al., 2023).
     """
     pairs = width // 4
     exponents = torch.arange(pairs, dtype=torch.float32, device=device) / pairs
@@ -96,7 +95,7 @@ def rotary_angles(grid_size: int, width: int, device: torch.device) -> Tensor:
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x (..., T, width) with each pair of neighbouring values turned by its angle; computed in float32."""
+    """Rotate each pair of neighbouring values of x (..., T, width) by its angle, computed in float32."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)
     quarter_turned = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cosines + quarter_turned * sines).to(x.dtype)

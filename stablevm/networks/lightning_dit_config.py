@@ -1,4 +1,4 @@
-"""What defines a LightningDiT network, and its named sizes. Free of torch, so that a command's help stays quick."""
+"""The configuration of LightningDiT networks and the names of their sizes, without torch, so that help is fast."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,32 +13,32 @@ MODEL_NAMES = names_of("LightningDiT", PATCH_SIZES)
 
 @dataclass(frozen=True, kw_only=True)
 class LightningDiTConfig(TransformerConfig):
-    """A LightningDiT network (Yao et al., 2025), with rotary positions, SwiGLU and RMSNorm."""
+    """The configuration of a LightningDiT network (Yao et al., 2025), with rotary positions, SwiGLU and RMSNorm."""
 
     kind: ClassVar[str] = "lightning_dit"
     label_table: ClassVar[str] = "y_embedder.embedding_table.weight"
 
     @property
     def mlp_width(self) -> int:
-        """Inside SwiGLU: two thirds of `mlp_ratio` times the width, as its three matrices stand for an MLP's two."""
+        """The width inside SwiGLU: 2/3 of `mlp_ratio` times the hidden size, because it has three matrices, not two."""
         return int(2 / 3 * int(self.hidden_size * self.mlp_ratio))
 
     def __post_init__(self) -> None:
-        """UserError also for heads that can't be rotated about two axes, in pairs of values."""
+        """Raise UserError also for heads whose width does not suit rotary positions in two dimensions."""
         super().__post_init__()
         if self.hidden_size // self.num_heads % 4:
             raise UserError(
-                f"hidden_size {self.hidden_size} with num_heads {self.num_heads}, expected a width of each head that "
-                "is a multiple of 4, which rotary positions of two axes need"
+                f"hidden_size {self.hidden_size} with num_heads {self.num_heads}, expected heads whose width is a "
+                "multiple of 4, which rotary positions need"
             )
 
 
 def lightning_dit_config(
     name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any
 ) -> LightningDiTConfig:
-    """The configuration of the size called `name` ("LightningDiT-XL/1"), for latents of the given shape.
+    """The configuration of the LightningDiT network called `name`, such as "LightningDiT-XL/1".
 
-    Raises UserError as `sit_config` does.
+    The other arguments and errors are those of `sit_config`.
     """
     if name not in MODEL_NAMES:
         raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")

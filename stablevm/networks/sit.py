@@ -13,7 +13,7 @@ _LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)  # as in 
 
 
 class SiT(DiffusionTransformer):
-    """Predicts a velocity (or whatever the loss asks for) from a noisy latent, its time and its label."""
+    """A SiT network, which predicts the velocity (or another target) from a noisy latent, a time and a label."""
 
     config: SiTConfig
 

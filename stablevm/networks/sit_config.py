@@ -1,4 +1,4 @@
-"""What defines a SiT network, and its named sizes. Free of torch, so that a command's help stays quick."""
+"""The configuration of SiT networks and the names of their sizes, without importing torch, so that help is fast."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,17 +16,18 @@ MODEL_NAMES = names_of("SiT", PATCH_SIZES)
 
 @dataclass(frozen=True, kw_only=True)
 class SiTConfig(TransformerConfig):
-    """A SiT network."""
+    """The configuration of a SiT network."""
 
     kind: ClassVar[str] = "sit"
     label_table: ClassVar[str] = "y_embedder.embedding_table.weight"
 
 
 def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any) -> SiTConfig:
-    """The configuration of the size called `name` ("SiT-XL/2"), for latents of the given shape.
+    """The configuration of the SiT network called `name`, such as "SiT-XL/2".
 
-    Raises UserError for a name outside the table, a patch that does not divide the latent, or an aligned block
-    that the network does not have.
+    Its latents have the shape (in_channels, input_size, input_size). options: other fields of the configuration.
+    Raises UserError for an unknown name, a patch that does not divide the latent, or an `encoder_depth` beyond the
+    network's blocks.
     """
     if name not in MODEL_NAMES:
         raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")

@@ -1,7 +1,7 @@
-"""The diffusion transformer (DiT: Peebles and Xie, 2023) that SiT and LightningDiT fill with blocks of their own.
+"""The diffusion transformer (DiT: Peebles and Xie, 2023), the common part of SiT and LightningDiT.
 
-Patches with fixed positions go through blocks that time and label modulate (adaLN-zero), with REPA's projectors (Yu et
-al., 2024) beside them. Parameters carry the names of the published checkpoints.
+Patches with fixed position embeddings pass through blocks modulated by time and label (adaLN-zero). REPA's projectors
+(Yu et al., 2024) read the tokens of one block. Parameters have the same names as in the published checkpoints.
 """
 
 import math
@@ -17,15 +17,15 @@ from stablevm.networks.projectors import build_projector
 from stablevm.networks.transformer_config import TransformerConfig
 from stablevm.support.precision import without_autocast
 
-MAX_PERIOD = 10_000.0  # longest wave of a sinusoidal embedding, over 2 pi (Vaswani et al., 2017, section 3.5)
-TIME_WAVES = 256  # cosines and sines that describe t (DiT's and SiT's code)
-EMBEDDING_STD = 0.02  # of label rows and of the time embedder's weights at the start (DiT's code)
+MAX_PERIOD = 10_000.0  # longest wavelength of a sinusoidal embedding / 2 pi (Vaswani et al., 2017, section 3.5)
+TIME_WAVES = 256  # cosines and sines in the embedding of t (DiT's and SiT's code)
+EMBEDDING_STD = 0.02  # initial standard deviation of the label table and the time embedder (DiT's code)
 
 
 class DiffusionTransformer(Backbone):
-    """Predicts a velocity (or whatever the loss asks for) from a noisy latent, its time and its label.
+    """A transformer that predicts the velocity (or another target) from a noisy latent, a time and a label.
 
-    A subclass says which blocks and which normalisation there are, and what the blocks are told besides the condition.
+    A subclass defines the blocks, the normalisation, and further inputs of the blocks besides the condition.
     """
 
     config: TransformerConfig
@@ -33,24 +33,24 @@ class DiffusionTransformer(Backbone):
     def __init__(self, config: TransformerConfig, generator: torch.Generator | None = None) -> None:
         """Build the network on the default device.
 
-        `generator` is a CPU generator that all first values are drawn from; without one, a generator seeded 0.
+        All parameters are drawn from `generator`, a CPU generator, or if None, from one seeded 0.
         """
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # layers made here neither take memory nor draw from the global random state
+        with torch.device("meta"):  # these layers neither take memory nor draw from the global random state
             self._build()
         self._initialise(generator or torch.Generator().manual_seed(0))
 
     @abstractmethod
     def _block(self) -> nn.Module:
-        """One block: from tokens (B, T, hidden), the condition (B, hidden) and `_context` to tokens."""
+        """A new block, which maps tokens (B, T, hidden), the condition (B, hidden) and `_context` to tokens."""
 
     @abstractmethod
     def _norm(self) -> nn.Module:
-        """The normalisation of tokens before the output."""
+        """A new normalisation layer for tokens."""
 
     def _context(self, device: torch.device) -> tuple[Tensor, ...]:
-        """What all blocks are given besides tokens and condition."""
+        """The inputs of all blocks besides tokens and condition."""
         return ()
 
     def _build(self) -> None:
@@ -73,7 +73,7 @@ class DiffusionTransformer(Backbone):
         self.final_layer = FinalLayer(self._norm(), hidden, config.patch_size**2 * config.in_channels)
 
     def _initialise(self, generator: torch.Generator) -> None:
-        """DiT's first values; adaLN and the output layer stay zero, so that each block starts as the identity."""
+        """Initialise as DiT does; adaLN and the output layer stay zero, so that each block starts as the identity."""
         materialize(self)
         xavier_uniform(self.x_embedder, generator)
         xavier_uniform(self.blocks, generator)
@@ -82,18 +82,18 @@ class DiffusionTransformer(Backbone):
                 nn.init.zeros_(parameter)
         for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
             normal(self.get_parameter(f"{name}.weight"), EMBEDDING_STD, generator)
-        xavier_uniform(self.projectors, generator)  # last: the rest is the same with projectors and without
+        xavier_uniform(self.projectors, generator)  # last, so that all else is the same with and without projectors
         with torch.no_grad():
             self.pos_embed.copy_(position_embedding(self.config.grid_size, self.config.hidden_size))
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """The prediction (B, C, H, W) for latents x (B, C, H, W), times t (B,) in [0, 1] and labels y (B,) int64.
+        """Predict (B, C, H, W) from latents x (B, C, H, W), times t (B,) in [0, 1] and labels y (B,) int64.
 
-        Labels run from 0 to num_classes; the last one is the null class, "no label". With `features`, returns
-        (prediction, one tensor of tokens (B, T, feature_dim) per projector), read after block `encoder_depth`;
-        without, the projectors don't run.
+        Labels run from 0 to num_classes; the last is the null class, "no label". With `features`, it returns a pair:
+        the prediction, and for each projector its tokens (B, T, feature_dim), computed after block `encoder_depth`.
+        Without, the projectors do not run.
         """
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
@@ -107,24 +107,24 @@ class DiffusionTransformer(Backbone):
         return (prediction, projected) if features else prediction
 
     def compile_blocks(self) -> None:
-        """Let torch.compile make faster kernels of the blocks, which all share one; names of parameters stay."""
+        """Compile the blocks, which share one compiled function, without changing the names of parameters."""
         for block in self.blocks:
             block.compile()
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, T, p * p * C), each patch row by row with channels last, to (B, C, H, W)."""
+        """Arrange patches (B, T, p * p * C), each row by row with channels last, as (B, C, H, W)."""
         grid, patch = self.config.grid_size, self.config.patch_size
         cells = patches.reshape(-1, grid, grid, patch, patch, self.config.in_channels)
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.in_channels, *2 * (grid * patch,))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero: DiT, section 3.2)."""
+    """A block of attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero; DiT, section 3.2)."""
 
     def __init__(
         self, hidden_size: int, *, norms: tuple[nn.Module, nn.Module], attn: nn.Module, mlp: nn.Module
     ) -> None:
-        """attn: from tokens (B, T, hidden), and what else the block is given, to tokens; mlp: from tokens alone."""
+        """Combine two normalisations, attn (from tokens (B, T, hidden) and context) and mlp (from tokens only)."""
         super().__init__()
         self.norm1, self.norm2 = norms
         self.attn, self.mlp = attn, mlp
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From tokens (B, T, hidden) to patches (B, T, patch_values)."""
+    """The output layer, from tokens (B, T, hidden) to patches (B, T, patch_values)."""
 
     def __init__(self, norm: nn.Module, hidden_size: int, patch_values: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class FinalLayer(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Times (B,) to vectors (B, hidden), through waves of 128 frequencies."""
+    """The embedding of times (B,) as vectors (B, hidden), by an MLP on sines and cosines of 128 frequencies."""
 
     def __init__(self, hidden_size: int, time_scale: float) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_WAVES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        """In float32 under autocast too: half precision can't tell neighbouring times apart."""
+        """Embed times (B,); float32 even under autocast, because half precision can't resolve neighbouring times."""
         with without_autocast(t.device):
             angles = (self.time_scale * t.float())[:, None] * time_frequencies(t.device)
             waves = torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -168,7 +168,7 @@ class TimeEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) to vectors (B, hidden): a row for each class and one for the null class."""
+    """The embedding of labels (B,) as vectors (B, hidden), with a row for each class and one for the null class."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -179,19 +179,21 @@ class LabelEmbedder(nn.Module):
 
 
 def time_frequencies(device: torch.device) -> Tensor:
-    """Of the cosines and sines that describe a time: (128,) float32, falling from 1."""
+    """The frequencies (128,) of the sines and cosines in the embedding of a time, float32, decreasing from 1."""
     count = TIME_WAVES // 2
     return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x (1 + scale) + shift`, the modulation of adaLN."""
     return x * (1 + scale) + shift
 
 
 def position_embedding(grid_size: int, dim: int) -> Tensor:
-    """Fixed sines and cosines of a token's column (first half) and row (second half): (grid_size^2, dim), float64.
+    """The fixed position embedding (grid_size^2, dim), float64: sines and cosines of a token's column and row.
 
-    `dim` is a multiple of 4. The values are those of DiT's `get_2d_sincos_pos_embed`.
+    The first half is for the column, the second for the row. `dim` is a multiple of 4. The values are those of DiT's
+    `get_2d_sincos_pos_embed`.
     """
     with torch.device("cpu"):
         frequencies = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -1,4 +1,4 @@
-"""What defines a transformer on patches, SiT or LightningDiT. Free of torch, so that a command's help stays quick."""
+"""The configuration shared by SiT and LightningDiT, and the table of sizes, without torch, so that help is fast."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,8 +10,9 @@ from stablevm.support.errors import UserError, arg
 
 @dataclass(frozen=True)
 class Size:
-    """One row of a table of sizes. `time_scale` multiplies t before its sinusoidal embedding; `projector_hidden` is
-    the width inside REPA's projectors.
+    """A row of the table of sizes.
+
+    time_scale: multiplies t before its sinusoidal embedding. projector_hidden: the width inside REPA's projectors.
     """
 
     depth: int
@@ -21,8 +22,8 @@ class Size:
     projector_hidden: int = 2048
 
 
-# SiT (Ma et al., 2024), table 1. Those networks feed t in [0, 1] to frequencies made for [0, 1000]; the small sizes
-# for 8-pixel images scale t by 1000 instead, which trains much faster (docs/experiments.md).
+# SiT (Ma et al., 2024), table 1. Those networks embed t in [0, 1] with frequencies chosen for [0, 1000]. The small
+# sizes, for 8-pixel images, multiply t by 1000, which trains much faster (docs/experiments.md).
 SIZES = {
     "XL": Size(depth=28, hidden_size=1152, num_heads=16),
     "L": Size(depth=24, hidden_size=1024, num_heads=16),
@@ -32,14 +33,14 @@ SIZES = {
     "XXS": Size(depth=2, hidden_size=64, num_heads=2, time_scale=1000.0, projector_hidden=128),
 }
 
-# Far above any network of this kind: a file that says more is damaged, or made to occupy the machine.
+# Far above any real network: a file with larger values is damaged, or meant to exhaust the machine.
 _LARGEST = {"patch_size": 4096, "hidden_size": LARGEST_WIDTH, "num_heads": 1024}
-_LARGEST_POSITIONS = 2**28  # values of the table of positions
+_LARGEST_POSITIONS = 2**28  # values of the position embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(NetworkConfig):
-    """A transformer whose tokens are square patches of the latent, each with a fixed position."""
+    """The configuration of a transformer whose tokens are square patches of the latent, with fixed positions."""
 
     patch_size: int
     hidden_size: int
@@ -49,11 +50,11 @@ class TransformerConfig(NetworkConfig):
 
     @property
     def grid_size(self) -> int:
-        """Tokens per side."""
+        """The number of tokens per side."""
         return self.input_size // self.patch_size
 
     def __post_init__(self) -> None:
-        """UserError for a network that can't be, or that nobody has: building it would take the machine down."""
+        """Raise UserError for an impossible network, or one so large that building it would exhaust the machine."""
         super().__post_init__()
         for name, largest in _LARGEST.items():
             check_within(self, name, largest)
@@ -76,21 +77,22 @@ AnyConfig = TypeVar("AnyConfig", bound=TransformerConfig)
 
 
 def names_of(family: str, patch_sizes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Names such as SiT-XL/2, for each size with each of its patches."""
+    """The names, such as SiT-XL/2, of each size with each of its patch sizes."""
     return tuple(f"{family}-{size}/{patch}" for size, patches in patch_sizes.items() for patch in patches)
 
 
 def sized_config(
     kind: type[AnyConfig], name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any
 ) -> AnyConfig:
-    """The configuration of the size called `name`, FAMILY-SIZE/PATCH, for square latents.
+    """The configuration of the network called `name` (FAMILY-SIZE/PATCH), for square latents.
 
-    UserError for a patch that does not divide the latent, or an aligned block that the network does not have.
+    UserError for a patch that does not divide the latent, or an `encoder_depth` beyond the network's blocks.
     """
     size_name, _, patch = name.partition("-")[2].partition("/")
     if input_size % int(patch):
         raise UserError(
-            f"{arg('model')} {name}: a patch of {patch} does not divide the latent of {input_size} x {input_size}"
+            f"{arg('model')} {name}: a patch of {patch} does not divide the latent of {input_size} x {input_size}; "
+            "choose another patch size"
         )
     values: dict[str, Any] = {**asdict(SIZES[size_name]), **options}
     config = kind(

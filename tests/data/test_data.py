@@ -149,9 +149,9 @@ class TestWriter:
         good = source(4)
         with pytest.raises(ValueError, match="moments_flip"):
             writer.add(**{name: tensor for name, tensor in good.items() if name != "images"})
-        with pytest.raises(ValueError, match=r"labels of shape \(3,\)"):
+        with pytest.raises(ValueError, match=r"labels has shape \(3,\), expected \(4,\)"):
             writer.add(**{**good, "labels": good["labels"][:3]})
-        with pytest.raises(ValueError, match="3 class names"):
+        with pytest.raises(ValueError, match="but there are 3 classes"):
             writer.add(**{**good, "labels": torch.tensor([0, 1, 2, 3])})
 
     def test_rows_that_are_not_finite_are_named_when_a_loader_asks(self, tmp_path):

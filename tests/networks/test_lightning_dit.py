@@ -73,7 +73,7 @@ def test_sizes_are_listed_and_others_refused():
         network_config("LightningDiT-B/4", input_size=16, in_channels=32, num_classes=10)
     with pytest.raises(UserError, match="a patch of 2 does not divide the latent of 5 x 5"):
         network_config("LightningDiT-B/2", input_size=5, in_channels=32, num_classes=10)
-    with pytest.raises(UserError, match="width of each head that is a multiple of 4"):
+    with pytest.raises(UserError, match="heads whose width is a multiple of 4"):
         LightningDiTConfig(name="x", input_size=4, in_channels=1, num_classes=2, depth=1, hidden_size=12, num_heads=2,
                            patch_size=1)  # fmt: skip
 
