@@ -322,7 +322,7 @@ def test_other_things_are_refused(folder, tmp_path):
     (tmp_path / "file.txt").write_text("")
     (folder / "vae-sd").mkdir()
     for path, message in [
-        (tmp_path / "nothing", "there is nothing"),
+        (tmp_path / "nothing", "it does not exist"),
         (tmp_path / "file.txt", "it is a file"),
         (tmp_path / "empty", "no images found"),
         (tmp_path / "bad.zip", "not a readable ZIP archive"),
