@@ -37,7 +37,7 @@ def open_storage(root: str | Path) -> "Storage":
         return FolderStorage(root)
     if root.is_file() and root.suffix.lower() == ".zip":
         return ZipStorage(root)
-    found = "it is another kind of file" if root.exists() else "it does not exist"
+    found = "it is a file" if root.exists() else "it does not exist"
     raise UserError(f"{root}: expected a folder or a .zip archive, but {found}; check the path")
 
 

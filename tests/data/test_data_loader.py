@@ -49,7 +49,9 @@ class TestSampler:
 
     @pytest.mark.parametrize("global_batch", [6, 0])
     def test_a_batch_that_the_processes_can_not_share(self, global_batch):
-        with pytest.raises(UserError, match=f"global_batch {global_batch}: expected a positive multiple of the number of processes, 4") as error:
+        with pytest.raises(
+            UserError, match=f"global_batch {global_batch}: expected a positive multiple of the number of processes, 4"
+        ) as error:
             StepSampler(10, global_batch, 0, 4, 0, 0, 1)
         one_line(error)
 
