@@ -81,9 +81,8 @@ class Manifest:
             return index | {"sizes": ((), np.dtype(np.int64)), "png": ((), np.dtype(np.uint8))}
         if kind == "images":
             return index | {"images": ((3, self.resolution, self.resolution), np.dtype(np.uint8))}
-        channels, height, width = self.latent.shape
         names = ("moments", "moments_flip") if self.has_flips else ("moments",)
-        moments = ((2 * channels, height, width), np.dtype(np.float16))
+        moments = (self.latent.moments_shape, np.dtype(np.float16))
         return index | {"labels": ((), np.dtype(np.int64))} | dict.fromkeys(names, moments)
 
     def write(self, folder: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from stablevm.data.dataset import Fingerprint, PreparedDataset, Rows, checked_rows, digest
 from stablevm.data.listing import LISTING_FILE, read_listing
 from stablevm.data.storage import READ_ERRORS, Storage, is_fault_of_file, open_storage
-from stablevm.networks.autoencoder import SD_AUTOENCODERS, SD_FACTOR, SD_SCALE, LatentSpec, latent_spec_of
+from stablevm.networks.autoencoder import SD_AUTOENCODERS, SD_FACTOR, SD_SCALE, LatentSpec, downsampling, latent_spec_of
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError, arg
 
@@ -185,21 +185,21 @@ class RepaDataset(PreparedDataset):
 
     def _latent_spec(self, recorded: Any) -> LatentSpec:
         channels, height, width = self.moments_shape
-        if channels % 2 or height != width:
+        if recorded is not None:
+            spec = self._recorded_spec(recorded)
+        elif self._vae is not None:
+            spec = latent_spec_of(self._vae, height * downsampling(self._vae))
+        elif channels % 2 or height != width:
             raise UserError(
                 f"{self._latents.root}/{self.names[0]}: shape {self.moments_shape}, expected (2C, side, side): "
                 "mean and standard deviation"
             )
-        if recorded is not None:
-            spec = self._recorded_spec(recorded)
-        elif self._vae is not None:
-            spec = latent_spec_of(self._vae, height * ASSUMED_FACTOR)
         else:
             spec = LatentSpec((channels // 2, height, width), ASSUMED_SCALE, 0.0, ASSUMED_AUTOENCODER)
-        if spec.shape != (channels // 2, height, width):
+        if spec.moments_shape != self.moments_shape:
             raise UserError(
-                f"{arg('folder')} {self.folder}: {spec.autoencoder} makes latents of shape {spec.shape}, but "
-                f"{self.names[0]} has {(channels // 2, height, width)}; name the autoencoder that made them"
+                f"{arg('folder')} {self.folder}: {spec.autoencoder} makes moments of shape "
+                f"{spec.moments_shape}, but {self.names[0]} has {self.moments_shape}; name the autoencoder that made it"
             )
         return spec
 
@@ -248,11 +248,11 @@ def _told(storage: Storage, name: str, maker: str) -> Iterator[None]:
 
 
 def _load(storage: Storage, name: str) -> np.ndarray:
-    """The moments (2C, h, w) in a file, whose array may have a leading dimension of 1."""
+    """The moments (2C, h, w), or (C, h, w) if deterministic, in a file; its array may have a leading dimension of 1."""
     with _told(storage, name, "encode"), storage.open(name) as file:
         values = np.lib.format.read_array(file, allow_pickle=False)
     if values.ndim == 4 and len(values) == 1:
         values = values[0]
     if values.ndim != 3 or values.dtype.kind != "f":
-        raise UserError(f"{storage.root}/{name}: {values.dtype} {values.shape}, expected floats of (2C, h, w)")
+        raise UserError(f"{storage.root}/{name}: {values.dtype} {values.shape}, expected floats of three dimensions")
     return values

@@ -147,7 +147,7 @@ def _pictures(dataset: PreparedDataset, rows: NDArray[np.int64]) -> NDArray[np.u
     """uint8 (n, H, W, 3)."""
     if dataset.has_images:
         return dataset.images(rows).permute(0, 2, 3, 1).numpy()
-    mean = dataset.moments(rows).float().chunk(2, dim=1)[0]
+    mean, _ = dataset.latent.split(dataset.moments(rows))
     colours = mean[:, torch.arange(3) % mean.shape[1]]
     low, high = colours.amin((0, 2, 3), keepdim=True), colours.amax((0, 2, 3), keepdim=True)
     return ((colours - low) / (high - low).clamp(min=1e-6) * 255).byte().permute(0, 2, 3, 1).numpy()

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from stablevm.support.errors import UserError, arg
-from stablevm.support.extras import need
 from stablevm.support.files import sha256
-from stablevm.support.hub import check_reachable
 
 IDENTITY = "identity"
 # Stable Diffusion's autoencoder (Rombach et al., 2022) and its fine-tuned decoders: the scale of the latents, and the
@@ -27,7 +25,6 @@ SD_SCALE, SD_FACTOR = 0.18215, 8
 SD_AUTOENCODERS = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
-_PROBE = 4096  # pixels: a side that every factor divides
 LARGEST_SIDE = 65_536  # of a latent; a file that claims more is damaged
 PerChannel = float | tuple[float, ...]  # one number for all channels, or one for each
 
@@ -37,15 +34,17 @@ class LatentSpec:
     """The shape and scale of latents and the autoencoder that makes them.
 
     It is recorded in prepared data and in each checkpoint, and compared when the two are used together. Two are equal
-    if shape, scale, shift and autoencoder are. The autoencoder in a folder is identified by its content, not its path.
+    if shape, scale, shift, the form of moments and autoencoder are. The autoencoder in a folder is identified by its
+    content, not its path.
     """
 
     shape: tuple[int, int, int]  # channels, height, width
     scale: PerChannel
     shift: PerChannel
-    autoencoder: str  # "identity" (latent = pixels), or a diffusers AutoencoderKL's name or folder
+    autoencoder: str  # "identity" (latent = pixels), or the name or folder of one of diffusers
     fingerprint: str | None = None  # SHA-256 of a folder's configuration and weights; None for names, and in old files
     measured: bool = False  # whether scale and shift were measured on the data, instead of from the configuration
+    deterministic: bool = False  # whether moments are means alone, because the encoder gives no standard deviation
 
     def __post_init__(self) -> None:
         """Raise UserError for impossible values."""
@@ -63,8 +62,8 @@ class LatentSpec:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LatentSpec):
             return NotImplemented
-        same = (self.shape, self.scale, self.shift) == (other.shape, other.scale, other.shift)
-        return same and self.has_autoencoder_of(other)
+        ours, theirs = ((each.shape, each.scale, each.shift, each.deterministic) for each in (self, other))
+        return ours == theirs and self.has_autoencoder_of(other)
 
     def __hash__(self) -> int:
         return hash((self.shape, self.scale, self.shift))
@@ -87,17 +86,31 @@ class LatentSpec:
         """The fields as JSON values."""
         return asdict(self)
 
-    def from_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, C, h, w) sampled from moments (B, 2C, h, w), which are means and standard deviations.
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """The shape of one sample's moments: means and standard deviations, or the means alone if deterministic."""
+        channels, height, width = self.shape
+        return channels * (1 if self.deterministic else 2), height, width
 
-        noise: (B, C, h, w), standard normal.
+    def from_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents (B, C, h, w) sampled from moments (B, *moments_shape).
+
+        noise: (B, C, h, w), standard normal; it has no effect if the encoder is deterministic.
         """
-        mean, deviation = moments.float().chunk(2, dim=1)
-        return self.normalize(mean + deviation * noise)
+        mean, deviation = self.split(moments)
+        return self.normalize(mean if deviation is None else mean + deviation * noise)
 
     def means(self, moments: Tensor) -> Tensor:
-        """The means (B, C, h, w) of the latents with moments (B, 2C, h, w)."""
-        return self.normalize(moments.float().chunk(2, dim=1)[0])
+        """The means (B, C, h, w) of the latents with moments (B, *moments_shape)."""
+        return self.normalize(self.split(moments)[0])
+
+    def split(self, moments: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Means and standard deviations (B, C, h, w), float32, of raw latents; None if the encoder is deterministic."""
+        moments = moments.float()
+        if self.deterministic:
+            return moments, None
+        mean, deviation = moments.chunk(2, dim=1)
+        return mean, deviation
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Convert the autoencoder's own latents (B, C, h, w) to those of the network: `(raw - shift) * scale`."""
@@ -135,7 +148,7 @@ class Autoencoder(Protocol):
     latent: LatentSpec
 
     def encode(self, images: Tensor) -> Tensor:
-        """The moments (B, 2C, h, w), float32, of the autoencoder's own latents: means, then standard deviations."""
+        """The moments (B, *latent.moments_shape), float32, of the autoencoder's own latents."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the network's latents (B, C, h, w) to uint8 images (B, 3, H, W) on the CPU."""
@@ -160,24 +173,6 @@ class IdentityAutoencoder:
         return unit_to_pixels(self.latent.denormalize(latents.float())).expand(-1, 3, -1, -1).cpu()
 
 
-class KLAutoencoder:
-    """An AutoencoderKL of diffusers, such as Stable Diffusion's (Rombach et al., 2022)."""
-
-    def __init__(self, latent: LatentSpec, model: Any) -> None:
-        self.latent = latent
-        self.model = model.float().eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        posterior = self.model.encode(pixels_to_unit(images.to(self.model.device))).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        raw = self.latent.denormalize(latents.to(self.model.device, torch.float32))
-        return unit_to_pixels(self.model.decode(raw).sample).cpu()
-
-
 def load_autoencoder(latent: LatentSpec, *, name: str | None = None, device: torch.device | str = "cpu") -> Autoencoder:
     """Load the autoencoder of `latent`, or the one called `name`: "identity", "mse", "ema", a hub name or a folder.
 
@@ -200,7 +195,8 @@ def latent_spec_of(name: str, resolution: int) -> LatentSpec:
 
 def downsampling(name: str) -> int:
     """The downsampling factor of the autoencoder called `name`, in pixels per latent pixel and side."""
-    return _PROBE // latent_spec_of(name, _PROBE).shape[1]
+    source = full_name(name)
+    return _kind_of(source).factor(source)
 
 
 @dataclass(frozen=True)
@@ -209,12 +205,13 @@ class AutoencoderKind:
 
     knows: Callable[[str], bool]  # whether a full name is of this kind
     latent: Callable[[str, int], LatentSpec]  # the latents, by full name and side of the square images in pixels
+    factor: Callable[[str], int]  # pixels along the side of one latent pixel, by full name
     # Loads an autoencoder, by the latents, its full name, whether that is the one recorded with them, and the device.
     load: Callable[[LatentSpec, str, bool, torch.device | str], Autoencoder]
 
 
 def _kind_of(source: str) -> AutoencoderKind:
-    return next((kind for kind in AUTOENCODERS if kind.knows(source)), _KL)
+    return next((kind for kind in AUTOENCODERS if kind.knows(source)), _OF_DIFFUSERS)
 
 
 def _load_identity(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
@@ -225,117 +222,32 @@ def _identity_latent(source: str, resolution: int) -> LatentSpec:
     return LatentSpec(shape=(3, resolution, resolution), scale=1.0, shift=0.0, autoencoder=IDENTITY)
 
 
-def _load_autoencoder_kl(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
+def _latent_of_diffusers(source: str, resolution: int) -> LatentSpec:
+    from stablevm.networks.diffusers_autoencoders import latent_of
+
+    return latent_of(source, resolution)
+
+
+def _factor_of_diffusers(source: str) -> int:
+    from stablevm.networks.diffusers_autoencoders import factor_of
+
+    return factor_of(source)
+
+
+def _load_by_diffusers(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
+    from stablevm.networks.diffusers_autoencoders import load
+
     if recorded and not latent.is_by(source):
         raise UserError(
             f"autoencoder {source}: configuration or weights have changed since the data was encoded; "
             f"give the folder with the original ones as {arg('autoencoder')}"
         )
-    model = _load_kl(source)
-    ours, theirs = (latent.shape[0], latent.scale, latent.shift), _latent_facts(source, model.config)
-    if ours[0] != theirs[0] or (ours != theirs and not latent.measured):
-        raise UserError(
-            f"autoencoder {source}: (channels, scale, shift) of its latents are {theirs}, but data and network have "
-            f"{ours}; give the autoencoder that the data was prepared with, {latent.autoencoder}"
-        )
-    return KLAutoencoder(latent, model.to(device))
+    return load(latent, source, device)
 
 
-def _kl_latent(source: str, resolution: int) -> LatentSpec:
-    config = _read_kl_config(source)
-    channels, scale, shift = _latent_facts(source, config)
-    factor = 2 ** (len(config.block_out_channels) - 1)  # every block of the encoder except the last halves the side
-    side, rest = divmod(resolution, factor)
-    if rest:
-        raise UserError(f"{arg('resolution')} {resolution}: autoencoder {source} needs a multiple of {factor}")
-    return LatentSpec((channels, side, side), scale, shift, source, fingerprint(source))
-
-
-# Kinds that have names of their own; any other name is the folder or the hub name of a KL autoencoder.
-AUTOENCODERS = [AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, _load_identity)]
-_KL = AutoencoderKind(lambda source: True, _kl_latent, _load_autoencoder_kl)
-
-
-def _latent_facts(source: str, config: Any) -> tuple[int, PerChannel, PerChannel]:
-    """The number of channels, and the scale and shift of `(z - shift) * scale`.
-
-    If the configuration has `latents_mean` m and `latents_std` s for each channel, the latent is
-    `(z - m) * scaling_factor / s`, as in diffusers' pipelines for Stable Diffusion XL; otherwise it is
-    `(z - shift_factor) * scaling_factor`. UserError if it has only one of m and s, or both with a shift factor, which
-    those pipelines silently ignore.
-    """
-    channels, factor, shift = config.latent_channels, config.scaling_factor, config.shift_factor or 0.0
-    means, deviations = config.latents_mean, config.latents_std
-    if means is None and deviations is None:
-        return channels, factor, shift
-    if means is None or deviations is None or shift:
-        found = "shift_factor beside latents_mean" if shift else f"latents_{'std' if means is None else 'mean'} alone"
-        raise UserError(
-            f"autoencoder {source}: its {CONFIG_FILE} has {found}, which does not define how latents are normalised; "
-            "give both latents_mean and latents_std without shift_factor, or neither"
-        )
-    if not len(means) == len(deviations) == channels or not all(deviations):
-        raise UserError(
-            f"autoencoder {source}: latents_mean and latents_std have {len(means)} and {len(deviations)} numbers, "
-            f"expected {channels} each, none of latents_std 0; correct its {CONFIG_FILE}"
-        )
-    return channels, tuple(factor / deviation for deviation in deviations), tuple(map(float, means))
-
-
-def _load_kl(source: str) -> Any:
-    kl_class = _autoencoder_kl(source)
-    _check_there(source, CONFIG_FILE, WEIGHTS_FILE)
-    try:
-        model, info = kl_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise _load_error(source, error) from None
-    if info["missing_keys"]:  # diffusers would leave them random, with only a warning
-        raise UserError(
-            f"autoencoder {source}: {len(info['missing_keys'])} tensors are missing from its weights, "
-            f"the first {min(info['missing_keys'])}; download it again"
-        )
-    return model
-
-
-def _read_kl_config(source: str) -> Any:
-    """The configuration with default values filled in; old ones, such as sd-vae-ft-mse's, lack the scaling factor."""
-    kl_class = _autoencoder_kl(source)
-    _check_there(source, CONFIG_FILE)
-    try:
-        values = kl_class.load_config(source)
-    except (OSError, ValueError) as error:
-        raise _load_error(source, error) from None
-    with torch.device("meta"):
-        return kl_class.from_config(values).config
-
-
-def _check_there(source: str, *files: str) -> None:
-    """Check the source before diffusers does: a folder is never looked up on the hub, and an unreachable hub is
-    reported at once.
-    """
-    if is_folder(source):
-        existing_folder(source)
-        return
-    try:
-        for file in files:
-            check_reachable(source, file)
-    except OSError as error:
-        raise _load_error(source, error) from None
-
-
-def _autoencoder_kl(source: str) -> Any:
-    need(f"autoencoder {source}", "diffusers")
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL
-
-
-def _load_error(source: str, error: Exception) -> UserError:
-    cause = str(error).strip().partition("\n")[0].rstrip(".")
-    return UserError(
-        f"autoencoder {source}: can't be loaded ({cause}); give mse, ema, a hub name, "
-        f"or a folder with {CONFIG_FILE} and {WEIGHTS_FILE} as {arg('autoencoder')}"
-    )
+# Kinds that have names of their own; any other name is the folder or the hub name of one of diffusers.
+AUTOENCODERS = [AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, lambda source: 1, _load_identity)]
+_OF_DIFFUSERS = AutoencoderKind(lambda source: True, _latent_of_diffusers, _factor_of_diffusers, _load_by_diffusers)
 
 
 def is_folder(name: str) -> bool:

@@ -114,7 +114,8 @@ class EncodeConfig:
     dest: Path
     """Folder for the latents, or a name that ends with .zip for an uncompressed archive."""
     vae: Annotated[str, tyro.conf.arg(aliases=["--model-url"])] = "mse"
-    """Autoencoder: mse or ema (Stability AI's), any diffusers AutoencoderKL by name or folder, or identity."""
+    """Autoencoder: mse or ema (Stability AI's), one of diffusers by name or folder (AutoencoderKL, AutoencoderDC,
+    AutoencoderRAE, Qwen-Image's, Flux 2's), or identity."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder."""
     max_images: int | None = None
@@ -139,7 +140,8 @@ class EncodeShardsConfig:
     data_dir: Path
     """Folder of converted shards: the --dest of convert."""
     vae: str = "mse"
-    """Autoencoder: mse or ema (Stability AI's), any diffusers AutoencoderKL by name or folder, or identity."""
+    """Autoencoder: mse or ema (Stability AI's), one of diffusers by name or folder (AutoencoderKL, AutoencoderDC,
+    AutoencoderRAE, Qwen-Image's, Flux 2's), or identity."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder."""
     flip: bool = False

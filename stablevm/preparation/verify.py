@@ -115,7 +115,10 @@ def _check_moments(dataset: PreparedDataset, faults: list[str], rows: range) -> 
     if dataset.has_flips:
         named["moments_flip"] = dataset.moments_flip(rows)
     for name, moments in named.items():
-        deviation = moments.float().chunk(2, dim=1)[1]
-        for what, bad in (("not finite", ~moments.isfinite()), ("a negative standard deviation", deviation < 0)):
+        _, deviation = dataset.latent.split(moments)
+        kinds = [("not finite", ~moments.isfinite())]
+        if deviation is not None:
+            kinds.append(("a negative standard deviation", deviation < 0))
+        for what, bad in kinds:
             for row in bad.flatten(1).any(1).nonzero().flatten().tolist():
                 faults.append(f"{dataset.folder}: {name} of row {rows[row]}: {what}")

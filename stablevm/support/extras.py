@@ -11,6 +11,7 @@ EXTRAS = {
     "data": _DATA,
     "plots": _PLOTS,
     "vae": frozenset({"diffusers"}),
+    "rae": frozenset({"diffusers", "transformers"}),
     "hub": frozenset({"huggingface_hub"}),
     "wandb": frozenset({"wandb"}),
     "eval": _PLOTS | {"torch_fidelity"},

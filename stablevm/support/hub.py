@@ -3,10 +3,19 @@
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from stablevm.support.extras import need
 
 PATIENCE_SECONDS = 10.0
+
+
+def downloaded(repository: str, file: str) -> Path:
+    """The file of the hub's `repository`, fetched unless it is in the cache."""
+    need(f"the hub's {repository}", "huggingface_hub")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, file))
 
 
 def check_reachable(repository: str, *files: str) -> None:

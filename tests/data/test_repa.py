@@ -200,7 +200,7 @@ def test_a_first_image_that_tells_no_size_is_named(tmp_path, content):
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     folder = write_repa(tmp_path / "a", {"latent": {"shape": [4, 4, 4], "scale": 1, "shift": 0, "autoencoder": "x"}})
-    with pytest.raises(UserError, match="are announced"):
+    with pytest.raises(UserError, match="name the autoencoder that made"):
         RepaDataset(folder)
     (folder / "vae-sd" / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"dataset.json: no such file"):

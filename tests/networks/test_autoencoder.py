@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablevm.networks import autoencoder
+from stablevm.networks import diffusers_autoencoders
 from stablevm.networks.autoencoder import (
     LatentSpec,
     fingerprint,
@@ -111,8 +111,8 @@ def test_short_names_stand_for_the_fine_tuned_decoders(monkeypatch):
             asked.append(source)
             raise OSError("offline.\nA second line of advice.")
 
-    monkeypatch.setattr(autoencoder, "_autoencoder_kl", lambda source: Asked)
-    monkeypatch.setattr(autoencoder, "check_reachable", lambda repository, file: None)
+    monkeypatch.setattr(diffusers_autoencoders, "_class", lambda source, name: Asked)
+    monkeypatch.setattr(diffusers_autoencoders, "check_reachable", lambda repository, file: None)
     for name in ("mse", "ema"):
         with pytest.raises(UserError, match=r"offline\); give") as error:
             latent_spec_of(name, 256)
@@ -178,7 +178,7 @@ def test_a_folder_is_recorded_resolved_and_known_however_it_is_spelled(tiny_kl, 
     recorded = latent_spec_of("vae", 16)
     assert all(recorded.is_by(name) for name in [*spellings, str(tiny_kl)])
     monkeypatch.chdir("/")
-    assert type(load_autoencoder(recorded)).__name__ == "KLAutoencoder"
+    assert type(load_autoencoder(recorded)).__name__ == "DiffusersAutoencoder"
 
 
 def test_a_folder_keeps_its_identity_where_it_moves_and_loses_it_with_its_content(tiny_kl, tmp_path):
@@ -238,7 +238,7 @@ def test_only_what_a_hub_can_have_is_looked_up_there(name, folder, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert is_folder(name) == folder
     if folder:
-        monkeypatch.setattr(autoencoder, "_autoencoder_kl", lambda source: pytest.fail("asks diffusers"))
+        monkeypatch.setattr(diffusers_autoencoders, "_class", lambda source, name: pytest.fail("asks diffusers"))
         with pytest.raises(UserError, match="no such folder"):
             fingerprint(name)
         assert Path(full_name(name)).is_absolute() and "~" not in full_name(name)

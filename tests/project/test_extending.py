@@ -160,7 +160,7 @@ def test_the_layout_that_is_shown_is_opened(tmp_path):
 def test_the_autoencoder_that_is_shown_encodes_and_decodes():
     with added("Another autoencoder", autoencoder.AUTOENCODERS, autoencoder):
         latent = latent_spec_of("pooled", 8)
-        assert latent == LatentSpec((3, 4, 4), 1.0, 0.0, "pooled")
+        assert latent == LatentSpec((3, 4, 4), 1.0, 0.0, "pooled", deterministic=True)
         images = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
         images = (16 * images).repeat(1, 3, 1, 1)
         coder = load_autoencoder(latent)
