@@ -16,7 +16,7 @@ from stablevm.profiling.config import BenchmarkConfig
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
-from stablevm.support.options import as_typed
+from stablevm.support.options import Group, as_typed, groups_of, in_options
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import TrainConfig
 
@@ -58,7 +58,7 @@ def docstrings(config: type) -> dict[str, str]:
         for field, text in zip(definition.body, definition.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 assert isinstance(field.target, ast.Name)
-                found[field.target.id] = " ".join(str(text.value.value).split())
+                found[field.target.id] = in_options(" ".join(str(text.value.value).split()))
     return found
 
 
@@ -83,25 +83,25 @@ def values(hint: Any) -> str:
     return " or ".join(dict.fromkeys(values(part) for part in parts if part in KINDS or get_origin(part)))
 
 
-def rows(config: type) -> Iterator[str]:
-    """A line for each option, those of a dataclass within this one in their place."""
-    text, hints = docstrings(config), get_type_hints(config)
-    for field in dataclasses.fields(config):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from rows(hint)
-            continue
+def rows(group: Group) -> Iterator[str]:
+    """A line for each option."""
+    text, hints = docstrings(group.kind), get_type_hints(group.kind)
+    for field in group.fields:
         positional = "Positional" in str(field.type)
         name = field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
-        cells = (f"`{name}`", values(hint), default(field), text[field.name].replace("|", "\\|"))
+        cells = (f"`{name}`", values(hints[field.name]), default(field), text[field.name].replace("|", "\\|"))
         yield f"| {' | '.join(cells)} |"
 
 
 def section(command: str, config: type) -> str:
     purpose = " ".join(inspect.cleandoc(config.__doc__ or "").split())
-    head = ["| option | takes | default | |", "| --- | --- | --- | --- |"]
-    return "\n".join([f"## {command}", "", purpose, "", *head, *rows(config)])
+    groups = groups_of(config)
+    lines = [f"## {command}", "", purpose, ""]
+    for group in groups:
+        if len(groups) > 1:
+            lines += [f"**{group.title}**" + (f": {group.purpose}" if group.purpose else ""), ""]
+        lines += ["| option | takes | default | |", "| --- | --- | --- | --- |", *rows(group), ""]
+    return "\n".join(lines).strip()
 
 
 def page() -> str:

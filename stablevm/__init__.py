@@ -19,26 +19,38 @@ from stablevm.support.extras import explained
 from stablevm.support.moved import keep_old_addresses
 from stablevm.support.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over_space, weighted_alignment
-    from stablevm.bank import ClassBank
-    from stablevm.draw import Draw, ObjectiveSettings
+if TYPE_CHECKING:  # what editors and type checkers see; a test compares it with _HOMES
+    from stablevm.alignment import AlignmentSchedule as AlignmentSchedule
+    from stablevm.alignment import alignment_loss as alignment_loss
+    from stablevm.alignment import normalize_over_space as normalize_over_space
+    from stablevm.alignment import weighted_alignment as weighted_alignment
+    from stablevm.bank import ClassBank as ClassBank
+    from stablevm.draw import Draw as Draw
+    from stablevm.draw import ObjectiveSettings as ObjectiveSettings
     from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
-    from stablevm.interpolant import COSINE, LINEAR, Interpolant
-    from stablevm.metrics.neighbours import coverage, precision_recall
-    from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
-    from stablevm.objective import FlowMatching, StableTargetField, StableVM, squared_error
-    from stablevm.posterior import Posterior
-    from stablevm.solvers.fixed_steps import stable_velocity_step
-    from stablevm.solvers.integration import integrate
-    from stablevm.solvers.settings import SamplerSettings
-    from stablevm.support.errors import UserError
-    from stablevm.times import draw_times
-    from stablevm.variance import VarianceCurve, variance_curve
+    from stablevm.interpolant import COSINE as COSINE
+    from stablevm.interpolant import LINEAR as LINEAR
+    from stablevm.interpolant import Interpolant as Interpolant
+    from stablevm.metrics.neighbours import coverage as coverage
+    from stablevm.metrics.neighbours import precision_recall as precision_recall
+    from stablevm.metrics.statistics import FeatureStatistics as FeatureStatistics
+    from stablevm.metrics.statistics import frechet_distance as frechet_distance
+    from stablevm.objective import FlowMatching as FlowMatching
+    from stablevm.objective import StableTargetField as StableTargetField
+    from stablevm.objective import StableVM as StableVM
+    from stablevm.objective import squared_error as squared_error
+    from stablevm.posterior import Posterior as Posterior
+    from stablevm.solvers.fixed_steps import stable_velocity_step as stable_velocity_step
+    from stablevm.solvers.integration import integrate as integrate
+    from stablevm.solvers.settings import SamplerSettings as SamplerSettings
+    from stablevm.support.errors import UserError as UserError
+    from stablevm.times import draw_times as draw_times
+    from stablevm.variance import VarianceCurve as VarianceCurve
+    from stablevm.variance import variance_curve as variance_curve
 
 keep_old_addresses()
 
-# The module of each public name. __all__ lists them too, except the one that needs diffusers, which is optional.
+# The module of each public name.
 _HOMES = {
     "alignment": ("AlignmentSchedule", "alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
@@ -60,34 +72,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Names that were public: what each is called now, and the version that removes the old name (see CONTRIBUTING.md).
 _MOVED = {"Protocol": ("stablevm.ObjectiveSettings", "0.3")}
 
-__all__ = [
-    "COSINE",
-    "LINEAR",
-    "AlignmentSchedule",
-    "ClassBank",
-    "Draw",
-    "FeatureStatistics",
-    "FlowMatching",
-    "Interpolant",
-    "ObjectiveSettings",
-    "Posterior",
-    "SamplerSettings",
-    "StableTargetField",
-    "StableVM",
-    "UserError",
-    "VarianceCurve",
-    "alignment_loss",
-    "coverage",
-    "draw_times",
-    "frechet_distance",
-    "integrate",
-    "normalize_over_space",
-    "precision_recall",
-    "squared_error",
-    "stable_velocity_step",
-    "variance_curve",
-    "weighted_alignment",
-]
+# All of them but the one that needs diffusers, which is optional.
+__all__ = sorted(set(_HOME_OF) - {"StableVSFlowMatchScheduler"})
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stablevm.choices import WeightName
 from stablevm.interpolant import LINEAR, Interpolant
-from stablevm.support.errors import UserError, arg
-
-WeightName = Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"]
+from stablevm.support.errors import UserError
+from stablevm.support.ranges import FINITE_ABOVE_0, TIME_ABOVE_0, check_word
 
 # Added to the deviation over patches, as in iREPA (Singh et al., 2025).
 IREPA_EPSILON = 1e-6
@@ -69,15 +68,11 @@ class AlignmentSchedule:
     steepness: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(WeightName):
-            expected = ", ".join(get_args(WeightName))
-            raise UserError(f"name {self.name!r}: expected one of {expected}")
+        check_word("name", self.name, WeightName)
         if not isinstance(self.path, Interpolant):
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
-        if not 0 < self.tau <= 1:
-            raise UserError(f"{arg('tau')} {self.tau}: expected a time in (0, 1]")
-        if not 0 < self.steepness < math.inf:
-            raise UserError(f"{arg('steepness')} {self.steepness}: expected a finite number above 0")
+        TIME_ABOVE_0.check("tau", self.tau)
+        FINITE_ABOVE_0.check("steepness", self.steepness)
 
     def __call__(self, t: Tensor) -> Tensor:
         """The weights in [0, 1] at times `t` in [0, 1], with the shape of `t`."""

@@ -1,19 +1,18 @@
 """One batch to regress on: noisy samples with times, labels and targets, and how each of these is made."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from stablevm.bank import NO_ID
+from stablevm.choices import Prediction, TimeName
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.support.errors import UserError, arg
+from stablevm.support.ranges import CHANCE, check_word
 from stablevm.support.rng import AnyGenerator, rand, randn, to_device
 from stablevm.support.shapes import ShownByShape
-from stablevm.times import TimeName, draw_times
-
-Prediction = Literal["v", "x"]
+from stablevm.times import draw_times
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,14 +52,11 @@ class ObjectiveSettings:
     null_class: int | None = None
 
     def __post_init__(self) -> None:
-        if self.prediction not in ("v", "x"):
-            raise UserError(f"{arg('prediction')} {self.prediction!r}: expected v or x")
+        check_word("prediction", self.prediction, Prediction)
         if not isinstance(self.path, Interpolant):
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
-        if self.weighting not in get_args(TimeName):
-            raise UserError(f"{arg('weighting')} {self.weighting!r}: expected one of {', '.join(get_args(TimeName))}")
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"{arg('label_dropout')} {self.label_dropout}: expected a probability in [0, 1]")
+        check_word("weighting", self.weighting, TimeName)
+        CHANCE.check("label_dropout", self.label_dropout)
         if self.label_dropout and self.null_class is None:
             raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
 

@@ -10,19 +10,18 @@ An objective knows neither the network nor the trainer, so it fits into any trai
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stablevm.bank import NO_ID, ClassBank, check_batch, check_labels, check_positions, check_shares
+from stablevm.choices import Anchors
 from stablevm.draw import Draw, Noisy, ObjectiveSettings, drop_labels, known_ids, perturb, with_target
 from stablevm.posterior import Posterior, posterior, posterior_over_blocks
-from stablevm.support.errors import UserError, arg
+from stablevm.support.errors import UserError
 from stablevm.support.moved import old_names, renamed
+from stablevm.support.ranges import AT_LEAST_1, TIME, check_word
 from stablevm.support.rng import AnyGenerator, RowGenerators, rand, to_device, warn_if_drawn_alike
-
-Anchors = Literal["bank", "batch"]
 
 # References drawn from all classes for the samples whose label was dropped, as many as in the published toy study.
 POOL_SIZE = 2048
@@ -186,10 +185,8 @@ class StableVM(_Objective):
         class_shares: Tensor | None = None,
         references_from: float = 0.0,
     ) -> None:
-        if anchors not in ("bank", "batch"):
-            raise UserError(f"{arg('anchors')} {anchors!r}: expected bank or batch")
-        if pool_size < 1:
-            raise UserError(f"{arg('pool_size')} {pool_size}: expected at least 1")
+        check_word("anchors", anchors, Anchors)
+        AT_LEAST_1.check("pool_size", pool_size)
         if class_shares is not None:
             check_shares(class_shares, bank.num_classes)
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
@@ -321,8 +318,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _time(references_from: float) -> float:
-    if not 0 <= references_from <= 1:
-        raise UserError(f"references_from {references_from}: expected a time in [0, 1]")
+    TIME.check("references_from", references_from)
     return references_from
 
 

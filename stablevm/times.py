@@ -1,16 +1,13 @@
 """Distributions of training times: uniform, EDM's log-normal noise levels, SD3's logit-normal."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
+from stablevm.choices import TimeName
 from stablevm.interpolant import Interpolant
-from stablevm.support.errors import UserError, arg
 from stablevm.support.moved import renamed
+from stablevm.support.ranges import check_word
 from stablevm.support.rng import AnyGenerator, rand, randn
-
-TimeName = Literal["uniform", "lognormal", "logit_normal"]
 
 # ln(sigma/alpha) ~ N(mean, std^2): EDM (Karras et al., 2022, table 1) and SD3 (Esser et al., 2024, section 3.1).
 LOG_RATIO_MOMENTS = {"lognormal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
@@ -26,9 +23,8 @@ def draw_times(name: TimeName, path: Interpolant, rows: int, generator: AnyGener
 
     Raises UserError for any other name.
     """
+    check_word("weighting", name, TimeName)
     if name == "uniform":
         return rand((rows,), generator)
-    if name not in LOG_RATIO_MOMENTS:
-        raise UserError(f"{arg('weighting')} {name!r}: expected one of {', '.join(get_args(TimeName))}")
     mean, deviation = LOG_RATIO_MOMENTS[name]
     return path.time_at_ratio(torch.exp(mean + deviation * randn((rows,), generator)))

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from stablevm.choices import Arithmetic, SquareTransform
 from stablevm.sampling.config import GenerateConfig
 from stablevm.support.errors import UserError
 from stablevm.support.options import idle_warnings, require, writable
+from stablevm.support.ranges import Count, Natural, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,14 @@ class EvaluationOptions:
     names of training, or any vision transformer's name in timm."""
     encoder_weights: Path | None = None
     """File with the encoder's weights. Default: downloaded once by timm."""
-    precision_recall: Literal["exact", "adm"] = "exact"
+    precision_recall: Arithmetic = "exact"
     """exact: distances of float32 features, and density, coverage and memorisation from them. adm: squared distances in
     float16, as ADM's script rounds them."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per forward pass, 1 or more. It changes speed and memory alone."""
     cache_dir: Path | None = None
     """Folder of features that were computed before. Default: stablevm/features in the user's cache folder."""
-    cache_gigabytes: float = 20.0
+    cache_gigabytes: NotNegative = 20.0
     """Space for them: files used longest ago are removed beyond it."""
     output: Path | None = None
     """JSON file for the results. Default: the samples' name with .json."""
@@ -50,8 +52,6 @@ class EvaluationOptions:
         require(
             self,
             [
-                ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("cache_gigabytes", self.cache_gigabytes >= 0, "0 or more"),
                 writable("cache_dir", self.cache_dir),
                 writable("output", self.output, is_folder=False),
                 ("inception", self.inception or bool(self.enc_type or self.extractor), "an --enc-type to use"),
@@ -122,23 +122,23 @@ class ReferenceConfig:
     """The .npz file to write."""
     split: str = "train"
     """Which split of a prepared data set."""
-    num_images: int = 10_000
+    num_images: Count = 10_000
     """Images in the file, drawn from the set, for precision and recall; all of a smaller set."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Side of the images in pixels; for a folder of images of various sizes, which are cropped to it."""
-    transform: Literal["center-crop-dhariwal", "center-crop", "none"] = "center-crop-dhariwal"
+    transform: SquareTransform = "center-crop-dhariwal"
     """How a folder's images are cropped: as ADM; crop, then Lanczos; or none, where they have one size already."""
     statistics: bool = True
     """Store Inception's statistics of the whole set; without, evaluate computes them from the file's images."""
     inception_weights: Path | None = None
     """File with Inception's weights. Default: downloaded once."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the draw and order of the images, 0 or more."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per forward pass, 1 or more. It changes speed and memory alone."""
     cache_dir: Path | None = None
     """Folder of features that were computed before. Default: stablevm/features in the user's cache folder."""
-    cache_gigabytes: float = 20.0
+    cache_gigabytes: NotNegative = 20.0
     """Space for them: files used longest ago are removed beyond it."""
 
     def validate(self) -> None:
@@ -146,11 +146,6 @@ class ReferenceConfig:
         require(
             self,
             [
-                ("num_images", self.num_images >= 1, "at least 1"),
-                ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
-                ("seed", self.seed >= 0, "0 or more"),
-                ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("cache_gigabytes", self.cache_gigabytes >= 0, "0 or more"),
                 writable("cache_dir", self.cache_dir),
                 writable("output", self.output, is_folder=False),
             ],
@@ -172,12 +167,12 @@ class ExtractorConfig:
     """Prepared digits."""
     output_dir: Path
     """Folder for extractor.safetensors and extractor.json."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of weights, batches and augmentation."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("seed", self.seed >= 0, "0 or more"), writable("output_dir", self.output_dir)])
+        require(self, [writable("output_dir", self.output_dir)])
 
 
 def default_output(samples: Path) -> Path:

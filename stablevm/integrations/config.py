@@ -6,7 +6,9 @@ from typing import Literal
 
 import tyro
 
+from stablevm.choices import PathName, Prediction
 from stablevm.support.options import require, writable
+from stablevm.support.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,16 @@ class ImportConfig:
     source: Literal["sit", "repa", "stablevelocity", "repae", "lightningdit"] | None = None
     """Whose training made it: the times of sit and lightningdit run from noise to data, the others' from data to noise.
     Default: told from the file, where it shows."""
-    path_type: Literal["linear", "cosine"] | None = None
+    path_type: PathName | None = None
     """Path of the training; cosine is SiT's GVP. Needed where the file does not record it."""
-    prediction: Literal["v", "x"] | None = None
+    prediction: Prediction | None = None
     """What the network predicts: v, the velocity; x, the data. Needed where the file does not record it."""
-    encoder_depth: int | None = None
+    encoder_depth: Count | None = None
     """Block, from 1, whose tokens the projectors read. Needed where there are projectors and the file does not record
     it."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Number of classes, checked against the label table."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Side of the images in pixels, checked against the positions of the tokens. Default: as many per latent pixel as
     the autoencoder has."""
     vae: str = "mse"
@@ -41,7 +43,4 @@ class ImportConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        numbers = ("encoder_depth", "num_classes", "resolution")
-        given = [(name, getattr(self, name)) for name in numbers if getattr(self, name) is not None]
-        numbers_expected = [(name, value >= 1, "at least 1") for name, value in given]
-        require(self, [*numbers_expected, writable("output", self.output)])
+        require(self, [writable("output", self.output)])

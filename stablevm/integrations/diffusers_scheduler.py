@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stablevm.interpolant import LINEAR
 from stablevm.solvers.fixed_steps import ode_times, stable_velocity_step, thinned
+from stablevm.solvers.settings import SAMPLER_RANGES, SamplerOptions
 
 # Names of the published scheduler's arguments, and ours.
 PUBLISHED_NAMES = {
@@ -28,7 +29,7 @@ PUBLISHED_NAMES = {
     "fast_low_low_substeps": "steps_below",
     "low_region_noise_factor": "noise_factor",
 }
-_DEFAULTS: dict[str, Any] = {"split_time": 0.85, "steps_below": 9, "noise_factor": 0.0}
+_DEFAULTS: dict[str, Any] = {name: getattr(SamplerOptions, name) for name in PUBLISHED_NAMES.values()}
 OWN_NAMES = {*_DEFAULTS, "grid_below", "use_fast_low_schedule"}
 FLOW_PREDICTION = "flow_prediction"  # what schedulers for several processes call a velocity in their configurations
 
@@ -72,12 +73,10 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 raise TypeError(f"{published}: the published name of {ours}, which is given too; give one of them")
         given |= {PUBLISHED_NAMES[name]: kwargs.pop(name) for name in PUBLISHED_NAMES if name in kwargs}
         super().__init__(*args, **kwargs)
-        if not (_is_number(given["split_time"]) and 0 < given["split_time"] < 1):
-            raise ValueError(f"split_time {given['split_time']!r}: expected a sigma between 0 and 1")
-        if not (_is_number(given["steps_below"], Integral) and given["steps_below"] >= 1):
-            raise ValueError(f"steps_below {given['steps_below']!r}: expected a whole number, at least 1")
-        if not (_is_number(given["noise_factor"]) and 0 <= given["noise_factor"] <= 1):
-            raise ValueError(f"noise_factor {given['noise_factor']!r}: expected a number in [0, 1]")
+        for name, value in given.items():
+            kind, words = (Integral, "a whole number, ") if name == "steps_below" else (Real, "")
+            if not _is_number(value, kind) or value not in SAMPLER_RANGES[name]:
+                raise ValueError(f"{name} {value!r}: expected {words}{SAMPLER_RANGES[name].words}")
         if grid_below not in ("schedule", "even"):
             raise ValueError(f'grid_below {grid_below!r}: expected "schedule" or "even"')
         if self.config.invert_sigmas:
@@ -221,7 +220,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=ahead) if return_dict else (ahead,)
 
 
-def _is_number(value: Any, kind: type = Real) -> bool:
+def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stablevm.choices import Arithmetic
 from stablevm.metrics.adm_distances import membership_adm
 from stablevm.metrics.neighbours import COVERAGE_K, Membership, Neighbourhood, membership, neighbourhood
 from stablevm.metrics.statistics import AnyMoments, chunk_scores, moments_of
@@ -22,7 +23,7 @@ class FeatureSets:
     samples: dict[str, Tensor]  # "pool", perhaps "spatial" and "logits": (N, width) each
     reference: dict[str, Tensor]  # the same for the reference; empty where it holds no images
     stored: Mapping[str, AnyMoments]  # the reference's statistics by kind of features; empty where it has none
-    arithmetic: Literal["exact", "adm"]
+    arithmetic: Arithmetic
     device: torch.device
     section: str = "encoder"  # of the results
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stablevm.choices import Prediction, Weights
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.network_config import NetworkConfig
@@ -16,13 +17,13 @@ from stablevm.networks.registry import DEFAULT_KIND, build_network, config_class
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
+from stablevm.support.ranges import CHANCE
 from stablevm.support.tensor_files import save_tensors
 from stablevm.support.text import shown
 
 CARD_FILE = "model.json"
 FORMAT_VERSION = 1
 _REMEDY = "use another checkpoint"
-Weights = Literal["ema", "model"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ModelCard:
     model: Annotated[NetworkConfig, ByKind(config_classes, DEFAULT_KIND)]
     latent: LatentSpec
     path_type: str
-    prediction: Literal["v", "x"]
+    prediction: Prediction
     class_names: tuple[str, ...]
     step: int
     # Facts about the training; None in cards of earlier versions and of imported checkpoints.
@@ -51,8 +52,8 @@ class ModelCard:
         counts = self.class_counts
         if counts is not None and (len(counts) > self.model.num_classes or not all(count >= 0 for count in counts)):
             raise UserError(f"class_counts of {len(counts)} classes, expected {self.model.num_classes} of 0 or more")
-        if self.label_dropout is not None and not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout {self.label_dropout}, expected a probability in [0, 1]")
+        if self.label_dropout is not None and self.label_dropout not in CHANCE:
+            raise UserError(f"label_dropout {self.label_dropout}, expected {CHANCE.words}")
 
     @property
     def trained_classes(self) -> tuple[int, ...]:

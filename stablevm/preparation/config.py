@@ -3,15 +3,14 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from stablevm.choices import EncoderPrecision, Transform
 from stablevm.support.errors import UserError
 from stablevm.support.options import require, writable
-
-Transform = Literal["scale", "center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
-
+from stablevm.support.ranges import Count, Natural
 
 MAX_SIDE = 16_384  # pixels of a result
 
@@ -39,11 +38,11 @@ class ConvertConfig:
     """scale: bring the whole image to --resolution by Lanczos; center-crop-dhariwal: halve by a box filter, then
     bicubic, then crop, as ADM; center-crop: the middle square, then Lanczos; center-crop-wide: the middle rows, then
     Lanczos, black bars above and below; none: no change of size."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """Only the first images, in the order of their names. Default: all."""
-    num_workers: int = 8
+    num_workers: Natural = 8
     """Processes that convert images; 0: this one."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images handed to a worker at a time."""
 
     @property
@@ -63,10 +62,7 @@ class ConvertConfig:
         require(
             self,
             [
-                ("num_workers", self.num_workers >= 0, "0 or more"),
-                ("batch_size", self.batch_size >= 1, "at least 1"),
                 writable("dest", self.dest, is_folder=not is_archive(self.dest)),
-                ("max_images", self.max_images is None or self.max_images >= 1, "at least 1"),
                 ("resolution", size is None or min(size) >= 1, "a positive width and height"),
                 ("resolution", size is None or max(size) <= MAX_SIDE, f"at most {MAX_SIDE:,} x {MAX_SIDE:,}"),
                 ("resolution", size is not None or self.transform in ("scale", "none"),
@@ -116,21 +112,18 @@ class EncodeConfig:
     vae: Annotated[str, tyro.conf.arg(aliases=["--model-url"])] = "mse"
     """Autoencoder: mse or ema (Stability AI's), one of diffusers by name or folder (AutoencoderKL, AutoencoderDC,
     AutoencoderRAE, Qwen-Image's, Flux 2's), or identity."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: EncoderPrecision = "fp32"
     """Arithmetic of the autoencoder."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """Only the first images, in the order of their names. Default: all."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images encoded at a time by each process."""
-    num_workers: int = 8
+    num_workers: Natural = 8
     """Processes that read images, for each encoding process."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
-                       ("batch_size", self.batch_size >= 1, "at least 1"),
-                       ("max_images", self.max_images is None or self.max_images >= 1, "at least 1"),
-                       writable("dest", self.dest, is_folder=not is_archive(self.dest))])  # fmt: skip
+        require(self, [writable("dest", self.dest, is_folder=not is_archive(self.dest))])
 
 
 @dataclass(frozen=True)
@@ -142,22 +135,20 @@ class EncodeShardsConfig:
     vae: str = "mse"
     """Autoencoder: mse or ema (Stability AI's), one of diffusers by name or folder (AutoencoderKL, AutoencoderDC,
     AutoencoderRAE, Qwen-Image's, Flux 2's), or identity."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: EncoderPrecision = "fp32"
     """Arithmetic of the autoencoder."""
     flip: bool = False
     """Encode each mirrored image too: a latent can't be mirrored."""
     keep_images: bool = True
     """Keep the images, which representation alignment and references need; otherwise they are removed at the end."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images encoded at a time by each process."""
-    num_workers: int = 4
+    num_workers: Natural = 4
     """Processes that read images, for each encoding process."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("num_workers", self.num_workers >= 0, "0 or more"),
-                       ("batch_size", self.batch_size >= 1, "at least 1"),
-                       writable("data_dir", self.data_dir)])  # fmt: skip
+        require(self, [writable("data_dir", self.data_dir)])
 
 
 @dataclass(frozen=True)
@@ -177,12 +168,12 @@ class PackConfig:
     """Pack the images too; representation alignment and references need them."""
     compress: bool = False
     """Store the images losslessly compressed (PNG): about 60 % of the space, and slower to read."""
-    num_workers: int = 8
+    num_workers: Natural = 8
     """Processes that read files; 0: this one."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("num_workers", self.num_workers >= 0, "0 or more"), writable("dest", self.dest)])
+        require(self, [writable("dest", self.dest)])
 
 
 @dataclass(frozen=True)
@@ -191,12 +182,12 @@ class VerifyConfig:
 
     data_dir: tyro.conf.Positional[Path]
     """Folder of the data set: shards, or the layout of REPA."""
-    num_workers: int = 4
+    num_workers: Natural = 4
     """Processes that read; 0: this one."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("num_workers", self.num_workers >= 0, "0 or more")])
+        require(self)
 
 
 @dataclass(frozen=True)
@@ -207,12 +198,11 @@ class InfoConfig:
     """Folder of the data set: shards, or the layout of REPA."""
     picture: Path | None = None
     """The picture, a PNG file. Default: NAME-examples.png in this folder."""
-    classes: int = 8
+    classes: Count = 8
     """Classes shown, spread over all."""
-    per_class: int = 8
+    per_class: Count = 8
     """Images shown of each."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        require(self, [("classes", self.classes >= 1, "at least 1"), ("per_class", self.per_class >= 1, "at least 1"),
-                       writable("picture", self.picture, is_folder=False)])  # fmt: skip
+        require(self, [writable("picture", self.picture, is_folder=False)])

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from stablevm.choices import LossName, MixedPrecision, WeightName
 from stablevm.support.errors import UserError
 from stablevm.support.options import idle_warnings, require, writable
+from stablevm.support.ranges import Count, Natural, Time
 
 ROUNDS = 5  # of the measured steps: a disturbance of one leaves the median alone
 # Each by its --loss-type and whether it is aligned.
-OBJECTIVES: dict[str, tuple[Literal["si", "stablevm"], bool]] = {
+OBJECTIVES: dict[str, tuple[LossName, bool]] = {
     "si": ("si", False),
     "stablevm": ("stablevm", False),
     "si+repa": ("si", True),
@@ -30,11 +31,11 @@ class BenchmarkConfig:
     """What is trained, separated by commas: si, stablevm, and both with alignment, si+repa and stablevm+va-repa."""
     model: str | None = None
     """SiT-{S,B,L,XL}/{1,2,4,8} or LightningDiT-{B,L,XL}/{1,2}. Default: SiT-XL/2 on a GPU, SiT-S/2 on a CPU."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples per step over all processes. Default: 256 on a GPU, 16 on a CPU."""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: Count | None = None
     """Parts into which each process splits its share of a step. Default: as few of 1, 2, 4, ... as fit into memory."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    mixed_precision: MixedPrecision = "bf16"
     """Arithmetic of the network and the encoder."""
     compile: bool = False
     """Compile the network's blocks."""
@@ -44,40 +45,35 @@ class BenchmarkConfig:
     """Encoders to align with, separated by commas: the published names or any vision transformer of timm."""
     encoder_depth: int = 8
     """Block, counted from 1, whose tokens are aligned."""
-    proj_weight_schedule: Literal["hard", "hard_high", "sigmoid", "cosine", "snr", "constant"] = "sigmoid"
+    proj_weight_schedule: WeightName = "sigmoid"
     """How alignment fades with time; samples of weight 0 are not encoded."""
-    bank_capacity_per_class: int = 256
+    bank_capacity_per_class: Count = 256
     """References that the bank keeps of each class."""
-    references_from: float = 0.0
+    references_from: Time = 0.0
     """References take part from this time on, in [0, 1]."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Classes of the random data. Default: 1000."""
     resolution: int | None = None
     """Side of the random images in pixels, a multiple of 16; their latents are 4 x an eighth of it squared. Default:
     256."""
     data_dir: Path | None = None
     """Prepared data set to read from, in place of random values."""
-    num_workers: int | None = None
+    num_workers: Natural | None = None
     """Processes that read data. Default: 4 on a GPU, as in training; 0 on a CPU."""
     steps: int | None = None
     """Steps that are measured, in 5 rounds of which the medians are shown; a multiple of 5. Default: 50 on a GPU, 20 on
     a CPU."""
-    warmup: int = 3
+    warmup: Count = 3
     """Steps before them that are not."""
     output_dir: Path = Path("benchmark-steps")
     """Folder for steps.json and steps.png."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        optional = ("gradient_accumulation_steps", "num_classes", "batch_size")
         require(
             self,
             [
-                *((name, getattr(self, name) >= 1, "at least 1") for name in ("bank_capacity_per_class", "warmup")),
-                *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in optional),
-                ("references_from", 0 <= self.references_from <= 1, "a time in [0, 1]"),
                 ("resolution", _multiple(self.resolution, 16), "a positive multiple of 16"),
-                ("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more"),
                 ("steps", _multiple(self.steps, ROUNDS), f"a positive multiple of {ROUNDS}"),
                 ("num_classes", self.num_classes is None or self.data_dir is None, "none with --data-dir"),
                 ("resolution", self.resolution is None or self.data_dir is None, "none with --data-dir"),

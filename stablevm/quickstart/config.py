@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from stablevm.choices import LossName
 from stablevm.support.options import require, writable
+from stablevm.support.ranges import Count, Natural
 
 
 @dataclass(frozen=True)
@@ -14,14 +15,13 @@ class QuickstartConfig:
 
     output_dir: Path = Path("quickstart")
     """Folder for everything: data, extractor, run, samples, report.html and summary.json."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the extractor, the training and the samples; 0 or more."""
-    loss_type: Literal["stablevm", "si"] = "stablevm"
+    loss_type: LossName = "stablevm"
     """stablevm: targets averaged over references. si: plain flow matching, for comparison."""
-    steps: int = 2000
+    steps: Count = 2000
     """Training steps, 1 or more."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        numbers = [("steps", self.steps >= 1, "at least 1"), ("seed", self.seed >= 0, "0 or more")]
-        require(self, [*numbers, writable("output_dir", self.output_dir)])
+        require(self, [writable("output_dir", self.output_dir)])

@@ -3,95 +3,86 @@
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar
 
-from stablevm.solvers.settings import expectations, without_effect
+from stablevm.choices import LabelSampling, PathName, Precision, Prediction, Weights
+from stablevm.solvers.settings import SamplerOptions
 from stablevm.support.errors import UserError
 from stablevm.support.options import Expectation, as_typed, distinct_indices, idle_warnings, require, writable
+from stablevm.support.ranges import Count, Natural, Range, Time
 
 _LONGEST_STEM = 240  # bytes: a disk takes 255, with the suffix
+CFG_SCALE = Range("0 or more; 1 is no guidance", 0)
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """Generate images from a checkpoint into SAMPLE_DIR/NAME.npz. To resume after an interruption, run it again."""
+class GuidanceOptions:
+    """How the network is asked for a velocity: classifier-free guidance, and its arithmetic."""
 
-    ckpt: Path
-    """Checkpoint folder: model.json with ema.safetensors and model.safetensors."""
-    num_fid_samples: int = 50_000
-    """Number of images, 1 or more."""
-    per_proc_batch_size: int = 64
-    """Images per batch in each process, 1 or more. It changes speed and memory, not the images."""
-    mode: Literal["ode", "sde", "stablevs"] = "sde"
-    """ode: integrate the velocity. sde: SiT's stochastic sampler. stablevs: StableVS, few large steps below
-    --split-time."""
-    num_steps: int = 250
-    """Steps from noise to image, 1 or more; for the sde, stablevs and --edm-schedule 2 or more."""
-    solver: Literal["euler", "heun", "dopri5"] = "euler"
-    """euler: one network evaluation per step; for the sde it is Euler-Maruyama. heun: second order, two evaluations
-    per step. dopri5, for the ode: fifth order, with steps that adapt to each image until --rtol and --atol are met."""
-    heun: bool = False
-    """The same as --solver heun, but for the ode only: the sde ignores it, as in the published command."""
-    rtol: float = 1e-3
-    """Relative error that dopri5 permits in a step, more than 0."""
-    atol: float = 1e-6
-    """Absolute error that dopri5 permits in a step beside the relative one, more than 0."""
-    edm_schedule: bool = False
-    """Steps spaced as EDM's noise levels, densest near the image, instead of evenly."""
-    split_time: float = 0.85
-    """Time in (0, 1) below which stablevs takes its large steps."""
-    steps_below: int = 9
-    """How many of the --num-steps are large steps below --split-time, 1 or more; at least one remains above it."""
-    above_split: Literal["ode", "sde"] = "ode"
-    """How stablevs gets to --split-time."""
-    noise_factor: float = 0.0
-    """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (as much as the path permits)."""
-    cfg_scale: float = 1.0
+    GROUP: ClassVar[str] = "guidance"
+
+    cfg_scale: Annotated[float, CFG_SCALE] = 1.0
     """Classifier-free guidance, 0 or more: 1 is no guidance, more than 1 pulls towards the class. It needs a
     network that was trained with --cfg-prob above 0."""
-    guidance_low: float = 0.0
+    guidance_low: Time = 0.0
     """Guide from this time on, in [0, 1]; 0 is the image and 1 is noise."""
-    guidance_high: float = 1.0
+    guidance_high: Time = 1.0
     """Guide up to this time, in [0, 1]."""
     legacy: bool = False
     """Guide the first three channels only, as the first samplers of DiT and SiT did, to reproduce their images."""
-    label_sampling: Literal["equal", "random"] = "equal"
+    precision: Precision = "fp32"
+    """Arithmetic of the network; the solver's is always 64 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Which images: how many, and of which classes."""
+
+    GROUP: ClassVar[str] = "images"
+
+    num_fid_samples: Count = 50_000
+    """Number of images, 1 or more."""
+    label_sampling: LabelSampling = "equal"
     """equal: as many images of each class, exact to one. random: each image's class is drawn uniformly."""
     classes: str | None = None
     """Only these classes: indices separated by commas, such as 207,360. Default: all that had samples in training."""
     unconditional: bool = False
     """Images of no class in particular, from the network's null class."""
-    global_seed: int = 0
+    global_seed: Natural = 0
     """Seed, 0 or more. Image i depends on it, on i and on its class alone."""
-    sample_dir: Path = Path("samples")
-    """Folder for the result."""
-    name: str | None = None
-    """The result is SAMPLE_DIR/NAME.npz. Default: made from the checkpoint, the settings and a hash of both."""
     grid: bool = False
     """A quick look: no .npz, only SAMPLE_DIR/NAME.png of 8 images of each class, or of 64 if classes are many."""
     trajectory: bool = False
     """Also draw SAMPLE_DIR/NAME.gif: the images of the picture, as the network foresees them, while they form."""
-    weights: Literal["ema", "model"] = "ema"
-    """ema: the moving average of the weights. model: the weights of the last training step."""
-    diffusion_scale: float = 1.0
-    """Noise of the sde, 0 or more: its diffusion is this times sigma(t). 1 as in StableVM, 2 as in REPA."""
-    last_time: float = 0.04
-    """Time at which the sde stops adding noise, in (0, 1); one step without noise leads from there to 0."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network; the solver's is always 64 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions:
+    """How the work is done."""
+
+    GROUP: ClassVar[str] = "hardware"
+
+    per_proc_batch_size: Count = 64
+    """Images per batch in each process, 1 or more. It changes speed and memory, not the images."""
     compile: bool = False
     """Let torch.compile make faster kernels of the network's blocks: minutes at the start, less for each image."""
     tf32: bool = False
     """Let a GPU round the factors of float32 products to TF32."""
-    vae: str | None = None
-    """Autoencoder: ema, mse, or the folder of one to decode with. Default: the one that the checkpoint records."""
     fused_attn: bool | None = None
     """Compute attention with the fused kernel, or else step by step. Default: as the checkpoint records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedOptions:
+    """What the checkpoint records, and need not be given: it is checked."""
+
+    GROUP: ClassVar[str] = "checks of the checkpoint"
+
     model: str | None = None
     """Model size, such as SiT-XL/2. The checkpoint records it; if given, it is checked, as all options below."""
-    path_type: Literal["linear", "cosine"] | None = None
+    path_type: PathName | None = None
     """Interpolant of the training, checked against the checkpoint."""
-    prediction_type: Literal["v", "x"] | None = None
+    prediction_type: Prediction | None = None
     """What the network predicts: the velocity (v) or the image (x), checked against the checkpoint."""
     resolution: int | None = None
     """Side of the images in pixels, checked against the checkpoint."""
@@ -106,9 +97,29 @@ class GenerateConfig:
     qk_norm: bool | None = None
     """Whether its attention normalises queries and keys, checked against the checkpoint."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOptions, CheckedOptions):
+    """Generate images from a checkpoint into SAMPLE_DIR/NAME.npz. To resume after an interruption, run it again."""
+
+    GROUP: ClassVar[str] = "run"
+
+    ckpt: Path
+    """Checkpoint folder: model.json with ema.safetensors and model.safetensors."""
+    weights: Weights = "ema"
+    """ema: the moving average of the weights. model: the weights of the last training step."""
+    vae: str | None = None
+    """Autoencoder: ema, mse, or the folder of one to decode with. Default: the one that the checkpoint records."""
+    sample_dir: Path = Path("samples")
+    """Folder for the result."""
+    name: str | None = None
+    """The result is SAMPLE_DIR/NAME.npz. Default: made from the checkpoint, the settings and a hash of both."""
+    heun: bool = False
+    """The same as --solver heun, but for the ode only: the sde ignores it, as in the published command."""
+
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        low, high = self.guidance_low, self.guidance_high
+        low = self.guidance_low
         expected = [
             writable("sample_dir", self.sample_dir),
             (
@@ -116,14 +127,8 @@ class GenerateConfig:
                 self.name is None or len(os.fsencode(self.name)) <= _LONGEST_STEM,
                 f"at most {_LONGEST_STEM} bytes",
             ),
-            ("num_fid_samples", self.num_fid_samples >= 1, "at least 1"),
-            ("per_proc_batch_size", self.per_proc_batch_size >= 1, "at least 1"),
             *self._solver_expectations(),
-            ("cfg_scale", 0 <= self.cfg_scale < float("inf"), "0 or more; 1 is no guidance"),
-            ("guidance_low", 0 <= low <= 1, "a time in [0, 1]"),
-            ("guidance_high", 0 <= high <= 1, "a time in [0, 1]"),
-            ("guidance_high", low <= high, f"at least --guidance-low {low}"),
-            ("global_seed", self.global_seed >= 0, "0 or more"),
+            ("guidance_high", low <= self.guidance_high, f"at least --guidance-low {low}"),
             ("name", self.name is None or _is_file_stem(self.name), "a file name without folder and .npz"),
         ]
         require(self, expected)
@@ -131,7 +136,7 @@ class GenerateConfig:
 
     def _solver_expectations(self) -> list[Expectation]:
         return [
-            *expectations(self, as_typed),
+            *self.expectations(as_typed),
             ("heun", not self.heun or self.solver != "dopri5", "no --solver dopri5 with it"),
             (
                 "trajectory",
@@ -179,7 +184,7 @@ class GenerateConfig:
         return idle
 
     def _idle_solver_options(self) -> dict[str, str]:
-        idle = without_effect(replace(self, solver="heun") if self.heun else self, as_typed)
+        idle = (replace(self, solver="heun") if self.heun else self).without_effect(as_typed)
         if self.mode == "sde":
             idle["heun"] = "--mode sde"
         if self.mode == "stablevs" and self.above_split == "sde":

@@ -4,34 +4,45 @@ The one place where training's previews and generation meet the solvers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from stablevm.choices import Precision, Prediction
 from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.networks.snapshot import ModelCard
+from stablevm.sampling.config import CFG_SCALE, GuidanceOptions
 from stablevm.solvers.integration import integrate
 from stablevm.solvers.settings import SamplerSettings
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.precision import DTYPES, autocast
+from stablevm.support.ranges import TIME, check_word
 from stablevm.support.rng import RowGenerators, randn
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide these and leave the others to the class alone
 
 
 @dataclass(frozen=True)
-class GuidanceSettings:
-    """How `draw_latents` asks the network: classifier-free guidance and precision; `GenerateConfig` has the meaning."""
+class GuidanceSettings(GuidanceOptions):
+    """How `draw_latents` asks the network: the options of `GuidanceOptions`, which documents each field.
 
-    cfg_scale: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    legacy: bool = False
-    precision: Precision = "fp32"
+    UserError for a number out of its range, and for another precision.
+    """
+
+    def __post_init__(self) -> None:
+        CFG_SCALE.check("cfg_scale", self.cfg_scale)
+        TIME.check("guidance_low", self.guidance_low)
+        TIME.check("guidance_high", self.guidance_high)
+        if self.guidance_low > self.guidance_high:
+            raise UserError(f"{arg('guidance_high')} {self.guidance_high}: expected at least {self.guidance_low}")
+        check_word("precision", self.precision, Precision)
+
+
+def guidance_of(options: GuidanceOptions) -> GuidanceSettings:
+    """The part of a command's options."""
+    return GuidanceSettings(**{field.name: getattr(options, field.name) for field in fields(GuidanceOptions)})
 
 
 UNGUIDED = GuidanceSettings()
@@ -52,7 +63,7 @@ class GuidedVelocity:
         self,
         model: nn.Module,
         path: Interpolant,
-        prediction: Literal["v", "x"],
+        prediction: Prediction,
         labels: Tensor,
         null_class: int,
         *,

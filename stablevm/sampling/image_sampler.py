@@ -12,8 +12,8 @@ from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.snapshot import ModelCard, load_model
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import draw_latents
-from stablevm.sampling.provenance import guidance_settings, sampler_settings
+from stablevm.sampling.guidance import draw_latents, guidance_of
+from stablevm.solvers.settings import settings_of
 from stablevm.support.errors import UserError
 from stablevm.support.precision import tf32
 from stablevm.support.rng import RowGenerators
@@ -47,7 +47,7 @@ class ImageSampler:
         Raises UserError for values that are not finite.
         """
         streams = RowGenerators.for_keys("generate", self.config.global_seed, positions=indices)
-        settings, guidance = sampler_settings(self.config), guidance_settings(self.config)
+        settings, guidance = settings_of(self.config), guidance_of(self.config)
         with tf32(self.config.tf32):
             latents, evaluations = draw_latents(
                 self.model, self.card, labels, streams, settings, self.device, watch, guidance=guidance

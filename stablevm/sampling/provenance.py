@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from stablevm.networks.autoencoder import IDENTITY, LatentSpec, autoencoder_id, full_name, is_folder, latent_spec_of
 from stablevm.networks.snapshot import ModelCard, load_card
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import GuidanceSettings
+from stablevm.sampling.guidance import guidance_of
 from stablevm.sampling.labels import balanced_labels, random_labels
-from stablevm.solvers.settings import SamplerSettings
+from stablevm.solvers.settings import settings_of
 from stablevm.support import files
 from stablevm.support.errors import UserError
 from stablevm.support.options import as_typed, some_of
@@ -121,15 +121,6 @@ def decoding_notes(vae: str | None, latent: LatentSpec) -> list[str]:
     return [f"--vae {vae} is another autoencoder than the data's, {latent.autoencoder}; it decodes all the same"]
 
 
-def sampler_settings(config: GenerateConfig) -> SamplerSettings:
-    """UserError where the configuration is not an `effective` one."""
-    return SamplerSettings(**{field.name: getattr(config, field.name) for field in fields(SamplerSettings)})
-
-
-def guidance_settings(config: GenerateConfig) -> GuidanceSettings:
-    return GuidanceSettings(**{field.name: getattr(config, field.name) for field in fields(GuidanceSettings)})
-
-
 def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
     """The class of each image, int64 (num_fid_samples,); the null class for all with `unconditional`."""
     if config.unconditional:
@@ -151,8 +142,8 @@ def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
         "label_sampling": config.label_sampling,
         "classes": None if classes is None else list(classes),
         "unconditional": config.unconditional,
-        **asdict(sampler_settings(config)),
-        **asdict(guidance_settings(config)),
+        **asdict(settings_of(config)),
+        **asdict(guidance_of(config)),
         "tf32": config.tf32,
         "compile": config.compile,
         "fused_attn": card.model.fused_attn,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stablevm.interpolant import Interpolant
+from stablevm.solvers.settings import SAMPLER_RANGES
 from stablevm.support.errors import UserError
 
 # `velocity(x, t)` at states x (n, ...) and a scalar time t. `dopri5` calls `velocity(x, t, rows)` with times (n,) and
@@ -187,8 +188,7 @@ def stable_velocity_step(
     """
     if v.shape != x.shape:
         raise UserError(f"the velocity is {tuple(v.shape)}, the state {tuple(x.shape)}: expected the same shape")
-    if not 0 <= noise_factor <= 1:
-        raise UserError(f"noise_factor {noise_factor}: expected a number in [0, 1]")
+    SAMPLER_RANGES["noise_factor"].check("noise_factor", noise_factor)
     given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     v, x = v.to(dtype), x.to(dtype)
     at = path.coefficients(t_next)

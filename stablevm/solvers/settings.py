@@ -1,13 +1,13 @@
 """How to get from noise to a sample. Free of torch, so that the command's options can be checked against it."""
 
 import functools
-import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from stablevm.support.errors import UserError
+from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, NOT_NEGATIVE, TIME_BETWEEN, UNIT, Range
 
 Mode = Literal["ode", "sde", "stablevs"]
 Solver = Literal["euler", "heun", "dopri5"]
@@ -15,6 +15,89 @@ Spelling = Callable[[str, Any], str]  # a field and its value, as the reader giv
 
 # What was a field of SamplerSettings, though `integrate` knows no network.
 _MOVED = ("cfg_scale", "guidance_low", "guidance_high", "legacy", "precision")
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """The integrator: from noise at t = 1 to a sample at t = 0."""
+
+    GROUP: ClassVar[str] = "sampler"
+
+    mode: Mode = "sde"
+    """ode: integrate the velocity. sde: SiT's stochastic sampler. stablevs: StableVS, few large steps below
+    `split_time`."""
+    num_steps: int = 250
+    """Steps from noise to image, 1 or more; for the sde, stablevs and `edm_schedule` 2 or more."""
+    solver: Solver = "euler"
+    """euler: one network evaluation per step; for the sde it is Euler-Maruyama. heun: second order, two evaluations
+    per step. dopri5, for the ode: fifth order, with steps that adapt to each image until `rtol` and `atol` are met."""
+    rtol: float = 1e-3
+    """Relative error that dopri5 permits in a step, more than 0."""
+    atol: float = 1e-6
+    """Absolute error that dopri5 permits in a step beside the relative one, more than 0."""
+    edm_schedule: bool = False
+    """Steps spaced as EDM's noise levels, densest near the image, instead of evenly."""
+    diffusion_scale: float = 1.0
+    """Noise of the sde, 0 or more: its diffusion is this times sigma(t). 1 as in StableVM, 2 as in REPA."""
+    last_time: float = 0.04
+    """Time at which the sde stops adding noise, in (0, 1); one step without noise leads from there to 0."""
+    split_time: float = 0.85
+    """Time in (0, 1) below which stablevs takes its large steps."""
+    steps_below: int = 9
+    """How many of the `num_steps` are large steps below `split_time`, 1 or more; at least one remains above it."""
+    above_split: Literal["ode", "sde"] = "ode"
+    """How stablevs gets to `split_time`."""
+    noise_factor: float = 0.0
+    """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (as much as the path permits)."""
+
+    def expectations(self, spelt: Spelling) -> list[tuple[str, bool, str]]:
+        """Of each field that can be out of range: whether it is right, and what was expected; of the right types."""
+        mode, steps = spelt("mode", self.mode), self.num_steps
+        stablevs, adaptive = self.mode == "stablevs", self.solver == "dopri5"
+        two_steps = self.mode != "ode" or (self.edm_schedule and not adaptive)
+        reason = spelt("edm_schedule", True) if self.mode == "ode" else mode
+        return [
+            *((name, getattr(self, name) in range_, range_.words) for name, range_ in SAMPLER_RANGES.items()),
+            ("num_steps", not two_steps or steps >= 2, f"at least 2 with {reason}"),
+            ("solver", self.mode == "ode" or self.solver in ("euler", "heun"), f"euler or heun with {mode}"),
+            (
+                "edm_schedule",
+                not stablevs or not self.edm_schedule,
+                f"{spelt('mode', 'ode')} or sde: stablevs has times of its own",
+            ),
+            ("steps_below", not stablevs or self.steps_below < steps, f"fewer than {spelt('num_steps', steps)}"),
+        ]
+
+    def without_effect(self, spelt: Spelling) -> dict[str, str]:
+        """Fields that the others make useless, and which others."""
+        mode, idle = spelt("mode", self.mode), {}
+        if self.mode == "stablevs":
+            idle = {"last_time": mode}
+            if self.above_split == "ode":
+                idle["diffusion_scale"] = spelt("above_split", "ode")
+        else:
+            idle |= dict.fromkeys(("split_time", "steps_below", "above_split", "noise_factor"), mode)
+        if self.mode == "sde" and self.edm_schedule:
+            idle["last_time"] = spelt("edm_schedule", True)
+        if self.mode == "ode":
+            idle |= dict.fromkeys(("diffusion_scale", "last_time"), mode)
+        solver = spelt("solver", self.solver)
+        idle |= dict.fromkeys(("num_steps", "edm_schedule") if self.solver == "dopri5" else ("rtol", "atol"), solver)
+        return idle
+
+
+# Of each number; what depends on the other fields is in `SamplerOptions.expectations`.
+SAMPLER_RANGES: dict[str, Range] = {
+    "num_steps": AT_LEAST_1,
+    "rtol": ABOVE_0,
+    "atol": ABOVE_0,
+    "diffusion_scale": NOT_NEGATIVE,
+    "last_time": TIME_BETWEEN,
+    "split_time": TIME_BETWEEN,
+    "steps_below": AT_LEAST_1,
+    "noise_factor": UNIT,
+}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplerOptions)}
 
 
 def _refuse_moved(cls: type) -> type:
@@ -37,96 +120,34 @@ def _refuse_moved(cls: type) -> type:
 
 @_refuse_moved
 @dataclass(frozen=True)
-class SamplerSettings:
-    """The integrator of `integrate`; `GenerateConfig` documents each field.
+class SamplerSettings(SamplerOptions):
+    """The integrator of `integrate`: the options of `SamplerOptions`, which documents each field.
 
     UserError for what is out of range, and for a value that has no effect with the others: nothing is ignored.
     """
 
-    mode: Mode = "sde"
-    num_steps: int = 250
-    solver: Solver = "euler"
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    edm_schedule: bool = False
-    diffusion_scale: float = 1.0
-    last_time: float = 0.04
-    split_time: float = 0.85
-    steps_below: int = 9
-    above_split: Literal["ode", "sde"] = "ode"
-    noise_factor: float = 0.0
-
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if not _is_of_kind(value, kind):
+            if name in _DEFAULTS and not _is_of_kind(getattr(self, name), kind):
                 words = get_args(kind)
                 expected = f"one of {', '.join(words)}" if words else f"a value of type {kind.__name__}"
-                raise UserError(f"{name} {value!r}: expected {expected}")
-        for name, met, expected in expectations(self, spelt_in_python):
+                raise UserError(f"{spelt_in_python(name, getattr(self, name))}: expected {expected}")
+        for name, met, expected in self.expectations(spelt_in_python):
             if not met:
                 raise UserError(f"{spelt_in_python(name, getattr(self, name))}: expected {expected}")
-        for name, reason in without_effect(self, spelt_in_python).items():
+        for name, reason in self.without_effect(spelt_in_python).items():
             value = getattr(self, name)
             if value != _DEFAULTS[name]:
                 raise UserError(f"{spelt_in_python(name, value)} has no effect with {reason}: leave it out")
 
 
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplerSettings)}
+def settings_of(options: SamplerOptions) -> SamplerSettings:
+    """The sampler's part of a command's options; UserError where one of them has no effect."""
+    return SamplerSettings(**{name: getattr(options, name) for name in _DEFAULTS})
 
 
 def spelt_in_python(name: str, value: Any) -> str:
     return f"{name} {value!r}"
-
-
-def expectations(settings: Any, spelt: Spelling) -> list[tuple[str, bool, str]]:
-    """Of each field that can be out of range: whether it is right, and what was expected. `settings` has the fields
-    of `SamplerSettings`, of the right types.
-    """
-    mode, steps = spelt("mode", settings.mode), settings.num_steps
-    stablevs, adaptive = settings.mode == "stablevs", settings.solver == "dopri5"
-    two_steps = settings.mode != "ode" or (settings.edm_schedule and not adaptive)
-    reason = spelt("edm_schedule", True) if settings.mode == "ode" else mode
-    return [
-        ("num_steps", steps >= 1, "at least 1"),
-        ("num_steps", not two_steps or steps >= 2, f"at least 2 with {reason}"),
-        ("solver", settings.mode == "ode" or settings.solver in ("euler", "heun"), f"euler or heun with {mode}"),
-        ("rtol", 0 < settings.rtol < math.inf, "more than 0"),
-        ("atol", 0 < settings.atol < math.inf, "more than 0"),
-        (
-            "edm_schedule",
-            not stablevs or not settings.edm_schedule,
-            f"{spelt('mode', 'ode')} or sde: stablevs has times of its own",
-        ),
-        ("split_time", 0 < settings.split_time < 1, "a time between 0 and 1"),
-        ("steps_below", settings.steps_below >= 1, "at least 1"),
-        (
-            "steps_below",
-            not stablevs or settings.steps_below < steps,
-            f"fewer than {spelt('num_steps', steps)}",
-        ),
-        ("noise_factor", 0 <= settings.noise_factor <= 1, "a number in [0, 1]"),
-        ("diffusion_scale", 0 <= settings.diffusion_scale < math.inf, "0 or more"),
-        ("last_time", 0 < settings.last_time < 1, "a time between 0 and 1"),
-    ]
-
-
-def without_effect(settings: Any, spelt: Spelling) -> dict[str, str]:
-    """Fields that the others make useless, and which others."""
-    mode, idle = spelt("mode", settings.mode), {}
-    if settings.mode == "stablevs":
-        idle = {"last_time": mode}
-        if settings.above_split == "ode":
-            idle["diffusion_scale"] = spelt("above_split", "ode")
-    else:
-        idle |= dict.fromkeys(("split_time", "steps_below", "above_split", "noise_factor"), mode)
-    if settings.mode == "sde" and settings.edm_schedule:
-        idle["last_time"] = spelt("edm_schedule", True)
-    if settings.mode == "ode":
-        idle |= dict.fromkeys(("diffusion_scale", "last_time"), mode)
-    solver = spelt("solver", settings.solver)
-    idle |= dict.fromkeys(("num_steps", "edm_schedule") if settings.solver == "dopri5" else ("rtol", "atol"), solver)
-    return idle
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from stablevm.choices import PathName
 from stablevm.support.errors import UserError
 from stablevm.support.options import distinct_indices, require, writable
+from stablevm.support.ranges import Natural, Time
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class VarianceConfig:
     """Prepared data set: a folder with dataset.json, or one whose folder train holds it."""
     output_dir: Path = Path("variance")
     """Folder for variance.png and variance.json."""
-    path_type: Literal["linear", "cosine"] = "linear"
+    path_type: PathName = "linear"
     """Path between data and noise."""
     references: int = 256
     """References of each sample, itself among them: the bank's capacity per class. Smaller classes lend all they
     have."""
     classes: str | None = None
     """Classes to look at: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
-    references_from: float = 0.0
+    references_from: Time = 0.0
     """References take part from this time on, in [0, 1], as in training."""
     horizontal_flips: bool = False
     """Count mirrored samples too; the data must have been encoded with --flip."""
@@ -35,7 +36,7 @@ class VarianceConfig:
     """Samples of each class at each time, 2 or more."""
     times: int = 20
     """Number of times, evenly spaced up to 1; 2 or more."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of classes, samples, references and noise; 0 or more. Latents are drawn as a training of this seed fills
     its bank."""
 
@@ -45,10 +46,8 @@ class VarianceConfig:
             self,
             [
                 ("references", self.references >= 2, "at least 2; with 1, StableVM is CFM"),
-                ("references_from", 0 <= self.references_from <= 1, "a time in [0, 1]"),
                 ("rows", self.rows >= 2, "at least 2"),
                 ("times", self.times >= 2, "at least 2"),
-                ("seed", self.seed >= 0, "0 or more"),
                 writable("output_dir", self.output_dir),
             ],
         )

@@ -252,6 +252,8 @@ def _mismatch(hint: Any, value: Any, where: str) -> _MismatchError:
 def _name(hint: Any) -> str:
     """The plain English name for values of the type."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _name(arguments[0])
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin is tuple and arguments[-1] is not Ellipsis:

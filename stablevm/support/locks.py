@@ -21,6 +21,7 @@ from pathlib import Path
 
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary
+from stablevm.support.text import brief
 
 LOCK = ".lock-"
 PATIENCE = 2.0  # seconds; a process that is being killed, or only checks for others, holds a lock for a moment
@@ -206,18 +207,13 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _describe(path: Path) -> str:
-    facts = {name: _printable(str(value)) for name, value in _read(path).items()}
+    facts = {name: brief(value, _COMMAND_LENGTH) for name, value in _read(path).items()}
     if not {"pid", "host", "command", "started"} <= facts.keys():
         return "another command is running there"
     return (
         f"another command is running there: process {facts['pid']} on {facts['host']} since {facts['started']} "
         f"({facts['command']})"
     )
-
-
-def _printable(text: str) -> str:
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= _COMMAND_LENGTH else f"{clean[: _COMMAND_LENGTH - 3]}..."
 
 
 def _forget() -> None:

@@ -1,13 +1,15 @@
 """Checks that the commands' configurations share: ranges, choices, and options without effect; without torch."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stablevm.support.errors import UserError
 from stablevm.support.files import output_fault
+from stablevm.support.ranges import ranges_in
 from stablevm.support.text import printable, shown
 
 # Options whose arguments have another name; any other argument has the name of its option.
@@ -30,6 +32,39 @@ _IN_THE_TOY_STUDY = {"folder": "imagenet_data_path"}
 Expectation = tuple[str, bool, str]  # the field, whether its value is right, and what was expected
 
 
+@dataclass(frozen=True)
+class Group:
+    """Options that belong together, under a heading of the help."""
+
+    title: str
+    purpose: str
+    kind: type  # the dataclass that has them
+    fields: tuple["Field[Any]", ...]
+
+
+def groups_of(kind: type, title: str = "") -> list[Group]:
+    """The options of a command: those that the class itself declares, then those of each of its bases.
+
+    A class names its group as `GROUP`; options of classes that name none, and those of dataclasses within this one, are
+    called by `title`.
+    """
+    hints = get_type_hints(kind)
+    nested = {field.name: hints[field.name] for field in fields(kind) if is_dataclass(hints[field.name])}
+    found = []
+    bases = [base for base in kind.__mro__ if "GROUP" in vars(base)] or [kind]
+    owners = {field.name: _owner(field.name, bases) for field in fields(kind) if field.name not in nested}
+    for base in bases:
+        own = tuple(field for field in fields(kind) if owners.get(field.name) is base)
+        if own:
+            purpose = " ".join((base.__doc__ or "").split()) if base is not kind else ""
+            found.append(Group(vars(base).get("GROUP", title), purpose, kind, own))
+    return [*found, *(group for name, inner in nested.items() for group in groups_of(inner, name))]
+
+
+def _owner(name: str, bases: Sequence[type]) -> type:
+    return next((base for base in bases if name in vars(base).get("__annotations__", {})), bases[0])
+
+
 def as_typed(option: str, value: Any) -> str:
     """The option as typed on the command line; for None, that it is left out."""
     dashed = option.replace("_", "-")
@@ -38,6 +73,11 @@ def as_typed(option: str, value: Any) -> str:
     if value is None:
         return f"no --{dashed}"
     return f"--{dashed} {printable(str(value))}"
+
+
+def in_options(text: str) -> str:
+    """An option's description, in which fields of the library, such as `num_steps`, are spelt as options."""
+    return re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", text)
 
 
 def options_of(kind: type) -> dict[str, str]:
@@ -50,9 +90,12 @@ def options_of(kind: type) -> dict[str, str]:
     }
 
 
-def require(config: Any, expectations: Iterable[Expectation]) -> None:
-    """Raise UserError for the first field of a configuration that is not among its choices or not as expected."""
-    for option, met, expected in [*_choices(config), *_finite(config), *expectations]:
+def require(config: Any, expectations: Iterable[Expectation] = ()) -> None:
+    """Raise UserError for the first field of a configuration that is outside its choices or range, or not as expected.
+
+    Choices and ranges are those that the fields' types declare: words of a Literal, and the types of `ranges`.
+    """
+    for option, met, expected in [*_choices(config), *_finite(config), *_ranges(config), *expectations]:
         if not met:
             raise UserError(f"{as_typed(option, getattr(config, option))}: expected {expected}")
 
@@ -103,12 +146,27 @@ def _choices(config: Any) -> list[Expectation]:
 
 def _finite(config: Any) -> list[Expectation]:
     """One expectation for each field that holds floats, none of which may be infinite or NaN."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
     return [
-        (option, all(map(math.isfinite, numbers)), "a finite number")
-        for option, value in values.items()
-        if (numbers := [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, float)])
+        (field.name, all(map(math.isfinite, numbers)), "a finite number")
+        for field in fields(config)
+        if (numbers := [each for each in _numbers(getattr(config, field.name)) if isinstance(each, float)])
     ]
+
+
+def _ranges(config: Any) -> list[Expectation]:
+    """One expectation for each range that a field's type declares; what is no number, such as None, is in any."""
+    hints = get_type_hints(type(config), include_extras=True)
+    return [
+        (field.name, all(number in each for number in _numbers(getattr(config, field.name))), each.words)
+        for field in fields(config)
+        for each in ranges_in(hints[field.name])
+    ]
+
+
+def _numbers(value: Any) -> list[float]:
+    """The number, or those in a tuple."""
+    several = value if isinstance(value, tuple) else (value,)
+    return [each for each in several if isinstance(each, int | float) and not isinstance(each, bool)]
 
 
 def _listed(choices: list[Any], others: tuple[type, ...]) -> str:

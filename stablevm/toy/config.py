@@ -1,6 +1,6 @@
 """The options of `gmm_exp.py`. Free of torch, so that `--help` stays quick."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -8,9 +8,12 @@ import tyro
 
 from stablevm.support.errors import UserError
 from stablevm.support.options import idle_warnings, require, writable
+from stablevm.support.ranges import TIME_ABOVE_0, Count, Decay, Natural, Positive, Range
 
 Method = Literal["cfm", "stf", "stable_vm", "stable_vm_efficient"]
 METHODS: tuple[Method, ...] = get_args(Method)
+_TWO = Range("at least 2", 2)
+_TIMES = replace(TIME_ABOVE_0, words="times in (0, 1]")
 
 # What a result depends on; the rest chooses what is run and drawn.
 RESULT_FIELDS = (
@@ -33,9 +36,9 @@ class ToyConfig:
     """Methods: cfm, stf, stable_vm, stable_vm_efficient (never holds the references at once); several, or all."""
     vector_field: Literal["velocity", "score"] = "velocity"
     """What is learnt. The score is scaled: sigma(t) times the score of x_t, in training, evaluation and figures."""
-    seeds: int = 1
+    seeds: Count = 1
     """Number of repetitions, with the seeds SEED, SEED + 1, and so on."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of mixture, evaluation points, first weights and training; 0 or more."""
     only_plot: bool = False
     """Draw figures of the results there are, and the variance curves; train nothing."""
@@ -53,43 +56,43 @@ class ToyConfig:
     """Folder of CIFAR-10's binary version (data_batch_1.bin, ...), whose variance curve is drawn as well."""
     output_dir: Path = Path("plots")
     """Folder for figures; results go to its folder data."""
-    components: int = 100
+    components: Count = 100
     """Components of the mixture."""
-    dimension: int = 10
+    dimension: Count = 10
     """Dimensions of the mixture."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Samples per update."""
-    references: int = 2048
+    references: Count = 2048
     """References per update, drawn anew each time and shared by the batch; stf needs BATCH_SIZE or more."""
-    updates: int = 20_000
+    updates: Count = 20_000
     """Updates of Adam."""
-    learning_rate: float = 1e-4
+    learning_rate: Positive = 1e-4
     """Adam's rate."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm, for all methods alike."""
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the weights' moving average, which is what is evaluated; in [0, 1)."""
     ema_warmup: bool = False
     """Let the moving average forget its first updates sooner, as in train.py; the published study does not."""
     network: Literal["adaptive", "perceptron"] = "adaptive"
     """The published network, modulated by the time (14,634 parameters in 10 dimensions), or a plain perceptron."""
-    width: int = 32
+    width: Count = 32
     """Width of the network's hidden layers."""
-    depth: int = 4
+    depth: Count = 4
     """Number of the network's hidden layers."""
-    dropout: float = 0.1
+    dropout: Decay = 0.1
     """Share of hidden values that training sets to 0; in [0, 1)."""
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Sum squared errors over dimensions, as published, or average them; Adam hides the factor, clipping does not."""
-    eval_every: int = 500
+    eval_every: Count = 500
     """Updates between evaluations; there is one before the first update as well."""
-    eval_samples: int = 10_000
+    eval_samples: Annotated[int, _TWO] = 10_000
     """Samples at each time of evaluation."""
-    eval_times: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    eval_times: tuple[Annotated[float, _TIMES], ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     """Times of evaluation, in (0, 1]; the first four are the published ones."""
-    variance_dimensions: tuple[int, ...] = (10, 100, 500)
+    variance_dimensions: tuple[Count, ...] = (10, 100, 500)
     """Dimensions of the mixtures whose variance curves are drawn."""
-    variance_samples: int = 1000
+    variance_samples: Annotated[int, _TWO] = 1000
     """Samples at each time of a variance curve."""
 
     @property
@@ -103,25 +106,13 @@ class ToyConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
-        counts = (
-            "seeds", "components", "dimension", "batch_size", "references", "updates", "width", "depth", "eval_every",
-        )  # fmt: skip
         enough_for_stf = "stf" not in self.methods or self.references >= self.batch_size
         require(
             self,
             [
                 ("exp", bool(self.methods), f"some of {', '.join(METHODS)}, or all"),
-                *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
                 ("references", enough_for_stf, f"at least --batch-size {self.batch_size} for stf"),
-                ("eval_samples", self.eval_samples >= 2, "at least 2"),
-                ("variance_samples", self.variance_samples >= 2, "at least 2"),
-                ("seed", self.seed >= 0, "0 or more"),
-                ("learning_rate", self.learning_rate > 0, "a positive number"),
-                ("max_grad_norm", self.max_grad_norm > 0, "a positive number"),
-                ("ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)"),
-                ("dropout", 0 <= self.dropout < 1, "a number in [0, 1)"),
-                ("eval_times", bool(self.eval_times) and all(0 < t <= 1 for t in self.eval_times), "times in (0, 1]"),
-                ("variance_dimensions", all(d >= 1 for d in self.variance_dimensions), "dimensions from 1"),
+                ("eval_times", bool(self.eval_times), _TIMES.words),
                 writable("output_dir", self.output_dir),
                 ("dimension", self.dimension >= 2 or not self.enable_visualization, "at least 2 to draw a plane"),
             ],

@@ -78,7 +78,7 @@ def main(kills, seed):
         folder = Path(scratch)
         checkpoint = save_checkpoint(folder / "checkpoint", tiny_card())
         config = GenerateConfig(
-            checkpoint, num_fid_samples=500, num_steps=20, cfg_scale=1.5, sample_dir=folder / "samples"
+            ckpt=checkpoint, num_fid_samples=500, num_steps=20, cfg_scale=1.5, sample_dir=folder / "samples"
         )
         began = time.perf_counter()
         whole = generate(config)

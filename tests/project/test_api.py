@@ -3,6 +3,7 @@
 python -m tests.project.test_api --write
 """
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -53,6 +54,15 @@ def test_every_public_name_is_documented():
         assert public.__doc__, f"{name} has no docstring"
         assert f"`{name}`" in page, f"{name} has no line in docs/api.md"
         assert f"\n::: stablevm.{stablevm._HOME_OF[name]}.{name}\n" in page, f"docs/api.md does not show {name}"
+
+
+def test_type_checkers_see_the_same_names():
+    seen = {}
+    for node in ast.walk(ast.parse(Path(stablevm.__file__).read_text())):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            for line in node.body:
+                seen |= {name.asname: line.module for name in line.names if name.asname == name.name}
+    assert seen == {name: f"stablevm.{home}" for name, home in stablevm._HOME_OF.items()}
 
 
 def test_a_moved_name_warns_and_works(monkeypatch):

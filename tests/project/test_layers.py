@@ -15,7 +15,7 @@ from tests.helpers.modules import MODULES, PACKAGE, dotted, imports
 FLOORS = dict(
     enumerate(
         [
-            ("support",),
+            ("support", "choices"),
             ("interpolant", "metrics"),
             ("posterior", "times", "alignment", "bank", "solvers", "networks"),
             ("draw", "variance", "data"),

@@ -4,10 +4,14 @@ python -m tests.project.test_option_surface --write
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import runpy
 import sys
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin
 
 from stablevm import cli
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
@@ -25,6 +29,7 @@ from stablevm.profiling.config import BenchmarkConfig
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.study.config import VarianceConfig
+from stablevm.support.ranges import Range
 from stablevm.toy.config import ToyConfig
 from stablevm.training.config import TrainConfig
 
@@ -51,16 +56,27 @@ COMMANDS = {
 }
 
 
+def plain(hint):
+    """The type without the ranges beside it."""
+    if any(isinstance(note, Range) for note in getattr(hint, "__metadata__", ())):
+        return plain(get_args(hint)[0])
+    if get_origin(hint) in (UnionType, Union):
+        return functools.reduce(operator.or_, map(plain, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return tuple[tuple(map(plain, get_args(hint)))]
+    return hint
+
+
 def surface():
     def default(field):
         return "required" if field.default is dataclasses.MISSING else repr(field.default)
 
     def kind(field):
-        # What tyro holds about other names prints differently from version to version.
+        # What tyro holds about other names prints differently from version to version; a range is no part of a type.
         aliases = [
             name for each in getattr(field.type, "__metadata__", ()) for name in getattr(each, "aliases", None) or ()
         ]
-        return f"{field.type.__origin__} or {', '.join(aliases)}" if aliases else field.type
+        return f"{field.type.__origin__} or {', '.join(aliases)}" if aliases else plain(field.type)
 
     return {
         command: {field.name: f"{kind(field)} = {default(field)}" for field in dataclasses.fields(config)}
@@ -82,11 +98,11 @@ def test_no_command_is_forgotten():
 
 
 def test_every_option_is_documented():
+    page = runpy.run_path(Path(__file__).parents[2] / "docs" / "options.py")
     for config in COMMANDS.values():
-        source = Path(sys.modules[config.__module__].__file__).read_text()
+        text = page["docstrings"](config)
         for field in dataclasses.fields(config):
-            declaration = source.split(f"\n    {field.name}: ", 1)[1].split("\n", 2)
-            assert declaration[1].strip().startswith('"""'), f"{config.__name__}.{field.name} has no docstring"
+            assert text.get(field.name), f"{config.__name__}.{field.name} has no docstring"
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:

@@ -262,7 +262,7 @@ def test_no_name_of_a_class_stops_a_generation(name, tmp_path):
     save_checkpoint(tmp_path / "checkpoint", card)
     settings = {"num_fid_samples": 8, "num_steps": 2, "sample_dir": tmp_path, "name": "named"}
     for more in ({}, {"trajectory": True, "name": "film"}):
-        assert generate(GenerateConfig(tmp_path / "checkpoint", **{**settings, **more})).exists()
+        assert generate(GenerateConfig(ckpt=tmp_path / "checkpoint", **{**settings, **more})).exists()
 
 
 def test_resumed_with_another_batch_size_and_process_count(options, monkeypatch):

@@ -60,7 +60,7 @@ def test_the_second_is_told_who_is_there(tmp_path):
         process.wait()
     assert re.fullmatch(
         rf"{re.escape(str(folder))}: another command is running there: process {process.pid} on \S+ since "
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*an option\?\[2J'\); wait until it ends, or stop it",
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.*an option\\x1b\[2J'\); wait until it ends, or stop it",
         str(refused.value),
     )
 

@@ -45,7 +45,7 @@ MISTAKES = {
     "encoder's file": ({**runs.ALIGNED, "encoder_weights": "nowhere.safetensors"}, "nowhere.safetensors"),
     "nothing to resume": ({"resume": True}, "--resume: .* has no checkpoint"),
     "precision": ({"mixed_precision": "fp16"}, "--mixed-precision fp16: there is no GPU here"),
-    "chance": ({"cfg_prob": 1.5}, r"--cfg-prob 1.5: expected a chance in \[0, 1\]"),
+    "chance": ({"cfg_prob": 1.5}, r"--cfg-prob 1.5: expected a probability in \[0, 1\]"),
     "tracker": ({"report_to": "pigeon"}, "--report-to pigeon: expected of tensorboard, wandb, none"),
 }
 
