@@ -18,6 +18,13 @@ pytest.register_assert_rewrite("tests.helpers")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """Several workers take whole files in this order, so those with slow tests come first: none is left for the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _untouched_global_randomness():
     """Library code never touches the global random state: checked around every test."""
