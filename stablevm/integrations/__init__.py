@@ -1,1 +1,1 @@
-"""Where other programs meet this one: diffusers, and published checkpoints of SiT and its successors."""
+"""Integrations: a scheduler for diffusers, and the import of published checkpoints of SiT and its successors."""

@@ -1,4 +1,4 @@
-"""Published weights to ours: the names, and the direction of time."""
+"""Conversion of published weights to ours: their names, and the direction of time."""
 
 import math
 import re
@@ -18,19 +18,19 @@ from stablevm.support.errors import UserError
 LABEL_TABLE = SiTConfig.label_table
 NAMES_SHOWN = 6  # in the message about tensors that don't fit
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.")
-_GATED_MLP = "blocks.0.mlp.w12.weight"  # a LightningDiT has it, and a SiT `mlp.fc1` in its place
-# Of the layer that normalises REPA-E's latents, and the tables of LightningDiT's rotary positions: no weights of ours.
+_GATED_MLP = "blocks.0.mlp.w12.weight"  # a LightningDiT has it; a SiT has `mlp.fc1` instead
+# The layer that normalises REPA-E's latents, and LightningDiT's tables of rotary positions, which our networks lack.
 MEANS, VARIANCES = "bn.running_mean", "bn.running_var"
 COSINES, SINES = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
 _NO_WEIGHTS = (MEANS, VARIANCES, COSINES, SINES)
 
 
 def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under our names, float32 where they are stored in less.
+    """The weights with our names, in float32 if they are stored in lower precision.
 
-    Early REPA checkpoints call the blocks after the aligned one `decoder_blocks`, StableVelocity calls the layer of its
-    convolutional projectors `conv`, and projectors for an encoder of width 0 stand for none. Tables of positions and
-    statistics of latents are left out.
+    Early REPA checkpoints call the blocks after the aligned one `decoder_blocks`. StableVelocity calls the layer of its
+    convolutional projectors `conv`. Projectors for an encoder of width 0 mean that there are none. Tables of positions
+    and statistics of latents are left out.
     """
     first_decoder = _count_blocks(state)
     empty = {found[0] for key, value in state.items() if not value.numel() and (found := _PROJECTOR.match(key))}
@@ -47,7 +47,7 @@ def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def legacy_depth(state: dict[str, Tensor]) -> int | None:
-    """The aligned block of an early REPA checkpoint: the last before its `decoder_blocks`. None for all others."""
+    """The aligned block of an early REPA checkpoint, the last before its `decoder_blocks`; None for all others."""
     if not any(key.startswith("decoder_blocks.") for key in state):
         return None
     return _count_blocks(state)
@@ -60,9 +60,9 @@ def is_lightning_dit(state: dict[str, Tensor]) -> bool:
 def infer_config(
     state: dict[str, Tensor], encoder_depth: int | None, num_classes: int | None = None
 ) -> TransformerConfig:
-    """The network that has these weights (under our names); UserError where they are not those of a known size.
+    """The configuration of the network with these weights (with our names); UserError if it has no known size.
 
-    num_classes: the rows of the label table but one, where it is not given.
+    num_classes: if None, the number of rows of the label table minus one.
     """
     family = "LightningDiT" if is_lightning_dit(state) else "SiT"
 
@@ -99,7 +99,7 @@ def _size(state: dict[str, Tensor], hidden: int) -> str:
 
 
 def _projectors(state: dict[str, Tensor], encoder_depth: int | None) -> dict[str, Any]:
-    """What the configuration says of the projectors."""
+    """The fields of the configuration that describe the projectors."""
     found: dict[str, Any] = {} if encoder_depth is None else {"encoder_depth": encoder_depth}
     last_layers = _projector_outputs(state)
     if not last_layers:
@@ -120,17 +120,17 @@ def has_projectors(state: dict[str, Tensor]) -> bool:
 
 
 def predicts_twice(state: dict[str, Tensor]) -> bool:
-    """Whether the network puts out twice the channels it is given (SiT's `learn_sigma`): the first half counts."""
+    """Whether the network has twice as many output channels as input channels (SiT's `learn_sigma`)."""
     names = ("x_embedder.proj.weight", "final_layer.linear.bias")
     patches, outputs = (state[name].shape if name in state else torch.Size() for name in names)
     return len(patches) == 4 and len(outputs) == 1 and outputs[0] == 2 * math.prod(patches[1:])
 
 
 def second_half_is_trained(state: dict[str, Tensor]) -> bool:
-    """Whether the second half of outputs, where `predicts_twice`, was ever trained.
+    """Whether the second half of the outputs was trained, if `predicts_twice`.
 
-    SiT drops it, so that no gradient reaches its weights and they stay at the zeros they begin with. A DiT (Peebles
-    and Xie, 2022), whose weights have the same names and shapes, predicts the variance there, and noise in the first.
+    SiT ignores that half, so no gradient reaches its weights, which stay zero. A DiT (Peebles and Xie, 2022), whose
+    weights have the same names and shapes, predicts the noise in the first half and the variance in the second.
     """
     patches = state["x_embedder.proj.weight"].shape
     weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
@@ -139,13 +139,13 @@ def second_half_is_trained(state: dict[str, Tensor]) -> bool:
 
 
 def with_null_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with a row of zeros for the null class at the end of a label table that has none."""
+    """The weights with a row of zeros for the null class appended to the label table, which has none."""
     table = state[LABEL_TABLE]
     return state | {LABEL_TABLE: torch.cat([table, table.new_zeros(1, table.shape[1])])}
 
 
 def first_half(state: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-    """The weights without the outputs that nobody reads, where `predicts_twice`. Each patch has its channels last."""
+    """The weights without the unused half of the outputs, if `predicts_twice`; each patch has its channels last."""
     kept = {}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         per_pixel = state[name].unflatten(0, (config.patch_size**2, 2 * config.in_channels))
@@ -154,12 +154,12 @@ def first_half(state: dict[str, Tensor], config: TransformerConfig) -> dict[str,
 
 
 def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights whose network gives `-v(x, 1 - t)` where the given ones' gives `v(x, t)`: SiT's and LightningDiT's times
-    run from noise to data, ours from data to noise.
+    """Reverse time: weights of a network that computes `-v(x, 1 - t)`, from those of one that computes `v(x, t)`.
 
-    The sign is that of the last layer. The time enters as cos(f t) and sin(f t), and by the addition theorems
-    cos(f (1 - t)) and sin(f (1 - t)) are combinations of those, so that a rotation of the first layer's columns turns
-    it round: exact, but for the rounding of the weights.
+    SiT's and LightningDiT's times run from noise to data, ours from data to noise. The sign is changed in the last
+    layer. Time enters as cos(f t) and sin(f t), and by the addition theorems cos(f (1 - t)) and sin(f (1 - t)) are
+    linear combinations of those, so a rotation of the first layer's columns replaces t by 1 - t. This is exact up to
+    the rounding of the weights.
     """
     turned = {name: -state[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
     weight = state["t_embedder.mlp.0.weight"].double()
@@ -171,21 +171,21 @@ def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_positions(state: dict[str, Tensor], config: TransformerConfig) -> None:
-    """UserError where the tables of rotary positions in a published LightningDiT are not those of our network."""
+    """Raise UserError if a published LightningDiT has other tables of rotary positions than our network."""
     angles = rotary_angles(config.grid_size, config.hidden_size // config.num_heads, torch.device("cpu"))
     for name, expected in ((COSINES, angles.cos()), (SINES, angles.sin())):
         found = state.get(name)
         if found is not None and (found.shape != expected.shape or not found.float().allclose(expected, atol=1e-4)):
             raise UserError(
-                f"{name} in the checkpoint is another table of rotary positions than a {config.name}'s: such networks "
+                f"{name} in the checkpoint is not the table of rotary positions of a {config.name}: such networks "
                 "can't be imported"
             )
 
 
 def statistics_of_latents(state: dict[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Scale and shift of each channel of the latents, which REPA-E trains with its network; None for all others.
+    """The scale and shift of each channel of the latents, which REPA-E stores with its network; None for others.
 
-    Its samplers use the running variance as it is, without the layer's epsilon.
+    As in its samplers, the running variance is used without the layer's epsilon.
     """
     if MEANS not in state or VARIANCES not in state:
         return None
@@ -199,7 +199,7 @@ def statistics_of_latents(state: dict[str, Tensor]) -> tuple[tuple[float, ...], 
 
 
 def check_fits(state: dict[str, Tensor], config: TransformerConfig) -> None:
-    """UserError listing tensors that the network of `config` lacks, needs, or has in another shape."""
+    """Raise UserError, which lists the tensors, if some are unknown, missing, or of another shape than in `config`."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
@@ -235,5 +235,5 @@ def _first(names: list[str]) -> str:
 
 
 def _number(key: str) -> int:
-    """N of "blocks.N.rest"."""
+    """The number N in "blocks.N.rest"."""
     return int(key.split(".")[1])

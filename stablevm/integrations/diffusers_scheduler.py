@@ -1,8 +1,8 @@
-"""StableVS for pipelines of diffusers:
+"""StableVS as a scheduler for pipelines of diffusers.
 
     pipe.scheduler = StableVSFlowMatchScheduler.from_config(pipe.scheduler.config)
 
-Needs diffusers (`pip install 'stablevm[vae]'`); no other module imports this one, so nothing else waits for it.
+It needs diffusers (`pip install 'stablevm[vae]'`). No other module imports this one.
 """
 
 import sys
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-# A saved pipeline loads a class of ours by a base class that it finds in the module of the class: this one.
+# diffusers loads a class of a saved pipeline by a base class that it finds in the class's module, which is this one.
 from diffusers import SchedulerMixin as SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -23,7 +23,7 @@ from stablevm.interpolant import LINEAR
 from stablevm.solvers.fixed_steps import ode_times, stable_velocity_step, thinned
 from stablevm.solvers.settings import SAMPLER_RANGES, SamplerOptions
 
-# Names of the published scheduler's arguments, and ours.
+# The names of arguments in the published scheduler, and ours.
 PUBLISHED_NAMES = {
     "fast_low_split_point": "split_time",
     "fast_low_low_substeps": "steps_below",
@@ -31,31 +31,31 @@ PUBLISHED_NAMES = {
 }
 _DEFAULTS: dict[str, Any] = {name: getattr(SamplerOptions, name) for name in PUBLISHED_NAMES.values()}
 OWN_NAMES = {*_DEFAULTS, "grid_below", "use_fast_low_schedule"}
-FLOW_PREDICTION = "flow_prediction"  # what schedulers for several processes call a velocity in their configurations
+FLOW_PREDICTION = "flow_prediction"  # the name for a velocity in configurations of schedulers for several processes
 
 
 class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
-    """Stands wherever a FlowMatchEulerDiscreteScheduler does, and takes fewer steps (Yang et al., 2026).
+    """StableVS (Yang et al., 2026) in place of a FlowMatchEulerDiscreteScheduler, with fewer steps.
 
-    Down to `split_time` its sigmas and steps are those of the Euler scheduler, shifts and all. Of the sigmas below it,
-    `steps_below` stay, and the steps from there on are made by the Gaussian posterior of `stable_velocity_step`. So 30
-    steps asked for may be 20 steps made: `len(scheduler.timesteps)`.
+    Down to `split_time` the sigmas and steps are those of the Euler scheduler, including shifts. Below it, only
+    `steps_below` sigmas remain, and each step is that of `stable_velocity_step`. So 30 requested steps may become 20
+    actual ones, `len(scheduler.timesteps)`.
 
-    split_time: a sigma in (0, 1). steps_below: 1 or more. noise_factor: 0 (none) to 1 (as much as the path permits).
-    grid_below: "schedule" takes the sigmas below the split out of the Euler scheduler's, evenly by their number, as
-    published; "even" replaces them by even steps from `split_time` itself to 0. use_fast_low_schedule: False is the
+    split_time: a sigma in (0, 1). steps_below: 1 or more. noise_factor: from 0 (none) to 1 (the largest possible).
+    grid_below: "schedule", as published, takes a subset of the Euler scheduler's sigmas below the split, at evenly
+    spaced indices; "even" replaces them by equal steps from `split_time` to 0. use_fast_low_schedule: False gives the
     Euler scheduler. `fast_low_split_point`, `fast_low_low_substeps` and `low_region_noise_factor` are the published
-    names of the first three. The other arguments are the Euler scheduler's.
+    names of the first three. The other arguments are those of the Euler scheduler.
 
-    `timesteps[k:]` and `set_begin_index(k)`, by which pipelines begin in the middle, count k in the steps asked for:
-    the first noise level is the Euler scheduler's there, and then come those of ours below it.
+    Pipelines that start in the middle use `timesteps[k:]` or `set_begin_index(k)`. There k counts the requested steps:
+    the first noise level is that of the Euler scheduler, followed by our noise levels below it.
 
-    Raises ValueError for values outside their range, for `invert_sigmas`, whose time runs the other way, and for
-    configurations of processes that are not flow matching; TypeError for an argument that it doesn't know.
+    Raises ValueError for values out of range, for `invert_sigmas`, whose time runs in the other direction, and for
+    configurations of other methods than flow matching; TypeError for an unknown argument.
     """
 
     sigmas: Tensor  # (steps + 1,), the last one 0
-    timesteps: Tensor  # (steps,), what the network is asked at
+    timesteps: Tensor  # (steps,), at which the network is evaluated
 
     def __init__(
         self,
@@ -80,14 +80,15 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if grid_below not in ("schedule", "even"):
             raise ValueError(f'grid_below {grid_below!r}: expected "schedule" or "even"')
         if self.config.invert_sigmas:
-            raise ValueError("invert_sigmas True: StableVS expects sigmas that fall to 0")
+            raise ValueError("invert_sigmas True: StableVS expects sigmas that decrease to 0")
         self.register_to_config(**given, grid_below=grid_below, use_fast_low_schedule=use_fast_low_schedule)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler of a pipeline's configuration: `from_config(pipe.scheduler.config, split_time=0.8)`.
+        """Make a scheduler from a pipeline's configuration: `from_config(pipe.scheduler.config, split_time=0.8)`.
 
-        A `flow_shift` there is the shift. ValueError if it is not flow matching's; TypeError for an unknown argument.
+        A `flow_shift` in it is used as the shift. ValueError if it is not a configuration of flow matching; TypeError
+        for an unknown argument.
         """
         unknown = sorted(set(kwargs) - cls._get_init_keys(cls))
         if unknown:
@@ -99,7 +100,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        """Which entries of a configuration are arguments: those that `__init__` hands on count too."""
+        """The entries of a configuration that are arguments, including those that `__init__` passes on."""
         return (
             FlowMatchEulerDiscreteScheduler._get_init_keys(FlowMatchEulerDiscreteScheduler)
             | OWN_NAMES
@@ -114,7 +115,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """As the Euler scheduler's, then with fewer sigmas below the split, and the timesteps that belong to them."""
+        """Set sigmas and timesteps as the Euler scheduler does, then keep fewer of them below the split."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         if not self.config.use_fast_low_schedule:
             return
@@ -135,7 +136,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return torch.cat([levels[kept], self.sigmas[-1:]]), self.timesteps[kept]
 
     def _even_grid(self) -> tuple[Tensor, Tensor]:
-        """Even steps from the split to 0 below it; timesteps are read off the line through the pairs there are."""
+        """Equal steps from the split to 0; timesteps are interpolated from the Euler scheduler's sigmas."""
         start = self.sigmas[0].clamp(max=self.config.split_time)
         above = int((self.sigmas[:-1] > start).sum())
         replaced = len(self.timesteps) - above
@@ -148,12 +149,12 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return torch.cat([self.sigmas[:above], below]), timesteps
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at the Euler scheduler's noise level number `begin_index`."""
+        """Start at the Euler scheduler's noise level with the index `begin_index`."""
         self._begin_at(begin_index)
         super().set_begin_index(begin_index)
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
-        """The sample with as much of the noise as the timestep asks for."""
+        """Add noise to the sample up to the noise level of the timestep."""
         self._follow_slice(timestep)
         return super().scale_noise(sample, timestep, noise)
 
@@ -162,7 +163,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         super()._init_step_index(timestep)
 
     def _follow_slice(self, timestep: float | Tensor) -> None:
-        """Begin where a pipeline has cut the timesteps, if it asks for that one first and hasn't said where it is."""
+        """Start where a pipeline has cut the timesteps, if that is its first timestep and no start index was set."""
         schedule = self.timesteps
         if self.begin_index is None and isinstance(schedule, _Schedule) and schedule.cut_at > 0:
             first = torch.as_tensor(timestep).flatten()[0].item()
@@ -187,10 +188,11 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """The sample at the next sigma, in the dtype of `model_output`, a velocity; `generator` is for the noise.
+        """Take one step: the sample at the next sigma, in the dtype of `model_output`, which is a velocity.
 
-        `per_token_timesteps`, one per token, take the Euler scheduler's steps at all times. Pipelines hand no generator
-        to `step`: with a `noise_factor` their noise then comes from torch's global one.
+        generator: the source of the noise. With `per_token_timesteps`, one for each token, all steps are those of the
+        Euler scheduler. Pipelines pass no generator to `step`; with a `noise_factor` the noise then comes from torch's
+        global generator.
         """
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -225,20 +227,20 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 class _Schedule(Tensor):
-    """The sigmas or timesteps of a run, which knows those of the Euler scheduler from which it was made.
+    """The sigmas or timesteps of a run, which remembers those of the Euler scheduler from which it was made.
 
-    Image-to-image pipelines take a share `strength` of the steps that were asked for and cut `timesteps[k:]`. Of fewer
-    steps that would be another noise level, or none. So a cut counts in the Euler scheduler's steps: its value number
-    k comes first, and then ours below it. Sigmas are cut so by a pipeline's `get_timesteps` alone, and stay a tensor
-    for whoever looks at them. Everything else is a tensor's.
+    Image-to-image pipelines start after a share of the requested steps, given by `strength`, with `timesteps[k:]`. With
+    fewer steps this index would mean another noise level, or none. So a slice counts the Euler scheduler's steps: it
+    begins with the Euler scheduler's value k, followed by our values below it. Sigmas are sliced in this way only in a
+    pipeline's `get_timesteps`, and behave like a tensor otherwise, as does everything else.
     """
 
     euler: Tensor  # the Euler scheduler's values
-    below: list[int]  # for each of the Euler scheduler's noise levels, where our values below it begin
-    anywhere: bool  # whether every cut counts so, or only those of a pipeline's `get_timesteps`
-    cut_at: int  # the latest k of a cut
+    below: list[int]  # for each of the Euler scheduler's noise levels, the index of our first value below it
+    anywhere: bool  # whether every slice counts in this way, or only those in a pipeline's `get_timesteps`
+    cut_at: int  # the k of the latest slice
 
-    # What is computed from it, a slice for example, is a plain tensor: no network sees this class.
+    # Results of operations, such as a slice, are plain tensors, so no network receives this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -248,7 +250,7 @@ class _Schedule(Tensor):
         return schedule
 
     def begun(self, index: int) -> Tensor:
-        """The Euler scheduler's values down to number `index`, and then ours: a schedule of which `[index:]` is run."""
+        """The Euler scheduler's values up to `index`, then ours below, so that the steps from `[index:]` are run."""
         ours = self.as_subclass(Tensor)
         return torch.cat([self.euler[: index + 1], ours[self.below[min(index, len(self.below) - 1)] :]])
 
@@ -268,18 +270,18 @@ class _Schedule(Tensor):
         return self.as_subclass(Tensor)[index]
 
     def __len__(self) -> int:
-        # `retrieve_timesteps` turns this length into the number of steps of which `strength` takes a share, where a
-        # pipeline gives its own sigmas (Flux, Qwen-Image, ...).
+        # If a pipeline gives its own sigmas (Flux, Qwen-Image, ...), `retrieve_timesteps` takes this length as the
+        # number of steps of which `strength` is a share.
         return len(self.euler) if _caller() == "retrieve_timesteps" else self.shape[0]
 
 
 def _caller() -> str:
-    """The function that uses a schedule. Each pipeline of diffusers has its copy of the two that matter, so named."""
+    """The name of the function that uses a schedule; each pipeline of diffusers has a copy of the two that matter."""
     return sys._getframe(2).f_code.co_name
 
 
 def _of_flow_matching(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with its `flow_shift` as the shift; ValueError if it is not that of a flow-matching scheduler."""
+    """The configuration, with `flow_shift` as the shift; ValueError if it is not that of a flow-matching scheduler."""
     name = str(config.get("_class_name", "FlowMatch"))
     prediction = config.get("prediction_type", FLOW_PREDICTION)
     if prediction != FLOW_PREDICTION:

@@ -1,4 +1,4 @@
-"""`stablevm import`: from a published file to a checkpoint folder."""
+"""The command `stablevm import`, from a published file to a checkpoint folder."""
 
 import sys
 from dataclasses import replace
@@ -30,22 +30,22 @@ from stablevm.support.locks import is_foreign, owned
 from stablevm.support.options import as_typed
 from stablevm.support.text import shown
 
-# What the projects' own options call our values; SiT has a path (VP) and predictions (noise, score) that we have not.
+# The names of our values in the projects' options; SiT's path VP and predictions noise and score have no counterpart.
 RECORDED: dict[str, dict[str, str]] = {
     "path_type": {"Linear": "linear", "GVP": "cosine", "linear": "linear", "cosine": "cosine"},
     "prediction": {"velocity": "v", "v": "v", "x": "x"},
 }
 
-TIME_FROM_NOISE = ("sit", "lightningdit")  # whose time runs from noise to data
-TOLD_APART = {"lightningdit": "LightningDiT", "repae": "REPA-E"}  # by the names of their weights alone
+TIME_FROM_NOISE = ("sit", "lightningdit")  # their time runs from noise to data
+TOLD_APART = {"lightningdit": "LightningDiT", "repae": "REPA-E"}  # recognised by the names of their weights
 
 
 def import_checkpoint(config: ImportConfig) -> Path:
-    """Write the folder `config.output`; returns it.
+    """Convert a published checkpoint into the folder `config.output`, and return its path.
 
-    Raises UserError, before anything is written, for a file that is no such checkpoint, for tensors that are unknown
-    or missing, for facts that neither file nor options tell, and for a folder that is in use. One that holds just this
-    result stays as it is.
+    Raises UserError, before anything is written, if the file is not such a checkpoint, if tensors are unknown or
+    missing, if neither the file nor the options have a required fact, or if the folder is in use. A folder that already
+    holds this result is left unchanged.
     """
     config.validate()
     with owned(config.output):
@@ -71,7 +71,7 @@ def _import(config: ImportConfig) -> Path:
     conversion.check_positions(published.any_weights, model)
     converted = {name: _convert(state, model, turned) for name, state in sets.items()}
     if not _is_there(config.output, card, converted):
-        for name in get_args(Weights):  # of an interrupted import, maybe of another file
+        for name in get_args(Weights):  # from an interrupted import, perhaps of another file
             (config.output / f"{name}.safetensors").unlink(missing_ok=True)
         remove_temporary(config.output)
         snapshot.save(config.output, card, converted)
@@ -85,7 +85,10 @@ def _import(config: ImportConfig) -> Path:
 
 
 def _check_free(folder: Path) -> None:
-    """What an interrupted import leaves, weights without a card, may be written over; of a card see `_is_there`."""
+    """Raise UserError if the folder holds more than an interrupted import leaves, which is weights without a card.
+
+    `_is_there` checks a folder with a card.
+    """
     ours = {CARD_FILE, *(f"{name}.safetensors" for name in get_args(Weights))}
     for path in folder.iterdir():
         if path.name not in ours and is_foreign(path):
@@ -93,7 +96,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _is_there(folder: Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> bool:
-    """Whether the folder holds just this result already; UserError where it holds another checkpoint."""
+    """Whether the folder already holds this result; UserError if it holds another checkpoint."""
     if not (folder / CARD_FILE).exists():
         return False
     names = {name for name in get_args(Weights) if (folder / f"{name}.safetensors").exists()}
@@ -109,21 +112,21 @@ def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def _source(config: ImportConfig, published: PublishedCheckpoint) -> str:
-    """Whose checkpoint it is: as the option says, unless the file contradicts, or else as the file shows."""
+    """The project that made the checkpoint, by the option, which the file must not contradict, or by the file."""
     state, options = published.any_weights, published.options
     if conversion.is_lightning_dit(state) or conversion.MEANS in state:
         return _checked(config, "lightningdit" if conversion.is_lightning_dit(state) else "repae")
     if config.source in TOLD_APART:
         raise UserError(
-            f"--source {config.source}: {config.checkpoint} has not the weights of a {TOLD_APART[config.source]}; "
-            "leave the option out"
+            f"--source {config.source}: {config.checkpoint} does not have the weights of a "
+            f"{TOLD_APART[config.source]}; leave the option out"
         )
     sit = conversion.predicts_twice(state) or "image_size" in options
     repa = any(key.startswith(("projectors.", "decoder_blocks.")) for key in state) or "encoder_depth" in options
     repa = repa or published.steps is not None
     if config.source is None and sit == repa:
         raise UserError(
-            f"{config.checkpoint} does not show whose it is, and their times run in opposite directions; "
+            f"{config.checkpoint} does not show which project made it, and their times run in opposite directions; "
             "give --source sit, repa or stablevelocity"
         )
     if config.source is not None and (repa if config.source == "sit" else sit):
@@ -149,14 +152,15 @@ def _model(config: ImportConfig, published: PublishedCheckpoint, state: dict[str
         raise UserError(f"--encoder-depth {config.encoder_depth}: the checkpoint has no projectors; leave it out")
     depth = depth or config.encoder_depth
     if depth is None and has_projectors:
-        raise UserError(f"{config.checkpoint} has projectors and does not record their block; give --encoder-depth")
+        raise UserError(f"{config.checkpoint} has projectors but does not record their block; give --encoder-depth")
     return conversion.infer_config(state, depth if has_projectors else None, _num_classes(config, published))
 
 
 def _num_classes(config: ImportConfig, published: PublishedCheckpoint) -> int | None:
-    """As recorded or given; the label table has a row for each, and one for the null class where labels were dropped.
+    """The number of classes, as recorded or given; None for a file that is not a SiT's.
 
-    None for a file that is no SiT's. UserError where rows, recorded and given numbers contradict each other.
+    The label table has a row for each class, and one for the null class if labels were dropped. UserError if its rows,
+    the recorded number and the given number contradict each other.
     """
     table = published.any_weights.get(conversion.LABEL_TABLE)
     if table is None or table.ndim != 2:
@@ -186,7 +190,7 @@ def _num_classes(config: ImportConfig, published: PublishedCheckpoint) -> int | 
 
 
 def _check_no_dit(config: ImportConfig, published: PublishedCheckpoint) -> None:
-    """UserError for a DiT's weights, which have a SiT's names and shapes but predict noise, at times up to 1000."""
+    """Raise UserError for the weights of a DiT, which have the names and shapes of a SiT but predict noise."""
     state, name = published.any_weights, published.options.get("model")
     if isinstance(name, str) and name.lower().startswith("dit"):
         raise UserError(f"{config.checkpoint}: a {shown(name, quoted=False)}, which predicts noise, not a velocity; "
@@ -203,7 +207,7 @@ def _check_no_dit(config: ImportConfig, published: PublishedCheckpoint) -> None:
 
 
 def _latent(config: ImportConfig, published: PublishedCheckpoint, model: TransformerConfig) -> LatentSpec:
-    """What the autoencoder makes, normalised as in the network's training."""
+    """The latents, with the scale and shift of the network's training."""
     latent = _encoded(config, model)
     statistics = _statistics(config, published)
     if statistics is None:
@@ -218,8 +222,8 @@ def _latent(config: ImportConfig, published: PublishedCheckpoint, model: Transfo
 
 
 def _statistics(config: ImportConfig, published: PublishedCheckpoint) -> tuple[PerChannel, PerChannel] | None:
-    """Scale and shift of the latents as the file, or the one beside it, records them of the training's data; None where
-    the autoencoder's are meant.
+    """The scale and shift of the latents, measured on the training data, from this file or --latent-statistics; None if
+    those of the autoencoder apply.
     """
     recorded = conversion.statistics_of_latents(published.any_weights)
     path, options = config.latent_statistics, published.options
@@ -229,7 +233,7 @@ def _statistics(config: ImportConfig, published: PublishedCheckpoint) -> tuple[P
         if options.get("latent_norm") is False:
             return float(options.get("latent_multiplier", SD_SCALE)), 0.0
         raise UserError(
-            f"{config.checkpoint} does not hold the statistics of its latents, without which its images are wrong; "
+            f"{config.checkpoint} lacks the statistics of its latents, without which images are wrong; "
             "give --latent-statistics, the latents_stats.pt of its training"
         )
     if recorded is not None:
@@ -242,7 +246,7 @@ def _statistics(config: ImportConfig, published: PublishedCheckpoint) -> tuple[P
 def _encoded(config: ImportConfig, model: TransformerConfig) -> LatentSpec:
     side, channels = model.input_size, model.in_channels
     name = full_name(config.vae)
-    if name in SD_AUTOENCODERS.values():  # these need no look at their configuration, so no network
+    if name in SD_AUTOENCODERS.values():  # known without reading the configuration, so without a network connection
         resolution = config.resolution or side * SD_FACTOR
         shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
         latent = LatentSpec(shape, SD_SCALE, 0.0, name)
@@ -258,7 +262,7 @@ def _encoded(config: ImportConfig, model: TransformerConfig) -> LatentSpec:
 
 
 def _fact(config: ImportConfig, published: PublishedCheckpoint, option: str) -> str:
-    """An option of the training: as the file records it, or as given."""
+    """An option of the training, as recorded in the file, or as given."""
     given, recorded = getattr(config, option), published.options.get(option)
     if recorded is None:
         if given is None:
@@ -279,14 +283,14 @@ def _prediction(config: ImportConfig, published: PublishedCheckpoint) -> Literal
 
 
 def _label_dropout(published: PublishedCheckpoint, model: TransformerConfig) -> float | None:
-    """The chance of a dropped label, as recorded; 0 where the label table has no row for the null class."""
+    """The probability of a dropped label, as recorded; 0 if the label table has no row for the null class."""
     if len(published.any_weights[conversion.LABEL_TABLE]) == model.num_classes:
         return 0.0
     return _recorded_dropout(published.options)
 
 
 def _recorded_dropout(options: dict[str, Any]) -> float | None:
-    """REPA's and StableVelocity's training scripts record it."""
+    """The probability of a dropped label that the training scripts of REPA and StableVelocity record."""
     chance = options.get("cfg_prob")
     return float(chance) if isinstance(chance, int | float) and 0 <= chance <= 1 else None
 

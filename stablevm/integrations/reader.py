@@ -1,4 +1,4 @@
-"""Reading a foreign `.pt` file: tensors and plain values only, nothing in it is executed."""
+"""Reading an untrusted `.pt` file, of which only tensors and plain values are loaded; no code in it runs."""
 
 import argparse
 import math
@@ -16,29 +16,31 @@ from stablevm.support.errors import UserError
 from stablevm.support.foreign_weights import UNREADABLE
 from stablevm.support.text import shown
 
-COUNTERS = "num_batches_tracked"  # of normalisations over batches: whole numbers, and no weights
+COUNTERS = "num_batches_tracked"  # integers of batch normalisations, which are not weights
 LATENT_OPTIONS = ("latent_norm", "latent_multiplier")  # of LightningDiT's data: (z - mean) / std * multiplier
-# Put before parameters' names by torch's wrappers for several processes and for compilation.
+# Prefixes that torch's wrappers for several processes and for compilation add to the names of parameters.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """What a published file holds, apart from its optimiser."""
+    """The contents of a published file, except its optimiser."""
 
-    weights: dict[Weights, dict[str, Tensor]]  # under the names in the file, without wrappers' prefixes
-    options: dict[str, Any]  # of the command that trained it; empty where not recorded
-    steps: int | None  # None where not recorded
+    weights: dict[Weights, dict[str, Tensor]]  # with the names in the file, without wrappers' prefixes
+    options: dict[str, Any]  # of the command that trained it; empty if not recorded
+    steps: int | None  # None if not recorded
 
     @property
     def any_weights(self) -> dict[str, Tensor]:
-        """One of the sets of weights: all are of the same network."""
+        """One of the sets of weights, which are all of the same network."""
         return next(iter(self.weights.values()))
 
 
 def read_published(path: Path) -> PublishedCheckpoint:
-    """Read the file, mapped rather than loaded. UserError when it is no checkpoint, is damaged, or holds objects other
-    than tensors, plain values and argparse's options.
+    """Read a published file, mapped into memory.
+
+    UserError if it is not a checkpoint, is damaged, or holds other objects than tensors, plain values and argparse's
+    options.
     """
     content = _load(path)
     sets: dict[Weights, Any] = {name: content[name] for name in get_args(Weights) if name in content}
@@ -63,9 +65,8 @@ def read_published(path: Path) -> PublishedCheckpoint:
 
 
 def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) float64 of each channel of latents, as LightningDiT's `latents_stats.pt` holds them.
-
-    UserError where the file holds no such numbers.
+    """The mean and standard deviation (C,), float64, of each channel of the latents, from LightningDiT's
+    `latents_stats.pt`; UserError if the file holds no such numbers.
     """
     content = _load(path)
     found = [content.get(name) for name in ("mean", "std")]
@@ -83,7 +84,7 @@ def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _options(content: dict[str, Any]) -> dict[str, Any]:
-    """Of the command that trained it: StableVelocity's and REPA's `args`, or LightningDiT's `config` by those names."""
+    """The training options: `args` of StableVelocity and REPA, or `config` of LightningDiT with the same names."""
     options = content.get("args", {})
     if isinstance(options, argparse.Namespace):
         options = vars(options)
@@ -110,7 +111,7 @@ def _without_counters(values: dict[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def _fault(key: object, value: Tensor) -> str | None:
-    """Why a tensor can't be a weight; None where it can."""
+    """The reason why a tensor can't be a weight; None if it can."""
     if not isinstance(key, str):
         return "is a key, expected a name"
     if value.is_meta:
@@ -128,18 +129,18 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a published checkpoint (.pt)")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a torch checkpoint (torch 1.6 or later), or cut short; fetch it again")
+        raise UserError(f"{path}: not a torch checkpoint (torch 1.6 or later), or truncated; download it again")
     try:
         with safe_globals([argparse.Namespace]):
             refused = get_unsafe_globals_in_checkpoint(path)
             content = None if refused else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); fetch it again") from None
+        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); download it again") from None
     if refused:
         raise UserError(
-            f"{path}: refused, it asks to load {', '.join(sorted(refused))}, which could run code; save its weights "
-            "alone (torch.save of the state_dict) where you trust it"
+            f"{path}: refused, because it would load {', '.join(sorted(refused))}, which could run code; if you trust "
+            "it, save only its weights (torch.save of the state_dict)"
         )
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected named weights, found {type(content).__name__}")

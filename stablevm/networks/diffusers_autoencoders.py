@@ -1,4 +1,4 @@
-"""The autoencoders of diffusers: how those of each class encode, decode and normalise. `FORMS` lists the classes."""
+"""The autoencoders of diffusers: how each class encodes, decodes and normalises. `FORMS` lists the classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ from stablevm.support.text import shown
 
 @dataclass(frozen=True)
 class Facts:
-    """What a configuration tells of the latents, `(raw - shift) * scale`."""
+    """The facts about latents, `(raw - shift) * scale`, that a configuration holds."""
 
     channels: int
-    factor: int  # pixels to a side of one latent pixel
+    factor: int  # downsampling factor, in pixels per latent pixel and side
     scale: PerChannel = 1.0
     shift: PerChannel = 0.0
-    resolution: int | None = None  # the one side of images that it takes; None: any multiple of the factor
+    resolution: int | None = None  # the only side of images that it accepts; None for any multiple of the factor
 
     @property
     def normalisation(self) -> tuple[int, PerChannel, PerChannel]:
@@ -45,7 +45,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Form:
-    """How the autoencoders of one class are used; `model` is one of them, frozen and float32."""
+    """The functions for one class of autoencoders; their models are frozen and float32."""
 
     facts: Callable[[str, Any], Facts]  # from the name and the whole configuration
     moments: Callable[[Any, Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] to moments of raw latents
@@ -55,7 +55,7 @@ class Form:
 
 
 class DiffusersAutoencoder:
-    """One of diffusers' autoencoders, such as Stable Diffusion's AutoencoderKL (Rombach et al., 2022)."""
+    """An autoencoder of diffusers, such as Stable Diffusion's AutoencoderKL (Rombach et al., 2022)."""
 
     def __init__(self, latent: LatentSpec, model: Any, form: Form) -> None:
         self.latent, self.form = latent, form
@@ -72,7 +72,7 @@ class DiffusersAutoencoder:
 
 
 def latent_of(source: str, resolution: int) -> LatentSpec:
-    """The latents of images of `resolution`; UserError where the autoencoder does not take images of that size."""
+    """Describe the latents of images with side `resolution`; UserError if the autoencoder does not accept that size."""
     form, config = _read(source)
     facts = form.facts(source, config)
     if facts.resolution not in (None, resolution):
@@ -88,14 +88,15 @@ def latent_of(source: str, resolution: int) -> LatentSpec:
 
 
 def factor_of(source: str) -> int:
-    """Pixels to a side of one latent pixel."""
+    """The downsampling factor, in pixels per latent pixel and side."""
     form, config = _read(source)
     return form.facts(source, config).factor
 
 
 def load(latent: LatentSpec, source: str, device: torch.device | str) -> Autoencoder:
-    """UserError where it can't be loaded, or makes other latents than `latent`; where those are normalised by numbers
-    that were measured on the data, they are not compared with the configuration's.
+    """Load the autoencoder; UserError if it can't be loaded or makes other latents than `latent`.
+
+    A scale and shift that were measured on the data are not compared with the configuration.
     """
     form, config = _read(source)
     model = _load(source, config)
@@ -108,8 +109,8 @@ def load(latent: LatentSpec, source: str, device: torch.device | str) -> Autoenc
         )
     if facts.resolution not in (None, latent.shape[1] * facts.factor):
         raise UserError(
-            f"autoencoder {source}: makes images of {facts.resolution} pixels of {facts.resolution // facts.factor} "
-            f"latent pixels to a side, the latents have {latent.shape[1]}; give the autoencoder of the data"
+            f"autoencoder {source}: decodes latents with a side of {facts.resolution // facts.factor}, but these have "
+            f"{latent.shape[1]}; give the autoencoder of the data"
         )
     return DiffusersAutoencoder(latent, model.to(device), form)
 

@@ -22,9 +22,9 @@ from stablevm.support.images import read_png_text
 from stablevm.support.text import shown
 
 _PROTOCOL = "protocol.npy"
-_LARGEST_PROTOCOL = 2**24  # bytes; ours have a few thousand, and the file may be anybody's
-# What zipfile, its decompressors and numpy raise for bytes that they can't make sense of, and for kinds of compression
-# and encryption that they don't know.
+_LARGEST_PROTOCOL = 2**24  # bytes; ours have a few thousand, but the file may be untrusted
+# Exceptions that zipfile, its decompressors and NumPy raise for damaged data, and for unknown kinds of compression and
+# encryption.
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError),
     *(ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, MemoryError, tokenize.TokenError),
@@ -34,9 +34,10 @@ UNREADABLE = (
 def write_archive(
     path: Path, chunks: Iterable[NDArray[np.uint8]], labels: NDArray[np.int64], provenance: Provenance
 ) -> None:
-    """Write images uint8 (n, H, W, 3) chunk by chunk, holding one chunk in memory; as many in all as labels.
+    """Write an archive of images, in chunks uint8 (n, H, W, 3) of which one is in memory at a time.
 
-    The bytes of the file depend on its contents alone: members carry zip's default date.
+    There must be as many images as labels. The bytes of the file depend only on its contents: all members have zip's
+    default date.
     """
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
@@ -47,9 +48,9 @@ def write_archive(
 
 
 def write_npy(file: IO[bytes], chunks: Iterable[NDArray[np.uint8]], rows: int) -> None:
-    """Write the uint8 array of `rows` rows that `chunks`, one after the other, make up, in numpy's format.
+    """Write chunks of a uint8 array with `rows` rows in all as one array, in NumPy's format.
 
-    Unlike `np.save`, whose error in that case has no number, it raises OSError ENOSPC when the disk is full.
+    If the disk is full it raises OSError with ENOSPC, whereas the error of `np.save` has no number.
     """
     chunks = iter(chunks)
     first = next(chunks)
@@ -69,12 +70,12 @@ def read_provenance(path: Path) -> Provenance:
         raise UserError(f"{path} exists and was not made by this command; give another --name or --sample-dir")
     values = parse_json(text, f"{path}: its protocol")
     if not isinstance(values, dict):
-        raise UserError(f"{path}: its protocol is no object; move the file away")
+        raise UserError(f"{path}: its protocol is not an object; move the file away")
     return values
 
 
 def _text_in_archive(path: Path) -> str | None:
-    """As text; None where there is none. UserError for a damaged archive."""
+    """The provenance as text; None if there is none. UserError for a damaged archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             if _PROTOCOL not in archive.namelist():
@@ -86,6 +87,6 @@ def _text_in_archive(path: Path) -> str | None:
         array = np.lib.format.read_array(content, allow_pickle=False)
     except (*UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # of the machine, such as a missing permission
+            raise  # due to the machine, such as a missing permission
         raise UserError(f"{path}: damaged ({shown(str(error), quoted=False)}); move it away") from None
     return str(array.item()) if array.shape == () and array.dtype.kind == "U" else None

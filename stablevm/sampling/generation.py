@@ -1,7 +1,7 @@
-"""Fill an `.npz` with images from a checkpoint, by one process or many, in one go or several.
+"""Generating images from a checkpoint into an `.npz`, with one process or many, and resuming after interruptions.
 
-Processes share nothing but the folder of parts: each draws the parts that fall to it, and the first one assembles
-them. An image depends on its provenance and its index alone, so it does not matter which process makes it, or when.
+Processes share only the folder of parts: each makes its own parts, and the first one assembles them. An image depends
+only on its provenance and its index, so it does not matter which process makes it, or when.
 """
 
 import json
@@ -49,7 +49,7 @@ _WEIGHTS = {"ema": "EMA weights", "model": "last weights (not EMA)"}
 
 @dataclass(frozen=True)
 class Run:
-    """One request: what to draw, and where it goes."""
+    """One run of `generate`: what to make, and where."""
 
     config: GenerateConfig
     card: ModelCard
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def target(self) -> Path:
-        """The file that is there when the run is complete."""
+        """The file that exists when the run is complete."""
         return self.file(".png" if self.config.grid else ".npz")
 
     def file(self, suffix: str) -> Path:
@@ -82,12 +82,12 @@ class Run:
 
 
 def generate(config: GenerateConfig) -> Path:
-    """Make SAMPLE_DIR/NAME.npz, or what is still missing of it, and return its path; with `grid` it is NAME.png.
+    """Make SAMPLE_DIR/NAME.npz, or complete it, and return its path; with `grid`, NAME.png instead.
 
     The archive holds `arr_0` uint8 (N, H, W, 3), `labels` int64 (N,) and `protocol`, a JSON string, which the picture
-    too holds as a text chunk. Other processes than the first return when their share is drawn. Raises UserError for
-    options out of range or against the checkpoint, and where images of another provenance have the name: those stay
-    untouched.
+    has too, as a text chunk. Processes other than the first return when their own images are done. Raises UserError for
+    options that are out of range or contradict the checkpoint, and if images of another provenance have this name; they
+    are left unchanged.
     """
     config.validate()
     process = Process.from_environment()
@@ -100,16 +100,16 @@ def generate(config: GenerateConfig) -> Path:
 
 
 def _generate(run: Run, process: Process) -> None:
-    # In this order: the result appears before the first part goes, so parts that are gone mean that it is there.
+    # In this order: the result is written before parts are removed, so missing parts mean that it exists.
     missing = run.parts.missing(process.rank, process.world_size)
     complete = run.target.exists()
     if complete:
         check_same(run.provenance, read_provenance(run.target), run.target)
         if process.is_first:
             if not run.file(".png").exists() and not run.parts.missing() and not run.parts.drop_damaged():
-                _draw_sheet(run)  # an interruption fell between the archive and its picture
+                _draw_sheet(run)  # an interruption came between the archive and its picture
             run.parts.remove()
-            print(f"{run.target} is complete already")
+            print(f"{run.target} is already complete")
     else:
         _make(run, missing)
     if run.config.trajectory and process.is_first and not (complete and run.file(".gif").exists()):
@@ -117,7 +117,7 @@ def _generate(run: Run, process: Process) -> None:
 
 
 def _prepare(config: GenerateConfig, process: Process) -> Run:
-    """Check the request against the checkpoint, and say what has no effect."""
+    """Check the configuration against the checkpoint, and warn of options without effect."""
     card = checked_card(config)
     if config.compile:
         check_compiler(process.device)
@@ -134,16 +134,16 @@ def _num_classes(config: GenerateConfig, card: ModelCard) -> int:
 
 
 def _make(run: Run, missing: list[range]) -> None:
-    """Draw the missing parts of this process; the first process then waits for the others and assembles them all."""
+    """Make the missing parts of this process; the first process then waits for the others and assembles all parts."""
     started = time.monotonic()
     if missing or run.process.is_first:
         run.parts.open()
     try:
         damaged = run.parts.drop_damaged(run.process.rank, run.process.world_size)
-    except FileNotFoundError:  # the first process has found all there, and done its part
+    except FileNotFoundError:  # the first process has found all parts complete, and assembled them
         return
     if damaged:
-        print(f"{run.parts.folder}: {len(damaged)} of the parts are damaged or of other images; they are drawn again")
+        print(f"{run.parts.folder}: {len(damaged)} parts are damaged or hold other images; they are made again")
     missing = sorted([*missing, *damaged], key=lambda part: part.start)
     if run.process.is_first:
         print(f"{run.target}: {run.parts.num_images:,} images, {_WEIGHTS[run.config.weights]} of step {run.card.step}")
@@ -164,7 +164,7 @@ def _make(run: Run, missing: list[range]) -> None:
 
 
 def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> int:
-    """Draw the images of `missing` in batches and write each part once it is full; the evaluations per image."""
+    """Make the images of `missing` in batches, and write each part when it is full; return evaluations per image."""
     evaluations = 0
     indices = [index for part in missing for index in part]
     unwritten = deque(missing)
@@ -182,12 +182,12 @@ def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> 
 
 
 def _wait(run: Run, progress: tqdm, show_progress: Callable[[], None]) -> bool:
-    """Until all parts are there; True where somebody else has assembled them meanwhile, which locks prevent."""
+    """Wait until all parts exist; True if another command has assembled them meanwhile, which locks prevent."""
     while run.parts.missing():
         if run.target.exists():
             return True
         if not run.parts.folder.exists():
-            raise UserError(f"{run.parts.folder}: was removed while its images were drawn; run the same command again")
+            raise UserError(f"{run.parts.folder}: was removed while images were made; run the same command again")
         progress.set_description("waiting for the other processes")
         time.sleep(_POLL_SECONDS)
         show_progress()
@@ -195,9 +195,9 @@ def _wait(run: Run, progress: tqdm, show_progress: Callable[[], None]) -> bool:
 
 
 def _assemble(run: Run) -> None:
-    """Make the picture and the archive of the parts, then remove them."""
+    """Make the archive and the picture from the parts, then remove the parts."""
     run.parts.sweep()
-    if not run.config.grid:  # first of all: whatever befalls the picture, the images are there
+    if not run.config.grid:  # first, so that the images are safe whatever happens to the picture
         with replacing(run.target, scratch=run.parts.folder) as temporary:
             write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.provenance)
     _draw_sheet(run)
@@ -205,16 +205,16 @@ def _assemble(run: Run) -> None:
 
 
 def _draw_sheet(run: Run) -> None:
-    """The picture of some of the images, from the parts."""
+    """Make the picture of some of the images, from the parts."""
     indices, columns = sheets.arrange(run.labels.numpy())
     captions = sheets.captions_of(run.labels[indices].tolist(), run.card)
     picture = sheets.plot_sheet(run.parts.pick(indices), columns, captions)
-    # Written in the folder of parts, so that what an interruption leaves of it goes with the folder.
+    # The temporary file is in the folder of parts, so that it is removed with the folder after an interruption.
     save_png(run.file(".png"), picture, {"protocol": json.dumps(run.provenance)}, scratch=run.parts.folder)
 
 
 def _make_film(run: Run) -> None:
-    """Draw some of the images once more, and watch."""
+    """Make some of the images once more, and record the predictions on the way as a GIF."""
     fitting = sheets.film_columns_and_rows(run.sampler.image_side)
     indices, columns = sheets.arrange(run.labels.numpy(), *fitting)
     film = sheets.Film(get_interpolant(run.card.path_type), run.sampler.decode)
@@ -222,7 +222,7 @@ def _make_film(run: Run) -> None:
     captions = sheets.captions_of(run.labels[indices].tolist(), run.card)
     frames = film.pictures(images, columns, captions)
     save_gif(run.file(".gif"), frames, sheets.FRAME_MILLISECONDS, sheets.LAST_FRAME_MILLISECONDS)
-    print(f"{run.file('.gif')}: {len(indices)} images as the network foresees them at {len(film.frames)} times")
+    print(f"{run.file('.gif')}: {len(indices)} images as the network predicts them at {len(film.frames)} times")
 
 
 def _progress(run: Run) -> tqdm:

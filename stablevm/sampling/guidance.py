@@ -1,6 +1,6 @@
-"""Latents of a class-conditional network, with classifier-free guidance in an interval of time.
+"""Sampling latents from a class-conditional network, with classifier-free guidance in an interval of time.
 
-The one place where training's previews and generation meet the solvers.
+Both previews during training and `generate` use it.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from stablevm.support.precision import DTYPES, autocast
 from stablevm.support.ranges import TIME, check_word
 from stablevm.support.rng import RowGenerators, randn
 
-LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide these and leave the others to the class alone
+LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide only these channels
 
 
 @dataclass(frozen=True)
 class GuidanceSettings(GuidanceOptions):
-    """How `draw_latents` asks the network: the options of `GuidanceOptions`, which documents each field.
+    """Settings of `draw_latents`: the options of `GuidanceOptions`, which documents each field.
 
     UserError for a number out of its range, and for another precision.
     """
@@ -49,14 +49,14 @@ UNGUIDED = GuidanceSettings()
 
 
 class GuidedVelocity:
-    """`v = v_null + scale (v_cond - v_null)` for `low <= t <= high`, and `v_cond` outside (Ho and Salimans, 2022,
-    "Classifier-free diffusion guidance"; Kynkaanniemi et al., 2024, for the interval).
+    """The velocity of a network with classifier-free guidance (Ho and Salimans, 2022) in an interval of time
+    (Kynkaanniemi et al., 2024): `v = v_null + scale (v_cond - v_null)` for `low <= t <= high`, and `v_cond` outside.
 
-    model(x (B, ...), t (B,), labels (B,)) predicts the velocity (`prediction` "v") or the data ("x"), in float32 or
-    under autocast to `precision`, whatever surrounds the call. Its answer comes back as a velocity in the dtype of the
-    state. Both halves of a guided evaluation are one batch; `scale` 1 is no guidance at all. `legacy` guides the first
-    three channels only. `evaluations` is the number of network evaluations per image so far: one per call, two
-    where guidance was on; a mean over the images, where they were evaluated at different times.
+    model: called as model(x (B, ...), t (B,), labels (B,)), in float32 or under autocast to `precision`; it predicts
+    the velocity (`prediction` "v") or the data ("x"). The result is a velocity in the dtype of the state. Both
+    predictions of a guided evaluation are computed in one batch. `scale` 1 means no guidance. With `legacy` only the
+    first three channels are guided. evaluations: the number of network evaluations per image so far, one for each call
+    or two with guidance, averaged over images if they were evaluated at different times.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class GuidedVelocity:
         return self.rows_evaluated / len(self.labels)
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The velocity at x (n, ...) and t, a scalar or (n,). `rows` int64 (n,) are the images that x belongs to."""
+        """The velocity at states x (n, ...) and times t, a scalar or (n,); rows: (n,) int64, the images of x."""
         labels = self.labels if rows is None else self.labels[rows]
         times = t.to(x.device).expand(len(x))
         if self.scale == 1:
@@ -123,13 +123,13 @@ def draw_latents(
     *,
     guidance: GuidanceSettings = UNGUIDED,
 ) -> tuple[Tensor, int]:
-    """One latent per label: float32 (B, C, h, w) in the network's space, and the network evaluations per image.
+    """Sample one latent for each label: float32 (B, C, h, w), and the number of network evaluations per image.
 
-    `labels` is int64 (B,), the null class included; `model` is on `device`, in evaluation mode. Image i's noise, the
-    initial one and each step's, comes from row i of `streams` alone, so how images are batched does not change them.
-    `watch(x, t, v)` is called with each state, its time and its velocity on the way; not with dopri5, where each image
-    has times of its own. Its evaluations are a mean over the images, rounded.
-    UserError for labels, or guidance, of which the card says that they were never trained.
+    labels: (B,) int64, which may include the null class. model: on `device`, in evaluation mode. streams: a generator
+    for each image, from which all its noise comes, so that images do not depend on how they are batched. watch: called
+    as watch(x, t, v) with each state, its time and its velocity; not with dopri5, where each image has its own times.
+    With dopri5 the number of evaluations is a rounded mean over images. UserError for labels or guidance that were
+    never trained, according to the card.
     """
     _check_trained(card, labels, guidance.cfg_scale)
     shape = (len(labels), *card.latent.shape)
@@ -161,7 +161,7 @@ def draw_latents(
 
 
 def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:
-    """UserError where the network is to be asked about labels that its training never showed it."""
+    """Raise UserError if sampling needs labels that were never trained."""
     null = labels == card.model.null_class
     if not card.null_is_trained and (cfg_scale != 1 or null.any()):
         asked = "labels of the null class" if null.any() else f"cfg_scale {cfg_scale:g}"

@@ -1,4 +1,4 @@
-"""A run's network and autoencoder, loaded: from the indices of images to their pixels."""
+"""A loaded network and autoencoder, which make images by their indices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from stablevm.support.rng import RowGenerators
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """Makes images of a configuration by their indices."""
+    """Makes the images of a configuration by their indices."""
 
     config: GenerateConfig
     card: ModelCard
@@ -42,9 +42,9 @@ class ImageSampler:
         labels: Tensor,
         watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     ) -> tuple[NDArray[np.uint8], int]:
-        """Images uint8 (n, H, W, 3) of `labels` (n,), and the network evaluations per image; `watch` as in the sampler.
+        """The images uint8 (n, H, W, 3) with these indices and labels (n,), and the network evaluations per image.
 
-        Raises UserError for values that are not finite.
+        watch: as in `draw_latents`. Raises UserError for values that are not finite.
         """
         streams = RowGenerators.for_keys("generate", self.config.global_seed, positions=indices)
         settings, guidance = settings_of(self.config), guidance_of(self.config)
@@ -61,13 +61,13 @@ class ImageSampler:
         return self.decode(torch.zeros(1, *self.card.latent.shape)).shape[1]
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Pixels uint8 (n, H, W, 3)."""
+        """Decode latents to pixels uint8 (n, H, W, 3)."""
         return self.autoencoder.decode(latents.float()).permute(0, 2, 3, 1).numpy()
 
     def _check_finite(self, latents: Tensor, indices: Sequence[int]) -> None:
         broken = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
         if broken:
             raise UserError(
-                f"--precision {self.config.precision}: image {indices[broken[0]]} came out with values that are not "
-                "finite; use fp32, or a checkpoint from before the training diverged"
+                f"--precision {self.config.precision}: image {indices[broken[0]]} has values that are not finite; "
+                "use fp32, or a checkpoint from before training diverged"
             )

@@ -1,4 +1,4 @@
-"""Which class each generated image gets: a function of the seed, the same on every process."""
+"""The classes of generated images, which depend only on the seed."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from stablevm.support.rng import generator
 
 
 def balanced_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor:
-    """`num_samples` int64 labels, as many of each class, exact to one; the seed picks the classes that get one more.
+    """Equally many int64 labels of each class, up to one, (num_samples,); the seed decides which classes have one more.
 
-    They are shuffled over the whole set, not class by class or block by block: the Inception score is computed over
-    consecutive chunks of the file, and chunks that are balanced by construction would raise it.
+    They are shuffled over the whole set, because the Inception score is computed over consecutive chunks, and chunks
+    that are balanced by construction would raise it.
     """
     stream = generator("labels", "equal", seed)
     per_class, remainder = divmod(num_samples, len(classes))
@@ -24,11 +24,11 @@ def balanced_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tens
 
 
 def random_labels(num_samples: int, classes: Sequence[int], seed: int) -> Tensor:
-    """`num_samples` int64 labels, each drawn uniformly from `classes`."""
+    """Labels (num_samples,) int64, each drawn uniformly from `classes`."""
     pool = torch.tensor(classes, dtype=torch.int64)
     return pool[torch.randint(len(pool), (num_samples,), generator=generator("labels", "random", seed))]
 
 
 def trained_labels(labels: Tensor, card: ModelCard) -> Tensor:
-    """The labels, or the null class for all where training dropped every label, so that no class was ever seen."""
+    """The labels, or the null class for all if training dropped every label, so that no class was trained."""
     return labels if card.classes_are_trained else torch.full_like(labels, card.model.null_class)

@@ -1,4 +1,4 @@
-"""Generated images on their way into one archive: a folder of small files, each complete or absent."""
+"""The folder of small files that holds generated images until all are complete."""
 
 import hashlib
 import io
@@ -16,18 +16,18 @@ from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary, write_json, write_with
 
-# A property of the folder, not an option: whatever the batch size and the number of processes, a part holds the same
-# images, so that a run may go on with others. Small, as an interruption loses at most this much beyond a batch.
+# Fixed, not an option: a part holds the same images for any batch size and number of processes, so that both may change
+# when a run resumes. Small, because an interruption loses at most this much beyond a batch.
 PART_LENGTH = 16
 PROTOCOL_FILE = "protocol.json"
 _CHECKSUM_BYTES = 32
 
 
 class PartFolder:
-    """Images 0 to `num_images - 1` as files START-STOP.npy, uint8 (n, H, W, 3), beside their provenance.
+    """A folder with images 0 to `num_images - 1` as files START-STOP.npy, uint8 (n, H, W, 3), and their provenance.
 
-    Behind its array each file holds a checksum of the provenance, the images' numbers and the array, so that a damaged
-    part and one of other images are told from a good one.
+    After its array each file has a checksum of the provenance, the images' numbers and the array, by which a damaged
+    part, or one with other images, is detected.
     """
 
     def __init__(self, folder: Path, num_images: int, provenance: Provenance) -> None:
@@ -36,19 +36,19 @@ class PartFolder:
         self.provenance = provenance
 
     def open(self) -> None:
-        """Make the folder, or resume in it; UserError when its images are of another provenance."""
+        """Make the folder, or resume in it; UserError if its images have another provenance."""
         if not self._is_ours():
             write_json(self.folder / PROTOCOL_FILE, self.provenance)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:
-        """Indices of the images of each absent part, of those that fall to process `rank` of `world_size`."""
+        """The indices of the images of each missing part that belongs to process `rank` of `world_size`."""
         present = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         return [part for part in self._parts()[rank::world_size] if self._path(part).name not in present]
 
     def drop_damaged(self, rank: int = 0, world_size: int = 1) -> list[range]:
-        """Remove the parts of this process that are damaged or of other images, and return them.
+        """Remove parts of this process that are damaged or hold other images, and return them.
 
-        UserError when the folder's images are of another provenance.
+        UserError if the folder's images have another provenance.
         """
         damaged = []
         for part in self._parts()[rank::world_size] if self._is_ours() else ():
@@ -59,7 +59,7 @@ class PartFolder:
         return damaged
 
     def num_present(self) -> int:
-        """Number of images in the folder."""
+        """The number of images in the folder."""
         return self.num_images - sum(len(part) for part in self.missing())
 
     def write(self, part: range, images: NDArray[np.uint8]) -> None:
@@ -69,18 +69,18 @@ class PartFolder:
         write_with(self._path(part), lambda temporary: temporary.write_bytes(content + self._checksum(part, content)))
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
-        """All images in order, part by part. UserError for a damaged one."""
+        """Yield all images in order, part by part; UserError for a damaged part."""
         for part in self._parts():
             yield self._read(part)
 
     def pick(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The images at `indices`, uint8 (len(indices), H, W, 3). UserError for a damaged part."""
+        """The images at `indices`: uint8 (len(indices), H, W, 3); UserError for a damaged part."""
         parts, numbers = self._parts(), [index // PART_LENGTH for index in indices]
         read = {number: self._read(parts[number]) for number in dict.fromkeys(numbers)}
         return np.stack([read[number][index % PART_LENGTH] for number, index in zip(numbers, indices, strict=True)])
 
     def sweep(self) -> None:
-        """Remove what killed processes left of files they were writing; for when all parts are there."""
+        """Remove temporary files of killed processes; call it when all parts are complete."""
         remove_temporary(self.folder)
 
     def remove(self) -> None:
@@ -88,7 +88,7 @@ class PartFolder:
             shutil.rmtree(self.folder)
 
     def _is_ours(self) -> bool:
-        """Whether the folder was begun; UserError when with another provenance."""
+        """Whether the folder has been started; UserError if with another provenance."""
         record = self.folder / PROTOCOL_FILE
         if record.exists():
             check_same(self.provenance, read_object(record, "--sample-dir", remedy="move the folder away"), self.folder)
@@ -100,11 +100,11 @@ class PartFolder:
     def _read(self, part: range) -> NDArray[np.uint8]:
         content = self._content(part)
         if content is None:
-            raise UserError(f"{self._path(part)}: damaged; run the same command again, which draws its images anew")
+            raise UserError(f"{self._path(part)}: damaged; run the same command again, which makes its images again")
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
     def _content(self, part: range) -> bytes | None:
-        """The part's array as a file; None for another one than `write` made of these images."""
+        """The bytes of the part's array; None if the file is not what `write` made of these images."""
         content = self._path(part).read_bytes()
         array, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
         return array if checksum == self._checksum(part, array) else None

@@ -1,4 +1,4 @@
-"""Provenance: what generated images depend on, recorded beside them, so that images of different origins never mix."""
+"""Provenance: all that generated images depend on, recorded with them, so that different images never mix."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _HASH_DIGITS = 8
 
 
 def checked_card(config: GenerateConfig) -> ModelCard:
-    """The checkpoint's card, with the attention kernel that is asked for; UserError as `check_claims`."""
+    """The checkpoint's card, with the attention kernel of the options; UserError as in `check_claims`."""
     card = load_card(config.ckpt)
     if config.fused_attn is not None:  # any kernel computes the same function
         card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
@@ -34,7 +34,7 @@ def checked_card(config: GenerateConfig) -> ModelCard:
 
 
 def check_claims(config: GenerateConfig, card: ModelCard) -> None:
-    """UserError where an option contradicts the checkpoint; both values are named."""
+    """Raise UserError, which names both values, if an option contradicts the checkpoint."""
     recorded = {
         "model": card.model.name,
         "path_type": card.path_type,
@@ -57,11 +57,11 @@ def check_claims(config: GenerateConfig, card: ModelCard) -> None:
     _check_trained(config, card)
     unknown = [index for index in config.class_indices() or () if index >= card.model.num_classes]
     if unknown:
-        raise UserError(f"--classes {config.classes}: the checkpoint knows 0 to {card.model.num_classes - 1}")
+        raise UserError(f"--classes {config.classes}: the checkpoint has classes 0 to {card.model.num_classes - 1}")
 
 
 def _check_trained(config: GenerateConfig, card: ModelCard) -> None:
-    """UserError where the images need a label that was never trained; see `ModelCard.label_dropout`."""
+    """Raise UserError if the images need a label that was never trained; see `ModelCard.label_dropout`."""
     if not card.null_is_trained and (config.unconditional or config.cfg_scale != 1):
         asked = "--unconditional" if config.unconditional else f"--cfg-scale {config.cfg_scale:g}"
         raise UserError(
@@ -76,7 +76,7 @@ def _check_trained(config: GenerateConfig, card: ModelCard) -> None:
 
 
 def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:
-    """One line for each claim about something that the checkpoint has not, or was not trained on."""
+    """One warning for each option about something that the checkpoint lacks, or was not trained on."""
     lines = []
     if config.encoder_depth is not None and not card.model.projector_dims:
         lines.append(
@@ -89,10 +89,10 @@ def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:
     if unseen and asked is None:
         lines.append(
             f"{len(unseen):,} of {card.model.num_classes:,} classes had no sample in training "
-            f"({some_of(unseen)}): none is drawn of them"
+            f"({some_of(unseen)}): they are left out"
         )
     elif unseen:
-        lines.append(f"--classes: no sample of class {some_of(unseen)} was in training, its images mean nothing")
+        lines.append(f"--classes: training had no sample of class {some_of(unseen)}, so its images are meaningless")
     return lines
 
 
@@ -109,20 +109,20 @@ def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
         side = latent_spec_of(config.vae or card.latent.autoencoder, config.resolution).shape[1]
         if side != card.latent.shape[1]:
             raise UserError(
-                f"--resolution {config.resolution}: that is a latent of {side} x {side}, "
+                f"--resolution {config.resolution}: this means latents of {side} x {side}, "
                 f"the checkpoint {config.ckpt} records {card.latent.shape[1]} x {card.latent.shape[2]}"
             )
 
 
 def decoding_notes(vae: str | None, latent: LatentSpec) -> list[str]:
-    """A line where --vae gives a folder of other content than the one that the data was encoded with."""
+    """A note if --vae names a folder whose content differs from the autoencoder that encoded the data."""
     if vae is None or latent.fingerprint is None or latent.is_by(vae):
         return []
-    return [f"--vae {vae} is another autoencoder than the data's, {latent.autoencoder}; it decodes all the same"]
+    return [f"--vae {vae} is not the data's autoencoder, {latent.autoencoder}; it is used to decode anyway"]
 
 
 def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
-    """The class of each image, int64 (num_fid_samples,); the null class for all with `unconditional`."""
+    """The class of each image: (num_fid_samples,) int64; the null class for all with `unconditional`."""
     if config.unconditional:
         return torch.full((config.num_fid_samples,), card.model.null_class)
     classes = config.class_indices() or card.trained_classes
@@ -131,10 +131,10 @@ def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
 
 
 def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
-    """All that the images depend on, as JSON values; `config` is effective. Reads the weights file, for its hash."""
+    """All that the images depend on, as JSON values, including the hash of the weights file; `config` is effective."""
     weights_file = config.ckpt / f"{config.weights}.safetensors"
     if not weights_file.is_file():
-        raise UserError(f"--ckpt {config.ckpt}: it holds no {weights_file.name}; see --weights")
+        raise UserError(f"--ckpt {config.ckpt}: it has no {weights_file.name}; see --weights")
     classes = config.class_indices()
     return {
         "num_fid_samples": config.num_fid_samples,
@@ -158,7 +158,7 @@ def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
 
 
 def default_name(provenance: Provenance) -> str:
-    """A file name to recognise the run by; its last digits, a hash of the provenance, keep different runs apart."""
+    """A descriptive file name that ends with a hash of the provenance, so that different runs have different names."""
     digits = hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:_HASH_DIGITS]
     model = provenance["model"].replace("/", "-")
     adaptive = provenance["solver"] == "dopri5"
@@ -167,7 +167,7 @@ def default_name(provenance: Provenance) -> str:
 
 
 def check_same(provenance: Provenance, found: Provenance, where: Path) -> None:
-    """UserError naming the first difference between this run's provenance and the one found at `where`."""
+    """Raise UserError, naming the first difference, if the provenance found at `where` is not that of this run."""
     for key in provenance | found:
         ours, theirs = provenance.get(key), found.get(key)
         if ours != theirs:

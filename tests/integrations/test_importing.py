@@ -118,7 +118,7 @@ def test_code_in_a_file_is_named_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"ema": sit().state_dict(), "args": Dangerous()}, tmp_path / "bad.pt")
     with pytest.raises(
-        UserError, match=r"bad.pt: refused, it asks to load (posix|nt).system, which could run"
+        UserError, match=r"bad.pt: refused, because it would load (posix|nt).system, which could run"
     ) as error:
         import_checkpoint(ImportConfig(tmp_path / "bad.pt", tmp_path / "ours", **TOLD))
     one_line(error)
@@ -132,7 +132,7 @@ def without(state, *names):
 STATE = sit().state_dict()
 REPA = {"source": "repa", **TOLD}
 MISTAKES = {
-    "whose": (STATE, TOLD, "does not show whose it is.* give --source sit, repa"),
+    "whose": (STATE, TOLD, "does not show which project made it.* give --source sit, repa"),
     "not sit": (sit(projectors=(3,)).state_dict(), {**TOLD, "source": "sit"}, "--source sit: .* is of repa"),
     "not repa": (sit(learn_sigma=True).state_dict(), REPA, "--source repa: .* is of sit"),
     "path": (STATE, {"source": "repa"}, "does not record its path.*; give --path-type cosine or linear"),

@@ -107,16 +107,16 @@ def other_tables():
 
 
 MISTAKES = {
-    "no statistics": (STATE, TOLD, "does not hold the statistics of its latents.*give --latent-statistics"),
+    "no statistics": (STATE, TOLD, "lacks the statistics of its latents.*give --latent-statistics"),
     "not sit": (STATE, {**TOLD, "source": "sit"}, "--source sit: .* is of lightningdit; leave"),
     "not repa": (repa_e()[1], {**TOLD, "source": "repa", "encoder_depth": 1}, "--source repa: .* is of repae"),
     "not lightningdit": (sit_pub.built(sit_pub.PublishedSiT).state_dict(), {**TOLD, "source": "lightningdit"},
-                         "has not the weights of a LightningDiT"),
+                         "does not have the weights of a LightningDiT"),
     "not repae": (sit_pub.built(sit_pub.PublishedSiT).state_dict(), {**TOLD, "source": "repae"},
-                  "has not the weights of a REPA-E"),
+                  "does not have the weights of a REPA-E"),
     "gelu": ({k: v for k, v in STATE.items() if "w3" not in k}, {**TOLD, "latent_statistics": "here"},
              "missing: blocks.0.mlp.w3.bias"),
-    "other rotation": (other_tables(), {**TOLD, "latent_statistics": "here"}, "another table of rotary positions"),
+    "other rotation": (other_tables(), {**TOLD, "latent_statistics": "here"}, "is not the table of rotary positions"),
     "twice": (repa_e()[1], {**TOLD, "encoder_depth": 1, "latent_statistics": "here"}, "holds its own; leave it out"),
     "no variance": ({**repa_e()[1]["ema"], "bn.running_var": torch.zeros(4)}, {**TOLD, "encoder_depth": 1},
                     "positive variance of each channel"),

@@ -181,7 +181,7 @@ def test_rae_takes_images_of_one_size(saved):
     with pytest.raises(UserError, match=r"resolution 64: autoencoder .* takes images of 32 pixels"):
         latent_spec_of(str(saved("AutoencoderRAE")), 64)
     larger = replace(latent_spec_of(str(saved("AutoencoderRAE")), 32), shape=(64, 4, 4))
-    with pytest.raises(UserError, match="makes images of 32 pixels of 2 latent pixels to a side, the latents have 4"):
+    with pytest.raises(UserError, match="decodes latents with a side of 2, but these have 4"):
         load_autoencoder(larger)
 
 

@@ -66,11 +66,11 @@ def test_only_trained_classes_are_drawn(sampling, command, tmp_path, capsys):
     assert set(labels.tolist()) == {1, 4}
     if sampling == "equal":
         assert sorted(labels.tolist()) == [1] * 4 + [4] * 4
-    assert "warning: 4 of 6 classes had no sample in training (0, 2, 3, 5): none is drawn of them" in (
+    assert "warning: 4 of 6 classes had no sample in training (0, 2, 3, 5): they are left out" in (
         capsys.readouterr().err
     )
     assert command("--num-fid-samples", "2", "--classes", "2,4", ckpt=ckpt, name="asked") == 0
-    assert "no sample of class 2 was in training" in capsys.readouterr().err
+    assert "training had no sample of class 2" in capsys.readouterr().err
 
 
 def test_published_options_and_either_spelling(command, tmp_path, capsys):
@@ -158,7 +158,7 @@ def test_decoding_by_an_autoencoder(command, tmp_path, capsys):
     assert result["arr_0"].shape == (3, 64, 64, 3) and len(np.unique(result["arr_0"])) > 2
     assert json.loads(result["protocol"].item())["autoencoder"] == f"sha256:{fingerprint(str(vae))}"
     assert command(*options, "--resolution=256", ckpt=ckpt, name="other") == 2
-    assert "--resolution 256: that is a latent of 32 x 32" in capsys.readouterr().err
+    assert "--resolution 256: this means latents of 32 x 32" in capsys.readouterr().err
     assert command("--vae=ema", ckpt=ckpt, name="other") == 2
 
 
@@ -175,10 +175,10 @@ def test_an_autoencoder_that_moved_is_known_by_its_content(command, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     assert command("--num-fid-samples=2", "--vae=moved", ckpt=ckpt) == 0
     told = capsys.readouterr()
-    assert "is complete already" in told.out and "warning" not in told.err, "the same protocol"
+    assert "is already complete" in told.out and "warning" not in told.err, "the same protocol"
     other = save_tiny_vae(tmp_path / "other", layers_per_block=2)
     assert command("--num-fid-samples=2", f"--vae={other}", ckpt=ckpt, name="another") == 0
-    assert f"warning: --vae {other} is another autoencoder than the data's, {folder}" in capsys.readouterr().err
+    assert f"warning: --vae {other} is not the data's autoencoder, {folder}" in capsys.readouterr().err
     assert moved.is_dir()
 
 
@@ -196,7 +196,7 @@ def test_quick_look(command, tmp_path, capsys):
     assert np.abs(picture.astype(int) - last).mean() < 4, "the film, of 256 colours, ends with the picture"
     capsys.readouterr()
     assert command("--grid", "--classes=3,1", "--trajectory") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'run.png'} is complete already\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'run.png'} is already complete\n"
     assert command("--grid", "--classes=3,2") == 2, "another protocol"
     assert command("--num-fid-samples=16", "--classes=3,1") == 0, "the same images, with an archive"
 

@@ -214,7 +214,7 @@ def test_damaged_and_foreign_parts_are_drawn_again(options, monkeypatch, capsys)
         assert len(parts) == 2
         damage(*parts)
         assert levels_apart(whole, generate(config)) <= 1
-        assert "1 of the parts are damaged or of other images; they are drawn again" in capsys.readouterr().out
+        assert "1 parts are damaged or hold other images; they are made again" in capsys.readouterr().out
 
 
 def test_a_part_that_is_damaged_later_is_told_and_the_next_run_mends_it(options, monkeypatch):
@@ -305,7 +305,7 @@ def test_finished_run_is_returned_at_once(options, monkeypatch, capsys):
     (target.parent / "run.parts").mkdir()  # as a process killed while it tidied up leaves it
     capsys.readouterr()
     assert generate(options(per_proc_batch_size=3)) == target
-    assert capsys.readouterr().out == f"{target} is complete already\n"
+    assert capsys.readouterr().out == f"{target} is already complete\n"
     assert contents(target.parent) == before and not (target.parent / "run.parts").exists()
 
 
@@ -374,7 +374,7 @@ def test_values_that_are_not_finite_are_an_error(options, tmp_path):
     card = tiny_card()
     weights = {name: torch.full_like(value, 1e30) for name, value in random_weights(card, 0).items()}
     save(tmp_path / "broken", card, {"ema": weights})
-    with pytest.raises(UserError, match="--precision fp32: image 0 came out with values that are not finite"):
+    with pytest.raises(UserError, match="--precision fp32: image 0 has values that are not finite"):
         generate(options(ckpt=tmp_path / "broken"))
 
 
