@@ -75,7 +75,7 @@ def measure(
     if engine.objective.bank is not None:
         fill(engine.objective.bank, dataset.labels())
     trackers = on_main(accelerator, lambda: Trackers(config.folder, config.trackers, config.to_dict()))
-    journal = Journal(config, accelerator, trackers, engine.guard, step=0, total_steps=steps)
+    journal = Journal(config, accelerator, trackers, engine.guard, step=0, total_steps=steps, lines=False)
     try:
         for step, batch in enumerate(engine.loader(steps), start=1 - warmup):
             journal.clock.end("data_wait")

@@ -58,7 +58,7 @@ def _quickstart(config: QuickstartConfig) -> dict[str, Any]:
         digits_extractor = extractor(recipe.extractor_config(config))
         _announce(3, f"train SiT-XS/2 ({config.loss_type})")
         run = recipe.train_config(config)
-        step = train(run)
+        step = train(run, is_part=True)
         _announce(4, f"sample {recipe.NUM_SAMPLES} digits")
         weights = checkpoint.checkpoint_folder(run.folder, step)
         samples = {guide: generate(recipe.generate_config(config, weights, guide)) for guide in recipe.GUIDANCES}

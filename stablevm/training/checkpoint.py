@@ -147,6 +147,13 @@ def prune(run: Path, keep: int, every: int = 1) -> None:
         shutil.rmtree(checkpoint_folder(run, step))
 
 
+def thin(run: Path, every: int, keep: int, after: int) -> None:
+    """Of the checkpoints after step `after`, remove those off whole intervals of `every`, but for the newest `keep`."""
+    for step in [step for step in saved_steps(run) if step > after][:-keep]:
+        if step % every:
+            shutil.rmtree(checkpoint_folder(run, step))
+
+
 def is_best(run: Path, record: Record) -> bool:
     """Whether no lower value of its metric is known; a value that is not a number never is the best."""
     known = best_record(run)

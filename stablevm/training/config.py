@@ -33,6 +33,9 @@ from stablevm.support.ranges import (
 )
 
 CONFIG_FILE = "config.json"
+# The published intervals, in steps, of checkpoints and of grids. A run of fewer than five of them has ten of its own.
+CHECKPOINT_INTERVAL, PREVIEW_INTERVAL = 50_000, 10_000
+FEWEST_INTERVALS, SHARES_OF_SHORT_RUNS = 5, 10
 _REMEDY = "restore it, or start over under another --exp-name"
 # What aligned runs of version 0.1 did, whose files do not know the option.
 BEFORE = {"encoder_resize": "antialiased"}
@@ -204,16 +207,18 @@ class CheckpointOptions:
     """Resume OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
     resume_step: Natural = 0
     """Resume from the checkpoint of this step instead of the newest."""
-    checkpointing_steps: Count = 50_000
-    """Write a checkpoint every this many steps, and at the end."""
+    checkpointing_steps: Count | None = None
+    """Write a checkpoint every this many steps, and at the end. Default: 50,000, or a tenth of a run of fewer than
+    250,000 steps; of those between multiples of 50,000 the newest two are kept, to resume from."""
     checkpoints_kept: Natural = 0
     """Keep only this many of the newest checkpoints; 0 keeps all."""
     keep_best: Literal["loss", "velocity_loss", "alignment_loss"] | None = None
     """Also keep, as checkpoints/best, the checkpoint with the lowest mean of this metric over the steps before it."""
     log_steps: Count = 10
     """Write metrics every this many steps."""
-    sampling_steps: Natural = 10_000
-    """Draw a grid of samples every this many steps, and at the end; 0: never."""
+    sampling_steps: Natural | None = None
+    """Draw a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or a tenth of a run of
+    fewer than 50,000 steps."""
     vae: str | None = None
     """Autoencoder that decodes samples: ema, mse, or a folder, for machines without network. Default: the data's."""
 
@@ -315,9 +320,21 @@ class TrainConfig(
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in names if name != "none"]
 
+    def epoch_steps(self, samples: int) -> int:
+        """Steps of all --epochs on a data set of `samples`."""
+        return math.ceil(self.epochs * samples / self.batch_size)
+
     def total_steps(self, samples: int) -> int:
         """Steps until the first of --epochs and --max-train-steps ends, on a data set of `samples`."""
-        return min(self.max_train_steps, math.ceil(self.epochs * samples / self.batch_size))
+        return min(self.max_train_steps, self.epoch_steps(samples))
+
+    def checkpoint_interval(self, total_steps: int) -> int:
+        """Steps from one checkpoint to the next, in a run of `total_steps`."""
+        return _interval(self.checkpointing_steps, CHECKPOINT_INTERVAL, total_steps, self.log_steps)
+
+    def preview_interval(self, total_steps: int) -> int:
+        """Steps from one grid of samples to the next, in a run of `total_steps`; 0 without any."""
+        return _interval(self.sampling_steps, PREVIEW_INTERVAL, total_steps, self.log_steps)
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
@@ -398,3 +415,13 @@ class TrainConfig(
                     f"{self.folder} holds a run with {as_typed(option, theirs[option])}, this command says "
                     f"{as_typed(option, value)}: give that, or another --exp-name"
                 )
+
+
+def _interval(given: int | None, published: int, total_steps: int, log_steps: int) -> int:
+    """The steps that were given, or else the published ones where they fit into the run five times."""
+    if given is not None:
+        return given
+    if total_steps >= FEWEST_INTERVALS * published:
+        return published
+    share = math.ceil(total_steps / SHARES_OF_SHORT_RUNS)
+    return share - share % log_steps if share >= log_steps else share  # where metrics are due as well

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.training.checkpoint import Progress, Sums
 from stablevm.training.config import TrainConfig
+from stablevm.training.console import Meter, warn
 from stablevm.training.guard import Fault, Guard
 from stablevm.training.launch import on_main
 from stablevm.training.step import PhaseClock, StepMetrics
@@ -35,8 +35,9 @@ class Journal:
         step: int,
         total_steps: int,
         progress: Progress | None = None,
+        lines: bool = True,
     ) -> None:
-        """progress: what an earlier command left open."""
+        """progress: what an earlier command left open. lines: as for `Meter`."""
         progress = progress or Progress()
         self.trackers = trackers
         self._guard = guard
@@ -46,18 +47,13 @@ class Journal:
         self.clock = PhaseClock(accelerator.device)
         self._config, self._accelerator = config, accelerator
         self._pending: list[StepMetrics] = []
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            desc=config.exp_name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
+        self._meter = Meter(
+            config.exp_name, step=step, total_steps=total_steps, show=accelerator.is_main_process, lines=lines
         )
 
     def add(self, metrics: StepMetrics) -> None:
         self._pending.append(metrics)
-        self._bar.update()
+        self._meter.advance()
 
     def collect(self) -> None:
         """Add the pending steps to the sums of the coming row. Waits for the device.
@@ -102,7 +98,8 @@ class Journal:
         row |= {f"seconds/{phase}": total / sums.steps for phase, total in sums.seconds.items()} | self._memory()
         row |= means_by_time(sums.by_time)
         on_main(self._accelerator, lambda: self._write(step, row))
-        self._bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
+        losses = {name: row[name] for name in sums.scalars if name not in ("loss", "grad_norm")}
+        self._meter.report(step, losses, row["images_per_second"])
         self._guard.check(self._config.folder)
 
     def take_means(self) -> dict[str, float]:
@@ -120,7 +117,7 @@ class Journal:
     def _report(self, faults: list[Fault]) -> None:
         assert self.trackers is not None
         for fault in faults:
-            tqdm.write(f"warning: {fault}", file=sys.stderr)
+            warn(str(fault))
             self.trackers.event(fault.to_row())
 
     def _write(self, step: int, row: dict[str, float]) -> None:
@@ -128,7 +125,7 @@ class Journal:
         self.trackers.log(step, row)
 
     def close(self) -> None:
-        self._bar.close()
+        self._meter.close()
         if self.trackers is not None:
             self.trackers.close()
 

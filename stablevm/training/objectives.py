@@ -24,6 +24,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
 from stablevm.support.rng import AnyGenerator
 from stablevm.training.config import TrainConfig
+from stablevm.training.console import on_terminal, say
 
 GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take: activations need the rest
 
@@ -153,25 +154,19 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
         )
     fully = config.prefill_bank_fully or config.bank_is_fixed
     rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
-    if show and config.bank_is_fixed:
-        print(_cost(bank, len(rows), config))
     workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
-    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not show) as progress:
+    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not (show and on_terminal())) as bar:
         for part, latents in _read_latents(dataset, rows, config, workers):
             bank.insert(latents, labels[part], part)
-            progress.update(len(part))
+            bar.update(len(part))
     short = int((counts < bank.capacity).sum())
     if show and config.prefill_bank_fully and short and not config.bank_is_fixed:
-        print(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
+        say(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
 
 
-def _cost(bank: ClassBank, rows: int, config: TrainConfig) -> str:
-    size = gigabytes(bank.num_classes * bank.capacity * math.prod(bank.shape) * torch.float32.itemsize)
-    place = "the GPU's memory" if bank.device.type == "cuda" else "the host's memory"
-    if config.bank_on_gpu and bank.device.type == "cpu" and torch.cuda.is_available():
-        place += f", as it would take more than {GPU_SHARE:.0%} of what is free on the GPU"
-    slots = f"{bank.num_classes:,} classes x {bank.capacity:,} slots"
-    return f"bank: all {rows:,} latents, {slots}, {size} in each process, in {place}"
+def gigabytes(count: int) -> str:
+    """Bytes in the unit that people count memory in."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:
@@ -198,10 +193,6 @@ def _read_latents(
         for start in range(0, len(parts), workers):  # no more than `workers` parts are read ahead
             ahead = parts[start : start + workers]
             yield from zip(ahead, pool.map(read, ahead), strict=True)
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
 
 
 def objective_streams(seed: int, step: int, positions: Sequence[int]) -> rng.RowGenerators:

@@ -1,6 +1,5 @@
 """Where a run starts: on which data, and from scratch or from a checkpoint of an earlier command."""
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from stablevm.support.locks import is_foreign
 from stablevm.support.options import as_typed, some_of
 from stablevm.training.checkpoint import checkpoint_folder, damage, existing_folder, saved_steps
 from stablevm.training.config import BEFORE, CONFIG_FILE, TrainConfig
+from stablevm.training.console import say, warn
 
 DATA_FILE = "data.json"
 
@@ -58,7 +58,7 @@ def _after_return(config: TrainConfig, steps: list[int], show: bool) -> int:
     """Where the same command, run once more, resumes: it has gone back already, and what came of that stays."""
     step = _newest_whole(config.folder, steps, show)
     if show and step != config.resume_step:
-        print(
+        say(
             f"went back to step {config.resume_step} before; resumes from step {step} (to go back once more, first "
             "run the command without --resume-step)"
         )
@@ -82,7 +82,7 @@ def _newest_whole(run: Path, steps: list[int], show: bool) -> int:
             return step
         faults.append(f"{folder.name}: {fault}")
         if show:
-            print(f"warning: checkpoint {folder}: {fault}; trying the one before", file=sys.stderr)
+            warn(f"checkpoint {folder}: {fault}; trying the one before")
     raise UserError(
         f"{run}: no checkpoint is whole ({'; '.join(faults)}); restore one from a copy, or give another --exp-name"
     )

@@ -38,6 +38,10 @@ class Term(ABC):
     needs_images = False  # of the samples that are perturbed
     needs_tokens = False  # of the network's projectors
 
+    def describe(self) -> str:
+        """What it does, in a line for the start of a run; empty where its name says it all."""
+        return ""
+
     @abstractmethod
     def begin(self, draw: Draw, images: Tensor | None, total: Callable[[Tensor], Tensor]) -> Callable[[slice], Share]:
         """Called once a step, on the process's samples; returns what is called for each micro-batch before the network
@@ -59,6 +63,7 @@ class Alignment(Term):
     schedule: AlignmentSchedule
     coefficient: float
     irepa_gamma: float | None  # None without iREPA
+    summary: str = ""
 
     name = "alignment_loss"
     needs_images = needs_tokens = True
@@ -69,6 +74,9 @@ class Alignment(Term):
                 "--use-irepa: the network has one token per image, and iREPA normalises features over tokens; "
                 "choose a --model of smaller patches or leave it out"
             )
+
+    def describe(self) -> str:
+        return self.summary
 
     def features(self, encoder: Encoder, images: Tensor) -> Tensor:
         """Tokens (B, T, D) that the projector of this encoder aims at."""
@@ -122,6 +130,9 @@ def alignment_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignmen
     """The term that the options ask for; encoders: those that they name."""
     if not config.use_proj_loss:
         return None
+    schedule = config.proj_weight_schedule
+    fading = "the same at all times" if schedule == "constant" else f"{schedule} around t = {config.proj_tau:g}"
+    projector = f"iREPA, gamma {config.irepa_gamma:g}" if config.use_irepa else "REPA"
     return Alignment(
         encoders=list(encoders),
         schedule=AlignmentSchedule(
@@ -129,4 +140,5 @@ def alignment_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignmen
         ),
         coefficient=config.proj_coeff,
         irepa_gamma=config.irepa_gamma if config.use_irepa else None,
+        summary=f"block {config.encoder_depth} with {config.enc_type} ({projector}); weight {fading}",
     )

@@ -5,11 +5,10 @@ loop stands in `Trainer._train`. A step itself is `Engine.train_step`: in step.p
 (`BatchDrawer.draw`) and the loss is summed (`StepRunner._losses`). Checkpoints are written by `Trainer._save`.
 """
 
-import sys
+import time
 from dataclasses import replace
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
@@ -20,8 +19,9 @@ from stablevm.support.files import remove_temporary, write_json
 from stablevm.support.locks import owned
 from stablevm.support.precision import DTYPES, tf32
 from stablevm.training import checkpoint
-from stablevm.training.checkpoint import DamagedError, Record
-from stablevm.training.config import CONFIG_FILE, TrainConfig
+from stablevm.training.checkpoint import DamagedError, Record, TrainingState
+from stablevm.training.config import CHECKPOINT_INTERVAL, CONFIG_FILE, TrainConfig
+from stablevm.training.console import duration, say, say_rows, warn
 from stablevm.training.engine import Engine, load_encoders, model_config
 from stablevm.training.evaluation import PREVIEWS, Evaluation, Previews, distance_of, set_previews_aside
 from stablevm.training.journal import Journal
@@ -44,14 +44,18 @@ from stablevm.training.start import (
     record_data,
 )
 from stablevm.training.step import rate_at
+from stablevm.training.summary import closing, next_command, opening
 from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evaluated, keep_metrics
 
+KEPT_BETWEEN = 2  # checkpoints of a short run that nobody asked for: one to resume from, and one if that is damaged
 
-def train(config: TrainConfig) -> int:
+
+def train(config: TrainConfig, *, is_part: bool = False) -> int:
     """Train, or resume training, as `config` says; returns the number of finished steps.
 
-    Raises UserError, before anything is written, for options, data or an existing folder that do not fit. Ctrl-C and
-    SIGTERM end the step, write a checkpoint and leave with 128 plus the signal's number.
+    is_part: of a longer command, which says itself what comes next. Raises UserError, before anything is written, for
+    options, data or an existing folder that do not fit. Ctrl-C and SIGTERM end the step, write a checkpoint and leave
+    with 128 plus the signal's number.
     """
     config.validate()
     with owned(config.folder):
@@ -60,7 +64,10 @@ def train(config: TrainConfig) -> int:
         check_same_options(config, accelerator)
         trainer = _prepared(config, accelerator)
         with Interruption() as interruption, tf32(config.allow_tf32):
-            return trainer.run(interruption)
+            step = trainer.run(interruption)
+        if accelerator.is_main_process and not is_part:
+            say_rows([("next", next_command(config, step))])
+        return step
 
 
 def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
@@ -75,7 +82,7 @@ def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
         if config != given:
             notes.append(f"--encoder-resize {config.encoder_resize} stays: version 0.1 started this run so")
         for line in config.warnings() + notes + unchecked:
-            print(f"warning: {line}", file=sys.stderr)
+            warn(line)
     trainer = Trainer(config, dataset, accelerator)
     if start:
         _restore(trainer.engine, config, start, show=accelerator.is_main_process)
@@ -100,7 +107,7 @@ def _restore(engine: Engine, config: TrainConfig, start: int, *, show: bool) -> 
                     f"{folder}: {error}; restore it from a copy, give another --resume-step, or another --exp-name"
                 ) from None
             if show:
-                print(f"warning: checkpoint {folder}: {error}; trying the one before", file=sys.stderr)
+                warn(f"checkpoint {folder}: {error}; trying the one before")
             start = earlier
 
 
@@ -112,20 +119,26 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: PreparedDataset, accelerator: Accelerator) -> None:
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.total_steps = config.total_steps(len(dataset))
+        self.checkpoint_interval = config.checkpoint_interval(self.total_steps)
+        self.preview_interval = config.preview_interval(self.total_steps)
         self.engine = Engine(config, dataset, accelerator, self._encoders())
-        self.previews = on_main(accelerator, self._previews) if config.sampling_steps else None
+        self.previews = on_main(accelerator, self._previews) if self.preview_interval else None
         self.evaluation = on_main(accelerator, self._evaluation) if config.eval_every else None
 
     def run(self, interruption: Interruption) -> int:
         """Train to the end, or to an interruption; returns the number of finished steps."""
-        engine = self.engine
+        engine, started = self.engine, time.monotonic()
+        self.first_step = engine.step
         done = engine.step >= self.total_steps
+        if not done and self.accelerator.is_main_process:
+            say_rows(opening(self.config, engine, self.total_steps))
         bank = engine.objective.bank
         if not done and bank is not None and (not engine.step or self.config.bank_is_fixed):
             prefill(bank, self.dataset, self.config, show=self.accelerator.is_main_process)
         owed = told_by_main(self.accelerator, self._tidy)
         if done and not owed:
             self.say(f"{self.config.folder}: already at step {engine.step} of {self.total_steps}")
+            self._close()
             return engine.step
         journal = self._open_journal()
         try:
@@ -138,6 +151,8 @@ class Trainer:
         if interruption.signal is not None and engine.step < self.total_steps:
             self.say(f"interrupted; saved step {engine.step}. Run the same command again to resume.")
             raise SystemExit(128 + interruption.signal)
+        self.say(f"done: step {engine.step:,} of {self.total_steps:,}, after {duration(time.monotonic() - started)}")
+        self._close()
         return engine.step
 
     def _train(self, journal: Journal, interruption: Interruption) -> None:
@@ -147,7 +162,7 @@ class Trainer:
             journal.clock.end("data_wait")
             rate = rate_at(config, engine.step, self.total_steps)
             journal.add(engine.train_step(batch, rate, journal.clock))
-            scheduled = self._due(config.checkpointing_steps)
+            scheduled = self._due(self.checkpoint_interval)
             if scheduled or self._due(config.log_steps):
                 journal.flush(engine.step, engine.rate)
             stop = self._may_stop() and interruption.agreed(self.accelerator)
@@ -155,7 +170,7 @@ class Trainer:
                 self._save(journal, journal.take_means())
             elif stop:
                 self._save(journal, {})
-            if self._due(config.sampling_steps):
+            if self._due(self.preview_interval):
                 self._draw_previews(journal)
             if self._due(config.eval_every):
                 self._evaluate(journal)
@@ -175,10 +190,23 @@ class Trainer:
         state = replace(self.engine.state(), progress=journal.progress(means))
 
         def write() -> None:
-            checkpoint.save(self.config.folder, state, self._kept(), self.config.checkpointing_steps)
+            self._write_checkpoint(state)
             self._keep_if_best(means)
 
         on_main(self.accelerator, write)
+
+    def _write_checkpoint(self, state: TrainingState) -> None:
+        """To be called on the main process."""
+        config = self.config
+        folder = checkpoint.save(config.folder, state, self._kept(), self.checkpoint_interval)
+        is_short = self.checkpoint_interval < CHECKPOINT_INTERVAL
+        if (
+            config.checkpointing_steps is None
+            and is_short
+            and not (config.checkpoints_kept or self.engine.guard.in_a_row)
+        ):
+            checkpoint.thin(config.folder, CHECKPOINT_INTERVAL, KEPT_BETWEEN, after=self.first_step)
+        say(f"step {self.engine.step:,}: saved {folder}")
 
     def _kept(self) -> int:
         return 0 if self.engine.guard.in_a_row else self.config.checkpoints_kept
@@ -207,10 +235,10 @@ class Trainer:
         checkpoint.end_return(folder)
         if not step:
             return []
-        checkpoint.prune(folder, self._kept(), config.checkpointing_steps)
+        checkpoint.prune(folder, self._kept(), self.checkpoint_interval)
         self._keep_if_best(self.engine.progress.means)
         owed = []
-        if self._due(config.sampling_steps) and self.previews and not self.previews.path(step).exists():
+        if self._due(self.preview_interval) and self.previews and not self.previews.path(step).exists():
             owed.append("previews")
         if self._due(config.eval_every):
             numbers = evaluated(folder, step)
@@ -254,6 +282,7 @@ class Trainer:
             assert self.previews is not None and journal.trackers is not None
             card = self.engine.stamped_card()
             grid = self.previews.draw(average, card, self.accelerator.device)
+            say(f"step {card.step:,}: drew {self.previews.path(card.step)}")
             journal.trackers.image(self.engine.step, "samples", grid)
 
         on_main(self.accelerator, draw)
@@ -270,9 +299,12 @@ class Trainer:
             numbers = self.evaluation.run(average, self.engine.stamped_card())
             journal.trackers.log(self.engine.step, {f"{EVALUATED}{name}": value for name, value in numbers.items()})
             record = Record(*distance_of(numbers), self.engine.step)
-            if checkpoint.is_best(folder, record):
-                if state is not None:
-                    checkpoint.save(folder, state, self._kept(), self.config.checkpointing_steps)
+            is_best = checkpoint.is_best(folder, record)
+            found = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            say(f"step {self.engine.step:,}: evaluated, {found}{'; the best so far' if is_best else ''}")
+            if is_best and state is not None:
+                self._write_checkpoint(state)
+            if is_best:
                 checkpoint.keep_if_best(folder, record)
 
         on_main(self.accelerator, write)
@@ -295,6 +327,13 @@ class Trainer:
     def _autoencoder(self) -> Autoencoder:
         return load_autoencoder(self.dataset.latent, name=self.config.vae, device=self.accelerator.device)
 
-    def say(self, line: str) -> None:
+    def _close(self) -> None:
+        """Tell where the files of the run lie."""
         if self.accelerator.is_main_process:
-            tqdm.write(line)
+            grid = self.previews.path(self.engine.step) if self.previews else None
+            say_rows(closing(self.config, self.engine.step, grid))
+
+    def say(self, line: str) -> None:
+        """Tell the user, from the main process."""
+        if self.accelerator.is_main_process:
+            say(line)

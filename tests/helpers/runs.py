@@ -58,6 +58,7 @@ def config(root, name="run", **options):
         "batch_size": 8,
         "max_train_steps": 6,
         "log_steps": 1,
+        "checkpointing_steps": 1000,
         "sampling_steps": 0,
         "num_workers": 0,
         "learning_rate": 1e-3,
