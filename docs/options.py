@@ -1,65 +1,52 @@
 """Write docs/options.md from the option dataclasses:  python docs/options.py"""
 
-import ast
 import dataclasses
-import inspect
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
-from stablevm.integrations.config import ImportConfig
-from stablevm.preparation import config as preparation
-from stablevm.profiling.config import BenchmarkConfig
-from stablevm.quickstart.config import QuickstartConfig
-from stablevm.sampling.config import GenerateConfig
-from stablevm.study.config import VarianceConfig
-from stablevm.support.options import Group, as_typed, groups_of, in_options
-from stablevm.toy.config import ToyConfig
-from stablevm.training.config import TrainConfig
+from stablevm.commands.arguments import Common, descriptions
+from stablevm.commands.table import COMMANDS, FOLDER_STEPS, Command
+from stablevm.support.options import Group, as_typed, is_positional
 
 PAGE = Path(__file__).with_name("options.md")
-COMMANDS: dict[str, type] = {
-    "stablevm quickstart": QuickstartConfig,
-    "train.py": TrainConfig,
-    "generate.py": GenerateConfig,
-    "evaluate.py": EvaluateConfig,
-    "evaluate.py --ckpt": EvaluateCheckpointConfig,
-    "stablevm reference": ReferenceConfig,
-    "gmm_exp.py": ToyConfig,
-    "stablevm import": ImportConfig,
-    "stablevm variance": VarianceConfig,
-    "stablevm benchmark": BenchmarkConfig,
-    "stablevm extractor": ExtractorConfig,
-    "stablevm prepare convert": preparation.ConvertShardsConfig,
-    "stablevm prepare encode": preparation.EncodeShardsConfig,
-    "stablevm prepare pack": preparation.PackConfig,
-    "preprocessing/dataset_tools.py convert": preparation.ConvertConfig,
-    "preprocessing/dataset_tools.py encode": preparation.EncodeConfig,
-    "stablevm data verify": preparation.VerifyConfig,
-    "stablevm data info": preparation.InfoConfig,
-}
 HEAD = """# The options of each command
 
-Made by `python docs/options.py` from the places where the options are declared; `--help` says the same. `train.py`,
-`generate.py`, `evaluate.py` and `gmm_exp.py` are also `stablevm train`, `generate`, `evaluate` and `toy`. Dashes and
+Made by `python docs/options.py` from the places where the options are declared; `--help` says the same. Dashes and
 underscores are interchangeable, and `--no-` turns a switch off.
+
+## Options in files
+
+`--config FILE`, which every command takes, reads options from a file; what is given on the command line wins. The file
+is TOML, YAML (with the extra `train`) or JSON, and holds the options by their names. A name that the command does not
+have, or a value of another type, is refused in one line.
+
+```toml
+# mine.toml: stablevm train --config mine.toml --exp-name first
+data-dir = "data"
+model = "SiT-S/2"
+batch-size = 64
+```
+
+A file for several commands has a table for each, `[train]`, `[generate]` or `[prepare.encode]`, and may describe itself
+in a table `[about]`. FILE may also be the folder of a run, whose `config.json` holds all of its options: `stablevm
+train --config exps/first --exp-name second --learning-rate 3e-4` trains once more, with another rate. Paths in a file
+are relative to where the command is run.
+
+FILE may be the name of a recipe, too. Recipes are such files, which come with the package: published settings and
+measured ones, each with what it is expected to reach and who measured that. `stablevm recipes` lists them, `stablevm
+recipes NAME` prints one to be kept and changed.
+
+## Completion in a shell
+
+`stablevm completion bash` (or `zsh`, `tcsh`) prints a script that completes commands, options and words:
+
+```bash
+stablevm completion bash > ~/.local/share/bash-completion/completions/stablevm
+stablevm completion zsh > ~/.zfunc/_stablevm    # with fpath+=~/.zfunc before compinit in ~/.zshrc
+```
 """
-
-
-def docstrings(config: type) -> dict[str, str]:
-    """The text under each field of a dataclass and of those that it inherits from, as one line."""
-    found: dict[str, str] = {}
-    for base in reversed(config.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, text in zip(definition.body, definition.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                assert isinstance(field.target, ast.Name)
-                found[field.target.id] = in_options(" ".join(str(text.value.value).split()))
-    return found
 
 
 def default(field: "dataclasses.Field[Any]") -> str:
@@ -85,29 +72,34 @@ def values(hint: Any) -> str:
 
 def rows(group: Group) -> Iterator[str]:
     """A line for each option."""
-    text, hints = docstrings(group.kind), get_type_hints(group.kind)
+    text, hints = descriptions(group.kind), get_type_hints(group.kind)
     for field in group.fields:
-        positional = "Positional" in str(field.type)
-        name = field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
+        name = field.name.upper() if is_positional(field) else f"--{field.name.replace('_', '-')}"
         cells = (f"`{name}`", values(hints[field.name]), default(field), text[field.name].replace("|", "\\|"))
         yield f"| {' | '.join(cells)} |"
 
 
-def section(command: str, config: type) -> str:
-    purpose = " ".join(inspect.cleandoc(config.__doc__ or "").split())
-    groups = groups_of(config)
-    lines = [f"## {command}", "", purpose, ""]
-    for group in groups:
-        if len(groups) > 1:
+def table(group: Group) -> list[str]:
+    return ["| option | takes | default | |", "| --- | --- | --- | --- |", *rows(group), ""]
+
+
+def section(command: Command, program: str = "stablevm") -> str:
+    lines = [f"## {program} {command.name}", "", command.description, ""]
+    if command.script:
+        lines += [f"Also: `{command.script}`.", ""]
+    for group in command.groups:
+        if len(command.groups) > 1:
             lines += [f"**{group.title}**" + (f": {group.purpose}" if group.purpose else ""), ""]
-        lines += ["| option | takes | default | |", "| --- | --- | --- | --- |", *rows(group), ""]
+        lines += table(group)
     return "\n".join(lines).strip()
 
 
 def page() -> str:
-    return "\n\n".join([HEAD.strip(), *(section(command, config) for command, config in COMMANDS.items())]) + "\n"
+    common = ["## Every command", "", *table(Group("", "", Common, dataclasses.fields(Common)))]
+    steps = (section(step, "dataset_tools.py") for step in FOLDER_STEPS)
+    return "\n\n".join([HEAD.strip(), "\n".join(common).strip(), *map(section, COMMANDS), *steps]) + "\n"
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    print(f"{PAGE}: {len(COMMANDS)} commands", file=sys.stderr)
+    print(f"{PAGE}: {len(COMMANDS) + len(FOLDER_STEPS)} commands", file=sys.stderr)

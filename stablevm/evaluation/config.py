@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -17,6 +17,8 @@ from stablevm.support.ranges import Count, Natural, NotNegative
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """What generated images are compared with, and how."""
+
+    GROUP: ClassVar[str] = "evaluation"
 
     reference: Path
     """Reference .npz: images, stored statistics or both, as ADM's suite and stablevm reference write them; or a folder
@@ -78,6 +80,8 @@ class EvaluateConfig(EvaluationOptions):
     To evaluate a checkpoint without a file in between, give --ckpt and the options of generate in place of SAMPLES.
     Several processes share the work: torchrun --nproc_per_node=4 evaluate.py ...
     """
+
+    GROUP: ClassVar[str] = "samples"
 
     samples: tyro.conf.Positional[Path]
     """File of generated images: .npz with arr_0, uint8 (N, H, W, 3), and possibly labels, integers (N,); or a folder or

@@ -9,6 +9,7 @@ import tyro
 
 from stablevm.choices import EncoderPrecision, Transform
 from stablevm.support.errors import UserError
+from stablevm.support.files import check_output
 from stablevm.support.options import require, writable
 from stablevm.support.ranges import Count, Natural
 
@@ -174,6 +175,18 @@ class PackConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         require(self, [writable("dest", self.dest)])
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Write scikit-learn's handwritten digits (1,797 scans of 8 x 8) as a prepared data set."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder for the splits train and test."""
+
+    def validate(self) -> None:
+        """Raise UserError for a folder that can't be written."""
+        check_output(f"FOLDER {self.folder}", self.folder, is_folder=True)
 
 
 @dataclass(frozen=True)

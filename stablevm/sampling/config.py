@@ -76,7 +76,7 @@ class HardwareOptions:
 class CheckedOptions:
     """What the checkpoint records, and need not be given: it is checked."""
 
-    GROUP: ClassVar[str] = "checks of the checkpoint"
+    GROUP: ClassVar[str] = "checkpoint"
 
     model: str | None = None
     """Model size, such as SiT-XL/2. The checkpoint records it; if given, it is checked, as all options below."""

@@ -15,10 +15,10 @@ EXTRAS = {
     "hub": frozenset({"huggingface_hub"}),
     "wandb": frozenset({"wandb"}),
     "eval": _PLOTS | {"torch_fidelity"},
-    "train": _DATA | _PLOTS | {"accelerate", "psutil", "tensorboard", "timm"},
+    "train": _DATA | _PLOTS | {"accelerate", "psutil", "tensorboard", "timm", "yaml"},
 }
 EXTRAS["all"] = frozenset().union(*EXTRAS.values())
-_INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def need(purpose: str, *packages: str) -> None:

@@ -61,6 +61,11 @@ def groups_of(kind: type, title: str = "") -> list[Group]:
     return [*found, *(group for name, inner in nested.items() for group in groups_of(inner, name))]
 
 
+def is_positional(field: "Field[Any]") -> bool:
+    """Whether the option is given by its place among the words, without a name."""
+    return "Positional" in str(field.type)
+
+
 def _owner(name: str, bases: Sequence[type]) -> type:
     return next((base for base in bases if name in vars(base).get("__annotations__", {})), bases[0])
 
@@ -82,7 +87,7 @@ def in_options(text: str) -> str:
 
 def options_of(kind: type) -> dict[str, str]:
     """The options, by argument of the library, of a command whose options are the fields of `kind`."""
-    names = {field.name for field in fields(kind)}
+    names = {field.name for group in groups_of(kind) for field in group.fields}
     pairs = (*_IN_THE_TOY_STUDY.items(), *OPTION_OF.items())
     renamed = {argument: option for argument, option in pairs if option in names}
     return {

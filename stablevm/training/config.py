@@ -1,7 +1,8 @@
 """The options of `train`. Free of torch, so that `--help` stays quick."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from stablevm.choices import (
 )
 from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
-from stablevm.support.options import as_typed, idle_warnings, require, writable
+from stablevm.support.options import as_typed, idle_warnings, require, some_of, writable
 from stablevm.support.ranges import (
     FINITE_ABOVE_0,
     TIME_ABOVE_0,
@@ -404,6 +405,31 @@ class TrainConfig(
         if values.get("use_proj_loss"):
             values = BEFORE | values
         return card_of(cls, values, f"run: {path}", finite=False, remedy=_REMEDY)
+
+    @classmethod
+    def resumed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """With `resume`, the options of the run that is resumed, to stand in for those that are not given; else none.
+
+        UserError, naming the runs that there are, where there is none of the name and no data are given for a new one.
+        """
+        if not given.get("resume") or "exp_name" not in given:
+            return {}
+        output_dir = given.get("output_dir", cls.output_dir)
+        folder = output_dir / given["exp_name"]
+        if (folder / CONFIG_FILE).exists():
+            run = cls.read(folder)
+            return {field.name: getattr(run, field.name) for field in fields(cls)} | {"resume_step": 0}
+        if "data_dir" in given:
+            return {}
+        runs = sorted(path.parent.name for path in output_dir.glob(f"*/{CONFIG_FILE}"))
+        there = f"the runs in {output_dir} are {some_of(runs)}" if runs else f"{output_dir} has no runs"
+        raise UserError(f"--resume: {folder} is no run; {there}")
+
+    @classmethod
+    def of_run(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run's own file says, as options: not from which step its last command resumed."""
+        known = {name: value for name, value in values.items() if name not in ("resume", "resume_step")}
+        return BEFORE | known if values.get("use_proj_loss") else known
 
     def check_continues(self, earlier: "TrainConfig") -> None:
         """UserError naming the first option that contradicts the run which this one continues."""

@@ -13,7 +13,7 @@ LONG = "x" * 300
 # Each command with arguments that are right but for the output, and the option that names it.
 COMMANDS = {
     "quickstart": (cli.quickstart, [], "--output-dir"),
-    "digits": (cli.PREPARE_STEPS["digits"][0], [], ""),
+    "digits": (cli.prepare, ["digits"], ""),
     "train": (cli.train, ["--exp-name", "run", "--data-dir", "data"], "--output-dir"),
     "import": (cli.import_checkpoint, ["x.pt"], "--output"),
     "generate": (cli.generate, ["--ckpt", "x"], "--sample-dir"),
@@ -21,15 +21,15 @@ COMMANDS = {
     "variance": (cli.variance, ["--data-dir", "x"], "--output-dir"),
     "benchmark": (cli.benchmark, [], "--output-dir"),
     "toy": (cli.toy, [], "--output-dir"),
-    "convert": (cli.PREPARE_STEPS["convert"][0], ["--source", "x", "--resolution", "8"], "--dest"),
-    "encode": (cli.PREPARE_STEPS["encode"][0], [], "--data-dir"),
-    "pack": (cli.PREPARE_STEPS["pack"][0], ["--source", "x"], "--dest"),
-    "folders convert": (cli.FOLDER_STEPS["convert"][0], ["--source", "x", "--resolution", "8"], "--dest"),
-    "folders encode": (cli.FOLDER_STEPS["encode"][0], ["--source", "x"], "--dest"),
+    "convert": (cli.prepare, ["convert", "--source", "x", "--resolution", "8"], "--dest"),
+    "encode": (cli.prepare, ["encode"], "--data-dir"),
+    "pack": (cli.prepare, ["pack", "--source", "x"], "--dest"),
+    "folders convert": (cli.dataset_tools, ["convert", "--source", "x", "--resolution", "8"], "--dest"),
+    "folders encode": (cli.dataset_tools, ["encode", "--source", "x"], "--dest"),
     "evaluate": (cli.evaluate, ["x.npz", "--reference", "x"], "--cache-dir"),
 }
 FILES = {
-    "info": (cli.DATA_ACTIONS["info"][0], ["data"], "--picture"),
+    "info": (cli.data, ["info", "data"], "--picture"),
     "evaluate": (cli.evaluate, ["x.npz", "--reference", "x"], "--output"),
     "reference": (cli.reference, ["x"], "--output"),
 }
@@ -84,7 +84,7 @@ def test_names_of_runs_and_archives_are_measured_too(tmp_path, capsys):
     train = ["--data-dir", "data", "--output-dir", str(tmp_path)]
     (tmp_path / "file").write_text("")
     for command, arguments, message in (
-        (cli.train, [*train, "--exp-name", LONG], "a name of 300 bytes"),
+        (cli.train, [*train, "--exp-name", LONG], "a name has 300 bytes"),
         (cli.train, [*train, "--exp-name", "file"], "is a file"),
         (cli.generate, ["--ckpt", "x", "--sample-dir", str(tmp_path), "--name", LONG], "at most 240 bytes"),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import stablevm
-from stablevm import cli
+from stablevm.commands import table
 from stablevm.support.errors import arg, arguments_spelt
 from stablevm.support.options import OPTION_OF, options_of
 from stablevm.training.config import TrainConfig
@@ -16,7 +16,8 @@ PACKAGE = Path(stablevm.__file__).parent
 # Rooms of commands, and the files of others that take a command's configuration.
 COMMANDS = (
     "cli.py",
-    "commands.py",
+    "commands",
+    "recipes",
     "evaluation",
     "preparation",
     "profiling",
@@ -65,6 +66,5 @@ def test_an_argument_is_its_name_and_in_a_command_the_option_that_sets_it():
 
 
 def test_every_option_that_an_argument_is_spelt_as_exists():
-    kinds = [kind for kind in vars(cli).values() if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")]
-    options = {name for kind in kinds for name in kind.__dataclass_fields__}
+    options = {name for command in table.COMMANDS for name in command.fields}
     assert set(OPTION_OF.values()) <= options

@@ -27,6 +27,7 @@ EXTRAS_OF_ROOM = {
     "training": {"train", "wandb"},
     "toy": {"plots"},
     "profiling": {"train"},
+    "commands": {"train"},
 }
 
 

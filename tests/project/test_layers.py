@@ -16,7 +16,7 @@ FLOORS = dict(
     enumerate(
         [
             ("support", "choices"),
-            ("interpolant", "metrics"),
+            ("interpolant", "metrics", "recipes"),
             ("posterior", "times", "alignment", "bank", "solvers", "networks"),
             ("draw", "variance", "data"),
             ("objective", "figures", "integrations"),
@@ -81,14 +81,15 @@ def test_help_of_every_command_imports_no_torch():
     code = """
 import sys
 from stablevm import cli
-commands = [(cli.main, [name]) for name in cli.COMMANDS] + [(cli.main, ["evaluate", "--ckpt", "x"])]
-steps = ((cli.prepare, cli.PREPARE_STEPS), (cli.data, cli.DATA_ACTIONS), (cli.dataset_tools, cli.FOLDER_STEPS))
-for command, words in [*commands, *((choose, [name]) for choose, table in steps for name in table)]:
+from stablevm.commands.table import COMMANDS, FOLDER_STEPS
+commands = [(cli.main, command.name.split()) for command in COMMANDS]
+steps = [(cli.dataset_tools, [step.name]) for step in FOLDER_STEPS]
+for command, words in [*commands, *steps, (cli.main, ["prepare"]), (cli.main, ["evaluate", "--ckpt", "x"])]:
     try:
         status = command([*words, "--help"])
     except SystemExit as end:
         status = end.code
-    heavy = {"torch", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "diffusers"} & set(sys.modules)
+    heavy = {"torch", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "diffusers", "typeguard"} & set(sys.modules)
     assert not status and not heavy, (words, status, heavy)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -31,7 +31,7 @@ def refusal(arguments, capsys, folder):
 
 
 MISTAKES = {
-    "unknown model": ({"model": "SiT-Z/2"}, "--model SiT-Z/2: expected one of SiT-XL/2"),
+    "unknown model": ({"model": "SiT-Z/2"}, "--model SiT-Z/2: expected one of SiT-XL/1"),
     "no data": ({"data_dir": Path("nowhere")}, "--data-dir nowhere: no such folder"),
     "too few classes": ({"num_classes": 2}, "--num-classes 2: .* has 3 classes"),
     "class without a sample": (

@@ -1,12 +1,12 @@
 """What each command does: its packages are looked up and its module is imported only when it is called."""
 
-from pathlib import Path
-
+from stablevm.commands.config import CompletionConfig, RecipesConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
 from stablevm.integrations.config import ImportConfig
 from stablevm.preparation.config import (
     ConvertConfig,
     ConvertShardsConfig,
+    DigitsConfig,
     EncodeConfig,
     EncodeShardsConfig,
     InfoConfig,
@@ -101,11 +101,23 @@ def toy(config: ToyConfig) -> None:
     run(config)
 
 
-def prepare_digits(folder: Path) -> str:
+def prepare_digits(config: DigitsConfig) -> None:
     need("stablevm prepare digits", "sklearn")
     from stablevm.data.digits import prepare_digits
 
-    return prepare_digits(folder)
+    print(prepare_digits(config.folder))
+
+
+def recipes(config: RecipesConfig) -> None:
+    from stablevm.recipes.listing import listing, recipe_file
+
+    print(listing() if config.name is None else recipe_file(config.name).read_text(encoding="utf-8").rstrip())
+
+
+def completion(config: CompletionConfig) -> None:
+    from stablevm.commands.completion import print_script
+
+    print_script(config.shell)
 
 
 def convert_to_folder(config: ConvertConfig) -> int:

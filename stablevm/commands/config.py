@@ -1,0 +1,27 @@
+"""The options of `stablevm recipes` and `stablevm completion`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+Shell = Literal["bash", "zsh", "tcsh"]
+
+
+@dataclass(frozen=True)
+class RecipesConfig:
+    """List the recipes: files of options for published and measured settings, and what each is expected to reach.
+
+    To run one, give its name as --config: stablevm train --config NAME --exp-name RUN --data-dir DATA.
+    """
+
+    name: tyro.conf.Positional[str | None] = None
+    """Print this recipe, to be kept and changed."""
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """Print a script with which a shell completes the commands and their options."""
+
+    shell: tyro.conf.Positional[Shell]
+    """The shell that is to read the script."""

@@ -1,0 +1,66 @@
+"""Each recipe is read by the real parser, describes itself, and the measured one is the quickstart's."""
+
+import dataclasses
+
+import pytest
+
+from stablevm import cli
+from stablevm.commands.arguments import parse
+from stablevm.commands.table import COMMANDS
+from stablevm.quickstart import recipe
+from stablevm.quickstart.config import QuickstartConfig
+from stablevm.recipes.listing import FOLDER, about, recipe_names
+
+BY_NAME = {command.name: command for command in COMMANDS}
+
+
+def options(name, command, *words):
+    return parse(BY_NAME[command], "test", ["--config", name, *words]).options
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_taken_by_its_commands_without_a_warning(name):
+    train = options(name, "train", "--exp-name=run", "--data-dir=data", *weights(name))
+    train.validate()
+    assert train.warnings() == []
+    generate = options(name, "generate", "--ckpt=x")
+    generate.validate()
+    assert generate.warnings() == []
+    assert about(name).title and about(name).reaches and about(name).source
+
+
+def weights(name):
+    return ["--encoder-weights=x"] if name == "digits" else []
+
+
+def test_the_published_command_is_a_recipe():
+    train = options("stablevm-va-repa", "train", "--exp-name=run", "--data-dir=data")
+    given = {
+        "mixed_precision": "fp16", "allow_tf32": True, "loss_type": "stablevm", "prefill_bank_fully": True,
+        "max_train_steps": 2_000_000, "use_proj_loss": True, "proj_weight_schedule": "sigmoid", "resolution": 256,
+    }  # fmt: skip
+    at_our_default = {"model": "SiT-XL/2", "bank_capacity_per_class": 256, "proj_k": 20.0, "proj_tau": 0.7}
+    other = {
+        field.name: getattr(train, field.name)
+        for field in dataclasses.fields(train)
+        if field.name not in ("exp_name", "data_dir") and getattr(train, field.name) != field.default
+    }
+    assert other == given
+    assert all(getattr(train, name) == value for name, value in at_our_default.items())
+
+
+def test_the_measured_recipe_is_the_quickstarts():
+    quick = recipe.train_config(QuickstartConfig())
+    own = {name: getattr(quick, name) for name in ("exp_name", "output_dir", "data_dir", "encoder_weights")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
+    assert options("digits", "train", *words) == quick
+
+
+def test_recipes_are_listed_and_shown(capsys):
+    assert cli.main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}\n" in f"\n{shown}" for name in recipe_names()) and "Source: Yu et al., 2024" in shown
+    assert cli.main(["recipes", "repa"]) == 0
+    assert capsys.readouterr().out == (FOLDER / "repa.toml").read_text()
+    assert cli.main(["recipes", "reap"]) == 2
+    assert "recipe reap: expected one of digits" in capsys.readouterr().err
