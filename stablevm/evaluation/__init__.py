@@ -1,1 +1,1 @@
-"""From images to numbers and a report: sets of images, networks that give features, and the commands."""
+"""Evaluating images: sets of images, networks that extract features, and the commands."""

@@ -180,20 +180,20 @@ class ExtractorConfig:
 
 
 def default_output(samples: Path) -> Path:
-    """Beside the samples: their name with .json for its ending, or behind it where they are a folder."""
+    """The default file for results, beside the samples: their name with the suffix .json, appended for a folder."""
     if samples.is_dir():
         return samples.parent / f"{samples.resolve().name}.json"
     return samples.with_suffix(".json")
 
 
 def outputs_of(output: Path, config: EvaluationOptions) -> dict[str, Path]:
-    """The files that an evaluation writes, by what asks for them."""
+    """The files that an evaluation writes, by the option that requests them."""
     page = {"--report": output.with_suffix(".html")} if config.report and config.extractor is None else {}
     return {"--output": output} | page
 
 
 def inputs_of(config: EvaluationOptions) -> dict[str, Path | None]:
-    """What an evaluation reads besides the images, by option."""
+    """The files that an evaluation reads besides the images, by option."""
     return {
         "--reference": config.reference,
         "--extractor": config.extractor,
@@ -204,10 +204,9 @@ def inputs_of(config: EvaluationOptions) -> dict[str, Path | None]:
 
 
 def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, Path | None]) -> None:
-    """UserError for outputs that are folders, that are one file, or that would replace a file that is read.
+    """Raise UserError for outputs that are folders, that are the same file, or that would replace a file that is read.
 
-    Files that lie in an input's folder and are there already count as read, unless they are results of an earlier
-    command.
+    Existing files in an input's folder count as read, unless they are results of an earlier command.
     """
     written: dict[Path, str] = {}
     for option, path in outputs.items():
@@ -231,7 +230,7 @@ def _would_replace(path: Path, read: Path) -> bool:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether it looks like what an evaluation wrote: results, a report, or a reference file, which no folder needs."""
+    """Whether the file looks like the output of an evaluation: results, a report, or a reference file."""
     if path.suffix == ".npz":
         return True
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Digits: the extractor that is trained on real ones in seconds, its command, and the numbers about generated ones.
+"""Evaluating digits: the extractor, which is trained on real digits in seconds, its command, and the metrics.
 
-They tell whether samples are the right digit, real-looking, varied, and no copies. None of them is FID, whose features
-come from Inception: these are of the extractor that the results name.
+The metrics say whether samples are the right digit, realistic, varied, and not copies. None of them is FID, because
+the features come from the extractor that the results name, not from Inception.
 """
 
 import math
@@ -47,7 +47,7 @@ _REMEDY = "train the extractor again"
 # The recipe, measured over three seeds (docs/experiments.md).
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
-WARMUP_SHARE = 0.1  # of the steps, linear; then a cosine to zero
+WARMUP_SHARE = 0.1  # of the steps, with a linear rate; then a cosine to zero
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
 ROTATION = math.radians(12)  # this and the next three: largest absolute value of a uniform draw
@@ -61,7 +61,7 @@ READ_BLOCK = 1024  # images per forward pass
 
 @dataclass(frozen=True)
 class _Card:
-    """The file beside the weights."""
+    """The contents of the file beside the weights."""
 
     name: Literal["digits-cnn"]
     test_accuracy: float
@@ -72,7 +72,7 @@ class _Card:
 
 @dataclass(frozen=True)
 class DigitsExtractor:
-    """A trained extractor, in evaluation mode and without gradients, with the facts that belong beside its numbers."""
+    """A trained extractor, in evaluation mode and without gradients, with facts about its training."""
 
     net: DigitsNet
     test_accuracy: float
@@ -85,7 +85,7 @@ class DigitsExtractor:
         return NAME
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, 64) and predicted classes (n,) of uint8 images (n, 3, 8, 8)."""
+        """The features (n, 64) and predicted classes (n,) of uint8 images (n, 3, 8, 8)."""
         blocks = to_grey(images).split(READ_BLOCK)
         with torch.no_grad():
             features = torch.cat([self.net.features(block) for block in blocks])
@@ -101,10 +101,10 @@ def train_extractor(
     steps: int = 1500,
     progress: Callable[[int, int], object] | None = None,
 ) -> DigitsExtractor:
-    """Train on `dataset`, measure the accuracy on `test`; `progress(step, steps)` is called after each step.
+    """Train an extractor on `dataset` and measure its accuracy on `test`.
 
-    Everything random follows from `seed`; the global random state is left as it was. UserError for data sets that
-    are not 8 x 8 digits, and for `steps` below 1.
+    progress: called as progress(step, steps) after each step. All random numbers depend on `seed`; the global random
+    state is not changed. UserError for data sets that are not digits of 8 x 8 pixels, and for `steps` below 1.
     """
     if steps < 1:
         raise UserError(f"extractor: {steps} training steps; give at least 1")
@@ -146,7 +146,7 @@ def save_extractor(folder: str | Path, extractor: DigitsExtractor) -> None:
 
 
 def load_extractor(folder: str | Path) -> DigitsExtractor:
-    """Read what `save_extractor` wrote; UserError when a file is absent, damaged or of another format version."""
+    """Read an extractor saved by `save_extractor`; UserError if a file is missing, damaged or of another version."""
     folder = Path(folder)
     card = read_card(folder / CARD_FILE, _Card, "--extractor", version=FORMAT_VERSION, remedy=_REMEDY)
     net = DigitsNet()
@@ -160,14 +160,14 @@ def load_extractor(folder: str | Path) -> DigitsExtractor:
         ) from None
     except RuntimeError:
         raise UserError(
-            f"--extractor {folder}: {WEIGHTS_FILE} is another network's; train the extractor again"
+            f"--extractor {folder}: {WEIGHTS_FILE} is of another network; train the extractor again"
         ) from None
     net.eval().requires_grad_(False)
     return DigitsExtractor(net, card.test_accuracy, card.seed, card.steps, card.data_sha256)
 
 
 def digits_splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
-    """Training and test split of digits; UserError where the folder holds one data set that would pass for both."""
+    """Open the training and test splits of digits; UserError if the folder is one data set without splits."""
     train, test = open_dataset(reference, "train"), open_dataset(reference, "test")
     if train.folder == test.folder:
         raise UserError(
@@ -177,7 +177,7 @@ def digits_splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
 
 
 def check_digits(dataset: PreparedDataset) -> None:
-    """UserError unless the data set holds images of the size and number of classes that the extractor is made for."""
+    """Raise UserError unless the images have the size and number of classes that the extractor needs."""
     dataset.check_images()
     if (dataset.resolution, dataset.num_classes) != (IMAGE_SIZE, CLASSES):
         raise UserError(
@@ -187,22 +187,22 @@ def check_digits(dataset: PreparedDataset) -> None:
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """uint8 (n, 3, H, W) to the mean of its channels: float32 (n, 1, H, W) in [-1, 1]."""
+    """Convert uint8 images (n, 3, H, W) to grey, the mean over channels: float32 (n, 1, H, W) in [-1, 1]."""
     return pixels_to_unit(images).mean(1, keepdim=True)
 
 
 def all_images(dataset: PreparedDataset) -> Tensor:
-    """uint8 (N, 3, H, W), in the order of the labels."""
+    """All images uint8 (N, 3, H, W), in the order of the labels."""
     return dataset.images(range(len(dataset)))
 
 
 def data_checksum(dataset: PreparedDataset) -> str:
-    """Names the data set's content: the digest of its manifest, which holds the digest of each shard."""
+    """A checksum of the data set's content: the digest of its manifest, which holds the digests of its shards."""
     return sha256(dataset.folder / MANIFEST_FILE)
 
 
 def _rate_factor(step: int, steps: int) -> float:
-    """Share of the peak rate at `step` = 0, 1, ..."""
+    """The learning rate at `step` = 0, 1, ... relative to its peak."""
     warmup = WARMUP_SHARE * steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -210,7 +210,7 @@ def _rate_factor(step: int, steps: int) -> float:
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image rotated, scaled, sheared and shifted a little, the uncovered border black (-1), then noise."""
+    """Rotate, scale, shear and shift each image a little, with a black border (-1), and add noise."""
     rotation, scale, shear, right, down = 2 * torch.rand(5, len(images), generator=generator) - 1
     angle, zoom = ROTATION * rotation, 1 + SCALE * scale
     cosine, sine = zoom * angle.cos(), zoom * angle.sin()
@@ -221,7 +221,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def extractor(config: ExtractorConfig) -> DigitsExtractor:
-    """The extractor in the output folder, trained first if it is not there. UserError if it is of another seed."""
+    """The extractor in the output folder, trained first if missing; UserError if it has another seed."""
     with owned(config.output_dir):
         return _extractor(config)
 
@@ -232,7 +232,7 @@ def _extractor(config: ExtractorConfig) -> DigitsExtractor:
         found = load_extractor(folder)
         if found.seed != config.seed:
             raise UserError(f"{folder} holds an extractor of seed {found.seed}, not {config.seed}; give another folder")
-        print(f"{folder}: the extractor is there")
+        print(f"{folder}: the extractor exists already")
     else:
         splits = open_dataset(config.data_dir), open_dataset(config.data_dir, "test")
         with tqdm(desc="extractor", unit="step") as bar:
@@ -254,7 +254,7 @@ def evaluate_digits(
     train: PreparedDataset,
     extractor: DigitsExtractor,
 ) -> dict[str, Any]:
-    """Compare `images` uint8 (N, 8, 8, 3), made for the classes `labels` (N,), with real digits.
+    """Compare generated images uint8 (N, 8, 8, 3) of the classes `labels` (N,) with real digits.
 
     `reference` is the test split, `train` the split on which the extractor was trained. Keys of the result:
 
@@ -297,7 +297,7 @@ def evaluate_digits(
 
 
 def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int, str]]:
-    """What `evaluate_digits` returned as rows (measure, value, meaning), the column names first."""
+    """The results of `evaluate_digits` as rows (measure, value, meaning), with column names first."""
     nearest, nearest_test = results["nearest_train"], results["nearest_train_of_test"]
     return [
         ("measure", "value", "meaning"),

@@ -1,6 +1,6 @@
-"""The command `stablevm evaluate`: from images, or from a checkpoint, to a table, a JSON file and a report.
+"""The command `stablevm evaluate`, which evaluates images or a checkpoint and writes a table, a JSON file and a report.
 
-A checkpoint's images go from the sampler to the metrics, without a file in between.
+A checkpoint is evaluated without writing its images to a file.
 """
 
 import hashlib
@@ -55,10 +55,10 @@ Results = dict[str, Any]
 
 
 def evaluate(config: EvaluateConfig) -> Results:
-    """Evaluate the samples, print the table, write the JSON file and the report; returns what the JSON file holds.
+    """Evaluate samples, print the table, write the JSON file and the report, and return the results.
 
-    Processes other than the first return {} when their share of the features is computed. Raises UserError, before
-    anything is written, for input that can't be evaluated.
+    Processes other than the first return {} when they have computed their share of the features. Raises UserError,
+    before anything is written, for input that can't be evaluated.
     """
     process = _begin(config, config.warnings())
     output = config.output or default_output(config.samples)
@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> Results:
 
 @contextmanager
 def _results_owned(output: Path, process: Process) -> Iterator[None]:
-    """Keep other commands away from the results, and remove what interrupted ones left half-written."""
+    """Keep other commands away from the results, and remove temporary files of interrupted ones."""
     with owned(output.parent, output.name):
         if process.is_first:
             remove_temporary_of(output, output.with_suffix(".html"))
@@ -81,7 +81,7 @@ def _results_owned(output: Path, process: Process) -> Iterator[None]:
 
 
 def _evaluate_samples(samples: Samples, config: EvaluationOptions, process: Process, output: Path) -> Results:
-    """Evaluate `samples` by the features that `config` asks for; see `evaluate`."""
+    """Evaluate samples with the features that the options request; see `evaluate`."""
     reference = open_reference(config.reference)
     warnings = check_comparable(samples, reference)
     cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
@@ -116,7 +116,7 @@ def _evaluate_samples(samples: Samples, config: EvaluationOptions, process: Proc
 
 
 def _finish_digits(images: Tensor, labels: Tensor, title: str, config: EvaluationOptions, output: Path) -> Results:
-    """What `evaluate_digits` says of digit images uint8 (N, 8, 8, 3) and their classes (N,)."""
+    """Evaluate images of digits uint8 (N, 8, 8, 3) with classes (N,), and write the results."""
     assert config.extractor is not None
     train, test = digits_splits(config.reference)
     results = evaluate_digits(images, labels, test, train, load_extractor(config.extractor))
@@ -125,7 +125,7 @@ def _finish_digits(images: Tensor, labels: Tensor, title: str, config: Evaluatio
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
-    """`arr_0` and `labels` of an .npz file, as they are; UserError when the file or one of the two is not there."""
+    """Read `arr_0` and `labels` of an .npz file unchanged; UserError if the file or one of them is missing."""
     archive = Archive(path)
     arrays = []
     for name, what in (("arr_0", "images, uint8 (N, H, W, 3)"), ("labels", "their classes, integers (N,)")):
@@ -139,7 +139,7 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def text_table(rows: Sequence[Sequence[str | float | int]]) -> str:
-    """Columns aligned for a terminal; floats with six significant digits."""
+    """A table with aligned columns for a terminal; floats have six significant digits."""
     cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
@@ -147,7 +147,7 @@ def text_table(rows: Sequence[Sequence[str | float | int]]) -> str:
 
 
 def _begin(config: EvaluationOptions, warnings: Sequence[str]) -> Process:
-    """Check the options and say which have no effect."""
+    """Check the options, and warn of those without effect."""
     config.validate()
     process = Process.from_environment()
     if process.is_first:
@@ -164,7 +164,7 @@ def _finish(results: Results, rows: Sequence[Sequence[str | float]], output: Pat
 
 
 def _extractors(config: EvaluationOptions, reference: Reference, device: torch.device) -> list[FeatureExtractor]:
-    """Those that the options ask for, checked against the reference before anything is computed."""
+    """The extractors that the options request, checked against the reference before anything is computed."""
     extractors: list[FeatureExtractor] = []
     if config.inception:
         inception = load_inception(config.inception_weights, device)
@@ -173,7 +173,7 @@ def _extractors(config: EvaluationOptions, reference: Reference, device: torch.d
     if config.enc_type is not None:
         if reference.source is None:
             raise UserError(
-                f"--enc-type {config.enc_type}: {reference.path} holds no images to compute its features of"
+                f"--enc-type {config.enc_type}: {reference.path} holds no images from which to compute features"
             )
         extractors.append(load_encoder_extractor(config.enc_type, config.encoder_weights, device))
     return extractors
@@ -187,7 +187,7 @@ def _features_of_both(
     cache: FeatureCache,
     process: Process,
 ) -> FeatureSets | None:
-    """The features of both sets, side by side; None where this isn't the first process."""
+    """The features of both sets by each extractor; None in processes other than the first."""
     sets = {"samples": samples.source, "reference": reference.source}
     found = {
         what: extract(source, extractor, cache, process, batch_size=config.batch_size,
@@ -222,9 +222,10 @@ def _told(warnings: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """The images that `generate` would write: functions of the protocol and their index, drawn when they are asked for.
+    """The images that `generate` would write, made when they are requested.
 
-    So their key needs no drawing, and features that are in the cache cost nothing.
+    They depend only on the protocol and their index, so the cache key is known without making them, and images whose
+    features are cached are not made.
     """
 
     config: GenerateConfig
@@ -239,7 +240,7 @@ class CheckpointSource:
         return hashlib.sha256(f"{json.dumps(self.provenance)} {part}".encode()).hexdigest()
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, 3); UserError for an image that is not finite."""
+        """The images uint8 (n, H, W, 3) at these indices; UserError for an image that is not finite."""
         batches = torch.tensor(list(indices)).split(self.config.per_proc_batch_size)
         return np.concatenate([self._sampler.sample(batch.tolist(), self.labels[batch])[0] for batch in batches])
 
@@ -249,7 +250,7 @@ class CheckpointSource:
 
     @property
     def side(self) -> int:
-        """Of the images, in pixels."""
+        """The side of the images in pixels."""
         return self._sampler.image_side
 
     @cached_property
@@ -258,7 +259,7 @@ class CheckpointSource:
 
 
 def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
-    """Evaluate what a checkpoint generates; otherwise as `evaluate`."""
+    """Evaluate the images that a checkpoint generates; otherwise like `evaluate`."""
     config.sampling.validate()
     process = _begin(config.evaluation, config.warnings())
     sampling = config.drawn.effective()

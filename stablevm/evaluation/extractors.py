@@ -1,7 +1,7 @@
-"""Networks that turn images into features: Inception as the ADM suite uses it, and timm's encoders.
+"""Networks that extract features from images: Inception as in ADM's suite, and timm's encoders.
 
-Of Inception, the graph of 2015-12-05, FID, sFID and the Inception score are. Its network, resize and weights are
-torch-fidelity's `FeatureExtractorInceptionV3`; the spatial features are taken here.
+FID, sFID and the Inception score use Inception, the graph of 2015-12-05. Its network, resizing and weights are those of
+torch-fidelity's `FeatureExtractorInceptionV3`; this module adds the spatial features.
 """
 
 import hashlib
@@ -22,40 +22,40 @@ from stablevm.support.precision import full_precision, tf32
 
 
 class FeatureExtractor(Protocol):
-    """uint8 images (B, 3, H, W) to named features, float32 (B, width) each; `pool` is always among them."""
+    """Maps uint8 images (B, 3, H, W) to features by name, float32 (B, width) each, which include `pool`."""
 
     @property
     def name(self) -> str:
-        """Shown beside every number."""
+        """The name shown beside every number."""
 
     @property
     def fingerprint(self) -> str:
-        """Of its weights, in hexadecimal: features of equal fingerprints compare."""
+        """A fingerprint of the weights, in hexadecimal; features with equal fingerprints can be compared."""
 
     @property
     def feature_names(self) -> tuple[str, ...]: ...
 
     @property
     def section(self) -> str:
-        """Of the results, under which its numbers stand."""
+        """The section of the results that holds its numbers."""
 
     @property
     def published(self) -> bool:
-        """Whether it is the published Inception, whose distances alone are called FID, sFID and KID."""
+        """Whether it is the published Inception; only its distances are called FID, sFID and KID."""
 
     @property
     def has_stored_statistics(self) -> bool:
-        """Whether the statistics that reference files store are of its features (`Reference.check_extractor`)."""
+        """Whether reference files store statistics of its features (`Reference.check_extractor`)."""
 
     @property
     def logits(self) -> Callable[[Tensor], Tensor] | None:
-        """From pool features (n, width) to classes (n, classes), both on the CPU; None without."""
+        """A function from pool features (n, width) to logits (n, classes), both on the CPU; None if it has none."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
 
 
 class EncoderExtractor:
-    """One vector per image from a frozen encoder: its class token, or its own mean over patches."""
+    """Features of a frozen encoder, one vector per image: its class token, or its mean over patches."""
 
     feature_names = ("pool",)
     section = "encoder"
@@ -74,16 +74,16 @@ class EncoderExtractor:
 
 
 def load_encoder_extractor(name: str, weights: Path | None, device: torch.device | str) -> EncoderExtractor:
-    """By the names of --enc-type; images are scaled to 224 x 224 pixels, with antialiasing as for FD-DINOv2.
+    """Load an encoder by the name for --enc-type; images are scaled to 224 x 224 pixels with antialiasing.
 
-    Raises UserError as `load_encoder` does.
+    This is the resizing of FD-DINOv2. Raises UserError as `load_encoder` does.
     """
     encoder = load_encoder(name, grid_size=None, weights=weights, device=device, antialias=True)
     return EncoderExtractor(encoder, name, device)
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of the network's parameters and buffers with their names."""
+    """The SHA-256 of the network's parameters and buffers with their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -101,7 +101,7 @@ PUBLISHED_SHA256 = "6726825d"
 
 
 class InceptionExtractor:
-    """uint8 images to `pool` (B, 2048) and `spatial` (B, 2023), float32; and from pool features to logits."""
+    """Inception: from uint8 images to `pool` (B, 2048) and `spatial` (B, 2023), float32, and from `pool` to logits."""
 
     feature_names = ("pool", "spatial")
     section = "inception"
@@ -121,7 +121,7 @@ class InceptionExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """`images` is uint8 (B, 3, H, W), of any size: the network's own resize follows TensorFlow 1's rule."""
+        """The features of uint8 images (B, 3, H, W) of any size, which the network resizes as TensorFlow 1 does."""
         with full_precision(torch.device(self._device)), tf32(False):
             (pool,) = self._network(images.to(self._device))
         assert self._branch is not None
@@ -131,25 +131,25 @@ class InceptionExtractor:
 
     @torch.no_grad()
     def logits(self, pool: Tensor) -> Tensor:
-        """Pool features (n, 2048) times the weights, without the bias: float32 (n, 1008) on the CPU."""
+        """The logits (n, 1008), float32 on the CPU, of pool features (n, 2048), without the bias."""
         weights = self._network.fc.weight
         with full_precision(weights.device):
             return torch.cat([(block.to(weights.device) @ weights.T).cpu() for block in pool.split(BLOCK_ROWS)])
 
 
 def load_inception(weights: Path | None, device: torch.device | str = "cpu") -> InceptionExtractor:
-    """The network with the weights in the file, or with the published ones, which are downloaded once.
+    """Load Inception with the weights in a file, or with the published ones, which are downloaded once.
 
-    `weights` is the published file, or a torch file (tensors alone) or safetensors with the same names. UserError where
-    the file doesn't fit, and where the download fails.
+    weights: the published file, or a torch file (of only tensors) or safetensors with the same names. UserError if the
+    file does not fit, or the download fails.
     """
     FeatureExtractorInceptionV3 = _torch_fidelity().FeatureExtractorInceptionV3
     path = weights if weights is not None else _download()
-    state = io.BytesIO()  # the network reads its weights itself, as a pickle: only from one that was written here
+    state = io.BytesIO()  # the network unpickles its weights itself, so it gets only a pickle that was written here
     torch.save(read_weights(path, "--inception-weights"), state)
     state.seek(0)
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # first values, which the weights replace
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # for initial values, which the weights replace
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=state)
     except RuntimeError:
         raise UserError(
@@ -167,7 +167,7 @@ def _torch_fidelity() -> Any:
 
 
 def _download() -> Path:
-    """The published file in torch.hub's folder, fetched if it isn't there; UserError where it can't be."""
+    """The published file in torch.hub's folder, downloaded if it is missing; UserError if that fails."""
     url = _torch_fidelity().URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url)
     if not path.exists():
@@ -176,8 +176,8 @@ def _download() -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_SHA256)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"Inception's weights can't be downloaded from {url} ({' '.join(str(error).split())}); fetch that "
-                "file elsewhere and give it with --inception-weights, or do without FID: --no-inception --enc-type NAME"
+                f"Inception's weights can't be downloaded from {url} ({' '.join(str(error).split())}); download that "
+                "file elsewhere and give it with --inception-weights, or leave FID out: --no-inception --enc-type NAME"
             ) from None
     if not sha256(path).startswith(PUBLISHED_SHA256):
         raise UserError(f"{path}: damaged, its SHA-256 does not begin with {PUBLISHED_SHA256}; remove it")

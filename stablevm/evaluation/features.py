@@ -1,8 +1,8 @@
-"""Features of many images, computed once: by one process or several, in one go or after an interruption.
+"""Computing the features of many images once, with one process or several, and resuming after interruptions.
 
-A set of images is cut into parts, and each part's features are a file in the cache, named by what decides them: the
-extractor's weights and the images themselves. So processes share nothing but the cache; part i falls to process i
-modulo their number, and the first one waits for the others.
+A set of images is divided into parts. The features of each part are a file in the cache, whose name depends on the
+extractor's weights and the images. So processes share only the cache: part i belongs to process i modulo their number,
+and the first process waits for the others.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ from stablevm.support.processes import Process, wait_for_files
 from stablevm.support.tensor_files import save_tensors
 
 PART_LENGTH = 128  # images; an interruption loses at most this much work of each process
-CACHE_VERSION = 2  # raised when the same images and weights shall give other features
+CACHE_VERSION = 2  # increased whenever the same images and weights give other features
 SUFFIX = ".safetensors"
-CACHED = re.compile(rf"[0-9a-f]{{2}}/[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # files of ours, in whatever folder it is
-IN_USE_SECONDS = 3600.0  # files used within the last hour are not swept: another evaluation may be about to read them
+CACHED = re.compile(rf"[0-9a-f]{{2}}/[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # names of our files in the cache folder
+IN_USE_SECONDS = 3600.0  # files used within the last hour are kept, because another evaluation may need them
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of files that are complete or absent, and can be removed at any time between two commands."""
+    """A cache folder whose files are complete or absent; they may be removed at any time between two commands."""
 
     folder: Path
 
     @classmethod
     def default_folder(cls) -> Path:
-        """Where the XDG base directory specification puts what can be made again."""
+        """The user's cache folder, by the XDG base directory specification."""
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stablevm" / "features"
 
     def path(self, extractor: FeatureExtractor, key: str) -> Path:
@@ -49,9 +49,9 @@ class FeatureCache:
         return self.folder / name[:2] / f"{name[2:34]}{SUFFIX}"
 
     def sweep(self, gigabytes: float) -> None:
-        """Remove interrupted writers' leftovers, and the files used longest ago until the rest fits in `gigabytes`.
+        """Remove temporary files, and the least recently used files until the rest fits in `gigabytes`.
 
-        Files that are not of the cache are left alone and not counted.
+        Files that do not belong to the cache are neither removed nor counted.
         """
         found = [(path, path.stat()) for path in self.folder.glob("*/*") if path.is_file() and self._is_ours(path)]
         idle = [(path, status) for path, status in found if time.time() - status.st_mtime > IN_USE_SECONDS]
@@ -68,12 +68,12 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Features:
-    """Files of parts, in the order of the images."""
+    """The features of a set of images, as files of parts in the order of the images."""
 
     paths: Sequence[Path]
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """float32 (n, width) of one part after the other."""
+        """Yield the features float32 (n, width) of each part."""
         for path in self.paths:
             part = _read(path, [name])
             if part is None:
@@ -81,7 +81,7 @@ class Features:
             yield part[name]
 
     def load(self, name: str) -> Tensor:
-        """float32 (N, width)."""
+        """The features float32 (N, width) of all images."""
         return torch.cat(list(self.parts(name)))
 
 
@@ -94,7 +94,7 @@ def extract(
     batch_size: int,
     title: str,
 ) -> Features | None:
-    """Compute what is missing of this process's share; on the first process, wait for the others' and return them all.
+    """Compute the missing features of this process's parts; the first process waits for the others and returns all.
 
     Other processes return None.
     """
@@ -134,7 +134,7 @@ def _compute(
 
 
 def _read(path: Path, names: Sequence[str]) -> Mapping[str, Tensor] | None:
-    """The features of a part by name; None where they are absent or differ from their checksums."""
+    """The features of a part by name; None if they are missing or do not match their checksums."""
     try:
         with safe_open(path, "pt") as file:
             checksums, found = file.metadata() or {}, {name: file.get_tensor(name) for name in names}

@@ -1,7 +1,7 @@
-"""`.npz` files of images, as generation, ADM's scripts and `stablevm reference` write them.
+"""Reading `.npz` files of images, as written by `generate`, ADM's scripts and `stablevm reference`.
 
-They come from others too: what is read is bounded by the header of the array, which must agree with the length that the
-archive gives, and each member is checked against its CRC. Stored images are mapped, compressed ones inflated in blocks.
+The files may be untrusted: the header of an array must agree with the length in the archive, and each member is checked
+against its CRC. Stored images are mapped into memory, and compressed ones are decompressed in blocks.
 """
 
 import math
@@ -26,14 +26,14 @@ from stablevm.support.text import printable, shown
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # ours, and the second array of ADM's sampling script
-WHOLE_BYTES = 2**30  # of an array that is read at once; images aren't
+WHOLE_BYTES = 2**30  # maximum size of an array that is read as a whole, which images are not
 TEXT_BYTES = 2**24
 _LOCAL_HEADER = 30  # bytes of a ZIP member before its name; at 26 the name's length, at 28 that of the extra field
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a member says of its array."""
+    """The header of an array in an archive."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -47,7 +47,7 @@ class Header:
 
 @dataclass(frozen=True)
 class ArchiveCard:
-    """What a reference file's `protocol` says, as far as it is used; our commands record more."""
+    """The entries of a reference file's `protocol` that are used; our commands record more."""
 
     class_names: tuple[str, ...] = ()
     statistics_of: int | None = None
@@ -56,10 +56,10 @@ class ArchiveCard:
 
 
 class Archive:
-    """An .npz file whose images are read part by part."""
+    """An .npz file whose images are read in parts."""
 
     def __init__(self, path: Path, remedy: str = "give the .npz that generation wrote") -> None:
-        """UserError, which ends in `remedy`, when there is no readable .npz file at `path`."""
+        """Open the file; UserError, which ends with `remedy`, if it is not a readable .npz file."""
         if path.is_dir():
             raise UserError(f"{path}: a folder, not an .npz file; {remedy}")
         if not path.is_file():
@@ -74,12 +74,12 @@ class Archive:
         return name in self._members
 
     def header(self, name: str) -> Header:
-        """UserError where the header and the length of the member contradict each other."""
+        """The header of an array; UserError if it contradicts the length of the member."""
         with self._reading(name), self.opened(name) as member:
             return self._read_header(member, name)
 
     def array(self, name: str, largest: int = WHOLE_BYTES) -> NDArray[Any]:
-        """A whole array of at most `largest` bytes, in the machine's byte order. UserError for a damaged one."""
+        """A whole array of at most `largest` bytes, in the machine's byte order; UserError if it is damaged."""
         with self._reading(name), self.opened(name) as member:
             header = self._read_header(member, name)
             if header.nbytes > largest:
@@ -94,20 +94,20 @@ class Archive:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[IO[bytes]]:
-        """The member's bytes, inflated as they are read."""
+        """Open a member for reading, which decompresses its bytes."""
         with zipfile.ZipFile(self.path) as archive, archive.open(self._members[name]) as member:
             yield member
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Turn what readers raise for damaged files into a UserError."""
+        """Turn exceptions for damaged files into UserError."""
         try:
             yield
         except UserError:
             raise
         except (*UNREADABLE, OSError) as error:
             if isinstance(error, OSError) and error.filename is not None:
-                raise  # of the machine, such as a missing permission: the file itself may be fine
+                raise  # due to the machine, such as a missing permission; the file may be intact
             cause = printable(" ".join(str(error).split())) or type(error).__name__
             raise UserError(f"{self.path}: {name} is damaged or can't be read ({cause}); make it again") from None
 
@@ -130,7 +130,7 @@ class Archive:
         return header
 
     def images(self) -> ImageSource:
-        """`arr_0`, uint8 (N, H, W, 3); UserError for images of another type or shape, and where they are damaged."""
+        """The images `arr_0`, uint8 (N, H, W, 3); UserError for another type or shape, and if they are damaged."""
         what = "images, uint8 (N, H, W, 3)"
         if IMAGES not in self:
             raise UserError(f"{self.path}: holds no {IMAGES} ({what})")
@@ -146,7 +146,7 @@ class Archive:
         return StreamedSource(header.shape, lambda: self._image_bytes(header))
 
     def _mapped(self, name: str, header: Header) -> NDArray[Any]:
-        """A stored array as it lies on the disk, read once for its CRC."""
+        """A stored array, mapped into memory after its CRC has been checked."""
         info = self._members[name]
         with self._reading(name), self.opened(name) as member:
             for _ in pieces(member, info.file_size, info):

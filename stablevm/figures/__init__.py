@@ -1,1 +1,1 @@
-"""Everything that draws with matplotlib."""
+"""Figures, plotted with matplotlib, and sheets of images."""

@@ -44,10 +44,10 @@ class CurvePoint(Protocol):
 
 
 def plot_training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Velocity loss (log scale) and, where the run aligns features, the alignment loss, against the step.
+    """Plot the velocity loss (log scale), and the alignment loss if there is one, against the step.
 
-    `metrics` are rows of the trainer's `metrics.jsonl`; rows without `velocity_loss` (evaluations) are not training
-    steps. UserError when no training step is left.
+    metrics: rows of the trainer's `metrics.jsonl`; rows without `velocity_loss` are evaluations. UserError if there is
+    no row of a training step.
     """
     rows = [row for row in metrics if "velocity_loss" in row]
     if not rows:
@@ -67,9 +67,9 @@ def plot_training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path)
 def plot_samples_beside_real(
     samples: NDArray[np.uint8], real: NDArray[np.uint8], path: str | Path, class_names: Sequence[str]
 ) -> None:
-    """One row per class: real images on the left, generated ones on the right.
+    """Plot real images on the left and generated images on the right, one row per class.
 
-    `samples` and `real` are uint8 (classes, n, H, W, 3), each with its own n and the same H and W.
+    samples, real: uint8 (classes, n, H, W, 3), each with its own n but the same H and W.
     """
     if not len(samples) == len(real) == len(class_names):
         raise UserError(
@@ -80,7 +80,7 @@ def plot_samples_beside_real(
 
 
 def plot_rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path) -> None:
-    """Sets of images uint8 (rows, n, H, W, 3) beside each other, each with its own n and under its title."""
+    """Plot sets of images uint8 (rows, n, H, W, 3) beside each other, each with its own n and its title."""
     sheets = [_sheet(images) for images in halves.values()]
     pixels = sum(sheet.shape[1] for sheet in sheets)
     margin, gap = 0.8, 0.35  # inches: row names on the left, between the halves
@@ -104,7 +104,7 @@ def plot_rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: S
 
 
 def plot_sample_grid(images: NDArray[np.uint8], path: Path) -> None:
-    """Images uint8 (n, H, W, 3) in rows of ten; small ones enlarged."""
+    """Plot images uint8 (n, H, W, 3) in rows of ten; small images are enlarged."""
     scale = max(1, round(2 * GRID_SIDE / images.shape[2]))
     save_png(path, tile(images, GRID_COLUMNS, scale=scale, pad=4))
 
@@ -112,13 +112,13 @@ def plot_sample_grid(images: NDArray[np.uint8], path: Path) -> None:
 def plot_neighbours(
     samples: NDArray[np.uint8], nearest: NDArray[np.uint8], distances: Sequence[float], path: Path
 ) -> None:
-    """A row for each of `samples` (n, H, W, 3): it, its distance, and its nearest reference images (n, k, H, W, 3)."""
+    """Plot each of `samples` (n, H, W, 3) with its distance and its nearest reference images (n, k, H, W, 3)."""
     names = [f"{distance:.3g}" for distance in distances]
     plot_rows_side_by_side({"Sample": samples[:, None], "Nearest reference images": nearest}, names, path)
 
 
 def plot_metric_curves(curves: Mapping[str, Sequence[CurvePoint]], path: Path) -> None:
-    """The metrics by their names, in panels as `metrics.table` groups them, against the number of samples."""
+    """Plot metrics, by name, against the number of samples, in the panels of `metrics.table`."""
     shown = panels_of(curves)
     with style():
         figure, axes = panels(2, rows=-(-len(shown) // 2), row_height=3.4)
@@ -142,7 +142,7 @@ def plot_metric_curves(curves: Mapping[str, Sequence[CurvePoint]], path: Path) -
 
 
 def _sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Classes in rows; small images enlarged, so that the gap is thin beside them."""
+    """Tile images with one class per row; small images are enlarged, so that gaps are thin in comparison."""
     classes, columns, height, width, channels = images.shape
     flat = images.reshape(classes * columns, height, width, channels)
     return tile(flat, columns=columns, scale=max(1, 64 // height), pad=4)
@@ -159,6 +159,6 @@ def _curve(axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, color: str
 
 
 def _moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred mean over `window` values, over fewer at the ends."""
+    """The centred mean over `window` values, or over fewer at the ends."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")

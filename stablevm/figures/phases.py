@@ -7,12 +7,12 @@ from typing import Protocol
 from stablevm.figures.style import panels, save_figure, style
 
 PHASES = ("data_wait", "draw", "encoder", "forward", "backward", "optimizer", "ema", "logging")
-# Told apart by hue and lightness; the phases that this library adds to a plain step stand out.
+# The colours differ in hue and lightness; the phases that this library adds to a plain step stand out.
 COLOURS = ("#9aa5b1", "#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#616e7c")
 
 
 class StepCost(Protocol):
-    """What a step of one training costs: seconds of each phase, and images per second."""
+    """The cost of a training step: the seconds of each phase, and images per second."""
 
     @property
     def name(self) -> str: ...
@@ -23,7 +23,7 @@ class StepCost(Protocol):
 
 
 def plot_phases(costs: Sequence[StepCost], title: str, path: Path) -> None:
-    """A bar for each training, of the phases of its step in milliseconds."""
+    """Plot a bar for each training, with the phases of its step in milliseconds."""
     with style():
         figure, (axes,) = panels(1, row_height=1.6 + 0.5 * len(costs))
         names = [cost.name for cost in costs]
@@ -44,5 +44,5 @@ def plot_phases(costs: Sequence[StepCost], title: str, path: Path) -> None:
 
 
 def figures_of(value: float) -> str:
-    """Three significant figures, or all before the point."""
+    """A number with three significant figures, or all those before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

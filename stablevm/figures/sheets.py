@@ -1,4 +1,4 @@
-"""Images laid out for people: sheets that name classes, of samples or of data, and films of images that form."""
+"""Sheets of images with class names, of samples or data, and films of images as they form."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 COLUMNS = 8
-MAX_CLASS_ROWS = 16  # with more classes than this, a row for each would be too tall a picture
-FILM_SIDE = 1024  # pixels: a film's images fit about into a square of this side
+MAX_CLASS_ROWS = 16  # with more classes, a row for each would make the picture too tall
+FILM_SIDE = 1024  # pixels; the images of a film fit about into a square with this side
 FILM_FRAMES = 40
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
-_MIN_SIDE = 64  # smaller images are enlarged to about this many pixels a side
+_MIN_SIDE = 64  # smaller images are enlarged to about this side in pixels
 _FONT_SIZE, _LINE = 13, 20  # pixels
 _MAX_NAME_WIDTH = 200  # pixels
 _NAME_SHARE = 0.2  # of the width of a picture of examples, for the classes' names
@@ -35,12 +35,12 @@ Pixels = NDArray[np.uint8]
 
 
 def quick_look_size(num_classes: int) -> int:
-    """How many images a quick look at so many classes shows."""
+    """The number of images in a quick look at `num_classes` classes."""
     return COLUMNS * num_classes if num_classes <= MAX_CLASS_ROWS else COLUMNS**2
 
 
 def arrange(labels: NDArray[np.int64], columns: int = COLUMNS, rows: int = MAX_CLASS_ROWS) -> tuple[list[int], int]:
-    """Which images to show, and in how many columns: a row for each class where there are few, else the first ones."""
+    """The indices of images to show, and the number of columns: a row per class if there are few, else the first."""
     classes, counts = np.unique(labels, return_counts=True)
     if 1 < len(classes) <= rows:
         columns = min(columns, counts.min())
@@ -49,13 +49,13 @@ def arrange(labels: NDArray[np.int64], columns: int = COLUMNS, rows: int = MAX_C
 
 
 def film_columns_and_rows(image_side: int) -> tuple[int, int]:
-    """The most columns and rows of a film of images with `image_side` pixels a side."""
+    """The largest numbers of columns and rows for a film of images with a side of `image_side` pixels."""
     fitting = max(1, FILM_SIDE // (image_side * _enlargement(image_side)))
     return min(COLUMNS, fitting), min(MAX_CLASS_ROWS, fitting)
 
 
 def captions_of(labels: Iterable[int], card: ModelCard) -> list[str]:
-    """What to write beside an image of each label: its number with the class's name if it has one; "" for no class."""
+    """The caption for each label: its number, with the class's name if it has one; "" for no class."""
 
     def numbered(label: int) -> str:
         if label == card.model.null_class:
@@ -67,7 +67,9 @@ def captions_of(labels: Iterable[int], card: ModelCard) -> list[str]:
 
 
 def plot_sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
-    """Images (N, H, W, 3) in rows of `columns`; captions on the left where each row has but one, else under each."""
+    """Arrange images (N, H, W, 3) in rows of `columns`, with captions on the left if each row has only one, else below
+    each image.
+    """
     images = images.repeat(_enlargement(images.shape[1]), axis=1).repeat(_enlargement(images.shape[1]), axis=2)
     if not any(captions):
         return tile(images, columns)
@@ -78,7 +80,7 @@ def plot_sheet(images: Pixels, columns: int, captions: Sequence[str]) -> Pixels:
 
 
 def plot_film_frame(picture: Pixels, t: float) -> Pixels:
-    """The picture under a line that tells the time: a number, and a bar that fills from noise (1) to image (0)."""
+    """The picture below a line with the time, as a number and as a bar that fills from noise (1) to image (0)."""
     from PIL import Image, ImageDraw
 
     head = Image.new("RGB", (picture.shape[1], _LINE + 4), "white")
@@ -92,10 +94,10 @@ def plot_film_frame(picture: Pixels, t: float) -> Pixels:
 
 
 class Film:
-    """Watches a solver, and keeps what the network foresees at about `FILM_FRAMES` evenly spaced times.
+    """Watches a solver and records the network's prediction at about `FILM_FRAMES` evenly spaced times.
 
-    The noisy states themselves would show nothing but noise for most of the way, and an autoencoder is not made to
-    decode them; the prediction of the image, `E[x0 | x_t]`, tells when layout, shapes and details are decided.
+    The noisy states themselves would look like noise most of the time, and an autoencoder is not made to decode them.
+    The prediction of the image, `E[x0 | x_t]`, shows when layout, shapes and details are decided.
     """
 
     def __init__(self, path: Interpolant, decode: Callable[[Tensor], Pixels]) -> None:
@@ -104,20 +106,20 @@ class Film:
         self.frames: list[tuple[float, Pixels]] = []
 
     def __call__(self, x: Tensor, t: Tensor, v: Tensor) -> None:
-        """Keep a frame if `t` is far enough below the last one's; also where a solver tries out times in between."""
+        """Record a frame if `t` is far enough below that of the last one, whatever times the solver visits between."""
         if not self.frames or t <= self.frames[-1][0] - 1 / FILM_FRAMES + torch.finfo(torch.float32).eps:
             self.frames.append((float(t), self.decode(self.path.convert(v, x, t, "velocity", "x0"))))
 
     def pictures(self, last: Pixels, columns: int, captions: Sequence[str]) -> Iterator[Pixels]:
-        """A sheet for each time, and that of the finished images."""
+        """Yield a sheet for each time, and one of the finished images."""
         for t, images in [*self.frames, (0.0, last)]:
             yield plot_film_frame(plot_sheet(images, columns, captions), t)
 
 
 def plot_examples(dataset: PreparedDataset, path: Path, classes: int, per_class: int) -> None:
-    """A PNG file: a row for each of `classes` classes, spread over all, with `per_class` images chosen by chance.
+    """Write a PNG file with a row for each of `classes` evenly spaced classes, with `per_class` random images.
 
-    Without images in the set the first three channels of the latents stand for them.
+    If the set has no images, the first three channels of the latents are shown instead.
     """
     labels = dataset.labels().numpy()
     present = np.unique(labels)
@@ -144,7 +146,7 @@ def plot_examples(dataset: PreparedDataset, path: Path, classes: int, per_class:
 
 
 def _pictures(dataset: PreparedDataset, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """uint8 (n, H, W, 3)."""
+    """The images of these rows, or three channels of their latents: uint8 (n, H, W, 3)."""
     if dataset.has_images:
         return dataset.images(rows).permute(0, 2, 3, 1).numpy()
     mean, _ = dataset.latent.split(dataset.moments(rows))
@@ -163,7 +165,7 @@ def _enlargement(side: int) -> int:
 
 
 def _font() -> "FreeTypeFont":
-    """DejaVu Sans, which matplotlib brings along: Pillow's own font knows Latin letters only."""
+    """DejaVu Sans, which comes with matplotlib; Pillow's own font has only Latin letters."""
     import matplotlib
     from PIL import ImageFont
 
@@ -179,7 +181,7 @@ def _shortened(text: str, width: float, font: "FreeTypeFont") -> str:
 
 
 def _with_row_names(picture: Pixels, names: Sequence[str]) -> Pixels:
-    """A margin on the left with the name of each row, once where several rows share it."""
+    """Add a margin on the left with the name of each row, or once for several rows with the same name."""
     from PIL import Image, ImageDraw
 
     font = _font()

@@ -1,6 +1,6 @@
-"""The look of all figures, with matplotlib's object-oriented interface: no global state, no display.
+"""The style of all figures, with matplotlib's object-oriented interface, without global state or a display.
 
-PNG files at 200 dots per inch, made for half their pixel size on a page: text is then 13 to 16 px high.
+Figures are PNG files with 200 dots per inch, shown at half their size in pixels, where text is 13 to 16 px high.
 """
 
 import io
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 200
 PAGE_WIDTH = 10.0  # inches: 1000 px on the page
-# Okabe and Ito's palette, told apart with every kind of colour vision.
+# Okabe and Ito's palette, whose colours can be distinguished with every kind of colour vision.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, SOFT_INK, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 STYLE: dict[Any, Any] = {
@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
 
 
 def plain_log_labels(axes: "Axes") -> None:
-    """0.02, 0.05, 0.1 rather than powers of ten, on a scale that often spans only one of them."""
+    """Label a log axis 0.02, 0.05, 0.1 instead of by powers of ten, of which it often spans only one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -71,13 +71,13 @@ def style() -> AbstractContextManager[None]:
 
 
 def plain(text: str) -> str:
-    """Foreign text, such as a class's name, for a figure: one clean line that is no formula."""
+    """Untrusted text, such as the name of a class, for a figure: one line that is not read as a formula."""
     return caption(text).replace("$", r"\$")
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    content = io.BytesIO()  # in memory first: an error of the disk that Pillow reports may have no number
+    content = io.BytesIO()  # in memory first, because Pillow may report disk errors without an error number
     FigureCanvasAgg(figure).print_png(content)
     write_with(path, lambda temporary: temporary.write_bytes(content.getbuffer()))

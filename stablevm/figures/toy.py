@@ -1,4 +1,4 @@
-"""Figures of the toy study: divergence over updates, and moving pictures of fields and of samples that form."""
+"""Figures of the toy study: divergence over updates, and animations of fields and of samples as they form."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +19,13 @@ LABELS = {
 }
 FIELD_NAMES = {"velocity": "velocity", "score": "score times sigma"}
 COLUMNS = 3
-LOG_SPAN = 5.0  # from this ratio of the largest to the smallest value on
-PATHS_REACH = 3.0  # of the plane that samples are shown on, in both directions
+LOG_SPAN = 5.0  # ratio of the largest to the smallest value from which the scale is logarithmic
+PATHS_REACH = 3.0  # samples are shown on the plane from minus this to this, in both coordinates
 FRAME_MILLISECONDS = 160
 
 
 class Run(Protocol):
-    """What a training of the toy study measured: `divergence[i][j]` after updates[i] at times[j]."""
+    """The measurements of a training run of the toy study: `divergence[i][j]` after updates[i] at times[j]."""
 
     @property
     def updates(self) -> Sequence[int]: ...
@@ -36,7 +36,7 @@ class Run(Protocol):
 
 
 def plot_divergence(results: Mapping[Any, Sequence[Run]], vector_field: str, path: Path) -> None:
-    """One panel per time: the divergence over updates, mean over seeds, with the range of the seeds as a band."""
+    """Plot the divergence over updates, one panel per time: the mean over seeds, with their range as a band."""
     times = next(iter(results.values()))[0].times
     with style():
         figure, axes = panels(COLUMNS, -(-len(times) // COLUMNS), row_height=2.6)
@@ -61,7 +61,7 @@ def plot_divergence(results: Mapping[Any, Sequence[Run]], vector_field: str, pat
 
 
 def _choose_scale(panel: Any) -> None:
-    """Logarithmic where the values span much of a decade; a scale of less has no round numbers on it."""
+    """Make the scale logarithmic if the values span much of a decade; otherwise it would have no round numbers."""
     low, high = panel.dataLim.intervaly
     if high > LOG_SPAN * low:
         panel.set_yscale("log")
@@ -78,9 +78,9 @@ def _divergence_line(panel: Any, method: str, runs: Sequence[Run], column: int) 
 def plot_fields(
     grid: NDArray[np.float64], fields: Mapping[str, NDArray[np.float64]], t: float, vector_field: str, path: Path
 ) -> None:
-    """Arrows at points of a plane, grid (n, 2): the fields "predicted", "exact" and "difference" (n, 2).
+    """Plot the fields "predicted", "exact" and "difference" (n, 2) as arrows at points of a plane, grid (n, 2).
 
-    One scale for all three, the exact one's, so that their arrows compare.
+    All have the scale of the exact field, so that their arrows can be compared.
     """
     length = float(np.quantile(np.linalg.norm(fields["exact"], axis=1), 0.9))
     with style():
@@ -94,8 +94,9 @@ def plot_fields(
 
 
 def plot_paths(samples: Mapping[str, NDArray[np.float64]], means: NDArray[np.float64], t: float, path: Path) -> None:
-    """Samples (n, d) on their way, of the network and of the exact field by their titles, beside the components' means
-    (K, d): the first two coordinates.
+    """Plot samples (n, d) at time t, by title for the network and the exact field, with the components' means (K, d).
+
+    Only the first two coordinates are shown.
     """
     with style():
         figure, axes = panels(2, row_height=4.8)
@@ -110,7 +111,7 @@ def plot_paths(samples: Mapping[str, NDArray[np.float64]], means: NDArray[np.flo
 
 
 def plot_film(path: Path, frames: Sequence[Path]) -> None:
-    """A GIF of frames, PNG files of one size, at half of it."""
+    """Write a GIF of frames, which are PNG files of equal size, at half that size."""
     from PIL import Image
 
     def halved(frame: Path) -> NDArray[np.uint8]:

@@ -10,15 +10,17 @@ from stablevm.variance import VarianceCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEGEND_ROOM = 1.6  # height of a panel in terms of its highest curve
+LEGEND_ROOM = 1.6  # height of a panel relative to its highest curve
 DASHES, DOTS = (0, (4, 3)), (0, (1, 1.5))
 
 
 def plot_variance(
     curves: Mapping[str, VarianceCurve], path: Path, taus: Mapping[str, float] | None = None, target: str = ""
 ) -> None:
-    """One row per distribution, by its title: variances with their bands, the split point and, where given, tau; beside
-    them the effective sample size. target: what the variance is of, where it is not the velocity.
+    """Plot variance curves, one row per distribution, by title.
+
+    On the left are the variances with their bands, the split point and, if given, tau; on the right the effective
+    sample size. target: the kind of target, if it is not the velocity.
     """
     with style():
         figure, axes = panels(2, len(curves), row_height=2.9)
@@ -43,7 +45,8 @@ def _variance_panel(panel: "Axes", title: str, curve: VarianceCurve, tau: float 
     split = curve.split_point()
     panel.axvline(split, color=SOFT_INK, linestyle=DASHES, linewidth=1.2, label=f"split point ξ = {split:.2f}")
     if tau is not None:
-        panel.axvline(tau, color=GREEN, linestyle=DOTS, linewidth=1.4, label=f"half the variance open, τ = {tau:.2f}")
+        label = f"half the variance unexplained, τ = {tau:.2f}"
+        panel.axvline(tau, color=GREEN, linestyle=DOTS, linewidth=1.4, label=label)
     highest = max(high for _, high in curve.cfm_band)
     panel.set(title=title, xlim=(0, 1), ylim=(0, LEGEND_ROOM * highest))
     panel.legend(loc="upper left", fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none")

@@ -1,1 +1,1 @@
-"""From folders of images to data that training reads: convert, encode, pack, verify."""
+"""Preparing data for training from folders of images: convert, encode, pack, verify."""

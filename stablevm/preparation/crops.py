@@ -1,4 +1,4 @@
-"""From an image of a source to pixels of the result's size: what convert does to each, in whatever layout it writes."""
+"""Cropping the images of a source to the size of the result, for `convert` in any layout."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ from stablevm.support.errors import UserError
 
 @dataclass
 class Cropped:
-    """The good images of one request, and what there is to say of the others."""
+    """The cropped images of one request, and the problems of the others."""
 
     indices: list[int] = field(default_factory=list)
     images: list[NDArray[np.uint8]] = field(default_factory=list)  # (H, W, 3) each
@@ -29,7 +29,7 @@ class Cropped:
 
 @dataclass(frozen=True)
 class Cropper:
-    """Reads images of `source` and brings them to `size`."""
+    """Reads images of `source` and crops or scales them to `size`."""
 
     source: Source
     transform: str
@@ -41,7 +41,7 @@ class Cropper:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """All that decides the pixels."""
+        """All facts that determine the pixels."""
         width, height = self.size
         return {"source": self.source.fingerprint, "resolution": f"{width}x{height}", "transform": self.transform}
 
@@ -63,14 +63,14 @@ class Cropper:
 
 
 def make_cropper(config: ConvertConfig, source: Source) -> Cropper:
-    """Raises UserError where no size is given and none can be had from the source."""
-    if config.size is None:  # `validate` lets that pass only where no image is to be cropped
+    """Make the cropper of a configuration; UserError if no size is given and the source does not determine one."""
+    if config.size is None:  # `validate` allows this only if no image is to be cropped
         return Cropper(source, "none", first_size(source))
     return Cropper(source, config.transform, config.size)
 
 
 def first_size(source: Source) -> Size:
-    """Width and height of the first readable image."""
+    """The width and height of the first readable image."""
     for size in _sizes(source):
         return size
     raise UserError(f"{source.storage.root}: none of its {len(source):,} images can be read")
@@ -85,7 +85,7 @@ def _sizes(source: Source) -> Iterator[Size]:
 
 
 def merged(outcomes: Iterable[Cropped]) -> Cropped:
-    """The outcomes of several requests as one."""
+    """The results of several requests as one."""
     whole = Cropped()
     for each in outcomes:
         whole.indices += each.indices

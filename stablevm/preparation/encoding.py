@@ -1,4 +1,4 @@
-"""Images to moments of latents, on the process's own device."""
+"""Encoding images as moments of latents, on the device of the process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from stablevm.support.processes import Process
 
 @dataclass(frozen=True)
 class BatchEncoder:
-    """Encodes the images of one batch; what comes out depends on the batch's size by rounding only."""
+    """Encodes batches of images; results depend on the size of the batch only by rounding."""
 
     autoencoder: Autoencoder
     device: torch.device

@@ -1,6 +1,6 @@
-"""Convert and encode in the layout of REPA: one file per image, paired by their names, in a folder or an archive.
+"""`convert` and `encode` in the layout of REPA: one file per image, paired by name, in a folder or an archive.
 
-`images/00000/img00000012.png` is image 12 of the source, whether images before it could be read or not; its latent is
+`images/00000/img00000012.png` is image 12 of the source, even if images before it could not be read. Its latent is
 `vae-sd/00000/img-mean-std-00000012.npy`, float32 (2C, h, w). Each folder has a dataset.json with names and classes.
 """
 
@@ -37,7 +37,7 @@ IMAGES_PER_FOLDER = 1000
 
 
 def convert(config: ConvertConfig) -> int:
-    """Crop the images of a source into PNG files; returns the exit status."""
+    """Crop the images of a source into PNG files, and return the exit status."""
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
@@ -69,7 +69,7 @@ def _convert(
 
 
 def encode(config: EncodeConfig) -> int:
-    """Encode converted images into latents, one .npy file each; returns the exit status."""
+    """Encode converted images as latents, one .npy file each, and return the exit status."""
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
@@ -120,12 +120,12 @@ def png_name(index: int) -> str:
     return f"{index // IMAGES_PER_FOLDER:05d}/img{index:08d}.png"
 
 
-Made = tuple[Files, list[dict[str, Any]]]  # the files that a record is to hold, and the problems
+Made = tuple[Files, list[dict[str, Any]]]  # the files for the record of a part, and the problems
 
 
 @dataclass(frozen=True)
 class _PngMaker:
-    """Runs in the workers: crops, and hands the files over; what a folder takes is on the disk when this returns."""
+    """Crops images in a worker and passes the files on; files in a folder are on disk when the call returns."""
 
     cropper: Cropper
     target: Target
@@ -149,7 +149,7 @@ def _encoded(cropped: Cropped, encoder: BatchEncoder, names: list[str], target: 
 
 
 def _record(target: Target, path: Path, outcomes: Iterable[Made]) -> None:
-    """The file that says that a part is done."""
+    """Write the file which records that a part is done."""
     files: dict[str, bytes] = {}
     problems: list[dict[str, Any]] = []
     for made, found in outcomes:

@@ -1,4 +1,4 @@
-"""What a prepared data set holds: a table, and a picture of examples with their classes' names."""
+"""The command `stablevm data info`: a table about a prepared data set, and a picture of examples with class names."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from stablevm.preparation.verify import split_folders
 from stablevm.support import rng
 from stablevm.support.options import some_of
 
-_MEASURED = 1024  # rows whose latents give the mean and the standard deviation of the table
+_MEASURED = 1024  # rows from which the mean and standard deviation of latents are measured
 
 
 def info(config: InfoConfig) -> int:
-    """Print the table and plot examples, of each split where there are several; returns the exit status."""
+    """Print the table and plot examples, for each split if there are several, and return the exit status."""
     config.validate()
     folders = split_folders(config.data_dir)
     for folder in folders:
@@ -36,7 +36,7 @@ def info(config: InfoConfig) -> int:
 
 
 def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
-    """Names and values, for people."""
+    """The rows of the table: names and values."""
     latent = dataset.latent
     counts = np.bincount(dataset.labels().numpy(), minlength=dataset.num_classes)
     chosen = torch.randperm(len(dataset), generator=rng.generator(0, "info"))[:_MEASURED].sort().values

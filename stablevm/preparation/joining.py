@@ -1,4 +1,4 @@
-"""Parts of a job that become shards: each part one small file, and those of a group joined when all are there."""
+"""Jobs whose parts become shards: each part is a small file, and the parts of a group are joined when complete."""
 
 import json
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from stablevm.support.cards import card_of, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import parse_json, write_json
 
-# Images of the source per shard: up to a third of them may be bad before a shard has fewer than 8,192 rows.
+# Images of the source per shard; up to a third of them may be unreadable before a shard has fewer than 8,192 rows.
 SHARD_LENGTH = 12_288
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard; one without rows has no files."""
+    """The record of a finished shard; one without rows has no files."""
 
     rows: int
     labels: list[int]
@@ -37,35 +37,35 @@ class ShardRecord:
 
     @classmethod
     def read_all(cls, folder: Path) -> list["ShardRecord"]:
-        """Those in a job's folder, in their order."""
+        """Read all records in a job's folder, in order."""
         return [cls.read(path) for path in sorted(folder.glob("shard-*.json"))]
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A job of which each group of parts becomes the files of one shard."""
+    """A job in which each group of parts becomes the files of one shard."""
 
     job: Job
     dest: Path
     kinds: Mapping[ShardKind, tuple[str, ...]]  # the files of a shard, and the tensors in each
 
     def is_done(self, names: set[str], part: range) -> bool:
-        """A part is done when it is there, or the shard that it went into."""
+        """Whether a part is done: its file, or the shard that it became part of, exists."""
         return self.job.path(part).name in names or self._record(self._number(part)).name in names
 
     def write(self, part: range, tensors: Mapping[str, Tensor], problems: list[dict[str, Any]]) -> None:
-        """Save a part of any number of rows: all tensors of the shard's files, `labels` and `index`."""
+        """Save a part with any number of rows: all tensors of the shard's files, `labels` and `index`."""
         streamed = {name: StreamedTensor.of(tensor.numpy()) for name, tensor in tensors.items()}
         write_streamed(self.job.path(part), streamed, {"problems": json.dumps(problems)})
         self.join(wait=False)
 
     def join(self, *, wait: bool) -> None:
-        """Join the shards that fall to this process: the first ones whose parts are all there, or with `wait` all."""
+        """Join the shards of this process: as many as have all their parts, or with `wait` all of them."""
         process = self.job.process
         for number in range(process.rank, len(self.job.groups), process.world_size):
             paths = [self.job.path(part) for part in self.job.parts(self.job.groups[number])]
             if self._record(number).exists():
-                _remove(paths)  # a kill may have come between
+                _remove(paths)  # the process may have been killed before this
                 continue
             if wait:
                 self.job.wait(paths)
@@ -74,7 +74,7 @@ class ShardJob:
             self._join(number, paths)
 
     def records(self) -> list[ShardRecord]:
-        """Of all shards, when every process has made its own."""
+        """The records of all shards, when every process has made its own."""
         paths = list(map(self._record, range(len(self.job.groups))))
         self.job.wait(paths)
         return list(map(ShardRecord.read, paths))
@@ -111,5 +111,5 @@ def _remove(parts: list[Path]) -> None:
 
 
 def shard_groups(count: int) -> list[range]:
-    """Images 0 to `count - 1` of a source, cut into those of each shard."""
+    """The images 0 to `count - 1` of a source, divided into those of each shard."""
     return [range(start, min(start + SHARD_LENGTH, count)) for start in range(0, count, SHARD_LENGTH)]

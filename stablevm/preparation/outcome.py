@@ -1,4 +1,4 @@
-"""What a command says of a source's images when it is done: `report.json`, the last line and the exit status."""
+"""The outcome of preparing a source's images: `report.json`, the last line of output and the exit status."""
 
 import json
 import sys
@@ -21,16 +21,16 @@ from stablevm.support.text import printable
 
 REPORT_FILE = "report.json"
 SKIPPED_STATUS = 3
-_LARGEST = 2**30  # bytes: a line for each of millions of images
+_LARGEST = 2**30  # bytes; it may have a line for each of millions of images
 _REMEDY = "remove the folder and start over"
 REDO = "remove it and run the same command again"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One image that is not as it should be: skipped, or handled in the way that `cause` says."""
+    """An image that was skipped, or converted in a way that `cause` describes."""
 
-    index: int | None  # in the source's order; None for a file that has no place in it
+    index: int | None  # in the order of the source; None for a file outside it
     name: str
     action: Literal["skipped", "handled"]
     cause: str
@@ -38,14 +38,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """`plan` is what the result was made from and how: the same command finds its own result by it."""
+    """The report of a preparation; `plan` records the source and all options that determine the result.
+
+    By its plan, a command recognises its own result.
+    """
 
     plan: dict[str, Any]
     done: int  # images in the result
-    ignored: int  # files of the source that are no images
+    ignored: int  # files of the source that are not images
     problems: tuple[Problem, ...]
-    hidden: int = 0  # files of the source that are hidden, or that systems leave
-    unlisted: int = 0  # images of the source that its dataset.json does not name
+    hidden: int = 0  # hidden files of the source, and files left by operating systems
+    unlisted: int = 0  # images of the source that its dataset.json does not list
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()  # images of each class in the result
 
@@ -58,7 +61,7 @@ class Report:
         return SKIPPED_STATUS if self.skipped else 0
 
     def line(self, folder: Path, verb: str) -> str:
-        """The command's last line."""
+        """The last line of the command's output."""
         handled = len(self.problems) - self.skipped
         text = f"{folder}: {self.done:,} images {verb}, {self.skipped:,} skipped"
         if handled:
@@ -77,7 +80,7 @@ class Report:
         return parts
 
     def text(self) -> str:
-        """As it stands in report.json."""
+        """The text of report.json."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -85,13 +88,13 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
-        """UserError for a file that `write` can't have made."""
+        """Read the report in a folder; UserError for a file that `write` can't have made."""
         values = read_object(folder / REPORT_FILE, "report", largest=_LARGEST, remedy=_REMEDY)
         return card_of(cls, values, f"report: {folder / REPORT_FILE}", remedy=_REMEDY)
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> "Report":
-        """From the bytes of such a file, for whose place `where` stands in the error."""
+        """Parse the bytes of a report; where: its place, for error messages."""
         return card_of(cls, parse_json(content, where), where, remedy=_REMEDY)
 
 
@@ -100,7 +103,7 @@ def strays(source: Source) -> list[Problem]:
 
 
 def make_report(plan: dict[str, Any], source: Source, problems: Iterable[Problem]) -> Report:
-    """Of a whole source; `problems` in any order. UserError where none of its images could be read."""
+    """Make the report of a source from problems in any order; UserError if no image could be read."""
     ordered = sorted(problems, key=lambda problem: (problem.index or 0, problem.cause))
     skipped = [problem.index for problem in ordered if problem.action == "skipped" and problem.index is not None]
     done = len(source) - len(skipped)
@@ -120,13 +123,13 @@ def make_report(plan: dict[str, Any], source: Source, problems: Iterable[Problem
 
 
 def tell(source: Source, process: Process) -> None:
-    """What the source's classes show that nobody may have meant, on stderr, before the work begins."""
+    """Print warnings about the source's classes that may be unintended, on stderr, before the work begins."""
     for line in source.warnings if process.is_first else ():
         print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 def conclude(report: Report | None, dest: Path, verb: str, process: Process) -> int:
-    """The last line and the exit status, from the first process."""
+    """Print the last line in the first process, and return the exit status."""
     if report is None or not process.is_first:
         return 0
     print(report.line(dest, verb))
@@ -134,6 +137,6 @@ def conclude(report: Report | None, dest: Path, verb: str, process: Process) -> 
 
 
 def read_problems(record: Path) -> list[Problem]:
-    """The problems in the record of a part; UserError for a damaged one."""
+    """Read the problems in the record of a part; UserError if it is damaged."""
     what = f"record of a part: {record}"
     return card_of(list[Problem], read_json(record, "record of a part"), what, remedy=REDO)

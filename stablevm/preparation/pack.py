@@ -1,4 +1,4 @@
-"""From the layout of REPA to shards: files by the million become a few that are read fast."""
+"""The command `stablevm prepare pack`, from the layout of REPA to shards, which are few and fast to read."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ _BATCH = 16  # files handed to a worker at a time
 
 
 def pack(config: PackConfig) -> int:
-    """Pack latents, and images unless the options say otherwise, into shards; returns the exit status."""
+    """Pack latents, and images unless the options say otherwise, into shards, and return the exit status."""
     config.validate()
     process = Process.from_environment()
     dataset = RepaDataset(config.source, config.vae)
@@ -78,7 +78,7 @@ def _pack(config: PackConfig, dataset: RepaDataset, plan: dict[str, Any], proces
 def _finish(
     config: PackConfig, dataset: RepaDataset, manifest: Manifest, plan: dict[str, Any], records: list[ShardRecord]
 ) -> Report:
-    """The manifest makes the folder a data set; the report says that the work is complete."""
+    """Write the manifest, which makes the folder a data set, and the report, which marks the work as complete."""
     problems = [problem for record in records for problem in record.problems]
     filled = [record for record in records if record.rows]
     if not filled:
@@ -103,7 +103,7 @@ def _finish(
 
 @dataclass
 class _Rows:
-    """The good rows of one request, and what there is to say of the others."""
+    """The rows of one request that could be read, and the problems of the others."""
 
     rows: list[int] = field(default_factory=list)
     moments: list[Tensor] = field(default_factory=list)  # (1, 2C, h, w) each
@@ -113,7 +113,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Runs in the workers. A row is taken whole or not at all."""
+    """Reads rows in a worker; a row is either complete or left out."""
 
     dataset: RepaDataset
     with_images: bool

@@ -1,7 +1,7 @@
-"""One image file, from bytes to pixels of the size asked for. Pillow and NumPy only: this runs in the workers.
+"""Reading an image file and scaling it to the requested size, with Pillow and NumPy only, as it runs in workers.
 
-What a picture shows is settled here: upright by its EXIF orientation, transparent parts on white, deep grey scaled by
-its stated depth to 8 bits, whatever colours turned to RGB. What can't be settled is a `BadPictureError` with its cause.
+Images become upright by their EXIF orientation, transparent parts become white, grey values of more than 8 bits are
+scaled by their stated depth, and all colours are converted to RGB. `BadPictureError` gives the cause if this fails.
 """
 
 import warnings
@@ -18,17 +18,17 @@ from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 
 Size = tuple[int, int]  # width, height
 
-# Pillow knows more: EPS, for which it would start another program, and what no collection of pictures is made of. One
-# that an older Pillow lacks (AVIF) is left out. TGA has no mark at its beginning, so it comes last.
+# Pillow knows more formats: EPS, for which it would start another program, and some that no data set uses. A format
+# that an older Pillow lacks (AVIF) is left out. TGA has no signature at its beginning, so it comes last.
 FORMATS = (
     *("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000"),
     *("ICO", "PCX", "SGI", "DDS", "QOI", "PSD", "SUN", "TGA"),
 )
-_MARK = 16  # bytes at the beginning that tell a format
-# More pixels than this are taken for a decompression bomb; it is the count from which Pillow itself warns.
+_MARK = 16  # bytes at the beginning by which a format is recognised
+# An image with more pixels is treated as a decompression bomb; Pillow itself warns from this number on.
 MAX_PIXELS = 2**30 // 12
 _ORIENTATION = 0x0112  # EXIF tag
-# Tags of TIFF, and the words for its formats of samples.
+# Tags of TIFF, and the names of its sample formats.
 _SUBFILE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
 _SAMPLE_FORMATS = {2: "signed", 3: "floats", 5: "complex", 6: "complex"}
 _WHITE = (255, 255, 255, 255)
@@ -36,24 +36,24 @@ _WHITE = (255, 255, 255, 255)
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has."""
+    """The formats of `FORMATS` that this version of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 class BadPictureError(Exception):
-    """A file that gives no image; its text is the cause, for the report."""
+    """Raised for a file that can't be read as an image; its text is the cause, for the report."""
 
 
 def is_picture(file: IO[bytes]) -> bool:
-    """Whether a file of any name begins like a picture; damaged ones do too."""
+    """Whether a file begins like an image, whatever its name; a damaged image does too."""
     mark = file.read(_MARK)
     tests = (Image.OPEN[name][1] for name in _formats())
     return len(mark) >= 4 and any(accepts is not None and accepts(mark) is True for accepts in tests)
 
 
 def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[str]]:
-    """The picture in RGB, and a note on each thing that had to be settled. Raises BadPictureError."""
+    """Read an image as RGB, with a note about each conversion that was necessary; raises BadPictureError."""
     try:
         file = open_file()
     except OSError as error:
@@ -61,7 +61,7 @@ def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[
             raise
         raise BadPictureError((error.strerror or str(error)).lower()) from None
     with file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata; the pixels count
+        warnings.simplefilter("ignore")  # about damaged metadata; only the pixels matter
         try:
             picture = Image.open(file, formats=_formats())
             _check_pixels(picture.size)
@@ -76,8 +76,10 @@ def read_picture(open_file: Callable[[], IO[bytes]]) -> tuple[Image.Image, list[
 
 
 def dhariwal(picture: Image.Image, size: Size) -> Image.Image:
-    """ADM's crop (Dhariwal and Nichol, 2021): halve by a box filter while the short side is at least twice the target,
-    bring the short side to the target by a bicubic filter, cut the middle out. The target is square.
+    """ADM's crop (Dhariwal and Nichol, 2021) to a square `size`.
+
+    The image is halved with a box filter while its short side is at least twice the target, scaled with a bicubic
+    filter until its short side has the target's length, and cropped to the centre.
     """
     target = size[0]
     while min(picture.size) >= 2 * target:
@@ -90,25 +92,25 @@ def dhariwal(picture: Image.Image, size: Size) -> Image.Image:
 
 
 def scale(picture: Image.Image, size: Size) -> Image.Image:
-    """The whole picture at the size asked for, by a Lanczos filter, whatever becomes of its shape."""
+    """Scale the whole image to `size` with a Lanczos filter, without keeping its aspect ratio."""
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def center_crop(picture: Image.Image, size: Size) -> Image.Image:
-    """Cut out the largest square of the middle, then scale it by a Lanczos filter, as the published script (Karras et
-    al., StyleGAN 2 and 3, EDM): a target that is no square gets it squashed.
+    """Crop the largest central square and scale it to `size` with a Lanczos filter, as the published script does
+    (Karras et al., StyleGAN 2 and 3, EDM); if the target is not square, the image is distorted.
     """
     side = min(picture.size)
     return _middle(picture, (side, side)).resize(size, Image.Resampling.LANCZOS)
 
 
 def center_crop_wide(picture: Image.Image, size: Size) -> Image.Image:
-    """Cut out the middle rows, as many as the picture would have at the target's width, scale them by a Lanczos filter
-    to the target, and lay the result on a black square as wide as the target.
+    """Crop the middle rows, as many as the image would have at the target's width, scale them to the target with a
+    Lanczos filter, and centre the result on a black square as wide as the target.
 
-    These are the published script's rows (Karras et al., 2020 to 2022). The rows are counted at the target's width but
-    cut from the picture, so what is kept depends on its resolution, and a tall picture is squashed. BadPictureError
-    where the picture is smaller than the target.
+    These are the rows of the published script (Karras et al., 2020 to 2022). Their number refers to the target's width,
+    but they are taken from the original image, so the crop depends on its resolution, and a tall image is distorted.
+    BadPictureError if the image is smaller than the target.
     """
     width, height = size
     rows = round(width * picture.height / picture.width)
@@ -123,7 +125,7 @@ def center_crop_wide(picture: Image.Image, size: Size) -> Image.Image:
 
 
 def unchanged(picture: Image.Image, size: Size) -> Image.Image:
-    """The picture itself; BadPictureError where it has another size."""
+    """Return the image itself; BadPictureError if it does not have this size."""
     if picture.size != size:
         raise BadPictureError(f"{picture.width} x {picture.height} pixels instead of {size[0]} x {size[1]}")
     return picture
@@ -139,12 +141,12 @@ TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
 
 
 def result_size(transform: str, size: Size) -> Size:
-    """Width and height of what a transform makes."""
+    """The width and height of the result of a transform."""
     return (size[0], size[0]) if transform == "center-crop-wide" else size
 
 
 def pixels(picture: Image.Image) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3)."""
+    """The pixels of an image: uint8 (H, W, 3)."""
     return np.asarray(picture, np.uint8)
 
 
@@ -171,25 +173,25 @@ def _settled(picture: Image.Image) -> tuple[Image.Image, list[str]]:
 def _orientation(picture: Image.Image) -> int:
     try:
         return picture.getexif().get(_ORIENTATION, 1)
-    except READ_ERRORS:  # damaged metadata says nothing
+    except READ_ERRORS:  # damaged metadata is ignored
         return 1
 
 
 @dataclass(frozen=True)
 class _Depth:
-    """What the file states about a grey picture's values: the largest one, and whether that is black."""
+    """What the file states about the values of a grey image: the largest value, and whether that is black."""
 
-    white: int = 65_535  # to which Pillow scales deep grey of every format but TIFF
+    white: int = 65_535  # Pillow scales grey of more than 8 bits to this in all formats except TIFF
     is_inverted: bool = False
 
 
 def _stated_depth(picture: Image.Image) -> _Depth:
-    """BadPictureError for a TIFF file whose values Pillow would hand over as if they were others."""
+    """The depth that the file states; BadPictureError for a TIFF file whose values Pillow would misinterpret."""
     if not isinstance(picture, TiffImagePlugin.TiffImageFile):
         return _Depth()
     tags = picture.tag_v2
     if tags.get(_SUBFILE, 0) & 1:
-        raise BadPictureError("a preview of a larger picture, as the raw files of cameras have; develop it first")
+        raise BadPictureError("a preview of a larger picture, as in the raw files of cameras; develop it first")
     kinds = set(np.ravel(tags.get(_SAMPLE_FORMAT, 1)).tolist())
     if not kinds <= {1, 4}:  # unsigned, or not said
         raise BadPictureError(f"pixels that are {_SAMPLE_FORMATS.get(max(kinds), 'unknown')}, without a known range")
@@ -198,7 +200,7 @@ def _stated_depth(picture: Image.Image) -> _Depth:
 
 
 def _from_deep_grey(picture: Image.Image, depth: _Depth, notes: list[str]) -> Image.Image:
-    """Scaled by the stated depth; Pillow would clip at 255."""
+    """Scale the image by its stated depth; Pillow would clip it at 255."""
     values = np.asarray(picture)
     if picture.mode == "F" or depth.white > 65_535 or values.min() < 0 or values.max() > depth.white:
         raise BadPictureError(f"pixels of mode {picture.mode} without a known range")
@@ -233,7 +235,7 @@ def _cause(error: BaseException, file: IO[bytes]) -> str:
 
 
 def _unidentified(file: IO[bytes]) -> str:
-    """Of a file that no reader of Pillow takes."""
+    """The cause for a file that Pillow can't identify."""
     file.seek(0)
     start = file.read(_MARK)
     if not start:

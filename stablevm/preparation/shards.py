@@ -1,7 +1,7 @@
-"""Convert and encode into the native layout: image shards first, then the latents of their rows.
+"""`convert` and `encode` in the native layout: first shards of images, then the latents of their rows.
 
-A shard covers `SHARD_LENGTH` consecutive images of the source. Those that can't be read are not in it, so a shard may
-be smaller, but which rows it has depends on nothing outside it: shards can be made in any order, by any process.
+A shard covers `SHARD_LENGTH` consecutive images of the source, without those that can't be read. Its rows do not depend
+on other shards, so shards can be made in any order, by any process.
 """
 
 from collections.abc import Iterator
@@ -40,11 +40,11 @@ from stablevm.support.locks import owned
 from stablevm.support.options import as_typed
 from stablevm.support.processes import Process
 
-_IMAGES, _LATENTS = "images", "latents"  # work of the two steps
+_IMAGES, _LATENTS = "images", "latents"  # names of the two steps
 
 
 def convert(config: ConvertShardsConfig) -> int:
-    """Crop the images of a source into shards; returns the exit status. `encode` completes the data set."""
+    """Crop the images of a source into shards, and return the exit status; `encode` completes the data set."""
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
@@ -86,7 +86,7 @@ def _convert(
 
 
 def encode(config: EncodeShardsConfig) -> int:
-    """Encode the images in shards, which completes the data set; returns the exit status, 0: none is skipped."""
+    """Encode the images in shards, which completes the data set, and return the exit status, which is 0."""
     config.validate()
     process = Process.from_environment()
     folder = config.data_dir
@@ -95,7 +95,7 @@ def encode(config: EncodeShardsConfig) -> int:
     with owned(folder):
         report = _encode(config, folder, process)
     conclude(report, folder, "in the data set", process)
-    return 0  # what convert skipped is no news
+    return 0  # convert has already reported skipped images
 
 
 def _encode(config: EncodeShardsConfig, folder: Path, process: Process) -> Report:
@@ -116,7 +116,7 @@ def _encode(config: EncodeShardsConfig, folder: Path, process: Process) -> Repor
 
 @dataclass(frozen=True)
 class _Converted:
-    """What encoding needs of the plan in the report of the conversion."""
+    """The facts that encoding needs from the plan in the report of the conversion."""
 
     class_names: tuple[str, ...]
     side: int
@@ -125,14 +125,14 @@ class _Converted:
 
     @classmethod
     def of(cls, plan: dict[str, Any], folder: Path) -> "_Converted":
-        """UserError for a plan that no conversion made."""
+        """Read the facts from a plan; UserError for a plan that `convert` can't have made."""
         spoken = {field.name: field.name.replace("_", " ") for field in fields(cls)}
         values = {name: plan[key] for name, key in spoken.items() if key in plan}
         return card_of(cls, values, f"{folder / REPORT_FILE}: plan", remedy="convert again into a new folder")
 
 
 class _Encoding:
-    """The latents of the rows of image shards."""
+    """Encoding the rows of shards of images as latents."""
 
     def __init__(self, config: EncodeShardsConfig, plan: dict[str, Any], process: Process) -> None:
         self.config, self.process, self.folder = config, process, config.data_dir
@@ -183,7 +183,7 @@ class _Encoding:
         return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
     def _finish(self, latents: list[ShardRecord], labels: Tensor) -> None:
-        """The manifest, which makes the folder a data set, then the end of what only the work needed."""
+        """Write the manifest, which makes the folder a data set, then remove files that only the work needed."""
         keep = self.config.keep_images
         shards = tuple(
             Shard(record.rows, record.files["latents"], images.files["images"] if keep else None)
@@ -198,14 +198,14 @@ class _Encoding:
 
 
 def _tidy(folder: Path, keep_images: bool) -> None:
-    """Remove what a complete data set does not need, also where an earlier command was killed over it."""
+    """Remove what a complete data set does not need, also after an earlier command was killed doing so."""
     for path in [] if keep_images else folder.glob("images-*.safetensors"):
         path.unlink()
     clear(folder)
 
 
 def _check_same(config: EncodeShardsConfig, manifest: Manifest) -> None:
-    """UserError where a complete data set is another than the options ask for."""
+    """Raise UserError if the complete data set does not match the options."""
     found = (manifest.latent.autoencoder, manifest.precision, manifest.has_flips, manifest.has_images)
     vae = manifest.latent.autoencoder if manifest.latent.is_by(config.vae) else full_name(config.vae)
     asked = (vae, config.precision, config.flip, config.keep_images)
@@ -222,7 +222,7 @@ def image_tensors(compress: bool) -> tuple[str, ...]:
 
 
 def pack_images(images: list[np.ndarray], side: int, compress: bool) -> dict[str, Tensor]:
-    """uint8 images (H, W, 3) as the tensors of a shard."""
+    """The tensors of a shard for uint8 images (H, W, 3)."""
     if not compress:
         planes = np.empty((len(images), 3, side, side), np.uint8)
         for row, image in enumerate(images):

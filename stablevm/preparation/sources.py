@@ -1,4 +1,4 @@
-"""What there is to prepare: the images of a source with their classes, in an order that only the names decide."""
+"""The sources of images to prepare: their images and classes, ordered by name."""
 
 import hashlib
 import json
@@ -20,17 +20,18 @@ from stablevm.preparation.pictures import is_picture
 from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
 
-# Names that tell of an image. What can't be read after all is skipped with its cause.
+# Suffixes of images. An image that can't be read is skipped, with its cause.
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2",
      ".avif", ".heic", ".heif", ".jxl", ".tga"]
 )  # fmt: skip
-# What lies beside images by the million. Any other file is opened, and is an image if it begins like one.
+# Suffixes of other files that are common beside images. A file with any other suffix is opened to see if it is an
+# image.
 _OTHER_SUFFIXES = frozenset(
     [".txt", ".json", ".xml", ".csv", ".tsv", ".npy", ".npz", ".md", ".html", ".yaml", ".yml", ".mat", ".cls",
      ".caption"]
 )  # fmt: skip
-# What systems and network disks leave behind, and hidden files: macOS (._x, .DS_Store, __MACOSX, Icon), Windows
+# Hidden files, and files left by operating systems and network disks: macOS (._x, .DS_Store, __MACOSX, Icon), Windows
 # (Thumbs.db, desktop.ini, recycle bins), Synology, QNAP and NetApp (@eaDir, #recycle, ~snapshot), Linux (lost+found).
 _LEFT_BY_SYSTEMS = re.compile(
     r"(?:^|/)(?:\.[^/]*|(?:__MACOSX|__pycache__|@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot"
@@ -41,23 +42,23 @@ _LEFT_BY_SYSTEMS = re.compile(
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"])
 _BESIDE_SPLITS = frozenset(["", "image", "images", "img", "imgs", "data", "set", "split"])  # train2017, val_images
 OUR_FILES = (LISTING_FILE, "report.json")
-ONE_CLASS = ("all",)  # of a source without classes
+ONE_CLASS = ("all",)  # class names of a source without classes
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in the order of their names; image i is `names[i]` in the storage, of class `labels[i]`."""
+    """A source of images, sorted by name; image i is `names[i]` in the storage and has the class `labels[i]`."""
 
     storage: Storage
     names: list[str]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)  # what else its dataset.json says, such as its resolution
+    facts: dict[str, Any] = field(default_factory=dict)  # other entries of its dataset.json, such as the resolution
     stray: tuple[str, ...] = ()  # images outside the class folders
-    ignored: int = 0  # files that are no images
-    hidden: int = 0  # files that are hidden, or that systems leave
-    unlisted: int = 0  # images that its dataset.json does not name
-    warnings: tuple[str, ...] = ()  # lines on what the classes show that nobody may have meant
+    ignored: int = 0  # files that are not images
+    hidden: int = 0  # hidden files, and files left by operating systems
+    unlisted: int = 0  # images that its dataset.json does not list
+    warnings: tuple[str, ...] = ()  # about classes that may be unintended
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,24 +68,23 @@ class Source:
         return fingerprint(self.names, self.labels.tolist(), self.class_names)
 
     def first(self, count: int | None) -> "Source":
-        """The first `count` images, with all classes; None: itself."""
+        """The source with only the first `count` images, but all classes; itself for None."""
         if count is None or count >= len(self):
             return self
         return replace(self, names=self.names[:count], labels=self.labels[:count])
 
     def empty_classes(self) -> list[str]:
-        """Names of the classes without an image."""
+        """The names of classes without an image."""
         counts = np.bincount(self.labels, minlength=len(self.class_names))
         return [self.class_names[label] for label in np.flatnonzero(counts == 0)]
 
 
 def open_source(root: str | Path) -> Source:
-    """List the images below `root`: class folders, or a folder or ZIP archive with dataset.json.
+    """List the images below `root`, which has class folders, or is a folder or ZIP archive with dataset.json.
 
-    Without dataset.json the folders directly below are the classes, in the order of their names, and hold images at
-    any depth; single folders above them are passed. Where there are none, or dataset.json says that there are no
-    labels, all images are of one class. Raises UserError for what is no such source, and for one that must not be taken
-    as it lies.
+    Without dataset.json, the folders directly below `root` are the classes, sorted by name, with images at any depth;
+    a single folder that contains all others is skipped. If there are no such folders, or dataset.json has no labels,
+    all images have the same class. Raises UserError if this is not a source, or must not be used in its present state.
     """
     storage = open_storage(root)
     root = Path(root)
@@ -102,7 +102,7 @@ def open_source(root: str | Path) -> Source:
 
 
 def fingerprint(names: Sequence[str], labels: Sequence[int], class_names: Sequence[str]) -> str:
-    """Of a list of images: a job resumes only with the list that it began with."""
+    """A fingerprint of a list of images; a job resumes only with the list that it started with."""
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for name, label in zip(names, labels, strict=True):
         digest.update(os.fsencode(f"{name}\t{label}\n"))
@@ -110,7 +110,7 @@ def fingerprint(names: Sequence[str], labels: Sequence[int], class_names: Sequen
 
 
 def printable(name: str) -> str:
-    """A file's name for JSON and for the terminal, whatever bytes it is made of."""
+    """The name of a file in a form that is safe for JSON and for a terminal, whatever its bytes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -124,7 +124,7 @@ def _listing(storage: Storage) -> Listing | None:
 
 
 def _listed(storage: Storage, listing: Listing | None) -> Source | None:
-    """A source whose dataset.json has a class for each image."""
+    """A source whose dataset.json lists the class of each image."""
     if listing is None or listing.labels is None:
         return None
     names = listing.names
@@ -155,7 +155,7 @@ def _listed(storage: Storage, listing: Listing | None) -> Source | None:
 
 @dataclass
 class _Files:
-    """All files of a storage, by what they are."""
+    """All files of a storage, by kind."""
 
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -188,7 +188,7 @@ def _is_image(storage: Storage, name: str) -> bool:
 
 
 def _walked(storage: Storage, listing: Listing | None) -> Source:
-    """A source without labels in a file: its classes are folders, or all are of one where dataset.json says so."""
+    """A source without a list of labels: its classes are folders, or there is only one if dataset.json says so."""
     classes = listing is None
     found = _Files.below(storage)
     if classes:
@@ -213,10 +213,10 @@ def _walked(storage: Storage, listing: Listing | None) -> Source:
 
 
 def _class_folders(storage: Storage, found: _Files) -> tuple[str, list[str]]:
-    """Where the folders of the classes lie, and their names in order; none where no image lies in a folder.
+    """The folder that contains the class folders, and their sorted names; none if no image is in a folder.
 
-    A folder without any file is a class without images; one with files of which none is an image is no class. A
-    single folder that holds folders only is passed on the way down.
+    An empty folder is a class without images, but a folder with only other files is not a class. A single folder that
+    contains only folders is skipped.
     """
     prefix = ""
     while True:
@@ -259,7 +259,7 @@ def _doubts(storage: Storage, found: _Files, prefix: str, names: list[str]) -> I
 
 
 def _is_split(name: str) -> bool:
-    """Whether a folder's name says which part of a data set it holds, and nothing else."""
+    """Whether the name of a folder is that of a split of a data set, such as train."""
     words = set(re.split(r"[\W\d_]+", name.lower())) - _BESIDE_SPLITS
     return bool(words) and words <= _SPLITS
 
@@ -277,5 +277,5 @@ def _check_no_listing_below(storage: Storage, found: _Files) -> None:
         )
 
 
-# The forms of sources, each from the storage and its dataset.json to the images; the first that returns any is taken.
+# Functions that list a source from its storage and dataset.json, one for each form; the first that returns one is used.
 SOURCES: list[Callable[[Storage, Listing | None], Source | None]] = [_listed, _walked]

@@ -1,8 +1,8 @@
-"""Where converted images and latents go, one file each: into a folder, or into a ZIP archive as the published script.
+"""The targets of `convert` and `encode` with one file per image: a folder, or a ZIP archive as in the published script.
 
-A job's parts are kept until all are done. In a folder the files lie in their places already and a part's record holds
-what there is to say of it; for an archive each part is a small archive itself, and they are joined at the end. So an
-archive has its name only when it is complete, and takes its space twice until then.
+In a folder, files are written to their final places, and each part of a job has a record of its problems. For an
+archive, each part is a small archive, and all parts are joined at the end. So an archive has its final name only when
+it is complete, and needs twice its space until then.
 """
 
 import json
@@ -26,23 +26,23 @@ from stablevm.support.processes import Process
 
 _PROBLEMS_FILE = "problems.json"  # in the archive of a part
 _PERMISSIONS = 0o644 << 16  # of an unpacked member
-Files = Mapping[str, bytes]  # by their names in the result
+Files = Mapping[str, bytes]  # contents of files by their names in the result
 
 
 @dataclass(frozen=True)
 class FolderTarget:
-    """Files in a folder, each complete or absent, with dataset.json and report.json when all are there."""
+    """A folder of files, each complete or absent, with dataset.json and report.json when all are complete."""
 
     dest: Path
 
     @property
     def home(self) -> Path:
-        """The folder of unfinished work."""
+        """The folder for unfinished work."""
         return self.dest
 
     @property
     def marker(self) -> Path:
-        """What is there when the result is complete."""
+        """The file that exists when the result is complete."""
         return self.dest / REPORT_FILE
 
     def lock(self) -> AbstractContextManager[None]:
@@ -52,7 +52,7 @@ class FolderTarget:
         return begin(self.dest, plan, process)
 
     def put(self, files: Files) -> Files:
-        """Take files in any process; returns those that are to be recorded with their part."""
+        """Accept files from any process, and return those that must be recorded with their part."""
         scratch = self.dest / WORK_FOLDER / "unfinished"
         for name, content in files.items():
             with replacing(self.dest / name, scratch=scratch, durable=False) as temporary:
@@ -68,7 +68,7 @@ class FolderTarget:
         return read_problems(path)
 
     def finish(self, records: Iterable[Path], listing: str, report: Report) -> None:
-        """dataset.json, then the report, which says that the result is complete."""
+        """Write dataset.json, then the report, which marks the result as complete."""
         write_text(self.dest / LISTING_FILE, listing)
         report.write(self.dest)
         clear(self.dest)
@@ -76,7 +76,7 @@ class FolderTarget:
 
 @dataclass(frozen=True)
 class ArchiveTarget:
-    """An uncompressed ZIP archive that holds the same names, dataset.json and report.json."""
+    """An uncompressed ZIP archive with the same names as a folder, dataset.json and report.json."""
 
     dest: Path
 
@@ -92,7 +92,7 @@ class ArchiveTarget:
         return owned(self.dest.parent, self.dest.name)
 
     def begin(self, plan: dict[str, Any], process: Process) -> Report | None:
-        """As `work.begin`; UserError for an archive that this command can't have made."""
+        """Like `work.begin`; UserError for an archive that this command can't have made."""
         if not self.dest.exists():
             return begin(self.home, plan, process)
         report = self._report()
@@ -139,7 +139,7 @@ class ArchiveTarget:
                 content = archive.read(REPORT_FILE)
         except (zipfile.BadZipFile, KeyError):
             raise UserError(
-                f"{self.dest}: is there already, and no archive of this command; nothing was changed: give another name"
+                f"{self.dest}: exists, but was not made by this command; nothing was changed: give another name"
             ) from None
         return Report.parse(content, f"{REPORT_FILE} in {self.dest}")
 
@@ -148,12 +148,12 @@ Target = FolderTarget | ArchiveTarget
 
 
 def target_of(dest: Path) -> Target:
-    """An archive where the name ends with .zip, else a folder."""
+    """The target with this name: an archive if it ends with .zip, else a folder."""
     return ArchiveTarget(dest) if is_archive(dest) else FolderTarget(dest)
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """A member that depends on its name and content alone: no time, stored as it is."""
+    """Add an uncompressed member that depends only on its name and content, not on the time."""
     info = zipfile.ZipInfo(name)
     info.external_attr = _PERMISSIONS
     archive.writestr(info, content)

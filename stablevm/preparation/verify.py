@@ -1,4 +1,4 @@
-"""Reread a prepared data set and name everything that is wrong with it."""
+"""The command `stablevm data verify`, which rereads a prepared data set and lists its faults."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ from stablevm.support.errors import UserError
 
 DAMAGED_STATUS = 1
 _BATCH = 256  # rows checked at a time
-_SHOWN = 100  # faults named; of a set that is damaged all over the rest is only counted
+_SHOWN = 100  # faults that are listed; further ones are only counted
 
 
 def verify(config: VerifyConfig) -> int:
-    """Print a line for each fault and one at the end; returns the exit status."""
+    """Print a line for each fault and a summary, and return the exit status."""
     config.validate()
     status = 0
     for folder in split_folders(config.data_dir):
@@ -39,7 +39,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def split_folders(folder: Path) -> list[Path]:
-    """The folder itself, or its splits where those are the data sets."""
+    """The folder itself, or its splits if those are the data sets."""
     if has_dataset(folder) or not folder.is_dir():
         return [folder]
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in (IMAGES, LATENTS))
@@ -52,7 +52,7 @@ def _faults(folder: Path, workers: int) -> Iterator[str]:
             damaged = list(_damaged_files(folder, workers))
             yield from damaged
             if damaged:
-                return  # what a damaged file holds says nothing
+                return  # the contents of a damaged file mean nothing
         dataset = open_dataset(folder)
         if dataset.has_images:
             dataset.check_images()
@@ -79,7 +79,7 @@ def _damaged_files(folder: Path, workers: int) -> Iterator[str]:
 
 
 def _whole(dataset: PreparedDataset) -> Iterator[str]:
-    """Faults of the set as a whole."""
+    """The faults of the set as a whole."""
     labels = dataset.labels()  # checks them against the counts
     if len(labels) != len(dataset):
         yield f"{dataset.folder}: {len(labels):,} labels for {len(dataset):,} rows"
@@ -93,7 +93,7 @@ def _whole(dataset: PreparedDataset) -> Iterator[str]:
 
 
 def _check_rows(dataset: PreparedDataset, rows: range) -> list[str]:
-    """Faults of single rows. One that can't be read is looked for among its neighbours."""
+    """The faults of single rows; if rows can't be read together, each is read on its own."""
     faults: list[str] = []
     readers: list[Callable[[range], object]] = [partial(_check_moments, dataset, faults)]
     if dataset.has_images:

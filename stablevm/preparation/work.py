@@ -1,8 +1,8 @@
-"""A job in parts, which any number of processes share and any interruption leaves whole.
+"""Jobs in parts, which any number of processes share and which can be interrupted at any time.
 
-Each part covers consecutive images of the source, and leaves one file when all that it makes is on the disk: what such
-a file stands for is done, and everything else is made anew. Processes share nothing but the folder: part i falls to
-process i modulo their number.
+Each part covers consecutive images of the source. When all its results are on disk it leaves one file, which marks it
+as done; all other parts are made again. Processes share only the folder: part i belongs to process i modulo their
+number.
 """
 
 import json
@@ -32,7 +32,7 @@ from stablevm.support.processes import Process, wait_for_files
 from stablevm.support.text import brief
 
 PLAN_FILE = "plan.json"
-# An interruption loses at most this much of each process's work, and each part costs two waits for the disk.
+# An interruption loses at most this much of each process's work; each part takes two syncs of the disk.
 PART_LENGTH = 256
 _ENCODING_PART_LENGTH = 64  # at least: on a CPU the autoencoder takes a second or more for each image
 
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job:
-    """Items 0 to N - 1, as `groups` of consecutive ones; parts do not reach over the end of a group."""
+    """A job with items 0 to N - 1, in `groups` of consecutive items; no part extends over two groups."""
 
     title: str
     folder: Path  # of the parts' files
@@ -54,7 +54,7 @@ class Job:
         return sum(map(len, self.groups))
 
     def parts(self, group: range | None = None) -> list[range]:
-        """Of one group, or of all."""
+        """The parts of one group, or of all."""
         groups = self.groups if group is None else [group]
         return [part for each in groups for part in _pieces(each, self.part_length)]
 
@@ -64,11 +64,11 @@ class Job:
     def run(
         self, work: Callable[[range], Result], batch: int, workers: int, done: Callable[[set[str], range], bool]
     ) -> Iterator[tuple[range, Iterator[Result]]]:
-        """For each part of this process that is not done: the part, and what `work` gives for each batch of it.
+        """Yield each unfinished part of this process, with an iterator over the results of `work` for its batches.
 
-        Batches are at most `batch` consecutive items of one part, and go to `workers` processes; results come in
-        order, and those of a part are to be taken before the next part is. `done(names, part)` tells of a part
-        whether it is done, from the names of the files in the folder.
+        Batches are at most `batch` consecutive items of a part, and are processed by `workers` processes. Results come
+        in order, and those of a part must be consumed before the next part is taken. `done(names, part)` says whether a
+        part is done, given the names of the files in the folder.
         """
         names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         parts = self.parts()
@@ -100,7 +100,7 @@ class Job:
                 stop.check()
 
     def wait(self, paths: Sequence[Path]) -> None:
-        """Until other processes have made these files."""
+        """Wait until other processes have made these files."""
 
         def tell(missing: int) -> None:
             if self.process.is_first:
@@ -110,11 +110,10 @@ class Job:
 
 
 class Stop:
-    """While entered, Ctrl-C is only noted, for `check`; a second one ends the program at once.
+    """Inside the block, the first Ctrl-C is only recorded, for `check`; a second one ends the program at once.
 
-    An exception that could come anywhere would be lost, or shown with a traceback, wherever nobody can raise: in a
-    worker that has only just been forked, or in the clearing up of torch's loader. Everything on the disk is complete
-    or absent, so that the end may be abrupt.
+    An exception at an arbitrary point could be lost or shown with a traceback, for example in a worker that has just
+    been forked, or in the cleanup of torch's loader. An abrupt end is safe, because every file is complete or absent.
     """
 
     def __init__(self) -> None:
@@ -132,14 +131,14 @@ class Stop:
             signal.signal(signal.SIGINT, self._before)
 
     def check(self) -> None:
-        """KeyboardInterrupt after a Ctrl-C."""
+        """Raise KeyboardInterrupt after a Ctrl-C."""
         if self._wanted:
             self._is_ending = True
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker: it ends when this process says so
+            return  # in a worker, which ends when the main process tells it to
         if self._is_ending:
             return
         if self._wanted:
@@ -152,10 +151,10 @@ class Stop:
 
 
 def begin(dest: Path, plan: dict[str, Any], process: Process) -> Report | None:
-    """Start or resume in `dest`; its report where the job is done already, and what kills left of it swept up.
+    """Start or resume a job in `dest`; if it is already complete, remove temporary files and return its report.
 
-    `plan` holds all that decides the result. Raises UserError, naming the first difference, where `dest` holds the
-    result of another plan, begun or complete, and where it holds anything else.
+    plan: all that determines the result. Raises UserError, naming the first difference, if `dest` holds an unfinished
+    or complete result of another plan, and if it holds anything else.
     """
     nearest = next(path for path in (dest, *dest.parents) if path.exists())
     if not nearest.is_dir():
@@ -175,13 +174,13 @@ def begin(dest: Path, plan: dict[str, Any], process: Process) -> Report | None:
 
 
 def check_apart(source: Path, dest: Path) -> None:
-    """UserError where the result would lie among the images of its source, which it would add to."""
+    """Raise UserError if the result would be inside the source, and so become part of its images."""
     if dest.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--dest {dest}: lies in --source {source}, whose images it would add to; give one outside")
+        raise UserError(f"--dest {dest}: is inside --source {source}, to whose images it would add; give one outside")
 
 
 def begin_step(folder: Path, plan: dict[str, Any]) -> None:
-    """Record the plan of unfinished work in its folder; UserError if that was begun with another plan."""
+    """Record the plan of unfinished work in its folder; UserError if it was started with another plan."""
     record = folder / PLAN_FILE
     if record.exists():
         check_same(
@@ -193,10 +192,10 @@ def begin_step(folder: Path, plan: dict[str, Any]) -> None:
 
 @contextmanager
 def shared(home: Path, marker: Path, process: Process) -> Iterator[None]:
-    """One process's part of work in `home` that is complete when the file `marker` is there.
+    """The context of one process's share of work in `home`, which is complete when the file `marker` exists.
 
-    Others may complete it, and clear what this one would read, while it is still starting: then nothing is amiss, and
-    the last to leave sweeps up.
+    Other processes may complete the work and remove its files while this one is still starting. This is not an error;
+    the last process to leave removes what remains.
     """
     try:
         yield
@@ -208,24 +207,24 @@ def shared(home: Path, marker: Path, process: Process) -> Iterator[None]:
 
 
 def clear(dest: Path) -> None:
-    """Remove what only an unfinished job needs."""
+    """Remove the files that only an unfinished job needs."""
     shutil.rmtree(dest / WORK_FOLDER, ignore_errors=True)
     sweep(dest)
 
 
 def sweep(dest: Path) -> None:
-    """Remove what interrupted writers left; of the folders of a result none holds any."""
+    """Remove temporary files of interrupted writers; the subfolders of a result have none."""
     for path in filter(is_temporary, (*dest.iterdir(), *(dest / WORK_FOLDER).rglob("*"))):
         path.unlink(missing_ok=True)
 
 
 def _goes_on(dest: Path, plan: dict[str, Any]) -> bool:
-    """Whether another step, the encoding of image shards, still needs the folder of the work."""
+    """Whether another step, the encoding of shards of images, still needs the folder of unfinished work."""
     return plan["step"] == "shards" and not (dest / MANIFEST_FILE).exists()
 
 
 def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """UserError, naming the first difference, where a result was begun with another plan than this command's."""
+    """Raise UserError, naming the first difference, if a result was started with another plan than this command's."""
     for name in dict.fromkeys([*plan, *earlier]):
         if json.dumps(plan.get(name)) == json.dumps(earlier.get(name)):  # a tuple is read back as a list
             continue
@@ -234,11 +233,11 @@ def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> N
         )
         if name in ("source", "class names"):
             what = "another list of images: restore it"
-        raise UserError(f"{folder}: was begun with {what}, give another folder, or remove this one to start over")
+        raise UserError(f"{folder}: was started with {what}, give another folder, or remove this one to start over")
 
 
 def encoding_part_length(batch: int) -> int:
-    """Whole batches, so that each image's batch is the same whatever was done before."""
+    """The number of images in a part: whole batches, so that an image's batch does not depend on interruptions."""
     return -(-_ENCODING_PART_LENGTH // batch) * batch
 
 

@@ -1,1 +1,1 @@
-"""What a training step costs on this machine: `stablevm benchmark`."""
+"""The command `stablevm benchmark`, which measures training steps on this machine."""

@@ -8,8 +8,8 @@ from stablevm.support.errors import UserError
 from stablevm.support.options import idle_warnings, require, writable
 from stablevm.support.ranges import Count, Natural, Time
 
-ROUNDS = 5  # of the measured steps: a disturbance of one leaves the median alone
-# Each by its --loss-type and whether it is aligned.
+ROUNDS = 5  # of measured steps; a disturbance of one round does not change the median
+# Each with its --loss-type and whether it has alignment.
 OBJECTIVES: dict[str, tuple[LossName, bool]] = {
     "si": ("si", False),
     "stablevm": ("stablevm", False),

@@ -1,4 +1,4 @@
-"""The machine that is measured: what it is, and how fast it multiplies at best."""
+"""The machine that is measured: its description, and its best rate for matrix products."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PRODUCT_REPEATS = {"cuda": 300, "cpu": 5}  # about half a second
 
 
 def describe_machine(device: torch.device = CPU, processes: int = 1) -> str:
-    """One line: hardware, threads, versions, and how much else the machine is doing."""
+    """One line with the hardware, threads, versions, and the load of the machine."""
     if device.type == "cuda":
         hardware = f"{processes} x {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
@@ -26,7 +26,7 @@ def describe_machine(device: torch.device = CPU, processes: int = 1) -> str:
 
 
 def _processor() -> str:
-    """The model's name, where Linux tells it."""
+    """The name of the processor, as Linux reports it."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -34,8 +34,10 @@ def _processor() -> str:
 
 
 def product_rate(device: torch.device, mixed_precision: str) -> float:
-    """Operations per second (a multiplication and an addition are two) of large matrix products, in the precision that
-    accelerate calls `mixed_precision`: after some, as a GPU slows down under load, the median of as many.
+    """Operations per second (a multiplication and an addition are two) of large matrix products.
+
+    mixed_precision: their precision, by accelerate's name. It is the median of many products, after as many to warm up,
+    because a GPU slows down under load.
     """
     side, dtype = PRODUCT_SIDE[device.type], DTYPES[mixed_precision]
     generator = torch.Generator(device).manual_seed(0)
@@ -53,6 +55,6 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Steps of a real engine, timed by the trainer's own journal."""
+"""Measuring steps of the training engine with the trainer's journal."""
 
 import copy
 import gc
@@ -22,27 +22,27 @@ from stablevm.training.launch import on_main
 from stablevm.training.objectives import choose_rows
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
-FILL_ROWS = 4096  # of the bank, at a time
+FILL_ROWS = 4096  # rows of the bank filled at a time
 PHASE = "seconds/"  # begins the names of the journal's phases
-STEP_PER_FORWARD = 3  # a backward pass has twice the products of a forward pass
+STEP_PER_FORWARD = 3  # because a backward pass has twice the products of a forward pass
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one training's steps cost."""
+    """The measured cost of the steps of one training."""
 
     name: str
     batch_size: int  # over all processes
     parts: int  # into which each process split its share of a step
     seconds: dict[str, float]  # of each phase of a step: the median over rounds
     step_seconds: list[float]  # of a step, in each round
-    gpu_gib: float | None  # that were held at most
-    host_gib: float  # by the main process, trainings before this one included
-    operations: float  # per image, of the network's and the encoder's products
+    gpu_gib: float | None  # peak memory
+    host_gib: float  # peak memory of the main process, including earlier trainings
+    operations: float  # per image, in the products of the network and the encoder
 
     @property
     def step(self) -> float:
-        """Seconds of a step: the median over rounds."""
+        """The seconds of a step, as the median over rounds."""
         return median(self.step_seconds)
 
     @property
@@ -64,9 +64,10 @@ def measure(
     *,
     warmup: int,
 ) -> Measurement | None:
-    """The steps of `config` after `warmup` others, in rounds of `config.log_steps`; None on all processes but the main.
+    """Measure steps of `config` after `warmup` others, in rounds of `config.log_steps`.
 
-    encoders: those that `config` names. The bank is full of random values.
+    encoders: those that `config` names. The bank is full of random values. Returns None in all processes except the
+    main one.
     """
     device, steps = accelerator.device, config.max_train_steps
     if device.type == "cuda":
@@ -84,14 +85,14 @@ def measure(
                 journal.flush(step, config.learning_rate)
             journal.clock.end("logging")
             if step == 0:
-                journal.clock.read()  # so that no round holds the flush of the warm-up
+                journal.clock.read()  # so that no round includes the flush of the warm-up
     finally:
         journal.close()
     return _summary(name, config, operations_per_image(engine)) if accelerator.is_main_process else None
 
 
 def free_memory(accelerator: Accelerator, encoders: Sequence[Encoder]) -> None:
-    """Give back what a training held that is over, or that did not fit."""
+    """Free the memory of a training that is over, or that did not fit."""
     accelerator.free_memory()
     for encoder in encoders:
         encoder.cpu()
@@ -101,7 +102,7 @@ def free_memory(accelerator: Accelerator, encoders: Sequence[Encoder]) -> None:
 
 
 def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
-    """From the rows that the journal wrote, without that of the warm-up."""
+    """Summarise the rows that the journal wrote, without that of the warm-up."""
     rows = [row for row in read_metrics(config.folder / METRICS_FILE) if row["step"] > 0]
     phases = [{key.removeprefix(PHASE): row[key] for key in row if key.startswith(PHASE)} for row in rows]
     names = dict.fromkeys(phase for row in phases for phase in row)
@@ -118,7 +119,7 @@ def _summary(name: str, config: TrainConfig, operations: float) -> Measurement:
 
 
 def fill(bank: ClassBank, labels: Tensor) -> None:
-    """Fill each class with random values in place of samples of that class; labels (N,) of the data set."""
+    """Fill each class of the bank with random values instead of samples; labels: (N,), of the data set."""
     generator = torch.Generator(bank.device).manual_seed(0)
     counts = torch.bincount(labels, minlength=bank.num_classes)
     for rows in choose_rows(labels, counts, bank.capacity, seed=0).split(FILL_ROWS):
@@ -128,8 +129,10 @@ def fill(bank: ClassBank, labels: Tensor) -> None:
 
 @torch.no_grad()
 def operations_per_image(engine: Engine) -> float:
-    """Of the products of a training step: the network's, forward and backward, and the encoders' on the share of images
-    that they see. Counted on torch's "meta" device, which computes nothing.
+    """The operations per image in the products of a training step.
+
+    They are those of the network, forward and backward, and of the encoders for their share of the images. They are
+    counted on torch's "meta" device, which computes nothing.
     """
     model, data = engine.card.model, engine.dataset
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Data of ImageNet's shape that nobody has to prepare: random values, of which a few are used again and again."""
+"""Random data with the shape and size of ImageNet, which needs no preparation; few distinct samples are repeated."""
 
 from pathlib import Path
 
@@ -12,14 +12,17 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError
 
 IMAGENET_IMAGES = 1_281_167
-DISTINCT = 512  # samples that differ: more would only take memory
+DISTINCT = 512  # distinct samples; more would only take memory
 CHANNELS = 4  # of Stable Diffusion's autoencoder
-COARSENESS = 2  # latents of images are smooth: here, over so many places
-DEVIATION = 0.3  # of the autoencoder's posterior, small beside its means' 1 / SD_SCALE
+COARSENESS = 2  # latents of images are smooth; here over this many pixels
+DEVIATION = 0.3  # of the autoencoder's posterior, small compared with that of its means, 1 / SD_SCALE
 
 
 class RandomDataset(PreparedDataset):
-    """As many rows as ImageNet has, in `num_classes` equal classes; row r has the values of row r modulo `DISTINCT`."""
+    """A data set with as many rows as ImageNet, in `num_classes` classes of equal size.
+
+    Row r has the values of row r modulo `DISTINCT`.
+    """
 
     def __init__(self, num_classes: int, resolution: int) -> None:
         """resolution: side of the images in pixels."""
@@ -32,7 +35,7 @@ class RandomDataset(PreparedDataset):
         generator = rng.generator("random data")
         coarse = torch.randn(DISTINCT, CHANNELS, side // COARSENESS, side // COARSENESS, generator=generator)
         means = F.interpolate(coarse, size=(side, side), mode="bilinear")
-        means *= 1 / (SD_SCALE * means.std())  # the network sees unit variance
+        means *= 1 / (SD_SCALE * means.std())  # so that the network's latents have unit variance
         self._moments = torch.cat([means, torch.full_like(means, DEVIATION)], dim=1).half()
         self._images = torch.randint(
             0, 256, (DISTINCT, 3, resolution, resolution), dtype=torch.uint8, generator=generator
@@ -63,4 +66,4 @@ class RandomDataset(PreparedDataset):
         return Fingerprint(len(self), "numbers", f"random {self.latent.shape}", "random" if with_images else "")
 
     def check_images(self) -> None:
-        """There are images of every row."""
+        """Do nothing, because every row has an image."""

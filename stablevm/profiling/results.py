@@ -1,4 +1,4 @@
-"""What was measured of steps, as a table, as JSON and as a picture."""
+"""The measurements of steps, as a table, as JSON and as a figure."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,22 +10,22 @@ from stablevm.profiling.measure import Measurement
 from stablevm.support.files import write_json
 
 FILES = ("steps.json", "steps.png")
-EPOCHS = (80, 800)  # after which papers report on ImageNet
+EPOCHS = (80, 800)  # numbers of epochs for which papers report results on ImageNet
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of one machine and one network, for several trainings."""
+    """The measurements of several trainings on one machine with one network."""
 
     machine: str
     settings: str  # network, batch, precision
-    options: dict[str, Any]  # as the command was given them
-    images: int  # of the data set, for what an epoch takes
+    options: dict[str, Any]  # of the command
+    images: int  # in the data set, which gives the time of an epoch
     product_rate: float  # operations per second of large products
     measurements: Sequence[Measurement]
 
     def table(self) -> str:
-        """For people; one row per training."""
+        """The measurements as text, with one row per training."""
         lines = [
             self.machine,
             self.settings,
@@ -52,7 +52,7 @@ class Results:
         return row + "".join(f"{count:10,.0f}" for count in hours)
 
     def _extras(self) -> list[str]:
-        """What StableVM adds to flow matching, in each pair of trainings that differ in that alone."""
+        """Lines about the time that StableVM adds to flow matching, for each pair of trainings."""
         lines = [
             f"stablevm draws {1e3 * (pair[1].seconds['draw'] - pair[0].seconds['draw']):.2f} ms longer than "
             f"{pair[0].name}: {self.extra(*pair):.2%} of its step"
@@ -61,14 +61,14 @@ class Results:
         return ["", *lines] if lines else []
 
     def pairs(self) -> list[tuple[Measurement, Measurement]]:
-        """Flow matching and StableVM, both without alignment or both with it."""
+        """The pairs of flow matching and StableVM, both without alignment or both with it."""
         named = {measured.name: measured for measured in self.measurements}
         names = [("si", "stablevm"), ("si+repa", "stablevm+va-repa")]
         return [(named[plain], named[ours]) for plain, ours in names if plain in named and ours in named]
 
     @staticmethod
     def extra(plain: Measurement, ours: Measurement) -> float:
-        """The share of a step of `plain` that the draws of `ours` take beyond its own."""
+        """The additional time for the draws of `ours`, as a share of a step of `plain`."""
         return (ours.seconds["draw"] - plain.seconds["draw"]) / plain.step
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Results:
         return {**asdict(self), "measurements": rows}
 
     def write(self, folder: Path) -> None:
-        """steps.json and steps.png."""
+        """Write steps.json and steps.png."""
         numbers, picture = (folder / name for name in FILES)
         write_json(numbers, self.to_dict())
         plot_phases(self.measurements, self.settings, picture)

@@ -1,4 +1,4 @@
-"""`stablevm benchmark`: what steps of each training cost on this machine."""
+"""The command `stablevm benchmark`, which measures the steps of several trainings on this machine."""
 
 import sys
 import tempfile
@@ -25,19 +25,19 @@ from stablevm.training.config import TrainConfig
 from stablevm.training.engine import model_config
 from stablevm.training.launch import make_accelerator
 
-# Where nothing else is asked for, on a GPU and on a CPU.
+# Defaults on a GPU and on a CPU.
 MODELS = {"cuda": "SiT-XL/2", "cpu": "SiT-S/2"}
 BATCH_SIZES = {"cuda": 256, "cpu": 16}
 WORKERS = {"cuda": TrainConfig.num_workers, "cpu": 0}
-STEPS = {"cuda": ROUNDS * TrainConfig.log_steps, "cpu": 20}  # a GPU's queue runs dry when metrics are read
+STEPS = {"cuda": ROUNDS * TrainConfig.log_steps, "cpu": 20}  # many on a GPU, whose queue empties when metrics are read
 NUM_CLASSES, RESOLUTION = 1000, 256
 
 
 def benchmark(config: BenchmarkConfig) -> Path:
-    """Measure, print a table, write OUTPUT_DIR/steps.json and steps.png; returns the folder.
+    """Measure training steps, print a table, write OUTPUT_DIR/steps.json and steps.png, and return the folder.
 
     Raises UserError for options that do not fit the machine, the data or each other, and for a batch that does not fit
-    into memory; trainings measured before that are told all the same.
+    into memory; trainings that were measured before are still reported.
     """
     config.validate()
     with owned(config.output_dir, FILES[0]):
@@ -82,13 +82,13 @@ def _measure_what_fits(
     accelerator: Accelerator,
     encoders: Sequence[Encoder],
 ) -> Measurement | None:
-    """`measure`, with more accumulation steps where memory is short and the user asked for no number of them."""
+    """Like `measure`, with more accumulation steps if memory is short and the user gave no number of them."""
     while True:
         try:
             return measure(name, training, dataset, accelerator, encoders, warmup=config.warmup)
         except torch.OutOfMemoryError:
             parts = 2 * training.accumulation_steps
-            # Of several processes only some may have met it; the others wait for them.
+            # It may have happened in only some of the processes, while the others wait for them.
             alone = accelerator.num_processes == 1 and config.gradient_accumulation_steps is None
             if not alone or training.batch_size % parts:
                 raise UserError(
@@ -108,7 +108,7 @@ def _tell(
     accelerator: Accelerator,
     found: Sequence[Measurement],
 ) -> None:
-    """Print the table, then write it; on the main process, which alone has measurements."""
+    """Print the table, then write it, in the main process, the only one with measurements."""
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     results = Results(
         machine=describe_machine(accelerator.device, accelerator.num_processes),
@@ -123,7 +123,7 @@ def _tell(
 
 
 def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
-    """The options of a training of that name; its folder, below `scratch`, is for the journal."""
+    """The options of the training called `name`; its folder, below `scratch`, is for the journal."""
     loss, aligned = OBJECTIVES[name]
     place = "cuda" if torch.cuda.is_available() else "cpu"
     steps = config.steps or STEPS[place]
@@ -152,9 +152,9 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
 
 
 def _encoders(trainings: Iterable[TrainConfig], dataset: PreparedDataset) -> list[Encoder]:
-    """Of the aligned trainings, which share them: on the host, with random weights.
+    """The encoders that all trainings with alignment share, on the host, with random weights.
 
-    UserError, before anything is measured, where they, the network and the data do not fit.
+    UserError, before anything is measured, if encoders, network and data do not fit together.
     """
     grids = {training: model_config(training, dataset).grid_size for training in trainings}
     for training, grid_size in grids.items():
@@ -166,7 +166,7 @@ def _encoders(trainings: Iterable[TrainConfig], dataset: PreparedDataset) -> lis
                 for each in training.encoder_names
             ]
             for encoder in found:
-                encoder(dataset.images([0]))  # some read images of one size only
+                encoder(dataset.images([0]))  # because some accept only images of one size
             return found
     return []
 

@@ -1,1 +1,1 @@
-"""From handwritten digits to a report in one command: prepare, train, sample, evaluate."""
+"""The quickstart: prepare handwritten digits, train, sample, evaluate and report, in one command."""

@@ -16,7 +16,7 @@ EULER_STEPS = 40
 
 @dataclass(frozen=True)
 class Guidance:
-    """How samples are guided: by `scale` at times up to `high`."""
+    """Guidance of samples by `scale` at times up to `high`."""
 
     scale: float
     high: float = 1.0
@@ -32,7 +32,7 @@ class Guidance:
         return self.name.replace(" <= ", "").replace(", ", "-").replace(" ", "-")
 
 
-# The first one is the headline: guidance only near the data keeps the variety that guidance at all times costs.
+# The first is the headline: guidance only near the data keeps the diversity that guidance at all times would cost.
 GUIDANCES = (Guidance(1.5, high=0.4), Guidance(1.5), Guidance(1.0))
 
 
@@ -49,7 +49,7 @@ def extractor_config(config: QuickstartConfig) -> ExtractorConfig:
 
 
 def train_config(config: QuickstartConfig) -> TrainConfig:
-    """Rates and schedules that suit a network of this size; the references are the whole class, about 135 digits."""
+    """Options of training for a network of this size; the references are the whole class, about 135 digits."""
     bank: dict[str, Any] = {"bank_capacity_per_class": 256, "prefill_bank_fully": True}
     return TrainConfig(
         exp_name=config.loss_type,
@@ -81,7 +81,7 @@ def train_config(config: QuickstartConfig) -> TrainConfig:
 
 
 def generate_config(config: QuickstartConfig, checkpoint: Path, guidance: Guidance) -> GenerateConfig:
-    """50 images per class by Euler's method."""
+    """Options of sampling: 50 images per class by Euler's method."""
     return GenerateConfig(
         ckpt=checkpoint,
         num_fid_samples=NUM_SAMPLES,
@@ -101,7 +101,7 @@ def evaluate_config(config: QuickstartConfig, samples: Path) -> EvaluateConfig:
 
 
 def command_line(command: str, config: Any, positional: str | None = None) -> str:
-    """The command that runs `config`, with the options that differ from their defaults."""
+    """The command line for `config`, with the options that differ from their defaults."""
     words = [command] + ([str(getattr(config, positional))] if positional else [])
     for field in fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""The steps of the quickstart; each one finds its earlier result and resumes from there."""
+"""The steps of the quickstart, each of which resumes from its earlier result."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ HEADLINE = recipe.GUIDANCES[0]
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
-    """Everything from data to report; returns the summary. UserError for a folder that holds another quickstart."""
+    """Run all steps from data to report, and return the summary; UserError if the folder holds another quickstart."""
     config.validate()
     with owned(config.output_dir):
         return _quickstart(config)
@@ -79,7 +79,7 @@ class _Seconds:
 
 
 class Clock:
-    """Seconds of work over all commands that it took to finish, kept in FOLDER/seconds.json."""
+    """The seconds of work over all commands that were needed to finish, kept in FOLDER/seconds.json."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "seconds.json"
@@ -210,7 +210,7 @@ def _write_report(
 
 
 def _table(results: dict[Guidance, dict[str, Any]]) -> list[list[str | float | int]]:
-    """One column per guidance beside the names and explanations of the metrics."""
+    """A table of the metrics with their names and explanations, and one column for each guidance."""
     columns = [digits_rows(result) for result in results.values()]
     head: list[str | float | int] = ["", *(guide.name for guide in results), ""]
     return [head] + [

@@ -1,1 +1,1 @@
-"""What a user's own data says about the options of training."""
+"""Measurements on a user's data that recommend options of training."""

@@ -1,4 +1,4 @@
-"""`stablevm variance`: the variance of the targets on a user's own data; and the curves of whole data sets."""
+"""The command `stablevm variance`, the variance of targets on a user's data, and curves for whole data sets."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +22,17 @@ from stablevm.variance import VarianceCurve, class_variance_curve, streamed_vari
 
 FILES = ("variance.json", "variance.png")
 DEFAULT_CLASSES = 10
-BLOCK_ROWS = 1024  # latents that are read at a time
-SHARE_OF_DATA = 4  # at most one in so many samples of a data set is a reference: with all of them the variance is 0
-DATA_ROWS = 100  # anchors per time on a whole data set, where each is weighed against all the data
+BLOCK_ROWS = 1024  # latents read at a time
+SHARE_OF_DATA = 4  # at most one in this many samples of a data set is a reference; with all, the variance would be 0
+DATA_ROWS = 100  # anchors per time on a whole data set, each of which is compared with all the data
 
 
 def measure_variance(config: VarianceConfig) -> Path:
-    """Measure, write OUTPUT_DIR/variance.json and variance.png, print what they recommend; returns the folder.
+    """Measure the variance, write OUTPUT_DIR/variance.json and variance.png, print the recommendations, and return the
+    folder.
 
-    Raises UserError, before anything is written, for options out of range, data that can't be read, and classes that
-    the data lacks or holds too few samples of.
+    Raises UserError, before anything is written, for options out of range, data that can't be read, and classes with
+    too few samples.
     """
     config.validate()
     with owned(config.output_dir, FILES[0]):
@@ -42,7 +43,7 @@ def measure_variance(config: VarianceConfig) -> Path:
 def dataset_curve(
     path: Interpolant, dataset: PreparedDataset, times: Tensor, *, references: int, seed: int
 ) -> VarianceCurve:
-    """Of the whole data set without classes, a draw of each latent in the network's space, as training sees it."""
+    """The curve of a whole data set without classes, with latents sampled as in training."""
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, len(dataset), BLOCK_ROWS):
@@ -61,7 +62,7 @@ def data_curve(
     references: int,
     seed: int,
 ) -> VarianceCurve:
-    """Of `count` samples that `blocks()` reads, with `references` of them, or a quarter of the data if that is less."""
+    """The curve of `count` samples that `blocks()` reads; references are at most a quarter of the data."""
     return streamed_variance_curve(
         path,
         blocks,
@@ -113,7 +114,7 @@ def _measure(config: VarianceConfig) -> Path:
 
 
 class _Blocks:
-    """Reads the latents of `rows` from the start at every call, always the same draws: those of a training's bank."""
+    """Reads the latents of `rows` at each call, always with the same random numbers, which are those of a bank."""
 
     def __init__(self, dataset: PreparedDataset, rows: Tensor, config: VarianceConfig) -> None:
         self.dataset, self.rows, self.seed = dataset, rows, config.seed
@@ -126,7 +127,7 @@ class _Blocks:
             yield drawn_latents(self.dataset, part.tolist(), self.seed, "prefill")
 
     def variances(self) -> tuple[float, float]:
-        """Means over dimensions: of the autoencoder's own variance, and of that between the samples' means."""
+        """The variance of the autoencoder's noise, and that between the samples' means, averaged over dimensions."""
         spec = self.dataset.latent
         own = total = squares = torch.zeros(spec.shape, dtype=torch.float64)
         for part in self.rows.split(BLOCK_ROWS):
@@ -140,7 +141,7 @@ class _Blocks:
 
 
 def _share_of_noise(classes: Sequence[_Blocks]) -> float:
-    """Of the latents' variance within their classes: what the autoencoder draws anew each time."""
+    """The share of the latents' variance within their classes that is due to the autoencoder's noise."""
     own, between = map(sum, zip(*(blocks.variances() for blocks in classes), strict=True))
     return own / (own + between) if own + between > 0 else 0.0
 

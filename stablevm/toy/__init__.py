@@ -1,1 +1,1 @@
-"""Gaussian mixtures, where the exact field is known in closed form."""
+"""The toy study: Gaussian mixtures, where the exact field is known in closed form."""

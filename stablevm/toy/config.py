@@ -15,7 +15,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _TWO = Range("at least 2", 2)
 _TIMES = replace(TIME_ABOVE_0, words="times in (0, 1]")
 
-# What a result depends on; the rest chooses what is run and drawn.
+# The options that a result depends on; the others choose what is run and plotted.
 RESULT_FIELDS = (
     "vector_field", "components", "dimension", "batch_size", "references", "updates", "learning_rate", "max_grad_norm",
     "ema_decay", "ema_warmup", "network", "width", "depth", "dropout", "loss_reduction", "eval_every", "eval_samples",

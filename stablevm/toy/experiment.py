@@ -1,4 +1,4 @@
-"""`gmm_exp.py`: train what is asked for and not there yet, then plot and tabulate what there is."""
+"""The command `gmm_exp.py`: train the requested methods that have no result yet, then plot and tabulate all results."""
 
 import dataclasses
 import math
@@ -34,11 +34,11 @@ from stablevm.variance import VarianceCurve
 CURVE_TIMES = torch.linspace(0.05, 1.0, 20)
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the planes red, green and blue
 CIFAR_FILES = [f"data_batch_{number}.bin" for number in range(1, 6)]
-FROM_THE_START = -1  # of an interrupted run no row is kept, not even that of update 0
+FROM_THE_START = -1  # no row of an interrupted run is kept, not even that of update 0
 
 
 def run(config: ToyConfig) -> None:
-    """Everything that the options ask for. UserError for bad options; no result overwrites another."""
+    """Run everything that the options request; UserError for bad options. No result overwrites another."""
     config.validate()
     for line in config.warnings():
         print(f"warning: {line}", file=sys.stderr)
@@ -61,7 +61,7 @@ def _curves_path(config: ToyConfig) -> Path:
 
 
 def _sweep(config: ToyConfig) -> None:
-    """Remove what interrupted commands left of figures, frames and curves, but nothing of results in the making."""
+    """Remove temporary files of figures, frames and curves, but not those of results in progress."""
     folder = config.output_dir
     remove_temporary_of(_curves_path(config))
     for path in (*folder.glob("*"), *folder.glob("*/*.png")):
@@ -73,7 +73,7 @@ def _train(config: ToyConfig, method: results.Method, seed: int) -> None:
     path = results.result_path(config, method, seed)
     with owned(path.parent, path.name):  # others may train other methods, or with other seeds
         if path.exists():
-            print(f"{path}: is there already")
+            print(f"{path}: exists already")
             return
         remove_temporary_of(path, path.with_suffix(".safetensors"))
         _train_anew(config, method, seed, path)
@@ -95,7 +95,7 @@ def _train_anew(config: ToyConfig, method: results.Method, seed: int, path: Path
 
 
 def _plot_divergence(config: ToyConfig) -> None:
-    """The comparison figure and table of all finished results of these options."""
+    """Plot and tabulate all finished results with these options."""
     found = results.find_all(config)
     if not found:
         if config.only_plot:
@@ -125,7 +125,7 @@ def _plot_variance(config: ToyConfig, jobs: dict[str, Callable[[], VarianceCurve
 
 
 def curve_jobs(config: ToyConfig) -> dict[str, Callable[[], VarianceCurve]]:
-    """How to compute the curves that the options ask for, by their titles; UserError for data that is not there."""
+    """Functions that compute the requested curves, by title; UserError if data is missing."""
     jobs: dict[str, Callable[[], VarianceCurve]] = {
         f"Mixture, d = {d}": partial(_mixture_curve, config, d) for d in config.variance_dimensions
     }
@@ -140,7 +140,7 @@ def curve_jobs(config: ToyConfig) -> dict[str, Callable[[], VarianceCurve]]:
 
 
 def in_field(config: ToyConfig, curve: VarianceCurve) -> VarianceCurve:
-    """A curve of velocities as one of the field that is learnt: itself, or that of sigma times the score."""
+    """Convert a curve of velocities to the field that is learnt: itself, or sigma times the score."""
     return curve if config.vector_field == "velocity" else curve.of_noise(LINEAR)
 
 
@@ -156,7 +156,7 @@ def _dataset_curve(config: ToyConfig, dataset: PreparedDataset) -> VarianceCurve
 
 
 def cifar10_files(folder: Path) -> list[Path]:
-    """The five training files of CIFAR-10's binary version; UserError naming what is missing or of another size."""
+    """The five training files of CIFAR-10's binary version; UserError if one is missing or of another size."""
     files = [folder / name for name in CIFAR_FILES]
     for path in files:
         if not path.is_file():

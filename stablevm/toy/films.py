@@ -1,4 +1,4 @@
-"""What the moving pictures show: predicted and exact fields on a plane, and samples on their way from noise to data."""
+"""Animations of the toy study: predicted and exact fields on a plane, and samples on their way from noise to data."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ PATHS, PATH_STEPS, SHOWN_STEPS = 400, 200, 25
 
 
 def make_films(config: ToyConfig, network: ToyNetwork, name: str, seed: int) -> list[Path]:
-    """Write `NAME/field-*.png` with `NAME-field.gif`, and `NAME/path-*.png` with `NAME-paths.gif`; returns the GIFs."""
+    """Write `NAME/field-*.png`, `NAME-field.gif`, `NAME/path-*.png` and `NAME-paths.gif`; return the GIFs."""
     mixture = mixture_of(config, seed)
     folder = config.output_dir / name
     fields = [folder / f"field-{number:02d}.png" for number in range(len(FRAME_TIMES))]
@@ -45,8 +45,8 @@ def make_films(config: ToyConfig, network: ToyNetwork, name: str, seed: int) -> 
 def _fields(
     config: ToyConfig, network: ToyNetwork, mixture: GaussianMixture, t: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Points of the plane of the first two coordinates through the mixture's mean (n, 2), and the network's and the
-    exact field there, float64 (n, d).
+    """Points (n, 2) of the plane of the first two coordinates through the mixture's mean, and the network's field and
+    the exact field there, float64 (n, d).
     """
     axis = torch.linspace(-REACH, REACH, ARROWS)
     grid = torch.cartesian_prod(axis, axis)
@@ -61,9 +61,10 @@ def _fields(
 def _trajectories(
     config: ToyConfig, network: ToyNetwork, mixture: GaussianMixture, seed: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Times, and samples of the network's and of the exact ODE (PATHS, d) from the same noise, by Euler's method.
+    """Yield times, and samples (PATHS, d) of the network's ODE and of the exact one, by Euler's method.
 
-    The noise stands for x_t one step below t = 1, because at t = 1 itself the score says nothing of the data.
+    Both start from the same noise, which is taken as x_t one step below t = 1, because at t = 1 the score does not
+    depend on the data.
     """
     noise = torch.randn(PATHS, config.dimension, generator=rng.generator(seed, "paths"))
     ours, exact = noise.double(), noise.double()

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians with diagonal covariances: its exact posterior mean and fields, and the targets' variance."""
+"""Gaussian mixtures with diagonal covariances: the exact posterior mean and fields, and the variance of targets."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from stablevm.variance import VarianceCurve
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """weights (K,) that sum to 1, means (K, d), variances (K, d); all of one dtype and device."""
+    """A Gaussian mixture: weights (K,) that sum to 1, means (K, d) and variances (K, d), of one dtype and device."""
 
     weights: Tensor
     means: Tensor
@@ -26,16 +26,19 @@ class GaussianMixture:
         return self.means.shape[1]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` independent samples (count, d)."""
+        """Draw independent samples (count, d)."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.dimension, generator=generator, dtype=self.means.dtype)
         return torch.addcmul(self.means[component], self.variances.sqrt()[component], noise)
 
     def posterior_mean(self, path: Interpolant, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """`E[x0 | x_t]` of x_t (B, d) at one time t in [0, 1], in closed form; float64 of shape (B, d).
+        """The posterior mean `E[x0 | x_t]` in closed form, (B, d) float64, at x_t (B, d) and one time t in [0, 1]:
 
-        Given component k, x_t is Gaussian with mean alpha mu_k and variance alpha^2 S_k + sigma^2. Squares are
-        expanded, so that matrix products do the work and memory is (B, K) and not (B, K, d).
+            sum_k r_k [mu_k + alpha S_k (alpha^2 S_k + sigma^2)^-1 (x_t - alpha mu_k)],
+
+        where r_k are the responsibilities, as x_t given component k is Gaussian with mean alpha mu_k and variance
+        alpha^2 S_k + sigma^2. Squares are expanded, so that matrix products do the work in memory of (B, K), not
+        (B, K, d).
         """
         at = path.coefficients(torch.as_tensor(t, dtype=torch.float64))
         x, means, spread = x_t.double(), self.means.double(), self.variances.double()
@@ -54,10 +57,11 @@ class GaussianMixture:
         return path.convert(self.posterior_mean(path, x_t, t), x_t.double(), time, "x0", kind)
 
     def sliced_distance(self, samples: Tensor, directions: Tensor) -> float:
-        """Sliced Wasserstein-1 distance of samples (n, d) to the mixture, float64: the mean over unit vectors (m, d)
-        of the area between the samples' distribution function along the vector and the exact one.
+        """The sliced Wasserstein-1 distance of samples (n, d) to the mixture, in float64.
 
-        It is 0 for infinitely many samples of the mixture, and of the order of deviation / sqrt(n) for n.
+        It is the mean over unit vectors `directions` (m, d) of the area between the distribution function of the
+        samples along the vector and the exact one. It is 0 for infinitely many samples of the mixture, and of the
+        order of deviation / sqrt(n) for n.
         """
         directions = directions.double()
         means = self.means.double() @ directions.T
@@ -85,8 +89,9 @@ def published_mixture(components: int, dimension: int, generator: torch.Generato
 
 
 def mixture_curve(mixture: GaussianMixture, times: Tensor, *, references: int, rows: int, seed: int) -> VarianceCurve:
-    """Variance of the targets about the closed-form velocity at times (T,), on the linear path: of `rows` samples, with
-    a set of references of its own at each time, which its samples share.
+    """The variance of targets about the closed-form velocity at times (T,), on the linear path.
+
+    Each time has `rows` samples, which share a set of references of their own.
     """
 
     def samples_at(time: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The small networks of the toy study: vectors x_t and times in, the field out."""
+"""The small networks of the toy study, from vectors x_t and times to the field."""
 
 import math
 from itertools import pairwise
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stablevm.toy.config import ToyConfig
 
-TIME_FEATURES = 32  # of the published network: half sines, half cosines
+TIME_FEATURES = 32  # of the published network, half of them sines, half cosines
 LOWEST_FREQUENCY = 1 / 1000  # of the sines, relative to the highest, which has one period over t in [0, 1]
 
 
@@ -20,9 +20,9 @@ class AdaptiveNetwork(nn.Module):
     """
 
     def __init__(self, dimension: int, width: int, depth: int, dropout: float, generator: torch.Generator) -> None:
-        """dropout: share of hidden values in [0, 1) that training sets to 0; generator: of the first weights.
+        """dropout: the share in [0, 1) of hidden values that training sets to 0; generator: draws the initial weights.
 
-        Linear layers begin uniform within +-fan_in**-0.5, which is PyTorch's default; the modulations begin at zero.
+        Linear layers are initialised uniformly within +-fan_in**-0.5, PyTorch's default, and the modulations with zero.
         """
         super().__init__()
         self.dropout = dropout
@@ -44,10 +44,10 @@ class AdaptiveNetwork(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """`depth` hidden layers of `width` with SiLU; input (x, t), output a vector like x."""
+    """A perceptron with `depth` hidden layers of `width` and SiLU, from (x, t) to a vector like x."""
 
     def __init__(self, dimension: int, width: int, depth: int, dropout: float, generator: torch.Generator) -> None:
-        """The arguments of `AdaptiveNetwork`; first weights uniform within +-fan_in**-0.5, zero biases."""
+        """The arguments are those of `AdaptiveNetwork`; initial weights are uniform within +-fan_in**-0.5, biases 0."""
         super().__init__()
         self.dropout = dropout
         sizes = [dimension + 1] + [width] * depth + [dimension]
@@ -67,12 +67,12 @@ NETWORKS: dict[str, type[AdaptiveNetwork] | type[Perceptron]] = {"adaptive": Ada
 
 
 def make_network(config: ToyConfig, generator: torch.Generator) -> ToyNetwork:
-    """The network that the options describe, with first weights from `generator`."""
+    """The network that the options describe, with initial weights from `generator`."""
     return NETWORKS[config.network](config.dimension, config.width, config.depth, config.dropout, generator)
 
 
 def time_features(t: Tensor) -> Tensor:
-    """Times (B,) to sines, then cosines, of `2 pi t f`: (B, TIME_FEATURES), frequencies f from 1 towards the lowest."""
+    """The features (B, TIME_FEATURES) of times (B,): sines, then cosines, of 2 pi t f for decreasing frequencies f."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(math.log(LOWEST_FREQUENCY) / half * torch.arange(half, device=t.device))
     angles = 2 * math.pi * t[:, None] * frequencies
@@ -80,7 +80,7 @@ def time_features(t: Tensor) -> Tensor:
 
 
 def _drop(h: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Inverted dropout, from a generator of its own: PyTorch's draws from the global generator."""
+    """Inverted dropout with a given generator; PyTorch's dropout draws from the global generator."""
     if generator is None or rate == 0:
         return h
     return h * torch.empty_like(h).bernoulli_(1 - rate, generator=generator).div_(1 - rate)

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file and one of weights for each method, field, seed and set of options."""
+"""Results on disk: a JSON file and a file of weights for each method, field, seed and set of options."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _REMEDY = "remove it and run the same command again"
 
 @dataclass(frozen=True)
 class Result:
-    """Fisher divergences over updates: `divergence[i][j]` after updates[i] at times[j]."""
+    """The Fisher divergences of a training run: `divergence[i][j]` after updates[i] at times[j]."""
 
     method: Method
     seed: int
@@ -36,7 +36,7 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)  # the options that it depends on
 
     def __post_init__(self) -> None:
-        """UserError for a table with holes."""
+        """Raise UserError for an incomplete table."""
         whole = len(self.divergence) == len(self.updates) and all(
             len(row) == len(self.times) for row in self.divergence
         )
@@ -48,7 +48,7 @@ class Result:
 
 
 def result_path(config: ToyConfig, method: Method, seed: int) -> Path:
-    """The name tells the method, the field and the seed; a checksum of the options keeps different settings apart."""
+    """The path of a result, whose name has the method, the field, the seed, and a checksum of the options."""
     settings = hashlib.sha256(json.dumps(config.result_settings(), sort_keys=True).encode()).hexdigest()[:8]
     return config.output_dir / "data" / f"{method}-{config.vector_field}-seed{seed}-{settings}.json"
 
@@ -61,7 +61,7 @@ def save(
     network: ToyNetwork,
     seconds: dict[str, float],
 ) -> None:
-    """Write the network's weights, then the result: where the second is, the first is too."""
+    """Write the network's weights, then the result, so that a result always has its weights."""
     path = result_path(config, method, seed)
     save_tensors(path.with_suffix(".safetensors"), network.state_dict())
     write_json(
@@ -93,7 +93,7 @@ def load_network(config: ToyConfig, method: Method, seed: int) -> ToyNetwork:
 
 
 def find_all(config: ToyConfig) -> dict[Method, list[Result]]:
-    """All finished results of these options, over all methods and the seeds asked for."""
+    """All finished results with these options, for all methods and the requested seeds."""
     seeds = range(config.seed, config.seed + config.seeds)
     found = {
         method: [load(config, method, seed) for seed in seeds if result_path(config, method, seed).exists()]
@@ -103,13 +103,13 @@ def find_all(config: ToyConfig) -> dict[Method, list[Result]]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error, which is not a number for a single value."""
+    """The mean and its standard error, which is NaN for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
 
 def table(results: dict[Method, list[Result]]) -> str:
-    """Markdown: the divergence after the last update at each time, mean +- standard error over the seeds."""
+    """A Markdown table of the divergence after the last update at each time, mean ± standard error over seeds."""
     times = next(iter(results.values()))[0].times
     lines = ["| method (seeds) | " + " | ".join(f"t = {t:g}" for t in times) + " |", "| --- |" + " --- |" * len(times)]
     for method, runs in results.items():

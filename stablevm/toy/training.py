@@ -1,4 +1,4 @@
-"""Train the small network with one method's targets and measure it against the exact field."""
+"""Training the small network with the targets of one method, and comparing it with the exact field."""
 
 import time
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from stablevm.toy.network import ToyNetwork, make_network
 from stablevm.training.tracker import Trackers
 from stablevm.training.weights import MovingAverage
 
-BLOCK = 2048  # references that are made from one generator, so that any part of a set can be made again
+BLOCK = 2048  # references drawn from one generator, so that any part of a set can be drawn again
 SETTINGS = ObjectiveSettings(path=LINEAR)
 
 
 def mixture_of(config: ToyConfig, seed: int, dimension: int | None = None) -> GaussianMixture:
-    """The mixture of a seed: the same for all methods, whatever was run before."""
+    """The mixture for a seed, the same for all methods, whatever was run before."""
     size = dimension or config.dimension
     return published_mixture(config.components, size, rng.generator(seed, "mixture", size))
 
 
 def to_field(config: ToyConfig, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """A velocity as the field that is learnt: itself, or sigma times the score."""
+    """Convert a velocity to the field that is learnt: itself, or sigma times the score."""
     if config.vector_field == "velocity":
         return velocity
     return -LINEAR.convert(velocity, x_t, t, "velocity", "noise")
@@ -37,7 +37,7 @@ def to_field(config: ToyConfig, velocity: Tensor, x_t: Tensor, t: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class EvaluationPoints:
-    """Points x_t at all times of evaluation, with the exact field there: all as one batch of (times x samples) rows."""
+    """Points x_t at all times of evaluation with the exact field there, as one batch of (times x samples) rows."""
 
     x_t: Tensor
     t: Tensor
@@ -67,7 +67,7 @@ class EvaluationPoints:
 
 
 class Draws:
-    """The training batches of one method: an endless iterator that depends on the seed alone."""
+    """The training batches of one method, an endless iterator that depends only on the seed."""
 
     def __init__(self, method: Method, config: ToyConfig, mixture: GaussianMixture, seed: int) -> None:
         self.method, self.config, self.mixture, self.seed = method, config, mixture, seed
@@ -99,7 +99,7 @@ class Draws:
         return -(-self.config.references // BLOCK)
 
     def _block(self, number: int) -> Tensor:
-        """References number * BLOCK and on, of this update."""
+        """The references of this update from number * BLOCK on."""
         count = min(BLOCK, self.config.references - number * BLOCK)
         return self.mixture.sample(count, rng.generator(self.seed, "references", self.update, number))
 
@@ -123,7 +123,9 @@ class Draws:
 def train_method(
     method: Method, config: ToyConfig, seed: int, trackers: Trackers
 ) -> tuple[list[dict[str, Any]], ToyNetwork, dict[str, float]]:
-    """Rows {"update", "divergence" (one value per time)}, the averaged network, and the seconds of each part."""
+    """Train one method: rows {"update", "divergence" (one value per time)}, the averaged network, and the seconds of
+    each part.
+    """
     mixture = mixture_of(config, seed)
     points = EvaluationPoints.of(config, mixture, seed)
     network = make_network(config, rng.generator(seed, "network"))

@@ -242,8 +242,8 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
         assert message in found
     for dest in (source, source / "images", source / "n00000000" / "x"):
         for tool in (cli.dataset_tools, cli.prepare):
-            assert "lies in --source" in refusal(capsys, tool, convert(source, dest))
-        assert "lies in --source" in refusal(capsys, cli.dataset_tools, encode(source, dest, vae))
+            assert "is inside --source" in refusal(capsys, tool, convert(source, dest))
+        assert "is inside --source" in refusal(capsys, cli.dataset_tools, encode(source, dest, vae))
     assert "thesis.txt is a file" in refusal(capsys, cli.prepare, convert(source, used / "thesis.txt/x"))
     assert not (tmp_path / "x").exists() and len(list(source.iterdir())) == 4
 
@@ -251,7 +251,7 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
     capsys.readouterr()
     before = contents(done)
     line = refusal(capsys, cli.dataset_tools, convert(source, done, "--resolution=48x48"))
-    assert "was begun with resolution 32x32, this command says 48x48" in line
+    assert "was started with resolution 32x32, this command says 48x48" in line
     (source / "n00000000" / "new.png").write_bytes(next(source.rglob("*.JPEG")).read_bytes())
     try:
         assert "another list of images" in refusal(capsys, cli.dataset_tools, convert(source, done))
@@ -346,9 +346,9 @@ def test_archives_hold_what_folders_do_and_every_command_reads_them(source, vae,
 
     before = (data / "images.zip").read_bytes()
     other_size = convert(source, data / "images.zip", "--resolution=48x48")
-    assert "was begun with resolution 32x32" in refusal(capsys, cli.dataset_tools, other_size)
+    assert "was started with resolution 32x32" in refusal(capsys, cli.dataset_tools, other_size)
     (data / "mine.zip").write_bytes(b"mine")
-    assert "no archive of this command" in refusal(capsys, cli.dataset_tools, convert(source, data / "mine.zip"))
+    assert "was not made by this command" in refusal(capsys, cli.dataset_tools, convert(source, data / "mine.zip"))
     assert "shards are no archive, dataset_tools.py makes one" in refusal(
         capsys, cli.prepare, convert(source, data / "x.zip")
     )

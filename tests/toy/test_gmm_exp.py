@@ -59,7 +59,7 @@ def test_figures_and_table(finished):
 def test_finished_results_are_not_computed_again(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "data").glob("cfm*")}
     assert toy(finished, "--exp", "cfm", "--no_plot_variance") == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (finished / "data").glob("cfm*")} == before
 
 
