@@ -1,4 +1,4 @@
-"""Memory and time that it takes to make one .npz of the parts that the processes of a generation have written.
+"""Memory and time to assemble one .npz from the parts that the processes of a generation have written.
 
 python benchmarks/assembly.py FOLDER [--images 50000] [--side 256]
 
@@ -28,7 +28,7 @@ class Assembly:
 
 
 def status(field: str) -> int:
-    """A size in bytes from the kernel's account of this process; VmHWM is its peak of memory."""
+    """A field of this process's status in the kernel; VmHWM is the peak of its memory."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
     return int(line.split()[1]) * 1024
 

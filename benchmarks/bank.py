@@ -1,8 +1,8 @@
-"""The memory bank: time and memory of insertion against concatenating a queue per class, and the time of sampling.
+"""The memory bank: time and memory of insertion, compared with concatenating a queue per class, and time of sampling.
 
 python benchmarks/bank.py [--classes 1000] [--capacity 256] [--dtype float16] [--device auto]
 
-Both sides hold full queues, as they do for all but the start of a training; each holds the whole bank.
+Both sides have full queues, as in training after its start, and each holds the whole bank.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ class Sizes:
     batch: int = 256
     shape: tuple[int, ...] = (4, 32, 32)
     dtype: Literal["float32", "float16"] = "float16"
-    """Of both sides' storage: in float32 the published bank takes 3.9 GiB."""
+    """The dtype of both sides' storage; in float32 the published bank takes 3.9 GiB."""
     device: DeviceName = "auto"
     repeats: int = 15
 
 
 class Concatenated:
-    """The published way: one tensor per class, joined with the new samples and cut to the capacity."""
+    """The published implementation: one tensor per class, concatenated with new samples and cut to the capacity."""
 
     def __init__(self, bank: ClassBank) -> None:
         self.capacity, self.queues = bank.capacity, list(bank.entries.clone())
@@ -45,7 +45,7 @@ class Concatenated:
 
 
 class Feed:
-    """Batches of fresh samples: of classes at random, with ids that no queue holds."""
+    """Batches of fresh samples of random classes, with ids that no queue holds."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.stream = torch.Generator(device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, timing and memory."""
+"""Helpers for all benchmarks: the device, timing and memory."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,15 +14,16 @@ MEBIBYTE, GIBIBYTE = 2**20, 2**30
 
 
 def choose_device(name: DeviceName) -> torch.device:
-    """`auto` is a GPU where there is one."""
+    """The device called `name`; "auto" is a GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def medians(sides: Mapping[str, Run], *, repeats: int = 7, device: torch.device = CPU) -> dict[str, float]:
-    """Seconds of each side: the median of `repeats` after one to warm up, the sides by turns, so that other work on the
-    machine meets them alike.
+    """The median seconds of each side over `repeats`, after one run to warm up.
+
+    The sides take turns, so that other work on the machine affects them equally.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + repeats):
@@ -32,12 +33,12 @@ def medians(sides: Mapping[str, Run], *, repeats: int = 7, device: torch.device 
 
 
 def seconds(run: Run, *, repeats: int = 7, device: torch.device = CPU) -> float:
-    """`medians` of one side."""
+    """The median seconds of one side, as `medians`."""
     return medians({"": run}, repeats=repeats, device=device)[""]
 
 
 def timed(run: Run, device: torch.device = CPU) -> float:
-    """Seconds of one run, until the device has done what it was given."""
+    """The seconds of one run, until the device has finished its work."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -46,7 +47,7 @@ def timed(run: Run, device: torch.device = CPU) -> float:
 
 
 def peak_bytes(run: Run, device: torch.device = CPU) -> int:
-    """The most memory that torch held on the device at one time during `run`, beyond what it held before."""
+    """The peak memory that torch allocated on the device during `run`, in addition to that before."""
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -62,7 +63,7 @@ def peak_bytes(run: Run, device: torch.device = CPU) -> int:
 
 
 def allocated_bytes(run: Run, device: torch.device = CPU) -> int:
-    """All memory that torch took on the device during `run`, whether it gave it back or not."""
+    """The sum of all memory that torch allocated on the device during `run`, even if it was freed."""
     if device.type == "cuda":
         before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
         run()
@@ -71,7 +72,7 @@ def allocated_bytes(run: Run, device: torch.device = CPU) -> int:
 
 
 def _memory_changes(run: Run) -> list[int]:
-    """Bytes that torch took (positive) and gave back on the CPU, in order."""
+    """The bytes that torch allocated (positive) and freed (negative) on the CPU, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -79,7 +80,7 @@ def _memory_changes(run: Run) -> list[int]:
 
 
 def copy_bandwidth(device: torch.device, size: int = 2 * GIBIBYTE) -> float:
-    """Bytes per second, reading and writing counted, of a copy of `size` bytes: the memory's speed in practice."""
+    """The bytes per second, read and written, when copying `size` bytes: the practical speed of the memory."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), device=device)

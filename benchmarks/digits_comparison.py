@@ -1,8 +1,9 @@
-"""StableVM against CFM on the handwritten digits: equal steps, same network, several seeds, a table with the spread.
+"""StableVM compared with CFM on the handwritten digits: equal steps, the same network, several seeds.
 
     python benchmarks/digits_comparison.py WORK_FOLDER [--seeds 5] [--steps 800]
 
-Finished runs in WORK_FOLDER are not repeated. The judge is one extractor for all runs.
+It prints a table with the spread over seeds. Finished runs in WORK_FOLDER are not repeated. All runs are evaluated by
+the same extractor.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ class Options:
     """Names of the methods to run."""
 
 
-def judged(options: Options, method: str, seed: int) -> dict[str, Any]:
-    """Train, sample without guidance and judge one run; what an earlier call found is reused."""
+def evaluated(options: Options, method: str, seed: int) -> dict[str, Any]:
+    """Train, sample without guidance and evaluate one run; results of an earlier call are reused."""
     quick = QuickstartConfig(output_dir=options.folder, seed=seed, steps=options.steps)
     name = f"{method.replace(', ', '-').replace(' ', '-')}-{options.weighting}-{options.steps}-seed{seed}"
     result = options.folder / "samples" / f"{name}.json"
@@ -69,7 +70,9 @@ def main(options: Options) -> None:
     base = QuickstartConfig(output_dir=options.folder)
     prepare_digits(recipe.data_folder(base))
     extractor(recipe.extractor_config(base))
-    results = {method: [judged(options, method, seed) for seed in range(options.seeds)] for method in options.methods}
+    results = {
+        method: [evaluated(options, method, seed) for seed in range(options.seeds)] for method in options.methods
+    }
     print(f"\n{options.steps} steps, {options.weighting} times, guidance 1, 500 samples, {options.seeds} seeds\n")
     print("| method | Fréchet distance to the test split (seeds) | accuracy | coverage |\n| --- | --- | --- | --- |")
     for method, runs in results.items():

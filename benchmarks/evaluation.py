@@ -1,4 +1,4 @@
-"""Time outside the network: statistics of 50,000 x 2,048 features against torch-fidelity's and scipy's.
+"""Time outside the network: statistics of 50,000 x 2,048 features, compared with torch-fidelity and scipy.
 
 python benchmarks/evaluation.py [--samples 50000] [--reference 10000] [--no-peers]
 python benchmarks/evaluation.py --collapsed [--samples 4000]     # precision and recall of near copies alone
@@ -22,7 +22,7 @@ WIDTH, CLASSES = 2048, 1008
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of synthetic features; `peers` measures torch-fidelity and scipy too."""
+    """Numbers of synthetic features; with `peers`, torch-fidelity and scipy are measured too."""
 
     samples: int = 50_000
     reference: int = 10_000
@@ -31,7 +31,7 @@ class Sizes:
 
 
 def features(count, seed):
-    """Positive and correlated, with variances that fall like those of Inception's pool features."""
+    """Positive and correlated features, with variances that decrease like those of Inception's pool features."""
     stream = torch.Generator().manual_seed(seed)
     mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5
     spectrum = 2 * torch.arange(1, WIDTH + 1).float() ** -0.3
@@ -50,7 +50,7 @@ def timed(name, work, table, column):
 
 
 def memory():
-    """Most that the process has held so far, in GB."""
+    """The peak memory of the process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -73,7 +73,7 @@ def torch_fidelity(samples, reference, logits, table):
         return fid_statistics_to_metric(*sets, verbose=False)["frechet_inception_distance"]
 
     def prc():
-        # its quicker way holds 50,000 x 50,000 distances twice: 20 GB
+        # its faster method holds 50,000 x 50,000 distances twice, which takes 20 GB
         found = prc_features_to_metric(samples, reference, save_cpu_ram=True, verbose=False)
         return found["precision"], found["recall"]
 
@@ -87,7 +87,7 @@ def torch_fidelity(samples, reference, logits, table):
 
 
 def scipy_root(samples, reference, table):
-    """As the ADM suite has it."""
+    """The matrix square root as in ADM's suite."""
 
     def fid():
         means = [each.numpy().mean(0) for each in (samples, reference)]
@@ -99,7 +99,7 @@ def scipy_root(samples, reference, table):
 
 
 def near_copies(kind, count, stream):
-    """Samples of which the squared norms and products tell no distances in float32."""
+    """Samples whose distances can't be computed from norms and products in float32."""
 
     def noise(size):
         return size * torch.randn(count, WIDTH, generator=stream)
@@ -117,7 +117,7 @@ def near_copies(kind, count, stream):
 
 
 def collapsed(options):
-    """Seconds of the processor, so that other work on the machine counts little, for near copies and distinct rows."""
+    """Measure processor time, which other work on the machine hardly affects, for near copies and distinct rows."""
     for count in (256, 512, 1024, options.samples):
         plain = 0.0
         for kind in ("distinct", "collapsed", "ten modes", "copies of 20", "half of them collapsed",

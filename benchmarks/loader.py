@@ -1,8 +1,8 @@
-"""The training loader: samples/s from shards, one file each and ZIP, cold and warm, latents alone and with images.
+"""The training loader: samples/s from shards, single files and ZIP, cold and warm, with and without images.
 
 python benchmarks/loader.py [--rows 20000] [--large-rows 200000] [--image-rows 8192] [--workers 0 2] [--device auto]
 
-The data are made in a temporary folder. On a GPU the batches are pinned and copied to it, as a training does.
+The data is made in a temporary folder. On a GPU the batches are pinned and copied to it, as in training.
 """
 
 import json
@@ -32,25 +32,25 @@ SIDE, MOMENTS, CLASSES = 256, (8, 32, 32), 1000
 
 @dataclass(frozen=True)
 class Workload:
-    """Batches in random order, whole and once each where the limit allows it."""
+    """Read batches in random order, each sample once if the limit allows it."""
 
     rows: int = 20_000
-    """Of each small data set without images."""
+    """Rows of each small data set without images."""
     large_rows: int = 200_000
-    """Of the large one, in shards: 16 KB each. 0 leaves it out."""
+    """Rows of the large data set in shards, 16 KB each. 0 leaves it out."""
     image_rows: int = 8192
-    """Of the data sets with images of 256 x 256: 0.2 MB each in shards. 0 leaves them out."""
+    """Rows of the data sets with images of 256 x 256, 0.2 MB each in shards. 0 leaves them out."""
     batch: int = 256
     workers: tuple[int, ...] = tuple(sorted({0, 2, os.cpu_count() or 1}))
     most_samples: int = 100_000
-    """Read in one measurement; of files and ZIP a fifth of it, of images a twentieth."""
+    """Samples read in one measurement; a fifth of it from files and ZIP, a twentieth with images."""
     repeats: int = 3
     device: DeviceName = "auto"
 
 
 @dataclass(frozen=True)
 class Side:
-    """A data set on the disk, and how much of it one measurement reads."""
+    """A data set on disk, and the number of samples that one measurement reads."""
 
     title: str
     folder: Path
@@ -76,14 +76,14 @@ def write_shards(folder: Path, rows: int, with_images: bool) -> None:
 
 
 def random_images(count: int, stream: torch.Generator) -> torch.Tensor:
-    """Smooth enough that PNG compresses them as it does photographs, to some two thirds."""
+    """Random images, smooth enough that PNG compresses them to about two thirds, as it does photographs."""
     rough = torch.rand((count, 3, SIDE // 8, SIDE // 8), generator=stream)
     smooth = torch.nn.functional.interpolate(rough, size=(SIDE, SIDE), mode="bilinear")
     return (smooth * 240).byte() + torch.randint(16, (1, 3, SIDE, SIDE), generator=stream).byte()
 
 
 def write_folder(folder: Path, rows: int, with_images: bool) -> None:
-    """The layout of REPA: one .npy, and one .png, for each sample."""
+    """Write the layout of REPA: one .npy file for each sample, and one .png file if there are images."""
     stream = torch.Generator().manual_seed(0)
     latents, images = [], []
     for row in range(rows):
@@ -131,7 +131,7 @@ def make_sides(scratch: Path, workload: Workload) -> list[Side]:
 
 
 def read(dataset: PreparedDataset, side: Side, workload: Workload, workers: int, device: torch.device) -> int:
-    """How many samples one pass of the loader gives."""
+    """Run the loader once, and return the number of samples."""
     steps = max(1, min(len(dataset), side.most_samples) // workload.batch)
     on_gpu = device.type == "cuda"
     for batch in training_loader(
@@ -152,13 +152,16 @@ def read(dataset: PreparedDataset, side: Side, workload: Workload, workers: int,
 
 
 def rates(side: Side, workload: Workload, workers: int, device: torch.device) -> tuple[float, float]:
-    """Samples/s, cold and warm: medians of pairs."""
+    """Samples/s, cold and warm, as medians of pairs of passes."""
     cold, warm = zip(*(cold_and_warm(side, workload, workers, device) for _ in range(workload.repeats)), strict=True)
     return median(cold), median(warm)
 
 
 def cold_and_warm(side: Side, workload: Workload, workers: int, device: torch.device) -> list[float]:
-    """Samples/s of a pass after the files left memory, and of the next one. Opened anew: mapped pages can't leave."""
+    """Samples/s of a pass after the files have left the page cache, and of the next pass.
+
+    The data set is opened again for it, because mapped pages can't leave memory.
+    """
     drop_cache(side.folder)
     dataset, found = open_dataset(side.folder), []
     for _ in ("cold", "warm"):
@@ -169,8 +172,8 @@ def cold_and_warm(side: Side, workload: Workload, workers: int, device: torch.de
 
 
 def drop_cache(folder: Path) -> None:
-    """Take the files out of the page cache, so that the next read comes from the disk."""
-    os.sync()  # what is not on the disk yet can't be dropped; one call, since one for each file takes minutes
+    """Remove the files from the page cache, so that they are read from disk next time."""
+    os.sync()  # data that is not on disk yet can't be dropped; one call, as one for each file would take minutes
     for path in folder.rglob("*.*"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -178,7 +181,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def anonymous_megabytes() -> float:
-    """Memory of this process that is not a mapped file, which the system takes back when it needs it."""
+    """The memory of this process without mapped files, which the system can reclaim."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1000
 

@@ -1,14 +1,14 @@
-"""The posterior mean over a class's references: time, memory and error of stablevm's kernel against three other ways.
+"""The posterior mean over a class's references: time, memory and error of stablevm and of three other methods.
 
 python benchmarks/posterior.py [--samples 16 64 256] [--references 256 2048] [--dimensions 4096 16384] [--device auto]
 
-    broadcast   the formula written down plainly, over gathered (batch, references, dimensions) tensors
-    per class   the same for the rows of each class in turn: the published structure
-    attention   torch's scaled_dot_product_attention for the rows of each class in turn, the squares as its bias
+    broadcast   the plain formula, over gathered (batch, references, dimensions) tensors
+    per class   the same for the rows of each class in turn, as in the published code
+    attention   torch's scaled_dot_product_attention for the rows of each class in turn, with the squares as its bias
 
-Errors are those of the velocity target, relative, the largest over 16 rows at late times (where more than the anchor
-counts), against float64. The floor is the time in which the memory, as fast as it copies, reads the references of each
-class in the batch once.
+The error is the largest relative error of the velocity target over 16 rows at late times (where references other than
+the anchor matter), compared with float64. The floor is the time to read the references of each class in the batch once,
+at the speed with which memory is copied.
 On an H200: --classes 1000 --memory-limit 40
 """
 
@@ -35,24 +35,24 @@ from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
 from stablevm.profiling.machine import describe_machine
 
-WIDE_VALUES = 2**31  # batch x references x dimensions from which one repetition must do
+WIDE_VALUES = 2**31  # batch x references x dimensions from which there is only one repetition
 CHECKED_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Compare four ways over all combinations of sizes."""
+    """Compare four methods over all combinations of sizes."""
 
     samples: tuple[int, ...] = (16, 64, 256)
     references: tuple[int, ...] = (256, 2048)
     """Per class."""
     dimensions: tuple[int, ...] = (4096, 16384)
     dtypes: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
-    """Of the bank's storage."""
+    """The dtypes of the bank's storage."""
     classes: int = 100
-    """In the bank, where the memory limit allows them."""
+    """Classes in the bank, if the memory limit allows them."""
     memory_limit: float = 4.0
-    """GiB, of the bank, and of what a way allocates: one that needs more is left out."""
+    """The limit in GiB for the bank, and for the allocations of a method; one that needs more is left out."""
     repeats: int = 5
     device: DeviceName = "auto"
 
@@ -98,7 +98,7 @@ def stablevm(batch: Batch) -> Tensor:
 
 
 def _plain(x_t: Tensor, t: Tensor, references: Tensor) -> Tensor:
-    """`softmax(-|x_t - alpha b|^2 / (2 sigma^2))` weights over (B or 1, n, d) references, written down plainly."""
+    """The posterior mean with weights softmax(-|x_t - alpha b|^2 / (2 sigma^2)) over references (B or 1, n, d)."""
     at = LINEAR.coefficients(t[:, None])
     logits = -(x_t[:, None] - at.alpha[..., None] * references).square().sum(-1) / (2 * at.sigma.square())
     return (logits.softmax(-1)[..., None] * references).sum(1)
@@ -117,7 +117,7 @@ def per_class(batch: Batch) -> Tensor:
 
 
 def attention(batch: Batch) -> Tensor:
-    """Up to a constant per row the logits are `alpha / sigma^2 x_t.b - 0.5 (alpha / sigma)^2 |b|^2`: not anchored."""
+    """Attention with the logits alpha / sigma^2 x_t.b - 0.5 (alpha / sigma)^2 |b|^2, which are not anchored."""
     x_t, at = batch.x_t(), LINEAR.coefficients(batch.t[:, None])
     mean = torch.empty_like(x_t)
     query, half_square = at.alpha / at.sigma.square() * x_t, 0.5 * (at.alpha / at.sigma).square()
@@ -139,7 +139,7 @@ WAYS: dict[str, Callable[[Batch], Tensor]] = {
 
 
 def exact(batch: Batch) -> Tensor:
-    """The same in float64, row by row."""
+    """The exact offset in float64, row by row."""
     offsets = []
     for group, x0, noise, t in zip(batch.groups.tolist(), batch.x0, batch.noise, batch.t, strict=True):
         references, at = batch.bank[group].double(), LINEAR.coefficients(t.double())
@@ -157,7 +157,7 @@ def error(way: Callable[[Batch], Tensor], batch: Batch) -> float:
 
 
 def bytes_needed(name: str, batch: Batch) -> int:
-    """Roughly, by the other ways' largest tensors; ours and attention's are one class's references and small ones."""
+    """Roughly the memory of a method, by its largest tensors; stablevm's and attention's are one class's references."""
     rows = {"broadcast": len(batch.t), "per class": int(batch.groups.bincount().max())}.get(name, 0)
     return 4 * 3 * rows * batch.bank[0].numel()
 
@@ -210,7 +210,10 @@ def compare(grid: Grid, device: torch.device) -> None:
 
 
 def compare_accuracy(device: torch.device, n: int = 256, d: int = 4096) -> None:
-    """References in clusters of five that lie 0.014 apart, as crops of one picture may: what anchoring is for."""
+    """Measure errors with references in clusters of five that are 0.014 apart, such as crops of one picture.
+
+    This is the case for which the anchored form was made.
+    """
     stream = torch.Generator(device).manual_seed(1)
     base = torch.randn(n // 5 + 1, d, generator=stream, device=device).repeat_interleave(5, 0)[:n]
     direction = torch.randn(n, d, generator=stream, device=device)

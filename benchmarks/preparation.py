@@ -1,4 +1,4 @@
-"""Conversion of images against the limits of the machine: Pillow's decoding and resizing; images/s of one process.
+"""Conversion of images in one process, compared with the limits of the machine: Pillow's decoding and resizing.
 
 python benchmarks/preparation.py [--images 1000]
 """
@@ -29,7 +29,7 @@ SIDE = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """All in this process, on one core, the files in the page cache."""
+    """Measure in this process, on one core, with the files in the page cache."""
 
     images: int = 1000
     """Synthetic JPEGs of about 430 x 430 pixels; the mean of ImageNet's is about 470 x 390."""
@@ -37,7 +37,7 @@ class Workload:
 
 
 def compare(scratch: Path, workload: Workload) -> None:
-    """The limits first, then both layouts."""
+    """Measure the limits, then both layouts."""
     images = workload.images
     source = write_source(scratch / "source", images, workload.classes, shortest=300, longest=560)
     files = sorted(source.rglob("*.JPEG"))
@@ -76,7 +76,7 @@ def compare(scratch: Path, workload: Workload) -> None:
 
 
 def processor_seconds(run: Run) -> float:
-    """Time in which this process computed: what other work on the machine, or its disk, does not disturb."""
+    """The processor time of `run`, which other work on the machine, or its disk, hardly affects."""
     start = time.process_time()
     run()
     return time.process_time() - start

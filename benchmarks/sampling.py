@@ -1,9 +1,10 @@
-"""Network evaluations of a generation against the least that its settings need, and its time outside the network.
+"""Network evaluations of a generation, compared with the minimum for its settings, and its time outside the network.
 
 python benchmarks/sampling.py [--model SiT-XS/2] [--side 32] [--images 16] [--num-steps 250] [--profile]
 
-Runs `generate` whole, from a checkpoint with random weights to the .npz. By default those are the published settings
-(250 steps of the SDE, guidance up to t = 0.7) on images of 32 x 32, by a network so small that other work would show.
+It runs all of `generate`, from a checkpoint with random weights to the .npz. The defaults are the published settings
+(250 steps of the SDE, guidance up to t = 0.7) for images of 32 x 32, with a network so small that other work is
+visible.
 """
 
 import cProfile
@@ -33,22 +34,22 @@ from stablevm.support.processes import Process
 
 @dataclass(frozen=True)
 class Workload:
-    """A generation on this machine."""
+    """Measure a generation on this machine."""
 
     model: str = "SiT-XS/2"
     side: int = 32
-    """Of the latent."""
+    """The side of the latent."""
     channels: int = 3
-    """Of the latent, which is the image itself: 1 or 3."""
+    """The channels of the latent, which is the image itself: 1 or 3."""
     images: int = 16
     num_steps: int = 250
     guidance_high: float = 0.7
     profile: bool = False
-    """Print where the time outside the network goes."""
+    """Print where time outside the network is spent."""
 
 
 class Meter:
-    """Counts the rows that the network is given and the time that it takes."""
+    """Counts the rows that the network processes, and its time."""
 
     rows = 0
     seconds = 0.0
@@ -58,7 +59,7 @@ class Meter:
         forward = SiT.forward
 
         def timed(model: SiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            synchronize(x.device)  # what is still in the queue is not the network's
+            synchronize(x.device)  # work still in the queue is not the network's
             started = time.perf_counter()
             prediction = forward(model, x, t, y)
             synchronize(x.device)

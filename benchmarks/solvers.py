@@ -1,15 +1,15 @@
-"""Distance against number of network evaluations, for every sampler.
+"""Distance of samples, by number of network evaluations, for every sampler.
 
     python benchmarks/solvers.py mixture
     python benchmarks/solvers.py dimensions
     python benchmarks/solvers.py digits QUICKSTART_FOLDER ...
 
-mixture: the closed-form mixture of the toy study and its exact velocity, sliced Wasserstein-1 distance, three seeds.
-dimensions: the same mixture in more dimensions; root mean square distance from where the exact trajectory ends, for 20
-steps of Euler's and of StableVS.
-digits: the checkpoints that `stablevm quickstart --seed S --output-dir QUICKSTART_FOLDER` left, one folder per seed;
-500 samples without guidance, Fréchet distance to the test split. Every sampler starts from the same noise. Finished
-samples in QUICKSTART_FOLDER/solvers are not repeated.
+mixture: the mixture of the toy study with its exact velocity; sliced Wasserstein-1 distance, three seeds.
+dimensions: the same mixture in more dimensions; root mean square distance to the end of the exact trajectory, for 20
+steps of Euler's method and of StableVS.
+digits: checkpoints of `stablevm quickstart --seed S --output-dir QUICKSTART_FOLDER`, one folder per seed; Fréchet
+distance of 500 samples without guidance to the test split. All samplers start from the same noise. Finished samples in
+QUICKSTART_FOLDER/solvers are not repeated.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ DIMENSIONS = (10, 100, 500)
 
 
 def heun_steps(evaluations: int) -> int:
-    """Steps of Heun's method with at most so many evaluations: two each, one for the last."""
+    """The steps of Heun's method with at most this many evaluations: two for each step, but one for the last."""
     return (evaluations + 1) // 2
 
 
 def samplers(evaluations: int) -> dict[str, dict[str, Any]]:
-    """Name and options of each sampler with a fixed number of evaluations."""
+    """The name and options of each sampler, with a fixed number of evaluations."""
     even, heun = {"num_steps": evaluations}, {"num_steps": heun_steps(evaluations), "solver": "heun"}
     below = {"steps_below": round(evaluations * 9 / 20)}  # 11 + 9 of 20, and in proportion
     stablevs = {"mode": "stablevs", **even, **below}
@@ -107,7 +107,7 @@ def dimensions() -> None:
 
 
 def _endpoint_error(dimension: int, seed: int, settings: dict[str, Any]) -> float:
-    """Distance from the end of the exact trajectory, by Heun's method in 200 steps; over 500 samples."""
+    """The distance to the end of the exact trajectory (Heun's method, 200 steps), over 500 samples."""
     target = published_mixture(100, dimension, generator("mixture", seed))
     start = torch.randn(500, dimension, generator=generator("noise", seed), dtype=torch.float64)
 
@@ -122,9 +122,9 @@ def _endpoint_error(dimension: int, seed: int, settings: dict[str, Any]) -> floa
 
 def digits(folders: list[Path]) -> None:
     def distances(**settings: Any) -> list[float]:
-        return [_judged(folder, settings)["frechet_test"] for folder in folders]
+        return [_evaluated(folder, settings)["frechet_test"] for folder in folders]
 
-    floors = [_judged(folder, samplers(10)["ODE, Euler"])["frechet_floor"] for folder in folders]
+    floors = [_evaluated(folder, samplers(10)["ODE, Euler"])["frechet_floor"] for folder in folders]
     print(f"of the training split: {_summary(floors, 2)}")
     _print_table({evaluations: samplers(evaluations) for evaluations in EVALUATIONS}, distances, digits=2)
     _print_rows(LONG, distances, digits=2)
@@ -133,7 +133,7 @@ def digits(folders: list[Path]) -> None:
         _print_rows({f"{name}: {mean:.0f} evaluations": settings}, distances, digits=2)
 
 
-def _judged(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _evaluated(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     quick, config = _request(folder, settings)
     result = config.sample_dir / f"{config.name}.json"
     if result.exists():
@@ -158,7 +158,7 @@ def _request(folder: Path, settings: dict[str, Any]) -> tuple[QuickstartConfig, 
 
 
 def _evaluations(folder: Path, settings: dict[str, Any]) -> int:
-    """Network evaluations per image of an adaptive solver, from one batch."""
+    """The network evaluations per image of an adaptive solver, from one batch."""
     _, config = _request(folder, settings)
     card = load_card(config.ckpt)
     streams = RowGenerators.for_keys("generate", config.global_seed, positions=range(50))
@@ -180,7 +180,7 @@ def _print_rows(named: dict[str, dict[str, Any]], distances: Any, digits: int) -
 
 
 def _summary(values: list[float], digits: int) -> str:
-    """Mean and standard error over seeds."""
+    """The mean and standard error over seeds, as text."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
 

@@ -1,8 +1,9 @@
-"""One reference set per batch against one per sample: noise of single targets, and of their mean over a batch.
+"""One set of references per batch or one per sample: the noise of single targets, and of their mean over a batch.
 
     python benchmarks/toy_shared_sets.py [--batches 1000]
 
-The mixture is the published one in 10 dimensions; errors are target minus exact velocity, squared, per dimension.
+The mixture is the published one in 10 dimensions. Errors are the squared differences of target and exact velocity, per
+dimension.
 """
 
 import math

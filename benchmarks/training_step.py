@@ -1,10 +1,10 @@
-"""A training step of stablevm against the same network trained plainly: eager, float32, the average weight by weight.
+"""A training step of stablevm, compared with a plain loop: eager, float32, and averaging the weights one by one.
 
-Both take the same steps from the same weights, in turn; how far their losses part is told too.
+Both take the same steps from the same weights, in turn; the difference of their losses is reported too.
 
 python benchmarks/training_step.py [--model SiT-S/2] [--batch-size 8] [--steps 200] [--data-dir FOLDER]
 
-`stablevm benchmark` tells where a step's time goes.
+`stablevm benchmark` shows where the time of a step is spent.
 """
 
 import copy
@@ -50,7 +50,7 @@ class Comparison:
 
 
 class Plain:
-    """What a first version of a training loop looks like; it is given the engine's draws."""
+    """A plain training loop, which uses the engine's draws."""
 
     def __init__(self, engine: Engine, config: TrainConfig) -> None:
         self.drawer, self.decay = engine.drawer, config.ema_decay
@@ -126,7 +126,7 @@ def main(options: Comparison) -> None:
 
 
 def _windows(losses: list[float]) -> list[float]:
-    """Means over `WINDOW` steps."""
+    """The means over `WINDOW` steps."""
     return [statistics.mean(losses[start : start + WINDOW]) for start in range(0, len(losses), WINDOW)]
 
 

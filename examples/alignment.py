@@ -1,10 +1,11 @@
-"""VA-REPA in a plain PyTorch loop: tokens inside a small transformer are aligned with a frozen encoder's.
+"""VA-REPA in a plain PyTorch loop: hidden tokens of a small transformer are aligned with those of a frozen encoder.
 
     python examples/alignment.py
 
-What makes x_t comes from the bank, so it is not the batch that went in: `draw.ids` names the rows of the data set that
-the encoder must see. The encoder here is the first half of a classifier of digits, trained on the spot. Any frozen
-module from images to tokens (B, T, D) will do; `stablevm.networks.encoders.load_encoder` has DINOv2 and the like.
+The perturbed samples come from the bank, so they are not those of the batch: `draw.ids` has the rows of the data set
+whose images the encoder must see. The encoder here is the first half of a classifier of digits, trained first. Any
+frozen module from images to tokens (B, T, D) can be used; `stablevm.networks.encoders.load_encoder` loads DINOv2 and
+others.
 """
 
 import torch
@@ -18,7 +19,7 @@ WIDTH, FEATURES, PATCHES = 64, 32, 16
 
 
 def make_encoder(images, digits, steps):
-    """A frozen function of images (B, 1, 8, 8) to tokens (B, 16, 32), one per 2 x 2 pixels."""
+    """A frozen function from images (B, 1, 8, 8) to tokens (B, 16, 32), one for each 2 x 2 pixels."""
     features = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, FEATURES, 2, stride=2), nn.SiLU())
     classifier = nn.Sequential(features, nn.Flatten(), nn.Linear(PATCHES * FEATURES, 10))
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3)
@@ -31,7 +32,9 @@ def make_encoder(images, digits, steps):
 
 
 class Network(nn.Module):
-    """The velocity of images (B, 1, 8, 8), and the tokens after its first block, projected to the encoder's width."""
+    """Predicts the velocity of images (B, 1, 8, 8), and the tokens after its first block, projected to the encoder's
+    width.
+    """
 
     def __init__(self):
         super().__init__()

@@ -3,7 +3,7 @@
     pip install 'stablevm[all]'
     python examples/diffusers_unet.py
 
-Draws diffusers_unet.png, a row of each class. The two marked lines are all that StableVM needs.
+It makes diffusers_unet.png, with a row for each class. The two marked lines are all that StableVM needs.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from stablevm import ClassBank, ObjectiveSettings, StableVM, squared_error
 
-NULL_CLASS = 10  # stands for "no class": labels are dropped to it now and then, for classifier-free guidance
+NULL_CLASS = 10  # means "no class"; some labels are replaced by it, for classifier-free guidance
 
 
 def load_images():

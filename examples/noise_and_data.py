@@ -1,9 +1,9 @@
-"""StableVM for networks that predict the noise or the data instead of the velocity:
+"""StableVM for networks that predict the noise or the data instead of the velocity.
 
     python examples/noise_and_data.py
 
-All predictions are affine in E[x0 | x_t], so the target is converted as a prediction is, and stays as it was: right
-on average, with the references' small variance. Sampling converts what the network says back into a velocity.
+All predictions are affine in E[x0 | x_t], so a target can be converted like a prediction, and is still unbiased with a
+small variance. Sampling converts the network's prediction back into a velocity.
 """
 
 from itertools import pairwise
@@ -13,14 +13,14 @@ from torch import nn
 
 from stablevm import LINEAR, ClassBank, FeatureStatistics, StableVM, frechet_distance, squared_error
 
-# Where sampling starts. A velocity made from noise divides by alpha, which is 0 at t = 1 and magnifies errors near it:
-# starting at 0.99 the distance below is 0.68, at 0.95 it is 0.08. One made from data divides by sigma, which is 0 at
-# t = 0 only, where no step starts.
+# Where sampling starts. To get a velocity from noise one divides by alpha, which is 0 at t = 1, so that errors near it
+# are amplified: starting at 0.99 the distance below is 0.68, at 0.95 it is 0.08. To get one from data one divides by
+# sigma, which is 0 only at t = 0, where no step starts.
 FIRST_TIME = {"velocity": 1.0, "noise": 0.95, "x0": 1.0}
 
 
 def ring(count, stream):
-    """Points (count, 2) round a circle of radius 2, in eight clumps."""
+    """Points (count, 2) near a circle of radius 2, in eight clusters."""
     angle = torch.randint(8, (count,), generator=stream) * (torch.pi / 4)
     centre = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
     return centre + 0.15 * torch.randn(count, 2, generator=stream)

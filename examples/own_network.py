@@ -1,10 +1,10 @@
-"""A network of one's own, trained and sampled by the ordinary commands: a class, a configuration and a line.
+"""Your own network, trained and sampled by the ordinary commands: a class, a configuration and a line.
 
     stablevm prepare digits digits
     python examples/own_network.py train --exp-name mixer --data-dir digits --model Mixer-S --max-train-steps 3000
     python examples/own_network.py generate --ckpt exps/mixer/checkpoints/0003000 --grid
 
-The last line registers it in this process; resuming, evaluation and alignment know it then. See docs/extending.md.
+It is registered in this process, and then works with resuming, evaluation and alignment too. See docs/extending.md.
 """
 
 import sys
@@ -34,7 +34,7 @@ class MixerConfig(NetworkConfig):
 
 
 class Mixer(Backbone):
-    """Convolutions over places and over channels in turn, each added to what it sees."""
+    """Alternating convolutions over positions and over channels, with residual connections."""
 
     def __init__(self, config, generator=None):
         super().__init__()

@@ -1,9 +1,9 @@
-"""StableVM in a plain PyTorch loop, and flow matching beside it, on two moons:
+"""StableVM in a plain PyTorch loop, compared with flow matching, on two moons.
 
     python examples/two_moons.py
 
-Draws two_moons.png: how noise flows into each moon, and the training loss with both kinds of target. What is left of
-a loss is mostly the noise of its targets; the best network is the same.
+It plots two_moons.png: how noise flows into each moon, and the training loss with both kinds of targets. The remaining
+loss is mostly the variance of the targets; the optimal network is the same for both.
 """
 
 import torch
@@ -15,7 +15,7 @@ from stablevm import ClassBank, FlowMatching, StableVM, squared_error
 
 
 class Network(nn.Module):
-    """The velocity at (x, t), given the moon."""
+    """Predicts the velocity at (x, t), given the moon."""
 
     def __init__(self, width=128):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Unconditional data: one class.
+"""StableVM for unconditional data, which has one class.
 
     python examples/unconditional.py
 
-Two ways. A bank of one class lends its samples as references, also those of earlier batches; or the batch itself is
-the set of references (Stable Target Field), and there is nothing to keep.
+There are two ways. A bank with one class provides references from earlier batches too; or the batch itself is the set
+of references (Stable Target Field), which needs no bank.
 """
 
 import torch
@@ -14,7 +14,7 @@ from stablevm import ClassBank, FlowMatching, StableTargetField, StableVM, squar
 
 
 def load_points():
-    """A swiss roll seen from its side: (4000, 2), of deviation near 1."""
+    """A swiss roll seen from the side: points (4000, 2) with a standard deviation near 1."""
     points, _ = make_swiss_roll(4000, noise=0.2, random_state=0)
     return torch.tensor(points[:, [0, 2]]).float() / 7
 
@@ -30,7 +30,7 @@ def drawer(method):
 
 
 def train(method, points, steps):
-    """The loss and the effective number of references, means over the last tenth of the steps."""
+    """Train, and return the mean loss and effective number of references over the last tenth of the steps."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
     optimizer, stream = torch.optim.Adam(network.parameters(), lr=2e-3), torch.Generator().manual_seed(0)

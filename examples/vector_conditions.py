@@ -1,12 +1,12 @@
-"""Vectors as conditions (text embeddings, say): references are the nearest neighbours of a sample's condition.
+"""StableVM for vectors as conditions, such as text embeddings: references are samples with the nearest conditions.
 
     python examples/vector_conditions.py
 
-No two samples share a condition, so a bank has no classes. The k samples with the nearest conditions stand in for
-samples of the same one. That is an approximation: the target's mean becomes that of the neighbourhood, a bias that
-grows with k, while its variance falls. Here p(x0 | c) is known, so both are measured. k = 1 is flow matching, without
-bias. Long training averages variance out and never bias, so take a k well below that of the smallest sum (4 to 16
-here); more data brings neighbours nearer and lets k grow.
+No two samples have the same condition, so there are no classes for a bank. Instead, the references are the k samples
+with the nearest conditions. This is an approximation: the mean of the target becomes that of the neighbourhood, with a
+bias that increases with k, while the variance decreases. Here p(x0 | c) is known, so both are measured. k = 1 is flow
+matching, without bias. Long training averages out the variance but never the bias, so choose k well below the one with
+the smallest sum (4 to 16 here). With more data neighbours are nearer, and k may be larger.
 """
 
 import torch
@@ -19,7 +19,7 @@ MAP = torch.randn(CONDITION, DIMENSION, generator=torch.Generator().manual_seed(
 
 
 def mean_of(conditions):
-    """E[x0 | c]: smooth and curved; x0 lies round it, N(0, SPREAD^2) in each dimension."""
+    """E[x0 | c], a smooth curved function; x0 is distributed around it by N(0, SPREAD^2) in each dimension."""
     return torch.sin(2 * conditions @ MAP)
 
 

@@ -1,4 +1,4 @@
-"""The words that the options share with the library. Free of torch."""
+"""The choices that options share with the library, without importing torch."""
 
 from typing import Literal
 

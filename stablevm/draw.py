@@ -1,4 +1,4 @@
-"""One batch to regress on: noisy samples with times, labels and targets, and how each of these is made."""
+"""A batch to regress on: noisy samples with times, labels and targets, and the functions that make them."""
 
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class Noisy:
-    """Samples x0 and what they became on the path; shapes as in `Draw`."""
+    """Samples x0 with their noise, times and noisy states x_t; shapes as in `Draw`."""
 
     x0: Tensor
     noise: Tensor
@@ -72,12 +72,12 @@ class Noisy:
     host_t: Tensor
 
     def part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """x0, noise and t of some rows."""
+        """The x0, noise and t of some rows."""
         return self.x0[rows], self.noise[rows], self.t[rows]
 
 
 def perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerator) -> Noisy:
-    """Latents (B, *shape) with noise from the generator, which gives the times first."""
+    """Perturb latents (B, *shape) with times and then noise from the generator."""
     device = latents.device
     host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator)
     t = to_device(host_t, device)
@@ -94,7 +94,7 @@ def drop_labels(settings: ObjectiveSettings, labels: Tensor, generator: AnyGener
 
 
 def known_ids(ids: Tensor | None, labels: Tensor) -> Tensor:
-    """The data-set rows of the anchors, NO_ID for each where the caller gives none; labels (B,) int64."""
+    """The ids (B,) of the anchors, which are their data-set rows, or NO_ID for all if None; labels: (B,) int64."""
     return torch.full_like(labels, NO_ID) if ids is None else ids.to(labels)
 
 

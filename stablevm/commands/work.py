@@ -1,4 +1,4 @@
-"""What each command does: its packages are looked up and its module is imported only when it is called."""
+"""The function of each command, which checks for its packages and imports its module only when it is called."""
 
 from stablevm.commands.config import CompletionConfig, RecipesConfig
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig

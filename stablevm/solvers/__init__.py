@@ -1,1 +1,1 @@
-"""From noise to data: solvers of the ODE and the SDE, and `integrate` for any velocity."""
+"""Solvers of the ODE and the SDE from noise to data, and `integrate` for any velocity."""

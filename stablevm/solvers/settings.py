@@ -1,4 +1,4 @@
-"""How to get from noise to a sample. Free of torch, so that the command's options can be checked against it."""
+"""The settings of solvers, from noise to data, without importing torch, so that options can be checked with them."""
 
 import functools
 import numbers
@@ -11,9 +11,9 @@ from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, NOT_NEGATIVE, TIME_BETW
 
 Mode = Literal["ode", "sde", "stablevs"]
 Solver = Literal["euler", "heun", "dopri5"]
-Spelling = Callable[[str, Any], str]  # a field and its value, as the reader gives them
+Spelling = Callable[[str, Any], str]  # writes a field and its value in the words of the reader
 
-# What was a field of SamplerSettings, though `integrate` knows no network.
+# Former fields of SamplerSettings, which concern the network and not `integrate`.
 _MOVED = ("cfg_scale", "guidance_low", "guidance_high", "legacy", "precision")
 
 
@@ -51,7 +51,10 @@ class SamplerOptions:
     """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (as much as the path permits)."""
 
     def expectations(self, spelt: Spelling) -> list[tuple[str, bool, str]]:
-        """Of each field that can be out of range: whether it is right, and what was expected; of the right types."""
+        """For each field that can be out of range: its name, whether it is right, and what was expected.
+
+        The fields must have the right types.
+        """
         mode, steps = spelt("mode", self.mode), self.num_steps
         stablevs, adaptive = self.mode == "stablevs", self.solver == "dopri5"
         two_steps = self.mode != "ode" or (self.edm_schedule and not adaptive)
@@ -69,7 +72,7 @@ class SamplerOptions:
         ]
 
     def without_effect(self, spelt: Spelling) -> dict[str, str]:
-        """Fields that the others make useless, and which others."""
+        """The fields without effect, each with the setting that is the reason."""
         mode, idle = spelt("mode", self.mode), {}
         if self.mode == "stablevs":
             idle = {"last_time": mode}
@@ -86,7 +89,7 @@ class SamplerOptions:
         return idle
 
 
-# Of each number; what depends on the other fields is in `SamplerOptions.expectations`.
+# The range of each number; conditions on several fields are in `SamplerOptions.expectations`.
 SAMPLER_RANGES: dict[str, Range] = {
     "num_steps": AT_LEAST_1,
     "rtol": ABOVE_0,
@@ -101,20 +104,20 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Sampl
 
 
 def _refuse_moved(cls: type) -> type:
-    """Say where a field went, in place of Python's "unexpected keyword argument"."""
+    """Explain where a former field is now, instead of Python's "unexpected keyword argument"."""
     construct = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(construct)
-    def told(self: Any, *args: Any, **given: Any) -> None:
+    def checked(self: Any, *args: Any, **given: Any) -> None:
         moved = [name for name in _MOVED if name in given]
         if moved:
             raise UserError(
-                f"SamplerSettings has no {', '.join(moved)} any more, which `integrate` never looked at: guide inside "
-                "your velocity, as stablevm.sampling.guidance.GuidedVelocity does"
+                f"SamplerSettings has no {', '.join(moved)} any more, because `integrate` never used them: apply "
+                "guidance in your velocity, as stablevm.sampling.guidance.GuidedVelocity does"
             )
         construct(self, *args, **given)
 
-    cls.__init__ = told  # type: ignore[misc]
+    cls.__init__ = checked  # type: ignore[misc]
     return cls
 
 

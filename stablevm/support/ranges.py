@@ -1,6 +1,6 @@
-"""Which numbers are in range, and which words are known: said once, and checked wherever the value is used.
+"""Ranges of numbers and checks of choices, declared once and used wherever a value is checked, without torch.
 
-Free of torch. A field of a configuration is declared as `batch_size: Count = 256`; `options.require` then checks it.
+A field of a configuration is declared as `batch_size: Count = 256`; `options.require` then checks it.
 """
 
 import math
@@ -12,7 +12,7 @@ from stablevm.support.errors import UserError, arg
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `low` to `high`, both included unless said, and how a message says so."""
+    """The finite numbers from `low` to `high`, both included by default, and the `words` for them in messages."""
 
     words: str
     low: float
@@ -26,7 +26,7 @@ class Range:
         return above and below
 
     def check(self, name: str, value: float) -> None:
-        """UserError, with the argument's name, for a number that is not in the range."""
+        """Raise UserError, with the argument's name, for a number outside the range."""
         if value not in self:
             raise UserError(f"{arg(name)} {value}: expected {self.words}")
 
@@ -54,7 +54,7 @@ Time = Annotated[float, TIME]
 
 
 def ranges_in(hint: Any) -> list[Range]:
-    """The ranges in an annotation, also in one beside None or a word."""
+    """The ranges in an annotation, also if it allows None or a word."""
     own = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
     return own + [found for part in getattr(hint, "__args__", ()) for found in ranges_in(part)]
 

@@ -1,1 +1,1 @@
-"""Training a network: options, the trainer and its engine, checkpoints, metrics. `trainer.train` is where to begin."""
+"""Training networks: options, trainer, engine, checkpoints and metrics; start reading at `trainer.train`."""

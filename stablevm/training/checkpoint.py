@@ -1,9 +1,8 @@
 """Checkpoints: folders that are complete or absent, in safetensors and JSON, with a checksum of every file.
 
-`checkpoints/0050000/` holds what generation needs (`stablevm.networks.snapshot`), and beside it the state of the
-optimiser, the bank and the gradient scaler. Random numbers and data positions need none: they are functions of the seed
-and the step.
-`SHA256SUMS` is what the program sha256sum writes and checks.
+`checkpoints/0050000/` holds what generation needs (`stablevm.networks.snapshot`), and the state of the optimiser, the
+bank and the gradient scaler. Random numbers and data positions need no state, as they depend only on the seed and the
+step. `SHA256SUMS` has the format of the program sha256sum.
 """
 
 import itertools
@@ -32,22 +31,22 @@ SUMS_FILE = "SHA256SUMS"
 RECORD_FILE = "best.json"
 _UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
-ASIDE = "newer-than-"  # begins the names of the folders of checkpoints that a run has left
+ASIDE = "newer-than-"  # prefix of the folders for checkpoints that are set aside when a run returns to an earlier step
 _RETURN_FILE = "returning.json"
 
 
 @dataclass
 class Sums:
-    """Over the taken steps since the last row of metrics, of all processes."""
+    """Sums over the steps of all processes since the last row of metrics, without skipped steps."""
 
-    steps: int = 0  # skipped ones too
+    steps: int = 0  # including skipped ones
     taken: int = 0
     scalars: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     by_time: list[list[float]] = field(default_factory=list)  # see `journal.sums_by_time`
 
     def add(self, other: "Sums") -> None:
-        """Take in the sums over later steps."""
+        """Add the sums over later steps."""
         self.steps += other.steps
         self.taken += other.taken
         for mine, theirs in ((self.scalars, other.scalars), (self.seconds, other.seconds)):
@@ -60,18 +59,18 @@ class Sums:
 
 @dataclass(frozen=True)
 class Progress:
-    """Stands in each checkpoint. Those of version 0.1 hold none, which is as if nothing had been open."""
+    """Unfinished sums of metrics, saved in each checkpoint; checkpoints of version 0.1 have none."""
 
-    row: Sums = field(default_factory=Sums)  # of the coming row
-    sums: dict[str, float] = field(default_factory=dict)  # of the coming means by which checkpoints are compared
+    row: Sums = field(default_factory=Sums)  # for the next row
+    sums: dict[str, float] = field(default_factory=dict)  # for the next means, by which checkpoints are compared
     taken: int = 0  # steps in these sums
-    means: dict[str, float] = field(default_factory=dict)  # by which this checkpoint is; empty for one off the interval
+    means: dict[str, float] = field(default_factory=dict)  # that rate this checkpoint; empty for one off the interval
     bad_steps: list[int] = field(default_factory=list)  # in a row, up to this checkpoint
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a run is at the end of a step."""
+    """The complete state of a run at the end of a step."""
 
     card: ModelCard  # its step is the number of finished steps
     model: dict[str, Tensor]
@@ -84,7 +83,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class _SmallState:
-    """The file beside the tensors."""
+    """The contents of the JSON file beside the tensors."""
 
     scaler: dict[str, float | int]
     progress: Progress = field(default_factory=Progress)
@@ -92,7 +91,7 @@ class _SmallState:
 
 @dataclass(frozen=True)
 class Record:
-    """Why a checkpoint is the best one: of `metric`, lower is better, it had the lowest `value`."""
+    """The record of the best checkpoint: the one with the lowest `value` of `metric`."""
 
     metric: str
     value: float
@@ -100,7 +99,7 @@ class Record:
 
 
 class DamagedError(UserError):
-    """The tensors of a checkpoint are not those that its run saves; the one before it may be whole."""
+    """Raised if the tensors of a checkpoint are not those that its run saves; the one before it may be intact."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -108,7 +107,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def existing_folder(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of `step`; UserError when there is none."""
+    """The folder of the checkpoint of `step`; UserError if there is none."""
     if step not in saved_steps(run):
         found = ", ".join(map(str, saved_steps(run))) or "none"
         raise UserError(f"--resume-step {step}: {run} has no such checkpoint; there are: {found}")
@@ -116,10 +115,10 @@ def existing_folder(run: Path, step: int) -> Path:
 
 
 def save(run: Path, state: TrainingState, keep: int = 0, every: int = 1) -> Path:
-    """Write the checkpoint of `state.card.step` below `run`; then `prune`.
+    """Write the checkpoint of `state.card.step` below `run`, then remove old ones with `prune`.
 
-    The folder appears under its name only when everything in it is on the disk. OSError, with the earlier checkpoints
-    as they were, when the disk is full.
+    The folder gets its name only when everything in it is on disk. OSError if the disk is full; earlier checkpoints are
+    then unchanged.
     """
     target = checkpoint_folder(run, state.card.step)
     sweep(run)
@@ -136,10 +135,10 @@ def save(run: Path, state: TrainingState, keep: int = 0, every: int = 1) -> Path
 
 
 def prune(run: Path, keep: int, every: int = 1) -> None:
-    """Remove all checkpoints but the newest `keep`; 0: none.
+    """Remove all checkpoints except the newest `keep`; with 0, remove none.
 
-    Those of whole intervals of `every` steps, and the newest of all, come before others: an interruption between two
-    of them leaves one to resume from, which takes no place of theirs afterwards.
+    Checkpoints at multiples of `every` steps, and the newest one, have priority: a checkpoint that an interruption
+    leaves between them does not take the place of one.
     """
     steps = saved_steps(run)
     by_worth = sorted(steps, key=lambda step: (step % every == 0 or step == steps[-1], step))
@@ -155,17 +154,17 @@ def thin(run: Path, every: int, keep: int, after: int) -> None:
 
 
 def is_best(run: Path, record: Record) -> bool:
-    """Whether no lower value of its metric is known; a value that is not a number never is the best."""
+    """Whether the record has the lowest known value of its metric; NaN is never the best."""
     known = best_record(run)
     rival = known.value if known is not None and known.metric == record.metric else float("inf")
     return record.value < rival
 
 
 def keep_if_best(run: Path, record: Record) -> bool:
-    """Let `checkpoints/best` be the checkpoint of `record.step`, if it is the best; returns whether it is.
+    """Make `checkpoints/best` the checkpoint of `record.step` if it is the best, and return whether it is.
 
-    Whoever measures a checkpoint calls this: the trainer with means of its metrics, an evaluation with its score. The
-    files are hard links, which take no space, where the file system has them.
+    The trainer calls it with means of its metrics, an evaluation with its score. The files are hard links, which take
+    no space, if the file system has them.
     """
     if not is_best(run, record):
         return False
@@ -176,14 +175,14 @@ def keep_if_best(run: Path, record: Record) -> bool:
 
 
 def best_record(run: Path) -> Record | None:
-    """What `checkpoints/best` is the best of; None when there is none."""
+    """The record of `checkpoints/best`; None if there is none."""
     path = run / CHECKPOINTS / BEST / RECORD_FILE
     remedy = f"remove the folder {path.parent}: the next better checkpoint takes its place"
     return read_card(path, Record, "best checkpoint", remedy=remedy) if path.exists() else None
 
 
 def load(run: Path, step: int) -> TrainingState:
-    """UserError when there is no checkpoint of that step or one of its files is damaged or missing."""
+    """Load the checkpoint of `step`; UserError if there is none, or a file is damaged or missing."""
     folder = existing_folder(run, step)
     small = read_card(folder / STATE_FILE, _SmallState, "checkpoint", finite=False, remedy="use an earlier checkpoint")
     card = snapshot.load_card(folder)
@@ -202,9 +201,9 @@ def load(run: Path, step: int) -> TrainingState:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, "ema.safetensors is damaged" or the like; None when nothing is.
+    """The first fault in the files of a checkpoint, such as "ema.safetensors is damaged"; None if there is none.
 
-    Every byte is read and compared with the checksums, so that a flipped one is found before it is trained on.
+    All bytes are compared with the checksums, so that damage is found before training continues with it.
     """
     sums = folder / SUMS_FILE
     if not sums.is_file():
@@ -221,7 +220,7 @@ def damage(folder: Path) -> str | None:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints below `run`, ascending, without those that are being set aside."""
+    """The steps of the complete checkpoints below `run`, ascending, without those that are being set aside."""
     folder = run / CHECKPOINTS
     found = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
     note = _return_note(run)
@@ -229,11 +228,11 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def set_aside(run: Path, step: int) -> Path | None:
-    """Move the checkpoints newer than `step` into a new folder, which is returned; None when there is none.
+    """Move the checkpoints newer than `step` into a new folder, which is returned; None if there are none.
 
-    They belong to a course of the run that is left: beside the coming ones they would pass for the newest. A note says
-    so from the first move on, until `end_return`, so that a kill in between leaves none of them in its place; what it
-    left is moved now. The best checkpoint goes with them if it is one of theirs.
+    Otherwise they would be taken for the newest checkpoints of the run. A note is kept from the first move until
+    `end_return`, so that after a kill the remaining ones are moved by the next call. The best checkpoint is moved too,
+    if it is newer.
     """
     note = _return_note(run)
     if note is None or _has_newer(run, step):
@@ -247,13 +246,13 @@ def set_aside(run: Path, step: int) -> Path | None:
 
 
 def end_return(run: Path) -> None:
-    """To be called when the run has noted that it resumes from the step behind which all was set aside."""
+    """End a return to an earlier step, after the run has recorded that it resumes from that step."""
     (run / CHECKPOINTS / _RETURN_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class _Return:
-    """That the checkpoints after `step` belong into the folder of that name."""
+    """The note that checkpoints after `step` must be moved to `folder`."""
 
     step: int
     folder: str
@@ -292,14 +291,14 @@ def _move(run: Path, note: _Return) -> Path:
 
 
 def _free_name(run: Path, step: int) -> str:
-    """Of a folder that no earlier return has filled."""
+    """The name of a folder that no earlier return has used."""
     plain = f"{ASIDE}{step:07d}"
     names = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
     return next(name for name in names if not (run / CHECKPOINTS / name).exists())
 
 
 def sweep(run: Path) -> None:
-    """Remove what an interrupted writer left behind; a folder that was just being replaced comes back."""
+    """Remove what an interrupted writer left; a folder that was being replaced is restored."""
     for path in (run / CHECKPOINTS).glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path)
     for path in (run / CHECKPOINTS).glob(f"{_REPLACED}*"):
@@ -312,7 +311,7 @@ def sweep(run: Path) -> None:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `target`, in place of an older one, when the block ends without an exception."""
+    """Yield a new folder, which replaces `target` when the block ends without an exception."""
     folder = target.with_name(f"{_UNFINISHED}{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
     folder.mkdir(parents=True)
     older = target.with_name(f"{_REPLACED}{target.name}")
@@ -331,5 +330,5 @@ def _appearing(target: Path) -> Iterator[Path]:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without hard links; what is wrong with the disk itself the copy will say
+    except OSError:  # a file system without hard links; if the disk itself has a fault, the copy will report it
         shutil.copy2(source, target)

@@ -1,4 +1,4 @@
-"""What a run consists of without its files: network, moving average, optimiser and objective, and one step of them."""
+"""The training engine: network, moving average, optimiser and objective, and one step of training, without files."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,15 +37,15 @@ from stablevm.training.weights import (
 
 
 class Engine:
-    """Steps of one run on one process. Construction checks that options, data and encoders fit, and reads no file."""
+    """The engine of a run in one process. Its constructor checks that options, data and encoders fit, without files."""
 
     def __init__(
         self, config: TrainConfig, dataset: PreparedDataset, accelerator: Accelerator, encoders: Sequence[Encoder]
     ) -> None:
-        """encoders: frozen, on the accelerator's device; those of `config.encoder_names`."""
+        """Build network, optimiser and objective; encoders: those of `config.encoder_names`, on the device."""
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
-        self.step = 0  # steps that are done
-        self.progress = Progress()  # what the earlier command left open
+        self.step = 0  # finished steps
+        self.progress = Progress()  # unfinished sums of an earlier command
         self.terms = make_terms(config, encoders)
         self.with_images = any(term.needs_images for term in self.terms)
         self.card = _model_card(config, dataset, encoders)
@@ -77,7 +77,7 @@ class Engine:
         return rate
 
     def train_step(self, batch: TrainingBatch, rate: float, clock: PhaseClock) -> StepMetrics:
-        """One step at the learning rate `rate`; clock: told of the phases."""
+        """Take one step at the learning rate `rate`; clock: measures the phases."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         draw = self.drawer.draw(batch, self.step)  # noisy samples and their targets
@@ -92,7 +92,7 @@ class Engine:
         return metrics
 
     def loader(self, num_steps: int) -> Calls[TrainingBatch]:
-        """Reads the batches of this process's next steps."""
+        """The loader of this process's batches for the next steps."""
         return training_loader(
             self.dataset,
             global_batch=self.config.batch_size,
@@ -109,9 +109,9 @@ class Engine:
         )
 
     def start_from(self, folder: Path) -> list[str]:
-        """Take over the weights of the checkpoint in `folder`; returns lines that say what was taken.
+        """Load the weights of the checkpoint in `folder`, and return lines about what was loaded.
 
-        UserError where they do not fit.
+        UserError if they do not fit.
         """
         own = build_network(self.card.model, rng.generator(self.config.seed, "weights")).state_dict()
         weights, lines = initial_weights(folder, self.config.init_weights, self.card, own)
@@ -120,9 +120,9 @@ class Engine:
         return lines
 
     def restore(self, state: TrainingState) -> None:
-        """Take over the state of an earlier run; UserError where it does not fit this one."""
+        """Load the state of an earlier command; UserError if it does not fit this run."""
         if not state.card.agrees_with(self.card):
-            raise UserError(f"{self.config.folder}: its checkpoint is of another network or data set than the options'")
+            raise UserError(f"{self.config.folder}: its checkpoint does not fit the network or data set of the options")
         self._check_tensors(state)
         load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
         load_model_tensors(self.model, state.model)
@@ -135,7 +135,7 @@ class Engine:
         self.guard.in_a_row = list(state.progress.bad_steps)
 
     def _check_tensors(self, state: TrainingState) -> None:
-        """DamagedError where the tensors are others than those that `state` saves."""
+        """Raise DamagedError unless the tensors are those that `state` saves."""
         weights = {name: (tensor.shape, tensor.dtype) for name, tensor in self.model_state().items()}
         bank = {name: (tensor.shape, tensor.dtype) for name, tensor in self._bank_state().items()}
         trained = {name for name, parameter in self.plain_model.named_parameters() if parameter.requires_grad}
@@ -147,7 +147,7 @@ class Engine:
                 raise DamagedError(f"{part}.safetensors {fault}")
 
     def model_state(self) -> dict[str, Tensor]:
-        """Weights by their plain names, in shards where they lie in some."""
+        """The weights by their plain names, in shards if the model is sharded."""
         return self.plain_model.state_dict()
 
     @property
@@ -156,7 +156,7 @@ class Engine:
         return model
 
     def state(self) -> TrainingState:
-        """All that `restore` needs, on the main process; all take part, as each may hold shards."""
+        """The state for `restore`, in the main process; all processes must call it, as each may hold shards."""
         main = self.accelerator.is_main_process
         return TrainingState(
             card=self.stamped_card(),
@@ -168,11 +168,11 @@ class Engine:
         )
 
     def stamped_card(self) -> ModelCard:
-        """The network's card with the number of steps that are done."""
+        """The network's card with the number of finished steps."""
         return dataclasses.replace(self.card, step=self.step)
 
     def whole_average(self) -> nn.Module:
-        """The moving average as a network that the main process can use alone; all take part."""
+        """The moving average as a network that the main process can use alone; all processes must call it."""
         if not self.accelerator.is_fsdp2:
             return self.ema.model
         with torch.device("meta"):
@@ -184,25 +184,25 @@ class Engine:
         return model.eval().requires_grad_(False)
 
     def _anchor_plan(self, num_steps: int) -> AnchorPlan | None:
-        """Whose images the loader reads, where the anchors that they belong to are not the fresh samples."""
+        """The plan of anchors whose images the loader reads, if they are not the fresh samples."""
         if not self.with_images or self.objective.bank is None or self.objective.anchors == "batch":
             return None
         bank, positions = self.objective.bank, self.drawer.positions
         return AnchorPlan(bank, self.dataset, self.config, positions, start_step=self.step, num_steps=num_steps)
 
     def _bank_state(self) -> dict[str, Tensor]:
-        """Empty without a bank, and for one that follows from the data and the seed alone."""
+        """The state of the bank; empty without one, and for a bank that depends only on the data and the seed."""
         bank = self.objective.bank
         return {} if bank is None or self.config.bank_is_fixed else bank.state_dict()
 
 
-Kinds = dict[str, tuple[torch.Size, torch.dtype]]  # of tensors by their names
+Kinds = dict[str, tuple[torch.Size, torch.dtype]]  # shapes and dtypes of tensors by name
 
 
 def _difference(found: Kinds, expected: Kinds) -> str | None:
-    """How tensors differ from those that are expected, in words; None where they do not."""
+    """A description of the first difference between tensors and those expected; None if there is none."""
     if foreign := sorted(found.keys() - expected.keys()):
-        return f"holds {shown(foreign[0])}, which is none of this run's tensors"
+        return f"holds {shown(foreign[0])}, which is not a tensor of this run"
     if missing := sorted(expected.keys() - found.keys()):
         return f"lacks {shown(missing[0])}"
     for name, (shape, dtype) in found.items():
@@ -213,10 +213,13 @@ def _difference(found: Kinds, expected: Kinds) -> str | None:
 
 
 def model_config(config: TrainConfig, dataset: PreparedDataset) -> NetworkConfig:
-    """The network without projectors: their widths are the encoders'. UserError where no block is left to align."""
+    """The configuration of the network without projectors, whose widths depend on the encoders.
+
+    UserError if the block to align does not exist.
+    """
     channels, height, width = dataset.latent.shape
     if height != width:
-        raise UserError(f"--data-dir {config.data_dir}: its latents are {height} x {width}, the network takes squares")
+        raise UserError(f"--data-dir {config.data_dir}: its latents are {height} x {width}, networks need squares")
     model = network_config(
         config.model,
         input_size=height,
@@ -244,7 +247,7 @@ def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dty
 
 
 def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequence[Encoder]) -> ModelCard:
-    """Of the network before its first step."""
+    """The card of the network before its first step."""
     return ModelCard(
         model=dataclasses.replace(
             model_config(config, dataset), projector_dims=tuple(encoder.dim for encoder in encoders)

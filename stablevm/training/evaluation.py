@@ -1,4 +1,4 @@
-"""The moving average, looked at while it is trained: grids of samples, and numbers, always from the same noise."""
+"""Grids of samples and evaluations of the moving average during training, always from the same noise."""
 
 import re
 from collections.abc import Callable
@@ -29,21 +29,22 @@ from stablevm.support.rng import RowGenerators
 from stablevm.training.config import TrainConfig
 
 SETTINGS = SamplerSettings(mode="ode", num_steps=40)
-GUIDANCE = GuidanceSettings(cfg_scale=1.5)  # of the grids; numbers have none: its best scale changes in training
+GUIDANCE = GuidanceSettings(cfg_scale=1.5)  # for grids; evaluations have none, as the best scale changes in training
 CLASSES, PER_CLASS = 10, 6  # of a grid
-MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
-PREVIEWS = "samples"  # the folder of the grids in that of the run
+MIN_SIDE = 64  # pixels; smaller images are enlarged by an integer factor
+PREVIEWS = "samples"  # the folder for grids in the folder of the run
 _NAME = re.compile(r"step-(\d+)\.png")
 
 BATCH = 64  # images that are evaluated at a time
-# The number by which a checkpoint is the best, whichever there is.
+# The metric by which checkpoints are compared, whichever of these exists.
 DISTANCES = (FID.name, FRECHET.name, "frechet_test")
 Measure = Callable[[Tensor, Tensor], dict[str, float]]  # from images and labels to numbers by name
 
 
 class Previews:
-    """Draws `FOLDER/step-0010000.png`: a row for each of the first classes that the data has samples of, guided where
-    the null class is trained.
+    """Makes `FOLDER/step-0010000.png`, with a row for each of the first classes of which the data has samples.
+
+    Samples are guided if the null class is trained.
     """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
@@ -53,7 +54,7 @@ class Previews:
         return self.folder / f"step-{step:07d}.png"
 
     def draw(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
-        """Write the grid of `card.step`; returns it, uint8 (H, W, 3)."""
+        """Write the grid of `card.step`, and return it as uint8 (H, W, 3)."""
         labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
         streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
         guidance = GUIDANCE if card.null_is_trained and card.classes_are_trained else UNGUIDED
@@ -66,7 +67,7 @@ class Previews:
 
 
 def set_previews_aside(folder: Path, step: int, target: Path) -> None:
-    """Move the grids after `step` to `target`: they would pass for those of the run from there on."""
+    """Move the grids after `step` to `target`, because they do not belong to the run that resumes there."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = _NAME.fullmatch(path.name)
         if name and int(name[1]) > step:
@@ -75,14 +76,14 @@ def set_previews_aside(folder: Path, step: int, target: Path) -> None:
 
 
 class Evaluation:
-    """Draws samples and evaluates them. Built, which reads the reference, and used on one process only."""
+    """Makes samples and evaluates them, in one process only; the constructor reads the reference."""
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder, device: torch.device) -> None:
         self._config, self._autoencoder, self._device = config, autoencoder, device
         self._measure = _measure_of_digits(config) if config.eval_extractor else _measure_of_features(config, device)
 
     def run(self, model: nn.Module, card: ModelCard) -> dict[str, float]:
-        """Numbers by name: a Fréchet distance (see `DISTANCES`), precision, recall, and perhaps others."""
+        """The results by name: a Fréchet distance (see `DISTANCES`), precision, recall, and possibly others."""
         labels = balanced_labels(self._config.eval_samples, card.trained_classes, self._config.seed)
         images = []
         for rows in torch.arange(len(labels)).split(BATCH):
@@ -94,13 +95,13 @@ class Evaluation:
 
 
 def distance_of(numbers: dict[str, float]) -> tuple[str, float]:
-    """The name and value of the number by which checkpoints are compared."""
+    """The name and value of the metric by which checkpoints are compared."""
     (name,) = (name for name in DISTANCES if name in numbers)
     return name, numbers[name]
 
 
 def _measure_of_features(config: TrainConfig, device: torch.device) -> Measure:
-    """By Inception's features, or an encoder's."""
+    """The function that evaluates samples by the features of Inception or an encoder."""
     reference = open_reference(Path(str(config.eval_reference)))
     extractor: FeatureExtractor
     if config.eval_enc_type is not None:
@@ -119,7 +120,7 @@ def _measure_of_features(config: TrainConfig, device: torch.device) -> Measure:
 
 
 def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch.device) -> FeatureSets:
-    """One without samples yet; the reference's features come from the cache or go there."""
+    """The feature sets without samples; the reference's features are read from the cache, or computed and stored."""
     features: dict[str, Tensor] = {}
     if reference.source is not None:
         cache, alone = FeatureCache(FeatureCache.default_folder()), Process(0, 1, device)
@@ -127,7 +128,7 @@ def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch
         assert found is not None
         features = {"pool": found.load("pool")}
     elif not extractor.has_stored_statistics:
-        raise UserError(f"--eval-reference {reference.path}: holds no images to compute features of")
+        raise UserError(f"--eval-reference {reference.path}: holds no images from which to compute features")
     known = FeatureSets(
         extractor=extractor.name,
         published=extractor.published,

@@ -1,8 +1,8 @@
-"""The guard against losses and gradients that are not finite: such a step changes nothing, too many end the run.
+"""The guard against losses and gradients that are not finite: such a step is skipped, and too many end the run.
 
-The step is skipped on the device (`GuardedAdamW`), so that nothing waits for it; the host looks at what became of the
-steps when metrics are due (`Guard`). Processes agree without a word: `spread` makes the gradient of a bad loss NaN, and
-the sum of gradients carries that to all of them.
+The step is skipped on the device (`GuardedAdamW`), without waiting for it. The host checks the steps when metrics are
+due (`Guard`). Processes agree without communicating: `spread` makes the gradient of a bad loss NaN, and the sum of
+gradients carries this to all processes.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ ROWS_SHOWN = 5
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that leaves weights and state as they are in steps for which `skip` is true."""
+    """Fused AdamW that does not change weights and state in steps for which `skip` is true."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options, fused=True)
         self.skip: Tensor | None = None  # () bool on the parameters' device
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; the fp16 scaler may have its own reason to skip it, in `found_inf` as here."""
+        """Take one step, unless `skip` or the fp16 scaler's `found_inf` is true."""
         overflow = getattr(self, "found_inf", None)
         if self.skip is not None:
             skip = self.skip.float()
@@ -40,17 +40,17 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def spread(loss: Tensor) -> Tensor:
-    """The loss, with a gradient of NaN where it is not finite: an infinite loss can have a finite one."""
+    """The loss, whose gradient is NaN if it is not finite, because an infinite loss can have a finite gradient."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A skipped step, and the samples that the network was given in it."""
+    """A skipped step, with the samples of its batch."""
 
     step: int
     fault: str  # what was not finite: "loss" or "gradient norm"
-    rows: list[int]  # of the data set: first those whose own loss is not finite
+    rows: list[int]  # of the data set, beginning with those whose own loss is not finite
     samples: int  # of the global batch
 
     def __str__(self) -> str:
@@ -58,27 +58,27 @@ class Fault:
         return f"step {self.step}: the {self.fault} is not finite; skipped. Rows of the data set: {shown}"
 
     def to_row(self) -> dict[str, Any]:
-        """As a row of the metrics file."""
+        """The fault as a row of the metrics file."""
         return asdict(self)
 
 
 class Guard:
-    """Keeps what became of each step on the device until `review`, and counts the bad ones."""
+    """Records the outcome of each step on the device until `review`, and counts bad steps."""
 
     def __init__(self, accelerator: Accelerator, limit: int) -> None:
-        """limit: so many bad steps in a row end the run."""
+        """limit: the number of bad steps in a row that ends the run."""
         self.accelerator, self.limit = accelerator, limit
         self.in_a_row: list[int] = []  # the bad steps up to the last reviewed one
         self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def add(self, step: int, loss: Tensor, norm: Tensor, rows: Tensor, row_losses: Tensor) -> None:
-        """Note a step: its loss and gradient norm (), the rows of its samples and their own losses (B,)."""
+        """Record a step: its loss and gradient norm (), the rows of its samples and their own losses (B,)."""
         no_norm = ~norm.isfinite()
         flags = torch.stack([~loss.isfinite(), no_norm & ~self._scaler_adjusts(norm), no_norm])
         self._pending.append((step, flags, torch.stack([rows.to(norm.device), row_losses.isfinite()])))
 
     def review(self) -> tuple[list[bool], list[Fault]]:
-        """For the steps since the last review: whether each was taken, the same on all processes; and the faults."""
+        """Whether each step since the last review was taken, the same in all processes, and the faults."""
         if not self._pending:
             return [], []
         flags = self.accelerator.reduce(torch.stack([flags for _, flags, _ in self._pending]).float(), reduction="sum")
@@ -95,7 +95,7 @@ class Guard:
         return taken, faults
 
     def check(self, run: Path) -> None:
-        """UserError naming the steps, and the newest checkpoint below `run`, after too many bad ones in a row."""
+        """Raise UserError, which names the steps and the newest checkpoint, after too many bad steps in a row."""
         if len(self.in_a_row) < self.limit:
             return
         steps, saved = ", ".join(map(str, self.in_a_row[: self.limit])), saved_steps(run)
@@ -114,10 +114,10 @@ class Guard:
         return Fault(step, what, [row for row, _ in rows[:ROWS_SHOWN]], len(rows))
 
     def _scaler_adjusts(self, norm: Tensor) -> Tensor:
-        """Whether the fp16 scaler still has room: it finds its factor by overflows, which are no faults above 1."""
+        """Whether an overflow only lets the fp16 scaler lower its factor, which is not a fault while it is above 1."""
         scaler = self.accelerator.scaler
         if scaler is None:
             return torch.zeros_like(norm, dtype=torch.bool)
-        factor = scaler.scale(torch.ones_like(norm))  # the only way to it that does not wait for the device
+        factor = scaler.scale(torch.ones_like(norm))  # the only way to get it without waiting for the device
         assert isinstance(factor, Tensor)
         return factor >= 1

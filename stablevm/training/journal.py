@@ -1,4 +1,4 @@
-"""Rows of metrics, kept on the device until one is due and then averaged over steps and processes; the progress bar."""
+"""Rows of metrics, averaged over steps and processes, and the progress bar; values stay on the device until due."""
 
 import math
 import resource
@@ -17,13 +17,13 @@ from stablevm.training.launch import on_main
 from stablevm.training.step import PhaseClock, StepMetrics
 from stablevm.training.tracker import Trackers
 
-T_BINS = 10  # equal parts of [0, 1] by which samples are grouped
+T_BINS = 10  # equal intervals of time in [0, 1] by which samples are grouped
 GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of getrusage's ru_maxrss
 
 
 class Journal:
-    """Fed on every process; the main one, which alone has trackers, writes the rows."""
+    """Collects metrics in every process; the main process, the only one with trackers, writes the rows."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class Journal:
         self._meter.advance()
 
     def collect(self) -> None:
-        """Add the pending steps to the sums of the coming row. Waits for the device.
+        """Add the pending steps to the sums of the next row, which waits for the device.
 
-        Skipped steps count in none of them, and are reported.
+        Skipped steps are left out of the sums, and reported.
         """
         if not self._pending:
             return
@@ -84,9 +84,9 @@ class Journal:
             on_main(self._accelerator, lambda: self._report(faults))
 
     def flush(self, step: int, rate: float) -> None:
-        """Write a row for the steps since the last one, of which `step` was the last, taken at `rate`.
+        """Write a row for the steps since the last row, up to `step`, which was taken at the learning rate `rate`.
 
-        All values are means over steps and processes; those by time are exact means over the samples of their bin.
+        All values are means over steps and processes; those by time are means over the samples in their interval.
         UserError after too many skipped steps in a row.
         """
         self.collect()
@@ -103,14 +103,14 @@ class Journal:
         self._guard.check(self._config.folder)
 
     def take_means(self) -> dict[str, float]:
-        """Means of losses and norm over the steps since the last call; empty when all were skipped."""
+        """The means of losses and norm over the steps since the last call; empty if all were skipped."""
         means = {name: value / self._taken for name, value in self._sums.items()}
         self._sums.clear()
         self._taken = 0
         return means
 
     def progress(self, means: dict[str, float]) -> Progress:
-        """What is open now, for a checkpoint that is compared by `means`; the pending steps are collected first."""
+        """The unfinished sums, including pending steps, for a checkpoint that is compared by `means`."""
         self.collect()
         return Progress(self._row, dict(self._sums), self._taken, means, list(self._guard.in_a_row))
 
@@ -130,7 +130,7 @@ class Journal:
             self.trackers.close()
 
     def _memory(self) -> dict[str, float]:
-        """GiB that the main process has held at most."""
+        """The peak memory of the main process, in GiB."""
         held = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB}
         if self._accelerator.device.type == "cuda":
             held["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(self._accelerator.device) / GIB
@@ -138,7 +138,7 @@ class Journal:
 
 
 def sums_by_time(steps: Sequence[StepMetrics]) -> Tensor:
-    """(3, T_BINS) float64: of each bin of t the number of samples, the sum of their velocity losses and that of their
+    """Sums for each interval of t, (3, T_BINS) float64: the number of samples, their velocity losses, and their
     effective sample sizes.
     """
     t, *values = (
@@ -150,7 +150,7 @@ def sums_by_time(steps: Sequence[StepMetrics]) -> Tensor:
 
 
 def means_by_time(table: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Of `sums_by_time`, up to a factor: the mean effective sample size, and both means of each bin with a sample."""
+    """The mean effective sample size, and both means of each interval with samples, from `sums_by_time`."""
     counts, velocity, ess = table
     row = {"effective_sample_size": sum(ess) / sum(counts)} if any(counts) else {}
     for name, sums in (("velocity_loss", velocity), ("effective_sample_size", ess)):

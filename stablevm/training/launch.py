@@ -1,4 +1,4 @@
-"""How a process takes part in a run: alone or with others, in which precision, and until which signal."""
+"""Launching: the accelerator and its precision, agreement between processes, and interruption by signals."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from stablevm.training.config import TrainConfig
 
 Result = TypeVar("Result")
 
-# What `accelerate launch` asks for in the environment and we do not do, with what to do instead.
+# Requests of `accelerate launch` in the environment that are not supported, with what to do instead.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; launch with --use_fsdp, or plainly",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; launch with --use_fsdp, or plainly",
@@ -34,10 +34,10 @@ ACCUMULATION, CPU = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_USE_CP
 
 
 def as_launched(config: TrainConfig) -> TrainConfig:
-    """The options with what `accelerate launch` was told, where the command does not say it itself.
+    """The options, completed by those of `accelerate launch` that the command does not give itself.
 
-    A precision "no" in the environment counts as not said: accelerate passes it on where nobody gave one. UserError
-    where both say it and differ, and for what can't be done.
+    A precision "no" in the environment counts as not given, because accelerate passes it on by default. UserError if
+    both give different values, and for requests that are not supported.
     """
     for variable, remedy in REFUSED.items():
         if _is_on(variable):
@@ -69,9 +69,9 @@ def as_launched(config: TrainConfig) -> TrainConfig:
 
 
 def launchers_words() -> list[str]:
-    """The words of `accelerate launch` before this program's; none where something else started it.
+    """The arguments of `accelerate launch` before those of this program; empty if something else started it.
 
-    accelerate tells --gradient_accumulation_steps to DeepSpeed only, and does not tell whether its precision was given.
+    accelerate passes --gradient_accumulation_steps only to DeepSpeed, and not whether its precision was given.
     """
     parent = psutil.Process().parent()
     try:
@@ -85,7 +85,7 @@ def launchers_words() -> list[str]:
 
 
 def _said(words: Sequence[str], option: str) -> str | None:
-    """The value of the launcher's option in its words; None where it is not among them."""
+    """The value of an option of the launcher in its arguments; None if it is not given."""
     said = None
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
@@ -99,16 +99,16 @@ def _is_on(variable: str) -> bool:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """UserError where the options do not fit the machine, or the number of processes."""
-    Place.from_environment()  # which accelerate would read without a word to users
+    """Make the accelerator; UserError if the options do not fit the machine, or the number of processes."""
+    Place.from_environment()  # checks variables that accelerate would read without a clear error
     cpu = not torch.cuda.is_available() or _is_on(CPU)
     precision = config.mixed_precision or ("no" if cpu else "fp16")
     if precision == "fp16" and cpu:
         raise UserError("--mixed-precision fp16: there is no GPU here; give bf16 or no")
-    # Told that there is only a CPU, accelerate joins several processes through gloo; untold, it would leave each alone.
-    # Gradients that lie in the buckets they are reduced in need no second place (nor a copy at each step).
+    # With cpu=True, accelerate connects several processes through gloo; without it, each would run alone.
+    # Gradients that are views of the buckets in which they are reduced need neither memory of their own nor a copy.
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    # The step divides the losses of its parts itself; accelerate would by the launcher's number, once more.
+    # The step divides the losses of its parts itself; accelerate would divide again, by the launcher's number.
     undivided = GradientAccumulationPlugin(num_steps=1)
     accelerator = Accelerator(
         mixed_precision=precision, cpu=cpu, kwargs_handlers=[buckets], gradient_accumulation_plugin=undivided
@@ -117,20 +117,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     parts = accelerator.num_processes * config.accumulation_steps
     if config.batch_size % parts:
         raise UserError(
-            f"--batch-size {config.batch_size}: not a multiple of {accelerator.num_processes} processes x "
-            f"{config.accumulation_steps} accumulation steps; give one"
+            f"--batch-size {config.batch_size}: expected a multiple of {accelerator.num_processes} processes x "
+            f"{config.accumulation_steps} accumulation steps"
         )
     return accelerator
 
 
 def check_same_options(config: TrainConfig, accelerator: Accelerator) -> None:
-    """UserError, the same on all processes, naming the first option that one of them was started with alone."""
+    """Raise UserError in all processes, naming the first option that differs between them."""
     if accelerator.num_processes > 1:
         compare_options(gather_object([config.to_dict()]))
 
 
 def compare_options(found: Sequence[dict[str, Any]]) -> None:
-    """UserError for the first option whose value differs between the processes, whose options are `found` in order."""
+    """Raise UserError for the first option that differs between processes; found: their options, by rank."""
     for rank, theirs in enumerate(found):
         for option, value in found[0].items():
             if theirs[option] != value:
@@ -141,19 +141,19 @@ def compare_options(found: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
-    """UserError where accelerate's configuration asks for FSDP that would silently be left out, or be wrong."""
+    """Raise UserError if accelerate's configuration requests FSDP in a way that would be ignored or wrong."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     if accelerator.distributed_type != DistributedType.FSDP:
-        raise UserError("FSDP: accelerate shards over several GPUs only; launch without --use_fsdp")
+        raise UserError("FSDP: accelerate shards only over several GPUs; launch without --use_fsdp")
     if not accelerator.is_fsdp2:
         raise UserError("FSDP of version 1 hides the weights' names; set fsdp_version: 2 (--fsdp_version 2)")
     if accelerator.mixed_precision == "fp16":
-        raise UserError("--mixed-precision fp16: its scaler does not know of FSDP's shards; give bf16 or no")
+        raise UserError("--mixed-precision fp16: its scaler does not support FSDP; give bf16 or no")
 
 
 def told_by_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
-    """The result of `task` on the main process, on all of them; errors as in `on_main`."""
+    """Run `task` in the main process and return its result in all processes; errors as in `on_main`."""
     result = on_main(accelerator, task)
     if accelerator.num_processes > 1:
         (result,) = broadcast_object_list([result])
@@ -161,10 +161,9 @@ def told_by_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result
 
 
 def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result | None:
-    """The result of `task` on the main process, None on the others, which wait for its end.
+    """Run `task` in the main process and return its result there, None in the others, which wait for it.
 
-    A UserError or OSError, such as of a full disk, is raised on all of them: otherwise they would wait for one that is
-    gone.
+    A UserError or OSError, such as of a full disk, is raised in all processes, which would otherwise wait forever.
     """
     result, failure = None, None
     if accelerator.is_main_process:
@@ -180,7 +179,7 @@ def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result | No
 
 
 class Interruption:
-    """While entered, the first signal is only noted; a second one ends the program as usual."""
+    """Inside the block, the first signal is only recorded; a second one ends the program as usual."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -197,13 +196,13 @@ class Interruption:
             signal.signal(number, handler)
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was told to stop; all of them ask at the same step."""
+        """Whether any process was told to stop; all processes must call it at the same step."""
         if accelerator.num_processes == 1:
             return self.signal is not None
         mine = torch.tensor(self.signal or 0, device=accelerator.device)
         received = accelerator.reduce(mine, reduction="sum")
         assert isinstance(received, Tensor)
-        agreed = bool(received.item())  # not the signal itself: it may have come since, and the others not know of it
+        agreed = bool(received.item())  # not the signal itself, which may have arrived since, unknown to the others
         if agreed and self.signal is None:
             self.signal = signal.SIGTERM
         return agreed

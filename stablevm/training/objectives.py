@@ -1,4 +1,4 @@
-"""The objectives that `loss_type` names; how their bank is made and filled, and which anchors it will give."""
+"""The objectives that `loss_type` names, how their bank is made and filled, and the plan of its future anchors."""
 
 import math
 import os
@@ -26,11 +26,11 @@ from stablevm.support.rng import AnyGenerator
 from stablevm.training.config import TrainConfig
 from stablevm.training.console import on_terminal, say
 
-GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take: activations need the rest
+GPU_SHARE = 0.5  # of the GPU's free memory that a bank of all the data may take; activations need the rest
 
 
 class WithoutBank(Protocol):
-    """An objective whose targets are made of the batch alone."""
+    """An objective without a bank, whose targets are made from the batch alone."""
 
     @property
     def bank(self) -> None: ...
@@ -39,18 +39,18 @@ class WithoutBank(Protocol):
 
 
 class Inserted(TypedDict):
-    """What training tells an objective of a batch that it has put into the bank, with those of all processes."""
+    """The arguments of `draw` for a batch that training has inserted into the bank with those of all processes."""
 
-    ids: Tensor  # (B,) int64, rows of the data set
-    slots: Tensor  # (B,) int64, of the batch in the bank
-    pool_generator: torch.Generator  # where references over all classes come from, alike on all processes
+    ids: Tensor  # (B,) int64, rows in the data set
+    slots: Tensor  # (B,) int64, slots in the bank
+    pool_generator: torch.Generator  # source of references of all classes, the same in all processes
 
 
 class WithBank(Protocol):
     """An objective with a bank, which training fills, saves and restores.
 
-    anchors: "bank" where the samples to regress on are those that `objective.draw_anchors` draws, "batch" where they
-    are the fresh ones.
+    anchors: "bank" if the samples to regress on are those that `objective.draw_anchors` draws, "batch" if they are the
+    fresh ones.
     """
 
     @property
@@ -67,11 +67,11 @@ Objective: TypeAlias = WithoutBank | WithBank
 
 @dataclass(frozen=True)
 class Given:
-    """What an objective is made of."""
+    """The facts from which an objective is made."""
 
     config: TrainConfig
     settings: ObjectiveSettings  # what all objectives share
-    class_counts: Tensor  # (classes,) samples of each class in the data
+    class_counts: Tensor  # (classes,) number of samples of each class in the data
     shape: tuple[int, ...]  # of a latent
     device: torch.device
 
@@ -79,7 +79,7 @@ class Given:
 def make_objective(
     config: TrainConfig, model: NetworkConfig, dataset: PreparedDataset, device: torch.device
 ) -> Objective:
-    """The objective that the options name, with an empty bank where it needs one."""
+    """The objective that the options name, with an empty bank if it needs one."""
     settings = ObjectiveSettings(
         path=get_interpolant(config.path_type),
         prediction=config.prediction,
@@ -106,15 +106,15 @@ def _stablevm(given: Given) -> Objective:
     )
 
 
-# Each word of `TrainConfig.loss_type`, with what makes its objective.
+# The function that makes each objective, by the value of `TrainConfig.loss_type`.
 OBJECTIVES: dict[str, Callable[[Given], Objective]] = {"si": _flow_matching, "stablevm": _stablevm}
 
 
 def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], device: torch.device) -> ClassBank:
-    """An empty bank for data of `counts` (classes,) latents of `shape`, in the GPU's memory where that is wanted.
+    """Make an empty bank for data with counts (classes,) of latents of `shape`, in the GPU's memory if requested.
 
-    One that is to hold all the data goes to the host's where it does not fit beside the network. UserError with the
-    numbers where it does not fit there either.
+    A bank for all the data is kept in the host's memory if it does not fit beside the network. UserError with the
+    numbers if it does not fit there either.
     """
     home = device if config.bank_on_gpu else torch.device("cpu")
     if config.bank_capacity_per_class != "all":
@@ -136,10 +136,10 @@ def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], devic
 
 
 def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:
-    """Fill the bank with samples of each class chosen by the seed, or with all, reading latents only.
+    """Fill the bank with samples of each class chosen by the seed, or with all, reading only latents.
 
-    Every process chooses and reads the same ones, so that all hold the same bank without talking to each other.
-    Raises UserError naming the classes of which the data holds no sample.
+    Every process chooses and reads the same samples, so all banks are equal without communication. Raises UserError,
+    naming the classes, if the data has no sample of some.
     """
     labels = dataset.labels()
     counts = torch.bincount(labels, minlength=bank.num_classes)
@@ -150,7 +150,7 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
             remedy = "prepare the data with them or, without them, with classes numbered from 0 without gaps"
         raise UserError(
             f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
-            f"({some_of(missing)}), so their bank would stay empty; {remedy}"
+            f"({some_of(missing)}), so their part of the bank would stay empty; {remedy}"
         )
     fully = config.prefill_bank_fully or config.bank_is_fixed
     rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
@@ -170,7 +170,7 @@ def gigabytes(count: int) -> str:
 
 
 def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:
-    """At most `per_class` rows of each class, which has `counts` of them, at random, in the order of the file."""
+    """At most `per_class` random rows of each class, in the order of the file; counts: (classes,), rows of each."""
     shuffled = torch.randperm(len(labels), generator=rng.generator(seed, "prefill"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -180,7 +180,7 @@ def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Te
 def _read_latents(
     dataset: PreparedDataset, rows: Tensor, config: TrainConfig, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of `rows` with their latents, in order, read by `workers` threads (or this one)."""
+    """Yield parts of `rows` with their latents, in order, read by `workers` threads, or by this one if 0."""
 
     def read(part: Tensor) -> Tensor:
         return drawn_latents(dataset, part.tolist(), config.seed, "prefill")
@@ -196,15 +196,15 @@ def _read_latents(
 
 
 def objective_streams(seed: int, step: int, positions: Sequence[int]) -> rng.RowGenerators:
-    """Where `step` draws its anchors, times, noise and dropped labels from; positions: in the global batch."""
+    """The generators of anchors, times, noise and dropped labels in `step`; positions: in the global batch."""
     return rng.RowGenerators.for_keys(seed, "objective", step, positions=positions)
 
 
 class AnchorPlan:
-    """The dataset rows of the anchors that one process draws from the bank, for each step from `start_step` on.
+    """The data-set rows of the anchors that one process will draw from the bank, for each step from `start_step` on.
 
-    What a bank holds follows from its content now and from the samples of the steps between, all of which the seed
-    tells; so a replica without values runs ahead of the bank and makes the same draws.
+    The future contents of the bank depend only on its present contents and on the order of samples, which the seed
+    determines. So a replica without values can run ahead of the bank and make the same draws.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class AnchorPlan:
         start_step: int,
         num_steps: int,
     ) -> None:
-        """bank: as it is before `start_step`. positions: of the process's samples in the global batch."""
+        """bank: its state before `start_step`. positions: those of the process's samples in the global batch."""
         self._books, self._labels, self._seed, self._positions = (
             bank.replica(),
             dataset.labels(),

@@ -1,4 +1,4 @@
-"""Where a run starts: on which data, and from scratch or from a checkpoint of an earlier command."""
+"""The start of a run: its data, and whether it begins at step 0 or at a checkpoint of an earlier command."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ DATA_FILE = "data.json"
 
 
 def as_started(config: TrainConfig) -> TrainConfig:
-    """The options, with those of a run that version 0.1 started where it had no choice: the run keeps them."""
+    """The options, with those that a run started by version 0.1 must keep, because it had no choice."""
     path = config.folder / CONFIG_FILE
     if not path.exists():
         return config
@@ -31,10 +31,10 @@ def as_started(config: TrainConfig) -> TrainConfig:
 
 
 def find_start(config: TrainConfig, *, show: bool, before: int | None = None) -> int:
-    """The step to resume from, 0 to begin; if `before` is given, one before that step, which has proved damaged.
+    """The step to resume from, or 0 to start; if `before` is given, an earlier one, because that one is damaged.
 
-    A damaged newest checkpoint is named in a warning, if `show`, and the one before it taken. UserError when the folder
-    holds another run, when the checkpoint that was asked for is damaged, or when none is whole.
+    If the newest checkpoint is damaged, a warning names it (if `show`), and the one before is used. UserError if the
+    folder holds another run, if the requested checkpoint is damaged, or if no checkpoint is intact.
     """
     steps = saved_steps(config.folder)
     saved = config.folder / CONFIG_FILE
@@ -44,7 +44,7 @@ def find_start(config: TrainConfig, *, show: bool, before: int | None = None) ->
         if steps and config.resume_step and config.resume_step == earlier.resume_step:
             return _after_return(config, steps, show)
     elif config.folder.exists() and any(map(is_foreign, config.folder.iterdir())):
-        raise UserError(f"{config.folder} holds files but no run (no {CONFIG_FILE}); give another --exp-name")
+        raise UserError(f"{config.folder} holds files but not a run (no {CONFIG_FILE}); give another --exp-name")
     if config.resume_step:
         return _asked_for(config, steps)
     if not steps and config.resume:
@@ -84,12 +84,12 @@ def _newest_whole(run: Path, steps: list[int], show: bool) -> int:
         if show:
             warn(f"checkpoint {folder}: {fault}; trying the one before")
     raise UserError(
-        f"{run}: no checkpoint is whole ({'; '.join(faults)}); restore one from a copy, or give another --exp-name"
+        f"{run}: no checkpoint is intact ({'; '.join(faults)}); restore one from a copy, or give another --exp-name"
     )
 
 
 def open_data(config: TrainConfig) -> PreparedDataset:
-    """The data set, checked against the options."""
+    """Open the data set and check it against the options."""
     dataset = open_dataset(config.data_dir)
     if config.resolution not in (None, dataset.resolution):
         raise UserError(f"--resolution {config.resolution}: {config.data_dir} holds images of {dataset.resolution}")
@@ -104,34 +104,34 @@ def open_data(config: TrainConfig) -> PreparedDataset:
 
 
 def class_names(config: TrainConfig, dataset: PreparedDataset) -> tuple[str, ...]:
-    """Names of all classes that the network knows; those beyond the data set's are called by their number."""
+    """The names of all classes of the network; classes beyond those of the data set have their number as name."""
     extra = range(dataset.num_classes, config.num_classes or dataset.num_classes)
     return (*dataset.class_names, *map(str, extra))
 
 
 def class_counts(config: TrainConfig, dataset: PreparedDataset) -> tuple[int, ...]:
-    """Samples of each class that the network knows, in the whole data set."""
+    """The number of samples of each class of the network, in the whole data set."""
     counts = torch.bincount(dataset.labels(), minlength=config.num_classes or dataset.num_classes)
     return tuple(counts.tolist())
 
 
 def empty_classes_warning(config: TrainConfig, dataset: PreparedDataset) -> list[str]:
-    """One line where the network knows classes that the data has no sample of (StableVM refuses those: `prefill`)."""
+    """A warning if the network has classes without samples in the data; for StableVM `prefill` raises an error."""
     counts, names = class_counts(config, dataset), class_names(config, dataset)
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if not empty:
         return []
     return [
         f"--data-dir {config.data_dir} has no sample of {len(empty):,} of {len(counts):,} classes ({some_of(empty)}): "
-        "the network learns nothing of them"
+        "the network learns nothing about them"
     ]
 
 
 def check_data(config: TrainConfig, dataset: PreparedDataset, start: int) -> list[str]:
-    """Lines to tell of, where the run that resumes at step `start` does not know its data by their content.
+    """Check that a run which resumes at step `start` has the data it started with, and return warnings.
 
-    UserError, saying what differs, where they are not the data that the run started with: the bank and the order of
-    samples name rows, which would be other images.
+    UserError, which says what differs, if the data is different, because the bank and the order of samples refer to
+    rows, which would be other images. A warning is returned if the content of the data was not recorded.
     """
     if not start:
         return []
@@ -154,15 +154,15 @@ def check_data(config: TrainConfig, dataset: PreparedDataset, start: int) -> lis
 
 
 def check_bank(config: TrainConfig, dataset: PreparedDataset, bank: ClassBank) -> None:
-    """UserError for a bank of a checkpoint that names rows which the data do not have."""
+    """Raise UserError if the bank of a checkpoint refers to rows that the data does not have."""
     if int(bank.ids.max()) >= len(dataset):
         raise UserError(
-            f"--data-dir {config.data_dir}: has {len(dataset):,} rows, the bank of the run in {config.folder} names "
+            f"--data-dir {config.data_dir}: has {len(dataset):,} rows, but the bank of the run in {config.folder} has "
             f"row {int(bank.ids.max()):,}; give the data that the run started with, or another --exp-name"
         )
 
 
 def record_data(config: TrainConfig, dataset: PreparedDataset) -> None:
-    """Write down what the run's data hold, if that is not there yet."""
+    """Record the fingerprint of the run's data, if that has not been done."""
     if not (config.folder / DATA_FILE).exists() or not saved_steps(config.folder):
         write_json(config.folder / DATA_FILE, asdict(dataset.fingerprint(with_images=config.use_proj_loss)))

@@ -1,4 +1,4 @@
-"""One optimiser step: a batch becomes noisy samples with targets, these a loss, and the loss updated weights."""
+"""One optimiser step, from a batch to noisy samples with targets, to a loss, and to updated weights."""
 
 import math
 import time
@@ -22,21 +22,21 @@ from stablevm.training.objectives import Objective, objective_streams
 from stablevm.training.terms import Output, Share, Term, alignment_term
 from stablevm.training.weights import whole
 
-FINAL_SHARE = 0.05  # of the full rate, where a cosine ends
+FINAL_SHARE = 0.05  # of the peak rate, at the end of a cosine schedule
 
 # Terms of the loss beside the velocity's: from the options and their encoders to the term, or None without it.
 TERMS: tuple[Callable[[TrainConfig, Sequence[Encoder]], Term | None], ...] = (alignment_term,)
 
 
 def make_terms(config: TrainConfig, encoders: Sequence[Encoder]) -> list[Term]:
-    """The terms that the options ask for."""
+    """The terms of the loss that the options request."""
     found = (make(config, encoders) for make in TERMS)
     return [term for term in found if term is not None]
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one process saw in one step: detached tensors that stay on the device until someone reads them."""
+    """The metrics of one process in one step: detached tensors, which stay on the device until they are read."""
 
     means: dict[str, Tensor]  # scalars, means over the process's samples
     t: Tensor  # (B,) times of the samples
@@ -45,10 +45,10 @@ class StepMetrics:
 
 
 class PhaseClock:
-    """Seconds of each phase of the steps, every moment in exactly one phase: a phase ends where the next begins.
+    """Measures the seconds of each phase of the steps; a phase ends where the next begins, without gaps.
 
-    On a GPU the ends are events in its queue, looked at only in `read`: a phase then lasts until the GPU has done its
-    work, and what the host does meanwhile, such as reading data, costs only what the GPU has to wait for it.
+    On a GPU the ends are events in its queue, which are read only in `read`. So a phase lasts until the GPU has done
+    its work, and work of the host, such as reading data, counts only as far as the GPU has to wait for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,11 +56,11 @@ class PhaseClock:
         self._ends: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
 
     def end(self, phase: str) -> None:
-        """The time since the last end belonged to `phase`."""
+        """Assign the time since the last end to `phase`."""
         self._ends.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase that ended since the last reading, in order of appearance; waits for the GPU."""
+        """The seconds of each phase since the last reading, in order of appearance; waits for the GPU."""
         seconds: dict[str, float] = {}
         _, before = self._ends[0]
         for phase, now in self._ends[1:]:
@@ -87,10 +87,10 @@ def _seconds(before: float | torch.cuda.Event, now: float | torch.cuda.Event) ->
 
 
 class BatchDrawer:
-    """Turns a loader's batch into a draw of the objective, the same whatever the number of processes.
+    """Turns a loader's batch into a draw of the objective, independently of the number of processes.
 
-    Times, noise and labels of a sample are functions of (seed, step, its position in the global batch); all processes
-    put all fresh latents into their banks, in the same order, so that the banks are the same everywhere.
+    Times, noise and dropped labels of a sample depend on (seed, step, its position in the global batch). Every process
+    inserts the fresh latents of all processes into its bank, in the same order, so that all banks are equal.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class BatchDrawer:
         self.positions = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
 
     def draw(self, batch: TrainingBatch, step: int) -> Draw:
-        """Samples to regress on in `step`, on the accelerator's device."""
+        """Draw the samples to regress on in `step`, on the accelerator's device."""
         device, seed = self.accelerator.device, self.config.seed
         posterior_streams = rng.RowGenerators.for_keys(seed, "latent", step, positions=self.positions)
         streams = objective_streams(seed, step, self.positions)
@@ -135,7 +135,7 @@ class BatchDrawer:
         assert batch.images is not None and batch.image_rows is not None
         device = self.accelerator.device
         as_planned = (draw.ids == rng.to_device(batch.image_rows, device)).all()
-        torch._assert_async(as_planned, "the bank drew other anchors than those whose images were read")
+        torch._assert_async(as_planned, "the anchors drawn from the bank are not those whose images were read")
         return rng.to_device(batch.images, device)
 
     def _from_all(self, part: Tensor) -> Tensor:
@@ -155,15 +155,15 @@ class StepRunner:
         config: TrainConfig,
         terms: Sequence[Term],
     ) -> None:
-        """model, optimizer: as `accelerator` prepared them, the latter a `GuardedAdamW`."""
+        """model, optimizer: prepared by `accelerator`; the optimizer is a `GuardedAdamW`."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.adamw: GuardedAdamW = optimizer.optimizer
         self.config, self.terms = config, terms
 
     def run(self, draw: Draw, images: Tensor | None, clock: PhaseClock) -> StepMetrics:
-        """Update the model, unless the gradient's norm is not finite, on any process.
+        """Update the model, unless the gradient's norm is not finite in any process.
 
-        images: of the draw's anchors, where a term needs them; clock: told of the phases.
+        images: those of the draw's anchors, if a term needs them. clock: measures the phases.
         """
         sums: dict[str, Tensor] = {}
         errors: list[Tensor] = []
@@ -190,9 +190,9 @@ class StepRunner:
         return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
 
     def _losses(self, draw: Draw, span: slice, shares: Sequence[Share]) -> tuple[dict[str, Tensor], Tensor]:
-        """This micro-batch's part of each loss, and the velocity's error of each sample (b,).
+        """This micro-batch's part of each loss, and the error of the velocity for each sample (b,).
 
-        Over micro-batches the parts add up, over processes they average.
+        The parts are added over micro-batches and averaged over processes.
         """
         output = self._forward(draw.x_t[span], draw.t[span], draw.labels[span])
         error = squared_error(output.prediction, draw.target[span])
@@ -210,17 +210,17 @@ class StepRunner:
             return Output(self.model(*inputs), [])
 
     def _total(self, value: Tensor) -> Tensor:
-        """The sum over processes."""
+        """The sum of a tensor over processes."""
         found = self.accelerator.reduce(value, reduction="sum")
         assert isinstance(found, Tensor)
         return found
 
     def _maybe_no_sync(self, synchronise: bool) -> AbstractContextManager[None]:
-        """Gradients of all but the last micro-batch stay on their process."""
+        """Keep gradients in their process for all micro-batches except the last."""
         return nullcontext() if synchronise else self.accelerator.no_sync(self.model)
 
     def _clip(self) -> Tensor:
-        """The gradient's norm before clipping; with --max-grad-norm 0 it is measured only."""
+        """Clip the gradient, and return its norm before; with --max-grad-norm 0 it is only measured."""
         limit = self.config.max_grad_norm or torch.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         assert isinstance(norm, Tensor)
@@ -233,7 +233,7 @@ def on_device(draw: Draw, device: torch.device) -> Draw:
 
 
 def rate_at(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step`, counted from 0, of a run of `total_steps`."""
+    """The learning rate of step `step`, counted from 0, in a run of `total_steps`."""
     warmup = config.lr_warmup_steps
     rate = config.learning_rate * min(1.0, (step + 1) / warmup if warmup else 1.0)
     if config.lr_schedule == "constant":

@@ -1,4 +1,4 @@
-"""Terms of the loss beside the velocity's: what each one offers, and VA-REPA's, which aligns tokens with encoders'."""
+"""Terms of the loss in addition to the velocity loss: their interface, and the alignment term of VA-REPA."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,28 +15,28 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 
-WEIGHT_GRID = 1000  # times at which the share of images that encoders see is looked at
+WEIGHT_GRID = 1000  # times from which the share of images that encoders see is computed
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the network made of one micro-batch."""
+    """The output of the network for one micro-batch."""
 
     prediction: Tensor  # (b, *shape)
-    tokens: list[Tensor]  # (b, T, D) of each projector; empty where no term needs them
+    tokens: list[Tensor]  # (b, T, D) of each projector; empty if no term needs them
 
 
-# From the output for a micro-batch to its share of the term: over micro-batches and processes the shares add up.
+# From the output for a micro-batch to its share of the term; shares add up over micro-batches and processes.
 Share = Callable[[Output], Tensor]
 
 
 class Term(ABC):
     """A term of the loss, which is `velocity_loss + sum of coefficient * value`."""
 
-    name: str  # of its column in metrics.jsonl
+    name: str  # the column in metrics.jsonl
     coefficient: float
-    needs_images = False  # of the samples that are perturbed
-    needs_tokens = False  # of the network's projectors
+    needs_images = False  # whether it needs the images of the perturbed samples
+    needs_tokens = False  # whether it needs the tokens of the network's projectors
 
     def describe(self) -> str:
         """What it does, in a line for the start of a run; empty where its name says it all."""
@@ -44,20 +44,22 @@ class Term(ABC):
 
     @abstractmethod
     def begin(self, draw: Draw, images: Tensor | None, total: Callable[[Tensor], Tensor]) -> Callable[[slice], Share]:
-        """Called once a step, on the process's samples; returns what is called for each micro-batch before the network
-        runs.
+        """Prepare a step on the process's samples, and return a function that is called for each micro-batch before the
+        network runs.
 
-        images: (B, 3, H, W) uint8 on the device, None unless needed. total: the sum of a tensor over all processes.
+        That function takes the slice of the micro-batch, and returns a function from the network's output to the
+        micro-batch's share of the term. images: (B, 3, H, W) uint8 on the device, None unless needed. total: computes
+        the sum of a tensor over all processes.
         """
 
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
-        """Networks that the term runs on images, each with the share of images that it sees on average."""
+        """The networks that the term runs on images, each with the average share of images that it sees."""
         return ()
 
 
 @dataclass(frozen=True)
 class Alignment(Term):
-    """One projector for each encoder; the mean of their losses, with a weight that depends on the time."""
+    """The alignment term: the mean over encoders, each with its projector, with weights that depend on the time."""
 
     encoders: list[Encoder]
     schedule: AlignmentSchedule
@@ -79,35 +81,35 @@ class Alignment(Term):
         return self.summary
 
     def features(self, encoder: Encoder, images: Tensor) -> Tensor:
-        """Tokens (B, T, D) that the projector of this encoder aims at."""
+        """The target tokens (B, T, D) for the projector of this encoder."""
         tokens = encoder(images)
         return tokens if self.irepa_gamma is None else normalize_over_space(tokens, self.irepa_gamma)
 
     def begin(self, draw: Draw, images: Tensor | None, total: Callable[[Tensor], Tensor]) -> Callable[[slice], Share]:
-        """Weights are functions of t, whose zeros are looked for on the host."""
+        """Compute the weights of the samples; their zeros are found on the host, without waiting for the GPU."""
         assert images is not None
         weights = self.schedule(draw.host_t)
         whole = total(rng.to_device(weights.sum(), draw.t.device))
         return lambda span: _Aim.at(images[span], weights[span], whole, self).share
 
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
-        """The encoders see the images whose weight is not 0."""
+        """The encoders, which see only images whose weight is not 0."""
         seen = float((self.schedule(torch.linspace(0, 1, WEIGHT_GRID)) != 0).float().mean())
         return [(encoder, seen) for encoder in self.encoders]
 
 
 @dataclass(frozen=True)
 class _Aim:
-    """What the tokens of one micro-batch are aligned with."""
+    """The targets for the tokens of one micro-batch."""
 
-    rows: Tensor  # of the n samples whose weight is not 0; encoders see no other
+    rows: Tensor  # the n samples whose weight is not 0, the only ones that encoders see
     weights: Tensor  # (n,)
     total: Tensor  # sum of the weights over all micro-batches and processes
     features: list[Tensor]  # (n, T, D) for each encoder
 
     @classmethod
     def at(cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment) -> "_Aim":
-        """images (b, 3, H, W) on the device; weights (b,) on the host, so that nobody waits to learn which are 0."""
+        """Compute the targets of images (b, 3, H, W) on the device with weights (b,) on the host."""
         active = weights.nonzero().squeeze(1)
         rows = rng.to_device(active, images.device)
         seen = images[rows]
@@ -119,7 +121,7 @@ class _Aim:
         )
 
     def share(self, output: Output) -> Tensor:
-        """Of the alignment loss, averaged over encoders."""
+        """The micro-batch's share of the alignment loss, averaged over encoders."""
         actives = [tokens[self.rows] for tokens in output.tokens]
         features = self.features or [active.detach() for active in actives]  # no row: a 0 attached to the graph
         losses = [alignment_loss(*pair) for pair in zip(actives, features, strict=True)]
@@ -127,7 +129,7 @@ class _Aim:
 
 
 def alignment_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignment | None:
-    """The term that the options ask for; encoders: those that they name."""
+    """The alignment term that the options request, or None; encoders: those that the options name."""
     if not config.use_proj_loss:
         return None
     schedule = config.proj_weight_schedule

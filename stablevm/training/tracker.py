@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: always a JSON-lines file, and the trackers that were asked for."""
+"""Trackers of a run's metrics and pictures: a JSON-lines file, and those that the options request."""
 
 import json
 import math
@@ -19,15 +19,15 @@ from stablevm.support.text import printable, shown
 WANDB_ALONE = ("offline", "disabled", "dryrun")
 WANDB_REMEDY = "run wandb login, set WANDB_MODE=offline, or give --report-to tensorboard"
 METRICS_FILE = "metrics.jsonl"
-DAMAGED_FILE = "metrics.damaged"  # lines of it that can't be read
-EVALUATED = "eval_"  # begins the names of an evaluation's numbers
+DAMAGED_FILE = "metrics.damaged"  # for lines that can't be read
+EVALUATED = "eval_"  # prefix of the results of evaluations
 
 
 class Trackers:
-    """One interface to the JSON-lines file `FOLDER/metrics.jsonl`, TensorBoard (`FOLDER/tensorboard`) and wandb.
+    """Writes to the JSON-lines file `FOLDER/metrics.jsonl`, to TensorBoard (`FOLDER/tensorboard`) and to wandb.
 
-    To be used on one process only. Rows after `first_step` of an earlier run that was killed are taken off the file,
-    so that each step stands in it once.
+    It must be used in one process only. Rows after `first_step`, left by an earlier command, are removed from the file,
+    so that each step occurs once.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], config: Mapping[str, Any], first_step: int = 0) -> None:
@@ -41,7 +41,7 @@ class Trackers:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row; values that are not finite become null in the file, which JSON can hold."""
+        """Write a row; values that are not finite become null in the file, because JSON has no NaN."""
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -49,12 +49,12 @@ class Trackers:
             tracker.log(dict(values), step=step)
 
     def event(self, row: Mapping[str, Any]) -> None:
-        """A row that is no set of metrics, for the file only; it holds a `step`."""
+        """Write a row about an event, only to the file; it has a `step`."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """A picture uint8 (H, W, 3), for the trackers that show some."""
+        """Send a picture uint8 (H, W, 3) to the trackers that show pictures."""
         for tracker in self._others:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
@@ -68,11 +68,11 @@ class Trackers:
             if tracker.name == "wandb":
                 import wandb
 
-                wandb.teardown()  # waits for its own process, which else may end with this one before it has written
+                wandb.teardown()  # waits for wandb's process, which could otherwise end before it has written
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; damaged lines are left out, and a last one that a kill left half-written."""
+    """The rows of a metrics file, without damaged lines and without an incomplete last line."""
     return [row for line in _whole_lines(path) if (row := _row(line)) is not None]
 
 
@@ -81,7 +81,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds; None for what is none."""
+    """The row in a line; None if the line is damaged."""
     try:
         row = parse_json(line, "line")
     except UserError:
@@ -90,7 +90,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _set_damaged_lines_aside(path: Path) -> None:
-    """Move the lines that are no rows into a file beside it, and say so: the run continues without them."""
+    """Move damaged lines to another file, with a warning, so that the run can continue without them."""
     damaged = [line for line in _whole_lines(path) if _row(line) is None]
     if damaged:
         with (path.parent / DAMAGED_FILE).open("ab") as file:
@@ -99,7 +99,7 @@ def _set_damaged_lines_aside(path: Path) -> None:
 
 
 def evaluated(folder: Path, step: int) -> dict[str, float] | None:
-    """The numbers that the run in `folder` has been evaluated by at `step`; None where it has not."""
+    """The results of the evaluation at `step` of the run in `folder`; None if there was none."""
     path = folder / METRICS_FILE
     for row in read_metrics(path) if path.exists() else ():
         numbers = {name.removeprefix(EVALUATED): value for name, value in row.items() if name.startswith(EVALUATED)}
@@ -109,14 +109,14 @@ def evaluated(folder: Path, step: int) -> dict[str, float] | None:
 
 
 def keep_metrics(folder: Path, target: Path) -> None:
-    """Copy the metrics file into `target`, once: the rows of the course that is left will be taken off it."""
+    """Copy the metrics file to `target`, once, before rows after an earlier step are removed from it."""
     source, copy = folder / METRICS_FILE, target / METRICS_FILE
     if source.exists() and not copy.exists():
         write_with(copy, lambda temporary: temporary.write_bytes(source.read_bytes()))
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """UserError where a tracker is not installed, or nobody is logged in to wandb; its offline modes need no login."""
+    """Raise UserError if a tracker is not installed, or wandb has no login, which its offline modes do not need."""
     for name in names:
         need(f"--report-to {name}", name)
     if "wandb" not in names:
@@ -130,7 +130,7 @@ def check_trackers(names: Sequence[str]) -> None:
     except wandb.errors.Error as error:
         raise _wandb_error(error) from None
     if not known:
-        raise UserError(f"--report-to wandb: nobody is logged in; {WANDB_REMEDY}")
+        raise UserError(f"--report-to wandb: not logged in; {WANDB_REMEDY}")
 
 
 def _wandb_error(error: Exception) -> UserError:
@@ -142,12 +142,12 @@ def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-    PartialState()  # the trackers ask it which process they are on
+    PartialState()  # by which the trackers find out in which process they are
     plain = {
         key: value if isinstance(value, int | float | bool) else printable(str(value)) for key, value in config.items()
     }
     if name == "tensorboard":
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a TensorFlow that happens to be installed stays quiet
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # so that TensorFlow, if installed, prints nothing
         tracker: Any = TensorBoardTracker("tensorboard", logging_dir=str(folder))
     else:
         tracker = WandBTracker("stablevm", name=folder.name, dir=str(folder))

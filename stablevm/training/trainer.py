@@ -1,8 +1,8 @@
-"""The training run: from options to checkpoints, metrics and grids, resumed where an earlier command stopped.
+"""The training run, from options to checkpoints, metrics and grids of samples, resumed where it stopped.
 
-`train` reads from top to bottom: `_prepared` gathers what a run consists of, `Trainer.run` writes its folder, and the
-loop stands in `Trainer._train`. A step itself is `Engine.train_step`: in step.py a batch becomes a target
-(`BatchDrawer.draw`) and the loss is summed (`StepRunner._losses`). Checkpoints are written by `Trainer._save`.
+`train` reads from top to bottom: `_prepared` builds the run, `Trainer.run` writes its folder, and the loop is in
+`Trainer._train`. A step is `Engine.train_step`; in step.py a batch becomes a target (`BatchDrawer.draw`) and the loss
+is summed (`StepRunner._losses`). `Trainer._save` writes checkpoints.
 """
 
 import time
@@ -51,11 +51,11 @@ KEPT_BETWEEN = 2  # checkpoints of a short run that nobody asked for: one to res
 
 
 def train(config: TrainConfig, *, is_part: bool = False) -> int:
-    """Train, or resume training, as `config` says; returns the number of finished steps.
+    """Train a network, or resume training, with the options of `config`; return the number of finished steps.
 
-    is_part: of a longer command, which says itself what comes next. Raises UserError, before anything is written, for
-    options, data or an existing folder that do not fit. Ctrl-C and SIGTERM end the step, write a checkpoint and leave
-    with 128 plus the signal's number.
+    is_part: whether this is part of a longer command, which then prints the next steps itself. Raises UserError, before
+    anything is written, for options, data or an existing folder that do not fit. On Ctrl-C or SIGTERM it finishes the
+    step, writes a checkpoint and exits with 128 plus the number of the signal.
     """
     config.validate()
     with owned(config.folder):
@@ -71,7 +71,7 @@ def train(config: TrainConfig, *, is_part: bool = False) -> int:
 
 
 def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
-    """The trainer, with the weights and the state of the step that the run starts from. Writes nothing."""
+    """Build the trainer, with the weights and state of the step from which the run starts, without writing files."""
     on_main(accelerator, lambda: check_trackers(config.trackers))
     given, config = config, as_started(config)
     start = find_start(config, show=accelerator.is_main_process)
@@ -95,7 +95,7 @@ def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
 
 
 def _restore(engine: Engine, config: TrainConfig, start: int, *, show: bool) -> None:
-    """Take over the checkpoint of step `start`, or the newest one before it whose tensors are this run's."""
+    """Restore the checkpoint of step `start`, or the newest one before it whose tensors fit this run."""
     while True:
         folder = checkpoint.checkpoint_folder(config.folder, start)
         try:
@@ -112,9 +112,7 @@ def _restore(engine: Engine, config: TrainConfig, start: int, *, show: bool) -> 
 
 
 class Trainer:
-    """An engine's run: its steps, and all that they leave on the disk. Construction checks all that can be checked and
-    writes nothing.
-    """
+    """Runs an engine and writes checkpoints, metrics and samples; the constructor makes all checks, but no files."""
 
     def __init__(self, config: TrainConfig, dataset: PreparedDataset, accelerator: Accelerator) -> None:
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
@@ -126,7 +124,7 @@ class Trainer:
         self.evaluation = on_main(accelerator, self._evaluation) if config.eval_every else None
 
     def run(self, interruption: Interruption) -> int:
-        """Train to the end, or to an interruption; returns the number of finished steps."""
+        """Train until the end or an interruption, and return the number of finished steps."""
         engine, started = self.engine, time.monotonic()
         self.first_step = engine.step
         done = engine.step >= self.total_steps
@@ -156,7 +154,7 @@ class Trainer:
         return engine.step
 
     def _train(self, journal: Journal, interruption: Interruption) -> None:
-        """The training loop: every step, and what it leaves on the disk. `_settle` does what a kill leaves undone."""
+        """The training loop: every step and the files it writes; `_settle` does what a kill left undone."""
         config, engine = self.config, self.engine
         for batch in engine.loader(self.total_steps - engine.step):
             journal.clock.end("data_wait")
@@ -179,13 +177,14 @@ class Trainer:
             journal.clock.end("other")
 
     def _due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and at the end, happens at this one; 0: never."""
+        """Whether something that happens every `every` steps, and at the end, is due; never if 0."""
         return every > 0 and (self.engine.step == self.total_steps or self.engine.step % every == 0)
 
     def _save(self, journal: Journal, means: dict[str, float]) -> None:
-        """Write a checkpoint. Right after bad steps no earlier one is removed, as they may be better to resume from.
+        """Write a checkpoint; right after bad steps earlier ones are kept, as it may be better to resume from them.
 
-        means: by which it may be the best; empty for one off the interval, which an undisturbed run would not have.
+        means: the means by which it may be the best; empty for a checkpoint off the interval, which a run without
+        interruption would not have.
         """
         state = replace(self.engine.state(), progress=journal.progress(means))
 
@@ -217,9 +216,9 @@ class Trainer:
             checkpoint.keep_if_best(self.config.folder, record)
 
     def _tidy(self) -> list[str]:
-        """Create the run's folder, or put it in order; returns what else the newest checkpoint's step still owes.
+        """Create the run's folder, or clean it up, and return the tasks that the newest checkpoint's step left undone.
 
-        An earlier command may have been killed at any moment. To be called on the main process.
+        An earlier command may have been killed at any moment. It must be called in the main process.
         """
         config, folder, step = self.config, self.config.folder, self.engine.step
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,14 +264,14 @@ class Trainer:
         )
 
     def _settle(self, journal: Journal, owed: list[str]) -> None:
-        """Do what the step of the checkpoint that the run resumes from still owes."""
+        """Do the tasks that the step of the checkpoint, from which the run resumes, left undone."""
         if "previews" in owed:
             self._draw_previews(journal)
         if "evaluation" in owed:
             self._evaluate(journal)
 
     def _may_stop(self) -> bool:
-        """Processes must stop at the same step, and asking each other costs a synchronisation."""
+        """Whether the run may stop at this step: processes must agree, and each agreement costs a synchronisation."""
         return self.accelerator.num_processes == 1 or self.engine.step % self.config.log_steps == 0
 
     def _draw_previews(self, journal: Journal) -> None:
@@ -317,11 +316,11 @@ class Trainer:
         return load_encoders(self.config, grid_size, self.accelerator.device, dtype)
 
     def _previews(self) -> Previews:
-        """Only the main process draws, and only it loads the autoencoder."""
+        """The previews; only the main process makes them, so only it loads the autoencoder."""
         return Previews(self.config.folder / PREVIEWS, self._autoencoder(), self.config.seed)
 
     def _evaluation(self) -> Evaluation:
-        """To be called on the main process, as the previews."""
+        """The evaluation; like the previews, only in the main process."""
         return Evaluation(self.config, self._autoencoder(), self.accelerator.device)
 
     def _autoencoder(self) -> Autoencoder:

@@ -120,7 +120,10 @@ def test_options_without_effect_are_told(tmp_path, capsys):
         ("--enc-type=digits", "--enc-type digits: it gives"),
         ("--data-dir=nowhere", "--num-classes 10: expected none with --data-dir"),
         (f"--output-dir={__file__}", "expected a folder"),
-        ("--gradient-accumulation-steps=3", "--batch-size 4: not a multiple of 1 processes x 3 accumulation steps"),
+        (
+            "--gradient-accumulation-steps=3",
+            "--batch-size 4: expected a multiple of 1 processes x 3 accumulation steps",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(tmp_path, capsys, option, message):

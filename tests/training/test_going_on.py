@@ -102,7 +102,7 @@ FOREIGN = {
     "escape": (
         "model",
         lambda tensors: tensors.update({"\x1b[2Jx": torch.zeros(1)}),
-        "which is none of this run's tensors",
+        "which is not a tensor of this run",
     ),
     "moments": (
         "optimizer",

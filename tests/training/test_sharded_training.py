@@ -50,4 +50,4 @@ def test_sharding_that_accelerate_would_leave_out(root, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     runs.AcceleratorState._reset_state(True)
     assert cli.train(runs.as_arguments(runs.config(root, "refused"))) == 2
-    assert capsys.readouterr().err.startswith("error: FSDP: accelerate shards over several GPUs only")
+    assert capsys.readouterr().err.startswith("error: FSDP: accelerate shards only over several GPUs")

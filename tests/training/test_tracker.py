@@ -121,7 +121,7 @@ def test_wandb_without_login_is_one_line_at_the_start(monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", lambda prompt: False)
-    with pytest.raises(UserError, match=r"nobody is logged in; run wandb login, set WANDB_MODE=offline") as error:
+    with pytest.raises(UserError, match=r"not logged in; run wandb login, set WANDB_MODE=offline") as error:
         check_trackers(["tensorboard", "wandb"])
     assert "\n" not in str(error.value)
     check_trackers(["tensorboard"])

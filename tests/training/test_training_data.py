@@ -89,7 +89,7 @@ def test_a_bank_of_rows_that_the_data_do_not_have(root, begun, tmp_path):
     bank.insert(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([12, 13]))
     settings, fewer = begun, open_dataset(runs.write_data(tmp_path / "data", torch.arange(13) % 3))
     check_bank(settings, open_dataset(root / "data"), bank)
-    with pytest.raises(UserError, match=r"has 13 rows, the bank of the run in .* names row 13; give the data"):
+    with pytest.raises(UserError, match=r"has 13 rows, but the bank of the run in .* has row 13; give the data"):
         check_bank(settings, fewer, bank)
 
 

@@ -175,7 +175,7 @@ def test_no_checkpoint_is_whole(root, whole, capsys):
     for number in (2, 4, 6):
         spoil(settings.folder, number)
     error, warnings = refused(settings, capsys)
-    assert "no checkpoint is whole (0000006: ema.safetensors is damaged; 0000004: " in error and len(warnings) == 3
+    assert "no checkpoint is intact (0000006: ema.safetensors is damaged; 0000004: " in error and len(warnings) == 3
     error, _ = refused(replace(settings, resume_step=4), capsys)
     assert error.startswith("error: --resume-step 4: ") and "ema.safetensors is damaged; there are: 2, 4, 6" in error
 

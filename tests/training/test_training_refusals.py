@@ -39,7 +39,7 @@ MISTAKES = {
         r"no sample of 2 of 5 classes \(3, 4\).*; lower --num-classes",
     ),
     "resolution": ({"resolution": 256}, "--resolution 256: .* holds images of 8"),
-    "batch": ({"gradient_accumulation_steps": 3}, "--batch-size 8: not a multiple of 1 processes x 3"),
+    "batch": ({"gradient_accumulation_steps": 3}, "--batch-size 8: expected a multiple of 1 processes x 3"),
     "depth": ({**runs.ALIGNED, "encoder_depth": 9}, "--encoder-depth 9: SiT-XXS/2 has 2 blocks"),
     "encoder": ({**runs.ALIGNED, "enc_type": "eyes"}, "eyes"),
     "encoder's file": ({**runs.ALIGNED, "encoder_weights": "nowhere.safetensors"}, "nowhere.safetensors"),
@@ -73,7 +73,7 @@ def test_other_runs_and_files_are_left_alone(root, capsys):
     folder = root / "exps" / "holiday"
     folder.mkdir()
     (folder / "photo.txt").write_text("sunny")
-    assert "holds files but no run" in refusal(runs.as_arguments(runs.config(root, "holiday")), capsys, root)
+    assert "holds files but not a run" in refusal(runs.as_arguments(runs.config(root, "holiday")), capsys, root)
 
 
 def test_a_class_that_the_data_lacks(root, tmp_path, capsys):
