@@ -16,13 +16,13 @@ from stablevm.support.ranges import Count, Natural, NotNegative
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What generated images are compared with, and how."""
+    """The reference for generated images, and the metrics."""
 
     GROUP: ClassVar[str] = "evaluation"
 
     reference: Path
     """Reference .npz: images, stored statistics or both, as ADM's suite and stablevm reference write them; or a folder
-    or .zip of images of one size. With --extractor, a prepared data set with the splits train and test."""
+    or .zip of images of equal size. With --extractor, a prepared data set with the splits train and test."""
     extractor: Path | None = None
     """Evaluate digits instead: folder of the extractor that was trained on them (stablevm extractor)."""
     inception: bool = True
@@ -38,11 +38,11 @@ class EvaluationOptions:
     """exact: distances of float32 features, and density, coverage and memorisation from them. adm: squared distances in
     float16, as ADM's script rounds them."""
     batch_size: Count = 64
-    """Images per forward pass, 1 or more. It changes speed and memory alone."""
+    """Images per forward pass, 1 or more. It affects only speed and memory."""
     cache_dir: Path | None = None
-    """Folder of features that were computed before. Default: stablevm/features in the user's cache folder."""
+    """Cache folder of computed features. Default: stablevm/features in the user's cache folder."""
     cache_gigabytes: NotNegative = 20.0
-    """Space for them: files used longest ago are removed beyond it."""
+    """Maximum size of the cache; beyond it the least recently used files are removed."""
     output: Path | None = None
     """JSON file for the results. Default: the samples' name with .json."""
     report: bool = False
@@ -77,7 +77,7 @@ class EvaluationOptions:
 class EvaluateConfig(EvaluationOptions):
     """Evaluate a file of generated images: FID, sFID, inception score, precision and recall, as ADM's suite has them.
 
-    To evaluate a checkpoint without a file in between, give --ckpt and the options of generate in place of SAMPLES.
+    To evaluate a checkpoint without writing its images, give --ckpt and the options of generate instead of SAMPLES.
     Several processes share the work: torchrun --nproc_per_node=4 evaluate.py ...
     """
 
@@ -85,20 +85,20 @@ class EvaluateConfig(EvaluationOptions):
 
     samples: tyro.conf.Positional[Path]
     """File of generated images: .npz with arr_0, uint8 (N, H, W, 3), and possibly labels, integers (N,); or a folder or
-    .zip of images of one size."""
+    .zip of images of equal size."""
 
 
 @dataclass(frozen=True)
 class EvaluateCheckpointConfig:
-    """Evaluate what a checkpoint generates, without a file in between: the options of generate, and those of evaluate.
+    """Evaluate the images of a checkpoint without writing them, with the options of generate and those of evaluate.
 
     Results go to SAMPLE_DIR/NAME.json. Features are cached, so an interrupted evaluation resumes where it stopped.
     """
 
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationOptions]
-    """What the images are compared with, and how."""
+    """The reference for the images, and the metrics."""
     sampling: tyro.conf.OmitArgPrefixes[GenerateConfig]
-    """How they are generated."""
+    """How the images are generated."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
@@ -127,23 +127,23 @@ class ReferenceConfig:
     split: str = "train"
     """Which split of a prepared data set."""
     num_images: Count = 10_000
-    """Images in the file, drawn from the set, for precision and recall; all of a smaller set."""
+    """Random images of the set that are stored for precision and recall; all of a smaller set."""
     resolution: Count | None = None
     """Side of the images in pixels; for a folder of images of various sizes, which are cropped to it."""
     transform: SquareTransform = "center-crop-dhariwal"
-    """How a folder's images are cropped: as ADM; crop, then Lanczos; or none, where they have one size already."""
+    """How a folder's images are cropped: as ADM; crop, then Lanczos; or none, if they already have one size."""
     statistics: bool = True
-    """Store Inception's statistics of the whole set; without, evaluate computes them from the file's images."""
+    """Store Inception's statistics of the whole set; otherwise evaluate computes them from the images in the file."""
     inception_weights: Path | None = None
     """File with Inception's weights. Default: downloaded once."""
     seed: Natural = 0
-    """Seed of the draw and order of the images, 0 or more."""
+    """Seed for the choice and order of the images, 0 or more."""
     batch_size: Count = 64
-    """Images per forward pass, 1 or more. It changes speed and memory alone."""
+    """Images per forward pass, 1 or more. It affects only speed and memory."""
     cache_dir: Path | None = None
-    """Folder of features that were computed before. Default: stablevm/features in the user's cache folder."""
+    """Cache folder of computed features. Default: stablevm/features in the user's cache folder."""
     cache_gigabytes: NotNegative = 20.0
-    """Space for them: files used longest ago are removed beyond it."""
+    """Maximum size of the cache; beyond it the least recently used files are removed."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""

@@ -13,22 +13,22 @@ from stablevm.support.ranges import Count
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Turn a published checkpoint of SiT, REPA, StableVelocity, REPA-E or LightningDiT into a checkpoint folder for
-    `generate` and `train --init-from`. Sizes are read off the weights; nothing in the file is executed."""
+    """Convert a published checkpoint of SiT, REPA, StableVelocity, REPA-E or LightningDiT into a checkpoint folder for
+    `generate` and `train --init-from`. Sizes are inferred from the weights; no code in the file runs."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """The .pt file: named weights, taken for the moving average, or a dictionary that holds them as ema or model."""
+    """The .pt file: weights by name, taken as the moving average, or a dictionary with them as ema or model."""
     output: Path
-    """New folder for model.json with ema.safetensors and model.safetensors, as far as the file holds them."""
+    """New folder for model.json with ema.safetensors and model.safetensors, if the file has both."""
     source: Literal["sit", "repa", "stablevelocity", "repae", "lightningdit"] | None = None
-    """Whose training made it: the times of sit and lightningdit run from noise to data, the others' from data to noise.
-    Default: told from the file, where it shows."""
+    """Project that trained it. The times of sit and lightningdit run from noise to data, those of others from data to
+    noise. Default: as the file shows."""
     path_type: PathName | None = None
-    """Path of the training; cosine is SiT's GVP. Needed where the file does not record it."""
+    """Path of the training; cosine is SiT's GVP. Required if the file does not record it."""
     prediction: Prediction | None = None
-    """What the network predicts: v, the velocity; x, the data. Needed where the file does not record it."""
+    """What the network predicts: v, the velocity; x, the data. Required if the file does not record it."""
     encoder_depth: Count | None = None
-    """Block, from 1, whose tokens the projectors read. Needed where there are projectors and the file does not record
+    """Block, from 1, whose tokens the projectors read. Required if there are projectors and the file does not record
     it."""
     num_classes: Count | None = None
     """Number of classes, checked against the label table."""

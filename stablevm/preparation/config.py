@@ -17,7 +17,7 @@ MAX_SIDE = 16_384  # pixels of a result
 
 
 def is_archive(dest: Path) -> bool:
-    """Whether a result is to be one ZIP archive instead of a folder."""
+    """Whether a result is a ZIP archive instead of a folder."""
     return dest.suffix.lower() == ".zip"
 
 
@@ -40,11 +40,11 @@ class ConvertConfig:
     bicubic, then crop, as ADM; center-crop: the middle square, then Lanczos; center-crop-wide: the middle rows, then
     Lanczos, black bars above and below; none: no change of size."""
     max_images: Count | None = None
-    """Only the first images, in the order of their names. Default: all."""
+    """Only this many images, the first ones by name. Default: all."""
     num_workers: Natural = 8
     """Processes that convert images; 0: this one."""
     batch_size: Count = 8
-    """Images handed to a worker at a time."""
+    """Images per request to a worker."""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -116,7 +116,7 @@ class EncodeConfig:
     precision: EncoderPrecision = "fp32"
     """Arithmetic of the autoencoder."""
     max_images: Count | None = None
-    """Only the first images, in the order of their names. Default: all."""
+    """Only this many images, the first ones by name. Default: all."""
     batch_size: Count = 16
     """Images encoded at a time by each process."""
     num_workers: Natural = 8
@@ -164,7 +164,7 @@ class PackConfig:
     dest: Path
     """Folder for the shards."""
     vae: str | None = None
-    """Autoencoder that made the latents, where they do not say so themselves; then mse is assumed."""
+    """Autoencoder that made the latents, if they do not record it. Default: mse."""
     images: bool = True
     """Pack the images too; representation alignment and references need them."""
     compress: bool = False
@@ -205,16 +205,16 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Print what a prepared data set holds, and draw some of its images with their classes' names."""
+    """Print facts about a prepared data set, and make a picture of some images with the names of their classes."""
 
     data_dir: tyro.conf.Positional[Path]
     """Folder of the data set: shards, or the layout of REPA."""
     picture: Path | None = None
     """The picture, a PNG file. Default: NAME-examples.png in this folder."""
     classes: Count = 8
-    """Classes shown, spread over all."""
+    """Number of classes shown, evenly spaced."""
     per_class: Count = 8
-    """Images shown of each."""
+    """Images shown of each class."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""

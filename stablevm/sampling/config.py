@@ -17,7 +17,7 @@ CFG_SCALE = Range("0 or more; 1 is no guidance", 0)
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """How the network is asked for a velocity: classifier-free guidance, and its arithmetic."""
+    """Classifier-free guidance, and the arithmetic of the network."""
 
     GROUP: ClassVar[str] = "guidance"
 
@@ -25,11 +25,11 @@ class GuidanceOptions:
     """Classifier-free guidance, 0 or more: 1 is no guidance, more than 1 pulls towards the class. It needs a
     network that was trained with --cfg-prob above 0."""
     guidance_low: Time = 0.0
-    """Guide from this time on, in [0, 1]; 0 is the image and 1 is noise."""
+    """Lowest time with guidance, in [0, 1]; 0 is the image and 1 is noise."""
     guidance_high: Time = 1.0
-    """Guide up to this time, in [0, 1]."""
+    """Highest time with guidance, in [0, 1]."""
     legacy: bool = False
-    """Guide the first three channels only, as the first samplers of DiT and SiT did, to reproduce their images."""
+    """Guide only the first three channels, as the first samplers of DiT and SiT did, to reproduce their images."""
     precision: Precision = "fp32"
     """Arithmetic of the network; the solver's is always 64 bits."""
 
@@ -43,38 +43,38 @@ class ImageOptions:
     num_fid_samples: Count = 50_000
     """Number of images, 1 or more."""
     label_sampling: LabelSampling = "equal"
-    """equal: as many images of each class, exact to one. random: each image's class is drawn uniformly."""
+    """equal: equally many images of each class, up to one. random: the class of each image is drawn uniformly."""
     classes: str | None = None
     """Only these classes: indices separated by commas, such as 207,360. Default: all that had samples in training."""
     unconditional: bool = False
-    """Images of no class in particular, from the network's null class."""
+    """Images without a class, from the network's null class."""
     global_seed: Natural = 0
-    """Seed, 0 or more. Image i depends on it, on i and on its class alone."""
+    """Seed, 0 or more. Image i depends only on it, on i and on its class."""
     grid: bool = False
     """A quick look: no .npz, only SAMPLE_DIR/NAME.png of 8 images of each class, or of 64 if classes are many."""
     trajectory: bool = False
-    """Also draw SAMPLE_DIR/NAME.gif: the images of the picture, as the network foresees them, while they form."""
+    """Also make SAMPLE_DIR/NAME.gif: the network's predictions of the images in the picture while they form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareOptions:
-    """How the work is done."""
+    """Speed and memory."""
 
     GROUP: ClassVar[str] = "hardware"
 
     per_proc_batch_size: Count = 64
     """Images per batch in each process, 1 or more. It changes speed and memory, not the images."""
     compile: bool = False
-    """Let torch.compile make faster kernels of the network's blocks: minutes at the start, less for each image."""
+    """Compile the network's blocks with torch.compile: it takes minutes at the start, then less time for each image."""
     tf32: bool = False
     """Let a GPU round the factors of float32 products to TF32."""
     fused_attn: bool | None = None
-    """Compute attention with the fused kernel, or else step by step. Default: as the checkpoint records."""
+    """Compute attention with the fused kernel, otherwise step by step. Default: as the checkpoint records."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedOptions:
-    """What the checkpoint records, and need not be given: it is checked."""
+    """Facts that the checkpoint records; if given, they are checked."""
 
     GROUP: ClassVar[str] = "checkpoint"
 
@@ -113,7 +113,7 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
     sample_dir: Path = Path("samples")
     """Folder for the result."""
     name: str | None = None
-    """The result is SAMPLE_DIR/NAME.npz. Default: made from the checkpoint, the settings and a hash of both."""
+    """The result is SAMPLE_DIR/NAME.npz. Default: made from the checkpoint and the settings, with a hash of both."""
     heun: bool = False
     """The same as --solver heun, but for the ode only: the sde ignores it, as in the published command."""
 

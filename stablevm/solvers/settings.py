@@ -34,7 +34,7 @@ class SamplerOptions:
     rtol: float = 1e-3
     """Relative error that dopri5 permits in a step, more than 0."""
     atol: float = 1e-6
-    """Absolute error that dopri5 permits in a step beside the relative one, more than 0."""
+    """Absolute error that dopri5 permits in a step in addition to the relative one, more than 0."""
     edm_schedule: bool = False
     """Steps spaced as EDM's noise levels, densest near the image, instead of evenly."""
     diffusion_scale: float = 1.0
@@ -44,11 +44,11 @@ class SamplerOptions:
     split_time: float = 0.85
     """Time in (0, 1) below which stablevs takes its large steps."""
     steps_below: int = 9
-    """How many of the `num_steps` are large steps below `split_time`, 1 or more; at least one remains above it."""
+    """Number of large steps below `split_time`, 1 or more and less than `num_steps`."""
     above_split: Literal["ode", "sde"] = "ode"
-    """How stablevs gets to `split_time`."""
+    """How stablevs integrates from noise to `split_time`."""
     noise_factor: float = 0.0
-    """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (as much as the path permits)."""
+    """Fresh noise in the large steps of stablevs, from 0 (none) to 1 (the largest possible)."""
 
     def expectations(self, spelt: Spelling) -> list[tuple[str, bool, str]]:
         """For each field that can be out of range: its name, whether it is right, and what was expected.

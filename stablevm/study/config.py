@@ -11,10 +11,10 @@ from stablevm.support.ranges import Natural, Time
 
 @dataclass(frozen=True)
 class VarianceConfig:
-    """How noisy the training targets are on a data set, and what that says about --proj-tau and the split point xi.
+    """Measure the variance of the training targets on a data set, and recommend --proj-tau and the split point xi.
 
-    Variance of CFM's and StableVM's targets about the exact velocity of each class's samples, over time, and how many
-    of the references take part. Writes variance.png and variance.json.
+    It is the variance of the targets of CFM and StableVM about the exact velocity of each class's samples, over time,
+    with the effective number of references. Writes variance.png and variance.json.
     """
 
     data_dir: Path
@@ -24,12 +24,11 @@ class VarianceConfig:
     path_type: PathName = "linear"
     """Path between data and noise."""
     references: int = 256
-    """References of each sample, itself among them: the bank's capacity per class. Smaller classes lend all they
-    have."""
+    """References of each sample, including itself: the bank's capacity per class. Smaller classes have fewer."""
     classes: str | None = None
-    """Classes to look at: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
+    """Classes to measure: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
     references_from: Time = 0.0
-    """References take part from this time on, in [0, 1], as in training."""
+    """Time in [0, 1] below which StableVM uses no references, as in training."""
     horizontal_flips: bool = False
     """Count mirrored samples too; the data must have been encoded with --flip."""
     rows: int = 100
@@ -37,8 +36,8 @@ class VarianceConfig:
     times: int = 20
     """Number of times, evenly spaced up to 1; 2 or more."""
     seed: Natural = 0
-    """Seed of classes, samples, references and noise; 0 or more. Latents are drawn as a training of this seed fills
-    its bank."""
+    """Seed of classes, samples, references and noise; 0 or more. Latents are sampled as for the bank of a training
+    run with this seed."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""

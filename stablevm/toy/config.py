@@ -27,7 +27,7 @@ RESULT_FIELDS = (
 class ToyConfig:
     """Learn the field of a Gaussian mixture, where the exact one is known, with different training targets.
 
-    Each method trains on the same mixture from the same first weights; the Fisher divergence is the mean of
+    Each method trains on the same mixture from the same initial weights; the Fisher divergence is the mean of
     |predicted - exact field|^2, summed over dimensions, against the closed form. Results go to OUTPUT_DIR/data, one
     file for each method, field and seed; finished ones are not computed again.
     """
@@ -35,25 +35,25 @@ class ToyConfig:
     exp: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-e"])] = ("stable_vm",)
     """Methods: cfm, stf, stable_vm, stable_vm_efficient (never holds the references at once); several, or all."""
     vector_field: Literal["velocity", "score"] = "velocity"
-    """What is learnt. The score is scaled: sigma(t) times the score of x_t, in training, evaluation and figures."""
+    """The field that is learnt. The score is multiplied by sigma(t), in training, evaluation and figures."""
     seeds: Count = 1
     """Number of repetitions, with the seeds SEED, SEED + 1, and so on."""
     seed: Natural = 0
-    """Seed of mixture, evaluation points, first weights and training; 0 or more."""
+    """Seed of mixture, evaluation points, initial weights and training; 0 or more."""
     only_plot: bool = False
-    """Draw figures of the results there are, and the variance curves; train nothing."""
+    """Plot the existing results and the variance curves, without training."""
     no_plot_variance: bool = False
-    """Leave the variance curves out."""
+    """Do not plot variance curves."""
     enable_visualization: bool = False
-    """Also draw PNG frames and GIFs: predicted, exact and difference fields, and trajectories from noise to data."""
+    """Also make PNG frames and GIFs: predicted, exact and difference fields, and trajectories from noise to data."""
     use_wandb: bool = False
     """Send metrics to wandb as well."""
     use_tensorboard: bool = False
     """Send metrics to TensorBoard as well."""
     imagenet_data_path: Path | None = None
-    """A prepared data set whose variance curve is drawn as well."""
+    """A prepared data set whose variance curve is plotted too."""
     cifar10_data_path: Path | None = None
-    """Folder of CIFAR-10's binary version (data_batch_1.bin, ...), whose variance curve is drawn as well."""
+    """Folder of CIFAR-10's binary version (data_batch_1.bin, ...), whose variance curve is plotted too."""
     output_dir: Path = Path("plots")
     """Folder for figures; results go to its folder data."""
     components: Count = 100
@@ -63,7 +63,7 @@ class ToyConfig:
     batch_size: Count = 256
     """Samples per update."""
     references: Count = 2048
-    """References per update, drawn anew each time and shared by the batch; stf needs BATCH_SIZE or more."""
+    """References per update, drawn for each update and shared by the batch; stf needs BATCH_SIZE or more."""
     updates: Count = 20_000
     """Updates of Adam."""
     learning_rate: Positive = 1e-4
@@ -71,9 +71,9 @@ class ToyConfig:
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm, for all methods alike."""
     ema_decay: Decay = 0.999
-    """Decay of the weights' moving average, which is what is evaluated; in [0, 1)."""
+    """Decay of the moving average of the weights, which is evaluated; in [0, 1)."""
     ema_warmup: bool = False
-    """Let the moving average forget its first updates sooner, as in train.py; the published study does not."""
+    """Let the moving average forget its first updates faster, as in train.py; the published study does not."""
     network: Literal["adaptive", "perceptron"] = "adaptive"
     """The published network, modulated by the time (14,634 parameters in 10 dimensions), or a plain perceptron."""
     width: Count = 32
@@ -91,7 +91,7 @@ class ToyConfig:
     eval_times: tuple[Annotated[float, _TIMES], ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     """Times of evaluation, in (0, 1]; the first four are the published ones."""
     variance_dimensions: tuple[Count, ...] = (10, 100, 500)
-    """Dimensions of the mixtures whose variance curves are drawn."""
+    """Dimensions of the mixtures whose variance curves are plotted."""
     variance_samples: Annotated[int, _TWO] = 1000
     """Samples at each time of a variance curve."""
 

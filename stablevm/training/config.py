@@ -44,9 +44,9 @@ TRACKERS = ("tensorboard", "wandb", "none")
 
 # Options of StableVelocity's train.py that are taken so that its commands run, and why nothing hangs on them.
 _NOT_NEEDED = {
-    "logging_dir": "logs lie in OUTPUT_DIR/EXP_NAME",
+    "logging_dir": "logs are in OUTPUT_DIR/EXP_NAME",
     "legacy": "stablevm import knows the names of early checkpoints",
-    "bank_chunk_size": "references are weighed in blocks that fit the memory, with the same result",
+    "bank_chunk_size": "references are processed in blocks that fit into memory, with the same result",
 }
 
 # May differ between a run and its continuation: they change neither the batches nor the network.
@@ -63,7 +63,7 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The prepared data, and how they are read."""
+    """The prepared data, and how it is read."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -74,7 +74,7 @@ class DataOptions:
     num_classes: int | None = None
     """Number of classes, at least those of the data set. Default: the data set's."""
     horizontal_flips: bool = False
-    """Train on each image's mirror image too, as a sample of its own; the data must be prepared with encode --flip."""
+    """Train on each image's mirror image too, as a separate sample; the data must be prepared with encode --flip."""
     num_workers: Natural = 4
     """Processes that read data."""
 
@@ -91,19 +91,19 @@ class NetworkOptions:
     qk_norm: bool = False
     """Normalise queries and keys."""
     init_from: Path | None = None
-    """Start from the weights of this checkpoint folder instead of random ones: fine-tuning, of an import too."""
+    """Start from the weights of this checkpoint folder instead of random ones: fine-tuning, also after an import."""
     init_weights: Weights = "ema"
-    """Which of its weights: ema, the moving average; model, those of its last step."""
+    """Which of its weights: ema, the moving average; model, those of the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisationOptions:
-    """How long, and how the weights are changed."""
+    """The length of training, and the optimiser."""
 
     GROUP: ClassVar[str] = "optimisation"
 
     epochs: Count = 1400
-    """Stop after this many passes over the data, if --max-train-steps does not end first."""
+    """Stop after this many passes over the data, unless --max-train-steps is reached first."""
     max_train_steps: Count = 400_000
     """Stop after this many steps."""
     batch_size: Count = 256
@@ -126,18 +126,18 @@ class OptimisationOptions:
     adam_epsilon: Positive = 1e-8
     """AdamW's epsilon, above 0."""
     max_grad_norm: Annotated[float, Range("0 or more; 0 does not clip", 0)] = 1.0
-    """Gradients are scaled down to this norm; 0 turns that off."""
+    """Gradients are clipped to this norm; 0 turns clipping off."""
     ema_decay: Decay = 0.9999
     """Decay d of the weights' moving average, in [0, 1); after n steps min(d, (1 + n) / (10 + n)) is used."""
     max_bad_steps: Count = 10
-    """End the run after so many steps in a row whose loss or gradient is not finite; fewer are skipped and reported."""
+    """End the run after this many steps in a row whose loss or gradient is not finite; fewer are skipped."""
     seed: Natural = 0
     """Seed of weights, batches, times and noise; 0 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """What the network is trained on."""
+    """The targets on which the network is trained."""
 
     GROUP: ClassVar[str] = "objective"
 
@@ -151,37 +151,37 @@ class ObjectiveOptions:
     """Distribution of training times: uniform; lognormal: EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2);
     logit_normal: ln(sigma/alpha) ~ N(0, 1)."""
     cfg_prob: Chance = 0.1
-    """Chance that a label is dropped, in [0, 1]."""
+    """Probability that a label is dropped, in [0, 1]."""
     bank_capacity_per_class: Annotated[int, Range("at least 1, or all", 1)] | Literal["all"] = 256
-    """Samples that the bank keeps of each class. all: every latent of the data, one draw of each, from the start on."""
+    """Samples of each class in the bank. all: every latent of the data, sampled once, from the first step on."""
     prefill_bank_fully: bool = False
-    """Fill the bank up before the first step; otherwise it starts with one sample per class."""
+    """Fill the whole bank before the first step; otherwise it starts with one sample per class."""
     prefill_batch_size: Count = 1024
     """Latents read at a time while the bank is filled."""
     prefill_workers: Natural | None = None
     """Threads that read latents while the bank is filled. Default: --num-workers."""
     bank_on_gpu: bool = True
-    """Keep the bank in the GPU's memory; otherwise in the host's, where its arithmetic then runs too."""
+    """Keep the bank in the GPU's memory; otherwise in the host's memory, and its arithmetic runs there too."""
     bank_anchors: Anchors = "bank"
-    """The sample that is perturbed: bank, one drawn from the bank (as published); batch, the fresh one."""
+    """The samples that are perturbed: bank, drawn from the bank (as published); batch, the fresh ones."""
     references_from: Time = 0.0
-    """References take part from this time on, in [0, 1]; below it targets are si's, and nothing is weighed."""
+    """Time in [0, 1] below which targets are those of si, without references."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentOptions:
-    """Alignment of the network's tokens with a frozen encoder's."""
+    """Alignment of the network's tokens with those of a frozen encoder."""
 
     GROUP: ClassVar[str] = "alignment"
 
     use_proj_loss: bool = False
-    """Align inner tokens with a frozen encoder's (VA-REPA)."""
+    """Align the network's hidden tokens with those of a frozen encoder (VA-REPA)."""
     proj_coeff: NotNegative = 0.5
     """Weight of the alignment loss, 0 or more."""
     proj_weight_schedule: WeightName = "hard"
     """How alignment fades with time; constant is plain REPA."""
     proj_tau: Annotated[float, TIME_ABOVE_0] = 0.7
-    """Time around which it fades, in (0, 1]."""
+    """Time around which alignment fades, in (0, 1]."""
     proj_k: Annotated[float, FINITE_ABOVE_0] = 20.0
     """Steepness of the sigmoid, more than 0."""
     encoder_depth: int = 8
@@ -189,23 +189,23 @@ class AlignmentOptions:
     enc_type: str = "dinov2-vit-b"
     """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name, or digits."""
     encoder_weights: str | None = None
-    """Files of the encoders' weights separated by commas, for machines without network."""
+    """Files of the encoders' weights separated by commas, for machines without a network connection."""
     encoder_resize: Resize = "bicubic"
-    """How images get the encoders' size: bicubic of the nearest pixels, as published; antialiased, smoothed first."""
+    """How images are resized for encoders: bicubic, without antialiasing, as published; antialiased, with it."""
     use_irepa: bool = False
     """iREPA: a convolutional projector, and encoder features normalised over space."""
     irepa_gamma: Annotated[float, Range("a share in [0, 1]", 0, 1)] = 0.6
-    """Share of the mean over patches that iREPA takes off the encoder's features, in [0, 1]."""
+    """Share of the mean over patches that iREPA subtracts from the encoder's features, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What is written, and from where a run is resumed."""
+    """What is written, and where a run resumes."""
 
     GROUP: ClassVar[str] = "checkpoints"
 
     resume: bool = False
-    """Resume OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no other option than those two."""
+    """Resume OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no options except those two."""
     resume_step: Natural = 0
     """Resume from the checkpoint of this step instead of the newest."""
     checkpointing_steps: Count | None = None
@@ -218,15 +218,15 @@ class CheckpointOptions:
     log_steps: Count = 10
     """Write metrics every this many steps."""
     sampling_steps: Natural | None = None
-    """Draw a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or a tenth of a run of
+    """Make a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or a tenth of a run of
     fewer than 50,000 steps."""
     vae: str | None = None
-    """Autoencoder that decodes samples: ema, mse, or a folder, for machines without network. Default: the data's."""
+    """Autoencoder that decodes samples: ema, mse, or a folder (without a network connection). Default: the data's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Samples that are evaluated during the training."""
+    """Evaluation of samples during training."""
 
     GROUP: ClassVar[str] = "evaluation"
 
@@ -234,13 +234,13 @@ class EvaluationOptions:
     """Evaluate samples of the moving average every this many steps, and at the end, and keep the checkpoint with the
     lowest Fréchet distance as checkpoints/best; 0: never."""
     eval_samples: Annotated[int, Range("at least 4", 4)] = 1000
-    """Samples that are evaluated, 4 or more: always of the same noise, 40 Euler steps, no guidance."""
+    """Samples that are evaluated, 4 or more: always with the same noise, 40 Euler steps, no guidance."""
     eval_reference: str | None = None
     """Reference file to evaluate against (stablevm reference); with --eval-extractor, the digits' folder."""
     eval_extractor: str | None = None
     """Evaluate digits: folder of the extractor that was trained on them."""
     eval_enc_type: str | None = None
-    """Evaluate by this encoder's features in place of Inception's."""
+    """Evaluate by the features of this encoder instead of Inception's."""
     eval_weights: str | None = None
     """File with the weights of Inception or of --eval-enc-type. Default: downloaded once."""
 
@@ -255,11 +255,11 @@ class HardwareOptions:
     """Arithmetic of the network. Default: as accelerate launch says (--mixed_precision), else fp16 on a GPU, no on a
     CPU."""
     allow_tf32: bool = False
-    """Let a GPU round the factors of the network's float32 products to TF32. The references' never are."""
+    """Let a GPU round the factors of the network's float32 products to TF32, but never those for references."""
     fused_attn: bool = True
     """Compute attention with the fused kernel."""
     compile: bool = False
-    """Compile the network's blocks: the first step takes a minute, the others less time and memory."""
+    """Compile the network's blocks: the first step takes a minute, later ones less time and memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,11 +285,11 @@ class TrainConfig(
     """wandb, tensorboard, none; several separated by commas. Metrics always go to metrics.jsonl as well."""
 
     logging_dir: str | None = None
-    """StableVelocity's; not needed: logs lie in OUTPUT_DIR/EXP_NAME."""
+    """StableVelocity's; not needed: logs are in OUTPUT_DIR/EXP_NAME."""
     legacy: bool = False
     """StableVelocity's; not needed: stablevm import knows the names of early checkpoints."""
     bank_chunk_size: int | None = None
-    """StableVelocity's; not needed: references are weighed in blocks that fit the memory, with the same result."""
+    """StableVelocity's; not needed: references are processed in blocks that fit into memory, with the same result."""
 
     @property
     def folder(self) -> Path:
