@@ -1,4 +1,4 @@
-"""The commands: parse, call, nothing else. Users' mistakes end with one line on stderr and status 2."""
+"""The commands, which only parse options and call functions. Bad input ends in one line on stderr and status 2."""
 
 import atexit
 import errno
@@ -23,9 +23,9 @@ from stablevm.support.version import __version__
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
 UNREAD_STATUS = 141  # 128 + SIGPIPE
-# Faults of the machine that a user can mend, not bugs: no space, no permission, a disk that fails or is gone.
+# Errors of the machine that a user can fix, not bugs: no space, no permission, a disk that fails or is missing.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Names that can't be: below a file, a folder for a file, too long, a link to itself.
+# Impossible names: below a file, a folder instead of a file, too long, a link to itself.
 NO_SUCH_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 SYSTEM_LIMITS = (
     *NO_SPACE, *NO_SUCH_NAME, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN,
@@ -34,20 +34,20 @@ SYSTEM_LIMITS = (
 
 
 class Entry(Protocol):
-    """Takes the arguments given, or those of the program that is running; returns the exit status."""
+    """A function that runs a command with arguments, or those of the program, and returns the exit status."""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
 @runtime_checkable
 class Checked(Protocol):
-    """Options that know their ranges: they are checked before the command's module is imported."""
+    """Options that can check themselves, which is done before the command's module is imported."""
 
     def validate(self) -> None: ...
 
 
 def _entry(command: Command, program: str = "") -> Entry:
-    """The command as a function; see `_run`."""
+    """Make a function that runs the command; see `_run`."""
 
     def entry(arguments: Sequence[str] | None = None) -> int:
         return _run(command, program or f"stablevm {command.name}", _given(arguments))
@@ -59,7 +59,7 @@ def _named(name: str) -> Command:
     return next(command for command in COMMANDS if command.name == name)
 
 
-# The commands that are scripts of the published code, or that are called from Python.
+# Commands that are scripts of the published code, or that are called from Python.
 train = _entry(TRAIN, "train.py")
 generate = _entry(_named("generate"), "generate.py")
 evaluate = _entry(EVALUATE, "evaluate.py")
@@ -73,12 +73,12 @@ benchmark = _entry(_named("benchmark"))
 
 
 def prepare(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm prepare STEP`."""
+    """The command `stablevm prepare STEP`."""
     return _choose("stablevm prepare", "STEP", _behind("prepare"), _given(arguments))
 
 
 def data(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm data ACTION`."""
+    """The command `stablevm data ACTION`."""
     return _choose("stablevm data", "ACTION", _behind("data"), _given(arguments))
 
 
@@ -89,7 +89,7 @@ def dataset_tools(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`stablevm COMMAND ...`."""
+    """The command `stablevm COMMAND ...`."""
     given = _given(arguments)
     if given == ["--version"]:
         print(f"stablevm {__version__}")
@@ -102,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _choose("stablevm", "COMMAND", table, given)
 
 
-Table = dict[str, tuple[Entry, str]]  # by its name, a command with its purpose
+Table = dict[str, tuple[Entry, str]]  # commands with their purposes, by name
 
 
 def _behind(word: str) -> Table:
-    """The commands of two words of which the first is `word`, by the second."""
+    """The commands with two words whose first is `word`, by the second."""
     return {
         command.name.split()[1]: (_entry(command), command.purpose)
         for command in COMMANDS
@@ -115,7 +115,7 @@ def _behind(word: str) -> Table:
 
 
 def _choose(program: str, what: str, table: Table, arguments: list[str]) -> int:
-    """Hand the arguments after the first to the command that it names."""
+    """Run the command that the first argument names, with the other arguments."""
     name, *rest = arguments or ["--help"]
     if name in table:
         return table[name][0](rest)
@@ -131,10 +131,10 @@ def _choose(program: str, what: str, table: Table, arguments: list[str]) -> int:
 
 
 def _run(command: Command, program: str, arguments: list[str]) -> int:
-    """Parse the arguments into the command's options and do its work with them; returns the exit status.
+    """Parse the arguments, do the command's work with its options, and return the exit status.
 
-    The status is 0, or what the work returns where the command says so. Only the work imports the module that it calls,
-    so that help and mistakes are answered without waiting for torch.
+    The status is 0, or the result of the work if the command says so. Only the work imports the module that it calls,
+    so that help and errors do not wait for torch.
     """
 
     def run() -> object:
@@ -151,9 +151,9 @@ def _run(command: Command, program: str, arguments: list[str]) -> int:
 
 
 def _guarded(run: Callable[[], object], program: str, resumes: bool = True) -> int:
-    """Run the command `program`; returns its exit status, the one that `run` returns if it is a number.
+    """Run the command `program` and return its exit status, which is the result of `run` if that is a number.
 
-    resumes: whether it resumes where it stopped when it is run again.
+    resumes: whether the command resumes when it is run again.
     """
     with usable_streams():
         return _status(run, program, resumes)
@@ -170,11 +170,11 @@ def _status(run: Callable[[], object], program: str, resumes: bool) -> int:
         tell("interrupted; run the same command again to " + ("resume" if resumes else "start over"))
         return INTERRUPTED_STATUS
     except SystemExit as end:
-        if isinstance(end.code, int) and end.code > 128:  # a training that was told to stop
+        if isinstance(end.code, int) and end.code > 128:  # training was stopped by a signal
             _take_no_more_interrupts()
         raise
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the remaining output of Python
         return UNREAD_STATUS
     except OSError as error:
         if error.errno not in SYSTEM_LIMITS:
@@ -187,14 +187,14 @@ def _status(run: Callable[[], object], program: str, resumes: bool) -> int:
 
 
 def _take_no_more_interrupts() -> None:
-    """The command has ended: another Ctrl-C could only fall into Python's clearing up, which would show a traceback."""
+    """Ignore Ctrl-C from now on, because in Python's cleanup it would only show a traceback."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN not inherited by other programs
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Python's last steps undo the line above
 
 
 def _explaining(run: Callable[[], object], program: str) -> object:
-    """Run the command; UserError for a package that is not installed, if an extra brings it."""
+    """Run the command; UserError for a package that is not installed, if an extra has it."""
     try:
         return run()
     except ModuleNotFoundError as error:

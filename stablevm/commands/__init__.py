@@ -1,1 +1,1 @@
-"""The command line: the commands, their options, files of options, and recipes."""
+"""The command line: commands, their options, files of options, and recipes."""

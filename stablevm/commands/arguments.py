@@ -1,7 +1,7 @@
-"""From the words of a command line and the files of options to the dataclass of a command's options, by tyro.
+"""Parsing command lines and files of options into the dataclass of a command's options, with tyro.
 
-Each option is declared once, in that dataclass. For tyro it becomes a dictionary of the options that were given: then
-what was not given may come from a run that is resumed, from a file, or from the dataclass.
+Each option is declared once, in that dataclass. tyro returns only the options that were given; others may come from a
+run that is resumed, from a file, or from the defaults of the dataclass.
 """
 
 import ast
@@ -32,15 +32,15 @@ class Common:
     """Options of every command."""
 
     config: str | None = None
-    """Take options from this file: TOML, YAML or JSON, a run's folder, or the name of a recipe (stablevm recipes). What
-    is given on the command line wins."""
+    """Take options from this file (TOML, YAML or JSON), a run's folder, or a recipe by its name (stablevm recipes).
+    Options on the command line have priority."""
     quiet: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-q"])] = False
-    """Print warnings, errors and the last line only."""
+    """Print only warnings, errors and the last line."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a command line asks for."""
+    """The result of parsing a command line."""
 
     use: Use[Any]
     options: Any  # an instance of `use.options`
@@ -48,10 +48,10 @@ class Parsed:
 
 
 def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
-    """What the arguments and the files that they name ask for.
+    """Parse the arguments and the files that they name.
 
-    Ends the program with status 2, and with status 0 after its help; UserError for a file that can't be read, for an
-    option of another use of the command, and where one is missing.
+    It ends the program with status 2 for arguments that tyro rejects, and with status 0 after help. UserError for a
+    file that can't be read, for an option of another use of the command, and for a missing option.
     """
     given = _given(command, program, arguments)
     common = Common(**{field.name: given.pop(field.name) for field in fields(Common) if field.name in given})
@@ -73,7 +73,7 @@ def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
 
 
 def build(kind: type, values: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass of options, and of those within it, of the values by the options' names."""
+    """Make an instance of a dataclass of options, and of dataclasses inside it, from values by the options' names."""
     hints = get_type_hints(kind)
     return kind(
         **{
@@ -85,7 +85,7 @@ def build(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _given(command: Command, program: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that were given. What the parser says of wrong ones is said once, by one of several processes."""
+    """The options that were given; the parser's errors are printed once for all processes."""
     told = io.StringIO()
     try:
         with nullcontext() if is_alone() else redirect_stderr(told):
@@ -104,7 +104,7 @@ def _given(command: Command, program: str, arguments: Sequence[str]) -> dict[str
 
 
 def _inside(parsed: Any) -> Iterator[tuple[str, Any]]:
-    """The options in what the parser made, and in the groups within it."""
+    """The options in the parser's result, and in its groups."""
     for name, value in vars(parsed).items():
         if is_dataclass(value):
             yield from _inside(value)
@@ -113,9 +113,9 @@ def _inside(parsed: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parser_type(command: Command) -> type:
-    """The dataclass from which tyro makes the command's parser: one within it for each group of options.
+    """The dataclass from which tyro makes the command's parser, with a dataclass inside it for each group of options.
 
-    Each option is None where it is not given, which nobody can type.
+    An option that is not given is None, which can't be typed.
     """
     general = _options(Group("", "", Common, fields(Common)))
     if len(command.groups) == 1:
@@ -137,20 +137,20 @@ def _options(group: Group) -> list[Any]:
 
 
 def _or_none(option: "Field[Any]", hint: Any, text: str) -> Any:
-    """The type of an option, or None, with all that tyro is to know of it."""
+    """The type of an option or None, with its annotations for tyro."""
     notes = list(getattr(hint, "__metadata__", ()))
     plain = get_args(hint)[0] if notes else hint
     words = [part for part in (plain, *get_args(plain)) if get_origin(part) is Literal]
     if words and not set(get_args(plain)) - {*words, NoneType, *get_args(words[0])}:
         notes.append(_one_of(get_args(words[0])))
     notes.append(tyro.conf.arg(help=text, help_behavior_hint=_hint(option), metavar=_metavar(option, plain)))
-    # None comes first: what tyro compares with it then is quick, and does not import typeguard
+    # None comes first, because tyro's comparison with it is then fast and does not import typeguard
     made: Any = Union[None, plain]  # noqa: UP007
     return Annotated[(made, *notes)]
 
 
 def _one_of(words: tuple[str, ...]) -> Any:
-    """What tyro is to do with words; by itself it would offer None among them."""
+    """tyro's parser for a choice of words, to which it would otherwise add None."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{{','.join(words)}}}",
@@ -162,7 +162,7 @@ def _one_of(words: tuple[str, ...]) -> Any:
 
 
 def _metavar(option: "Field[Any]", hint: Any) -> str | None:
-    """What stands for the value in the help, where tyro has no good word for it."""
+    """The placeholder for the value in the help, if tyro has no good one."""
     if is_positional(option):
         return option.name.upper()
     if option.name == "config":
@@ -175,7 +175,7 @@ def _metavar(option: "Field[Any]", hint: Any) -> str | None:
 
 
 def _hint(option: "Field[Any]") -> str:
-    """What the help says of an option that is left out; its description says what stands in for None."""
+    """The default of an option for the help; if it is None, the option's description explains it."""
     if option.default is MISSING:
         return "(required)"
     if option.default is None:
@@ -189,7 +189,7 @@ def _hint(option: "Field[Any]") -> str:
 
 @functools.cache
 def descriptions(kind: type) -> dict[str, str]:
-    """The text under each field of a dataclass and of those that it inherits from, as one line."""
+    """The docstring of each field of a dataclass, including inherited ones, as one line."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         definition = _classes(base.__module__).get(base.__name__)
@@ -212,5 +212,5 @@ def _spelt(names: Sequence[str], command: Command) -> str:
 
 
 def _others(command: Command, use: Use[Any]) -> list[str]:
-    """How the other uses of a command are asked for."""
+    """The options that request the other uses of a command."""
     return [command.spelt(other.given) if other.given else "without" for other in command.uses if other is not use]

@@ -1,4 +1,4 @@
-"""`stablevm completion`: a script with which a shell completes all commands and their options."""
+"""The command `stablevm completion`, which prints a script for completion in a shell."""
 
 import functools
 import operator
@@ -13,7 +13,7 @@ from stablevm.commands.table import COMMANDS, PURPOSES
 
 
 def print_script(shell: Shell) -> None:
-    """Made by tyro from one parser of all commands, which nothing else needs."""
+    """Print the script, which tyro makes from one parser for all commands."""
     inner: dict[str, list[Any]] = {word: [] for word in PURPOSES}
     outer: list[Any] = []
     for command in COMMANDS:

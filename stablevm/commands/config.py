@@ -10,18 +10,18 @@ Shell = Literal["bash", "zsh", "tcsh"]
 
 @dataclass(frozen=True)
 class RecipesConfig:
-    """List the recipes: files of options for published and measured settings, and what each is expected to reach.
+    """List the recipes: files of options for published and measured settings, with the results to expect.
 
     To run one, give its name as --config: stablevm train --config NAME --exp-name RUN --data-dir DATA.
     """
 
     name: tyro.conf.Positional[str | None] = None
-    """Print this recipe, to be kept and changed."""
+    """Print this recipe, to be saved and changed."""
 
 
 @dataclass(frozen=True)
 class CompletionConfig:
-    """Print a script with which a shell completes the commands and their options."""
+    """Print a script that lets a shell complete the commands and their options."""
 
     shell: tyro.conf.Positional[Shell]
-    """The shell that is to read the script."""
+    """The shell for which the script is made."""

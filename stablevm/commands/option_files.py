@@ -1,7 +1,7 @@
-"""Files of options: TOML, YAML or JSON, a run's own file, or a recipe. Every name and every type is checked.
+"""Files of options in TOML, YAML or JSON, which may be a run's own file or a recipe; names and types are checked.
 
-A file holds the options of one command; or a table for each of several commands, named as they are, and a table
-`about`, which describes the rest.
+A file holds the options of one command, or a table for each of several commands, with the name of the command, and a
+table `about` with a description.
 """
 
 import difflib
@@ -21,9 +21,9 @@ from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 
 def read_options(where: str, command: Command) -> dict[str, Any]:
-    """The options of `command` in the file `where`, by their names, in the types that they are declared with.
+    """Read the options of `command` from a file: values with the declared types, by name.
 
-    where: a file, a run's folder, or the name of a recipe. UserError for what can't be read, an unknown name, or a
+    where: a file, a run's folder, or the name of a recipe. UserError if it can't be read, for an unknown name, or for a
     value of another type.
     """
     path = file_of(where)
@@ -40,7 +40,7 @@ def read_options(where: str, command: Command) -> dict[str, Any]:
 
 
 def file_of(where: str) -> Path:
-    """The file that is meant; UserError where there is none."""
+    """The file called `where`, in a run's folder called so, or of the recipe called so; UserError if there is none."""
     path = Path(where)
     for each in (path, path / CONFIG_FILE):
         if each.is_file():
@@ -49,20 +49,18 @@ def file_of(where: str) -> Path:
         return recipe_file(where)
     if path.is_dir():
         raise UserError(f"--config {where}: a folder without {CONFIG_FILE}; give a run's folder, or a file")
-    raise UserError(
-        f"--config {printable(where)}: no such file, and no recipe; the recipes are {', '.join(recipe_names())}"
-    )
+    raise UserError(f"--config {printable(where)}: no such file or recipe; the recipes are {', '.join(recipe_names())}")
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """What the file holds, by its ending; UserError where it is damaged."""
+    """Read a file in the format of its suffix; UserError if it is damaged."""
     if path.suffix == ".json":
         return read_object(path, "options", remedy="correct it")
     readers = {".toml": _read_toml, ".yaml": _read_yaml, ".yml": _read_yaml}
     if path.suffix not in readers:
         raise UserError(f"--config {path}: expected a file that ends in .toml, .yaml, .yml or .json")
     if path.stat().st_size > LARGEST_JSON:
-        raise UserError(f"--config {path}: {path.stat().st_size:,} bytes are no file of options")
+        raise UserError(f"--config {path}: {path.stat().st_size:,} bytes are too many for a file of options")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -94,7 +92,7 @@ def _read_yaml(text: str, path: Path) -> Any:
 
 
 def _of_command(values: Mapping[str, Any], command: Command, path: Path) -> Mapping[str, Any]:
-    """The part of a file that is the command's: its own table, or all, where there are no tables."""
+    """The part of a file for the command: its table, or everything if there are no tables."""
     tables = {name: value for name, value in values.items() if isinstance(value, dict) and name != ABOUT}
     plain = {name: value for name, value in values.items() if name not in tables and name != ABOUT}
     if not tables:

@@ -1,4 +1,4 @@
-"""`--quiet`: warnings and errors as ever, of all else the last line."""
+"""The option `--quiet`, with which only warnings, errors and the last line are printed."""
 
 import os
 import sys
@@ -11,9 +11,9 @@ NO_BARS = "TQDM_DISABLE"  # an environment variable that tqdm reads when it is i
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Within it, standard output keeps what is printed to itself, and prints the last line at the end; no bars.
+    """Inside the block, suppress standard output and progress bars, and print the last line at the end.
 
-    An error leaves the last line out: what went wrong is the last line then.
+    After an error the last line is not printed, because the error message is the last line then.
     """
     before, stream = os.environ.get(NO_BARS), _LastLine(sys.stdout)
     os.environ[NO_BARS] = "1"
@@ -30,7 +30,7 @@ def quietly() -> Iterator[None]:
 
 
 class _LastLine:
-    """A stream that remembers the last line that is not empty."""
+    """A stream that remembers the last non-empty line."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""The commands: of each its name, its options and what it does. Help, pages and tests follow this list."""
+"""The list of commands, with their names, options and functions, which help, documents and tests follow."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass
@@ -33,35 +33,35 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Use(Generic[Config]):
-    """What a command does with options of one kind."""
+    """A use of a command, with options of one kind and the function that is called with them."""
 
     options: type[Config]
     work: Callable[[Config], object]
-    given: str = ""  # the option that asks for this use, where a command has several
+    given: str = ""  # the option that requests this use, if a command has several
     # From the options that were given to those of the run that is resumed, which stand in for the others.
     resumed: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     @cached_property
     def fields(self) -> dict[str, "Field[Any]"]:
-        """The options by their names, those of dataclasses within the options too."""
+        """The options by name, including those of dataclasses inside the options."""
         return {field.name: field for group in groups_of(self.options) for field in group.fields}
 
     @property
     def required(self) -> list[str]:
-        """Options without a default."""
+        """The options without a default."""
         return [name for name, field in self.fields.items() if field.default is MISSING]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of `stablevm`, or of a script of the published code."""
+    """A command of `stablevm`, or of a script of the published code."""
 
     name: str  # as it is typed: "prepare encode"
     purpose: str
     uses: tuple[Use[Any], ...]
-    script: str = ""  # by which it is called as well
-    returns_status: bool = False  # whether what the work returns is the exit status
-    resumes: bool = True  # whether it resumes where it stopped when it is run again
+    script: str = ""  # the script that calls it too
+    returns_status: bool = False  # whether the result of the work is the exit status
+    resumes: bool = True  # whether it resumes when it is run again
 
     @property
     def description(self) -> str:
@@ -69,7 +69,7 @@ class Command:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The options of all uses, each once."""
+        """The options of all uses in groups, each option once."""
         found: list[Group] = []
         seen: set[str] = set()
         for group in (group for use in self.uses for group in groups_of(use.options)):
@@ -81,18 +81,18 @@ class Command:
 
     @cached_property
     def fields(self) -> dict[str, "Field[Any]"]:
-        """The options of all uses by their names."""
+        """The options of all uses by name."""
         return {field.name: field for group in self.groups for field in group.fields}
 
     def use_of(self, values: Mapping[str, Any]) -> Use[Any]:
-        """The use whose own option is among those given, else the first; UserError where two are."""
+        """The use whose option is given, else the first; UserError if two are given."""
         asked = [use for use in self.uses if use.given in values]
         if len(asked) > 1:
             raise UserError(f"give {' or '.join(self.spelt(use.given) for use in asked)}, not both")
         return asked[0] if asked else self.uses[0]
 
     def spelt(self, name: str) -> str:
-        """An option as it is typed: --data-dir, or FOLDER for one without a name."""
+        """An option as it is typed, such as --data-dir, or FOLDER for one without a name."""
         return name.upper() if is_positional(self.fields[name]) else f"--{name.replace('_', '-')}"
 
 
@@ -129,12 +129,12 @@ COMMANDS = (
     ),
     _preparing("prepare pack", PackConfig, work.pack, "pack a folder in the layout of REPA into shards"),
     _command("prepare digits", DigitsConfig, work.prepare_digits, "write scikit-learn's handwritten digits"),
-    _preparing("data verify", VerifyConfig, work.verify, "reread a prepared data set and name what is damaged"),
-    _preparing("data info", InfoConfig, work.info, "print what a prepared data set holds, and draw examples"),
+    _preparing("data verify", VerifyConfig, work.verify, "reread a prepared data set and list its faults"),
+    _preparing("data info", InfoConfig, work.info, "print facts about a prepared data set, and draw examples"),
     TRAIN,
     _command(
         "import", ImportConfig, work.import_checkpoint,
-        "turn a published checkpoint of SiT, REPA, LightningDiT and others into ours",
+        "convert a published checkpoint of SiT, REPA, LightningDiT and others",
     ),
     _command("generate", GenerateConfig, work.generate, "sample images from a checkpoint", script="generate.py"),
     _command("extractor", ExtractorConfig, work.extractor, "train the network that evaluates generated digits"),
@@ -142,11 +142,11 @@ COMMANDS = (
     _command("reference", ReferenceConfig, work.reference, "write a reference file to evaluate against"),
     _command(
         "variance", VarianceConfig, work.variance,
-        "how noisy the training targets are on your data, and which tau and xi follow", resumes=False,
+        "measure the variance of the targets on your data, and recommend tau and xi", resumes=False,
     ),
     _command(
         "benchmark", BenchmarkConfig, work.benchmark,
-        "what a training step costs on this machine, phase by phase", resumes=False,
+        "measure training steps on this machine, phase by phase", resumes=False,
     ),
     _command(
         "toy", ToyConfig, work.toy, "experiments on a Gaussian mixture, where the exact field is known",

@@ -108,7 +108,7 @@ def test_what_is_no_file_of_options_is_one_line(name, text, message, tmp_path, c
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert cli.train(["--config", str(tmp_path / "gone"), *NEEDED]) == 2
-    assert "no such file, and no recipe; the recipes are digits, irepa" in capsys.readouterr().err
+    assert "no such file or recipe; the recipes are digits, irepa" in capsys.readouterr().err
 
 
 def test_a_run_gives_its_options_to_another(tmp_path):
