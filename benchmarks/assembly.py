@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from stablevm.profiling.machine import describe_machine
 from stablevm.sampling.archive import write_archive
 from stablevm.sampling.parts import PartFolder
+from stablevm.support.machine import describe_machine
 
 
 @dataclass(frozen=True)

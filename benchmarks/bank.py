@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablevm.bank import ClassBank
 from stablevm.objective import POOL_SIZE
-from stablevm.profiling.machine import describe_machine
+from stablevm.support.machine import describe_machine
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from stablevm.profiling.machine import CPU, synchronize
+from stablevm.support.machine import CPU, synchronize
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Run = Callable[[], object]

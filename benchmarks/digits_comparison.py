@@ -15,10 +15,10 @@ from typing import Any
 import tyro
 
 from stablevm.data.digits import prepare_digits
+from stablevm.evaluation.digits import extractor
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
-from stablevm.quickstart.run import extractor
 from stablevm.sampling.generation import generate
 from stablevm.support.files import read_json
 from stablevm.training.checkpoint import checkpoint_folder

@@ -15,7 +15,7 @@ import tyro
 
 from stablevm.metrics.neighbours import precision_recall
 from stablevm.metrics.statistics import FeatureStatistics, frechet_distance, inception_score
-from stablevm.profiling.machine import describe_machine
+from stablevm.support.machine import describe_machine
 
 WIDTH, CLASSES = 2048, 1008
 

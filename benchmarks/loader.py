@@ -25,7 +25,7 @@ from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import MIN_ROWS, ShardWriter
 from stablevm.networks.autoencoder import LatentSpec
-from stablevm.profiling.machine import CPU, describe_machine
+from stablevm.support.machine import CPU, describe_machine
 
 SIDE, MOMENTS, CLASSES = 256, (8, 32, 32), 1000
 

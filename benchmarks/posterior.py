@@ -33,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stablevm.interpolant import LINEAR
 from stablevm.posterior import posterior
-from stablevm.profiling.machine import describe_machine
+from stablevm.support.machine import describe_machine
 
 WIDE_VALUES = 2**31  # batch x references x dimensions from which there is only one repetition
 CHECKED_ROWS = 16

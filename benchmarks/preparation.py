@@ -19,7 +19,7 @@ from PIL import Image
 from stablevm.preparation import folders, shards
 from stablevm.preparation.config import ConvertConfig, ConvertShardsConfig
 from stablevm.preparation.pictures import dhariwal
-from stablevm.profiling.machine import describe_machine
+from stablevm.support.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.helpers.sources import write_source

@@ -25,10 +25,10 @@ from stablevm.networks.registry import build_network
 from stablevm.networks.sit import SiT
 from stablevm.networks.sit_config import sit_config
 from stablevm.networks.snapshot import ModelCard
-from stablevm.profiling.machine import describe_machine, synchronize
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.solvers.fixed_steps import sde_times
+from stablevm.support.machine import describe_machine, synchronize
 from stablevm.support.processes import Process
 
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from stablevm.data.loader import TrainingBatch
 from stablevm.data.opening import open_dataset
 from stablevm.networks.registry import build_network
-from stablevm.profiling.machine import describe_machine, synchronize
 from stablevm.profiling.random_data import RandomDataset
 from stablevm.support import rng
+from stablevm.support.machine import describe_machine, synchronize
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import Engine
 from stablevm.training.launch import make_accelerator

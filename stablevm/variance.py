@@ -34,7 +34,7 @@ class VarianceCurve:
     cfm_band: list[tuple[float, float]]
     stablevm_band: list[tuple[float, float]]
     ess: list[float]
-    references: int  # per sample, including the anchor
+    references: int  # per sample, including the anchor; the mean over classes where small ones have fewer
 
     @classmethod
     def of(cls, times: Tensor, references: int, samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "VarianceCurve":
@@ -134,7 +134,8 @@ def variance_curve(
         first, second, third = zip(*parts, strict=True)
         return torch.cat(first), torch.cat(second), torch.cat(third)
 
-    return VarianceCurve.of(times, references, [samples_at(time) for time in times.tolist()])
+    weighed = torch.tensor([min(references, len(group)) for group in members])  # of each class
+    return VarianceCurve.of(times, _rounded_mean(weighed[labels]), [samples_at(time) for time in times.tolist()])
 
 
 def streamed_variance_curve(
@@ -182,7 +183,8 @@ def class_variance_curve(
             parts.append(_streamed_errors(path, blocks, count, times, references, together, generator, references_from))
             progress(together)
     joined = [[torch.cat(at_time) for at_time in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)]
-    return VarianceCurve.of(times, references, zip(*joined, strict=True))
+    weighed = torch.tensor([min(references, count) for count, _ in classes])
+    return VarianceCurve.of(times, _rounded_mean(weighed), zip(*joined, strict=True))
 
 
 def _streamed_errors(
@@ -228,6 +230,10 @@ def _errors(
     gain, weighed = align(path.offset_gain(t, t), exact), t >= references_from
     offset, ess = torch.where(align(weighed, exact), few.offset, 0.0), torch.where(weighed, few.ess, 1.0)
     return (gain * exact).square().flatten(1).mean(1), (gain * (offset - exact)).square().flatten(1).mean(1), ess
+
+
+def _rounded_mean(numbers: Tensor) -> int:
+    return round(numbers.double().mean().item())
 
 
 def _band(values: Tensor) -> tuple[float, float]:

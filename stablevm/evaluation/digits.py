@@ -296,30 +296,27 @@ def evaluate_digits(
     }
 
 
-def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str | float | int, str]]:
-    """The results of `evaluate_digits` as rows (measure, value, meaning), with column names first."""
+def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What `evaluate_digits` returned as rows (measure, value, meaning), the column names first; fixed decimals."""
     nearest, nearest_test = results["nearest_train"], results["nearest_train_of_test"]
+    rows: list[tuple[str, float, int, str]] = [  # with the number of decimals
+        ("accuracy", results["accuracy"], 3, "share that the extractor recognises as their class"),
+        ("Fréchet distance", results["frechet_test"], 2, "to the test digits; lower is closer"),
+        ("its floor", results["frechet_floor"], 2, "the same distance of the real training digits"),
+        ("precision", results["precision"], 3, f"share near a test digit, k = {PRECISION_RECALL_K}"),
+        ("recall", results["recall"], 3, f"share of test digits near a sample, k = {PRECISION_RECALL_K}"),
+        ("density", results["density"], 3, f"test digits close by, over k = {COVERAGE_K}; about 1 for real digits"),
+        ("coverage", results["coverage"], 3, f"share of test digits with a sample close by, k = {COVERAGE_K}"),
+        ("nearest, smallest", nearest["min"], 2,
+         f"pixel distance to the closest training digit; for test digits {nearest_test['min']:.2f}"),
+        ("nearest, median", nearest["median"], 2, f"the same; for test digits {nearest_test['median']:.2f}"),
+        ("memorisation", results["memorisation"], 3,
+         "share nearer to a training digit than 99 of 100 test digits; 0.01 for new images"),
+    ]  # fmt: skip
     return [
         ("measure", "value", "meaning"),
-        ("samples", results["num_samples"], "generated images"),
-        ("accuracy", results["accuracy"], "share that the extractor recognises as their class"),
-        ("Fréchet distance", results["frechet_test"], "to the test digits; lower is closer"),
-        ("its floor", results["frechet_floor"], "the same distance of the real training digits"),
-        ("precision", results["precision"], f"share near a test digit, k = {PRECISION_RECALL_K}"),
-        ("recall", results["recall"], f"share of test digits near a sample, k = {PRECISION_RECALL_K}"),
-        ("density", results["density"], f"test digits close by, over k = {COVERAGE_K}; about 1 for real digits"),
-        ("coverage", results["coverage"], f"share of test digits with a sample close by, k = {COVERAGE_K}"),
-        (
-            "nearest, smallest",
-            nearest["min"],
-            f"pixel distance to the closest training digit; for test digits {nearest_test['min']:.3g}",
-        ),
-        ("nearest, median", nearest["median"], f"the same; for test digits {nearest_test['median']:.3g}"),
-        (
-            "memorisation",
-            results["memorisation"],
-            "share nearer to a training digit than 99 of 100 test digits; 0.01 for new images",
-        ),
+        ("samples", f"{results['num_samples']:,}", "generated images"),
+        *((measure, f"{value:.{decimals}f}", meaning) for measure, value, decimals, meaning in rows),
         ("extractor", results["extractor"], f"test accuracy {results['extractor_test_accuracy']:.4f}"),
     ]
 

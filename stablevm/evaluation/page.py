@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
@@ -19,15 +20,19 @@ from stablevm.support.files import write_text
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXELS_PER_CSS_PIXEL = 2  # pictures are drawn for dense displays (figures.style)
 
+NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?%?( ± [\d.]+)?")
+NUMERIC = ' class="number"'  # of cells and of the heads of their columns
 Value = str | int | float
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG picture with its heading and one or two sentences about it."""
+    """PNG pictures with their heading and a few sentences about them: side by side on a wide page, one below the other
+    on a phone.
+    """
 
     title: str
-    path: Path
+    paths: Sequence[Path]
     caption: str
 
 
@@ -35,6 +40,7 @@ def write_page(
     path: str | Path,
     *,
     title: str,
+    introduction: str = "",
     summary: Mapping[str, Value],
     figures: Sequence[Figure],
     metrics_table: Sequence[Sequence[Value]],
@@ -42,20 +48,25 @@ def write_page(
     protocol: Mapping[str, Value],
     tables: Mapping[str, Sequence[Sequence[Value]]] = MappingProxyType({}),
     notes: Sequence[str] = (),
+    links: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the page to `path`.
 
-    `summary` are the headline numbers by name; the first row of `metrics_table` holds its column names. Floats are
-    shown with four significant digits, text as it is given, escaped. `tables` are further ones by title, `notes` are
-    warnings to read before the numbers. UserError for a picture that is absent or no PNG.
+    `introduction` says in a sentence or two what the page is about; the time of writing follows it. `summary` are the
+    headline numbers by name; the first row of `metrics_table` holds its column names. Floats are shown with four
+    significant digits, text as it is given, escaped. `tables` are further ones by title, `notes` are warnings to read
+    before the numbers, `links` lead by their text to addresses, or to files beside the page. UserError for a picture
+    that is absent or no PNG.
     """
+    written = datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC")
     sections = [
         *([_section("Read this first", "".join(f"<p>{escape(note)}</p>\n" for note in notes))] if notes else []),
-        *(_section(figure.title, _picture(figure)) for figure in figures),
+        *(_section(figure.title, _pictures(figure)) for figure in figures),
         _section("Metrics", _table(metrics_table)),
         *(_section(title, _table(rows)) for title, rows in tables.items()),
         *([_section("Repeat it by hand", "".join(map(_command, commands)))] if commands else []),
         _section("Protocol", _definitions(protocol)),
+        *([_section("Further", _links(links))] if links else []),
     ]
     write_text(
         path,
@@ -66,9 +77,8 @@ def write_page(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(title)}</h1>\n{_cards(summary)}</header>\n"
-        + "".join(sections)
-        + f"</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n",
+        f"<header><h1>{escape(title)}</h1>\n<p>{escape(introduction)} <time>{written}</time></p>\n{_cards(summary)}"
+        "</header>\n" + "".join(sections) + f"</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n",
     )
 
 
@@ -83,14 +93,17 @@ def _cards(summary: Mapping[str, Value]) -> str:
     return f'<dl class="cards">\n{"".join(cards)}</dl>\n'
 
 
-def _picture(figure: Figure) -> str:
-    data, width, height = _read_png(figure.path)
-    size = f'width="{width // PIXELS_PER_CSS_PIXEL}" height="{height // PIXELS_PER_CSS_PIXEL}"'
+def _pictures(figure: Figure) -> str:
+    images = "".join(_picture(path, figure.title) for path in figure.paths)
+    pictures = f'<div class="pictures">\n{images}</div>' if images else ""
+    return f"<figure>{pictures}<figcaption>{escape(figure.caption)}</figcaption></figure>\n"
+
+
+def _picture(path: Path, title: str) -> str:
+    data, width, height = _read_png(path)
+    width, height = width // PIXELS_PER_CSS_PIXEL, height // PIXELS_PER_CSS_PIXEL
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return (
-        f'<figure><div class="picture"><img src="{source}" {size} alt="{escape(figure.title)}"></div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>\n"
-    )
+    return f'<img src="{source}" width="{width}" height="{height}" alt="{escape(title)}: {escape(path.stem)}">\n'
 
 
 def _read_png(path: Path) -> tuple[bytes, int, int]:
@@ -106,13 +119,21 @@ def _read_png(path: Path) -> tuple[bytes, int, int]:
 
 def _table(rows: Sequence[Sequence[Value]]) -> str:
     head, *body = rows
-    columns = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in head)
+    columns = "".join(
+        f'<th scope="col"{any(map(_is_number, cells)) * NUMERIC}>{escape(str(name))}</th>'
+        for name, *cells in zip(head, *body, strict=True)
+    )
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in body)
     return f'<div class="wide"><table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table></div>\n'
 
 
 def _cell(value: Value) -> str:
-    return f"<td>{_shown(value)}</td>" if isinstance(value, str) else f'<td class="number">{_shown(value)}</td>'
+    return f"<td{_is_number(value) * NUMERIC}>{_shown(value)}</td>"
+
+
+def _is_number(value: Value) -> bool:
+    """Whether it is shown as one."""
+    return NUMBER.fullmatch(_shown(value)) is not None
 
 
 def _command(command: str) -> str:
@@ -124,6 +145,11 @@ def _command(command: str) -> str:
 def _definitions(protocol: Mapping[str, Value]) -> str:
     items = (f"<dt>{escape(name)}</dt><dd>{_shown(value)}</dd>\n" for name, value in protocol.items())
     return f'<dl class="protocol">\n{"".join(items)}</dl>\n'
+
+
+def _links(links: Mapping[str, str]) -> str:
+    items = (f'<li><a href="{escape(address)}">{escape(text)}</a></li>\n' for text, address in links.items())
+    return f"<ul>\n{''.join(items)}</ul>\n"
 
 
 def _shown(value: Value) -> str:
@@ -150,6 +176,10 @@ body {
 main { max-width: 1096px; margin: 0 auto; padding: 48px 24px 64px; }
 h1 { margin: 0 0 28px; font-size: clamp(1.6rem, 4vw, 2.2rem); line-height: 1.2; letter-spacing: -0.015em; }
 h2 { margin: 0 0 16px; font-size: 1.15rem; line-height: 1.3; }
+header p { margin: -12px 0 28px; max-width: 76ch; }
+header time { color: var(--soft); white-space: nowrap; }
+a { color: var(--accent); }
+ul { margin: 0; padding-left: 1.2em; }
 section, .card {
   background: var(--panel); border: 1px solid var(--line); border-radius: 14px; box-shadow: var(--shadow);
 }
@@ -165,13 +195,17 @@ dl, dd, figure { margin: 0; }
 .card dd, .number { font-variant-numeric: tabular-nums; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; border-radius: 8px; background: #fff; }
 figcaption { margin-top: 14px; color: var(--soft); font-size: 0.92rem; max-width: 76ch; }
-.wide, .picture { overflow-x: auto; }
+.pictures { display: flex; flex-wrap: wrap; justify-content: center; gap: 20px; }
+.pictures img { flex: 0 1 auto; min-width: 0; margin: 0; }
+.wide { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-size: 0.95rem; }
 th, td { padding: 9px 20px 9px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-size: 0.85rem; font-weight: 600; }
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom: 0; }
-.number { white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+td:first-child { position: sticky; left: 0; background: var(--panel); }
 .command { position: relative; margin-top: 12px; }
 pre {
   margin: 0; padding: 14px 92px 14px 16px; border-radius: 10px; background: var(--code);
@@ -191,7 +225,8 @@ button:hover, button:focus-visible { color: var(--accent); border-color: var(--a
   main { padding: 28px 14px 40px; }
   section { padding: 18px 16px; }
   .cards { grid-template-columns: 1fr 1fr; gap: 12px; }
-  .picture img { min-width: 640px; }
+  .pictures img { width: 100%; }
+  table { min-width: 640px; }
   .protocol { grid-template-columns: 1fr; gap: 2px; }
   .protocol dd { margin-bottom: 10px; }
 }

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,19 +21,19 @@ from stablevm.evaluation.samples import Reference, Samples
 from stablevm.figures.evaluation import (
     GRID_COLUMNS,
     GRID_ROWS,
-    plot_metric_curves,
+    plot_metrics,
     plot_neighbours,
     plot_sample_grid,
 )
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.neighbours import Neighbourhood, nearest, radii
 from stablevm.metrics.points import points
-from stablevm.metrics.table import metrics_in, results_of
+from stablevm.metrics.table import metrics_in, panels_of, results_of
 from stablevm.support import rng
 from stablevm.support.text import caption
 from stablevm.support.version import __version__
 
-NEIGHBOUR_SAMPLES, NEIGHBOURS = 6, 5
+NEIGHBOUR_ROWS, NEIGHBOURS = 10, 5
 MAX_CLASSES = 100  # rows of the table of classes
 SUBSETS = (8, 4, 2)  # numbers of subsets that the samples are cut into
 MIN_SUBSET = 8  # images; fewer have next to no neighbours and no covariance to speak of
@@ -59,10 +60,12 @@ def write_sample_report(
                 picture = folder / f"neighbours-{number}.png"
                 figures.append(_neighbours_figure(comparison, distances, samples, reference, picture))
                 tables[f"Classes ({comparison.extractor})"] = _class_rows(comparison, distances, samples, reference)
-            figures.append(_curves_figure(comparison, values, folder / f"curves-{number}.png"))
+            figures.append(_curves_figure(comparison, values, folder, number))
         write_page(
             path,
             title=f"Evaluation of {Path(samples.title).name}",
+            introduction=f"{len(samples):,} generated images beside {reference.path.name}: how near, how varied, and "
+            " whether they are copies.",
             summary=_headlines(results, rows),
             figures=figures,
             metrics_table=rows,
@@ -80,16 +83,16 @@ def _command() -> list[str]:
     return [f"{program} {shlex.join(sys.argv[1:])}"] if program else []
 
 
-def _headlines(results: Mapping[str, Any], rows: Rows) -> dict[str, Value]:
+def _headlines(results: Mapping[str, Any], rows: Rows) -> Mapping[str, Value]:
     """The numbers of the first network."""
     values = results.get("inception") or results["encoder"]
-    return {metric.title: values[metric.name] for metric in metrics_in(values)} | {"samples": f"{rows[1][1]:,}"}
+    return {metric.title: metric.shown(values) for metric in metrics_in(values)} | {"samples": f"{rows[1][1]:,}"}
 
 
 def _samples_figure(samples: Samples, folder: Path) -> Figure:
     shown = min(len(samples), GRID_COLUMNS * GRID_ROWS)
     plot_sample_grid(samples.source.images(range(shown)), folder / "samples.png")
-    return Figure("Samples", folder / "samples.png", f"The first {shown} of {len(samples):,}, unselected.")
+    return Figure("Samples", [folder / "samples.png"], f"The first {shown} of {len(samples):,}, unselected.")
 
 
 def _distances(comparison: FeatureSets) -> tuple[Tensor, Tensor]:
@@ -106,9 +109,10 @@ def _distances(comparison: FeatureSets) -> tuple[Tensor, Tensor]:
 def _neighbours_figure(
     comparison: FeatureSets, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference, picture: Path
 ) -> Figure:
-    """The samples that come nearest to a reference image: copies would be among them."""
+    """The sample of each class that comes nearest to a reference image: copies would be among them."""
     assert reference.source is not None
-    closest = distances[0].argsort()[: min(NEIGHBOUR_SAMPLES, len(samples))]
+    labels, what = _classes(comparison, samples), "The samples"
+    closest = _closest(distances[0], labels)
     pool = comparison.samples["pool"][closest].double()
     count = min(NEIGHBOURS, len(reference.source))
     found = torch.stack(
@@ -119,15 +123,48 @@ def _neighbours_figure(
     if images.shape[1:3] != samples.size:
         images = np.stack([_scaled(image, samples.size) for image in images])
     images = images.reshape(*found.shape, *images.shape[1:])
-    plot_neighbours(samples.source.images(closest.tolist()), images, distances[0][closest].tolist(), picture)
+    names = [f"{distance:.3g}" for distance in distances[0][closest].tolist()]
+    if labels is not None:
+        what, known = "Of each class, of ten at most, the samples", samples.labels is not None
+        names = [f"{_class_name(int(labels[index]), reference, known=known)}: {name}"
+                 for index, name in zip(closest.tolist(), names, strict=True)]  # fmt: skip
+    plot_neighbours(samples.source.images(closest.tolist()), images, names, picture)
     return Figure(
         f"Nearest reference images, {comparison.extractor}",
-        picture,
-        f"The {len(closest)} samples that lie nearest to a reference image, with their distances. Median over all "
+        [picture],
+        f"{what} that lie nearest to a reference image, nearest first, with their distances. Median over all "
         f"samples: {float(distances[0].median()):.3g}; between a reference image and its nearest other: "
         f"{float(distances[1].median()):.3g}, at least {float(distances[1].min()):.3g}. Copies would show here, if the "
         "reference holds what the network was trained on.",
     )
+
+
+def _classes(comparison: FeatureSets, samples: Samples) -> NDArray[np.int64] | None:
+    """Of each sample: its label, or else the class that the network sees; None where there is neither."""
+    if samples.labels is None and "logits" in comparison.samples:
+        return comparison.samples["logits"].argmax(1).numpy()
+    return samples.labels
+
+
+def _closest(distances: Tensor, labels: NDArray[np.int64] | None) -> Tensor:
+    """The NEIGHBOUR_ROWS samples of least distance, as many of each class as go into the rows, at least one; ascending.
+
+    labels: of samples, (N,); without any, whatever their class.
+    """
+    order = distances.argsort()
+    if labels is None:
+        return order[:NEIGHBOUR_ROWS]
+    of_each = max(1, NEIGHBOUR_ROWS // len(np.unique(labels)))
+    taken: Counter[int] = Counter()
+    chosen = []
+    for index in order.tolist():
+        label = int(labels[index])
+        taken[label] += 1
+        if taken[label] <= of_each:
+            chosen.append(index)
+        if len(chosen) == NEIGHBOUR_ROWS:
+            break
+    return torch.tensor(chosen)
 
 
 def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -135,12 +172,16 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def _curves_figure(comparison: FeatureSets, values: Mapping[str, Any], picture: Path) -> Figure:
+def _curves_figure(comparison: FeatureSets, values: Mapping[str, Any], folder: Path, number: int) -> Figure:
     with tqdm(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
-        plot_metric_curves(metric_curves(comparison, values, progress=bar.update), picture)
+        curves = metric_curves(comparison, values, progress=bar.update)
+    paths = []
+    for metrics in panels_of(curves):
+        paths.append(folder / f"curves-{number}-{metrics[0].name}.png")
+        plot_metrics(metrics, curves, paths[-1])
     return Figure(
         f"Dependence on the number of samples, {comparison.extractor}",
-        picture,
+        paths,
         "Mean and standard deviation over disjoint random subsets; the last point is all samples. Fréchet distances of "
         "few samples are biased upwards: compare those of equally many.",
     )
@@ -150,10 +191,7 @@ def _class_rows(
     comparison: FeatureSets, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference
 ) -> Rows:
     """Of each class: samples, their precision and distances; reference images and their recall. Worst first."""
-    labels = samples.labels
-    if labels is None and "logits" in comparison.samples:
-        labels = comparison.samples["logits"].argmax(1).numpy()
-    members = comparison.membership
+    labels, members = _classes(comparison, samples), comparison.membership
     if labels is None or members is None:
         return []
     rows: list[tuple[Value, ...]] = []
@@ -162,15 +200,15 @@ def _class_rows(
         row: tuple[Value, ...] = (
             _class_name(int(label), reference, known=samples.labels is not None),
             int(mine.sum()),
-            float(members.samples[mine].double().mean()),
-            float(distances[0][mine].median()),
+            f"{float(members.samples[mine].double().mean()):.3f}",
+            f"{float(distances[0][mine].median()):.3g}",
         )
         if samples.labels is not None and reference.labels is not None:
             theirs = torch.from_numpy(reference.labels == label)
-            recall = float(members.reference[theirs].double().mean()) if theirs.any() else "none"
+            recall = f"{float(members.reference[theirs].double().mean()):.3f}" if theirs.any() else "none"
             row += (int(theirs.sum()), recall)
         rows.append(row)
-    rows.sort(key=lambda each: each[2])
+    rows.sort(key=lambda each: float(each[2]))
     what = "class" if samples.labels is not None else "class that the network sees"
     head = (f"{what} (worst of {len(rows)})" if len(rows) > MAX_CLASSES else what, "samples", "precision",
             "median distance to the nearest reference image", "reference images", "recall")  # fmt: skip

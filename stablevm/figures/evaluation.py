@@ -1,9 +1,9 @@
-"""Figures of reports: training curves, samples beside real images, nearest references, numbers over sample sizes."""
+"""Figures of reports: losses, samples by class, nearest reference images, numbers over the number of samples."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from stablevm.figures.style import (
     BLUE,
     GREEN,
+    HALF_WIDTH,
     INK,
+    METHOD_COLOURS,
     PAGE_WIDTH,
     VERMILION,
     new_figure,
@@ -21,13 +23,20 @@ from stablevm.figures.style import (
     save_figure,
     style,
 )
-from stablevm.metrics.table import panels_of
+from stablevm.metrics.metric import Metric
 from stablevm.support.errors import UserError
 from stablevm.support.images import save_png, tile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LOSSES = {
+    "velocity_loss": ("Velocity loss", "squared error per dimension"),
+    "alignment_loss": ("Alignment loss", "minus cosine similarity"),
+}
+THIRD_WIDTH = 3.15  # inches
+NEIGHBOUR_INCHES = 0.8  # of an image beside its nearest ones
+NAME_INCHES = 0.09  # of a letter in a row's name
 GRID_COLUMNS, GRID_ROWS = 10, 6
 GRID_SIDE = 100  # pixels of an image on the page, about: ten in a row fill it
 
@@ -43,62 +52,60 @@ class CurvePoint(Protocol):
     def deviation(self) -> float | None: ...
 
 
-def plot_training_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Plot the velocity loss (log scale), and the alignment loss if there is one, against the step.
+def plot_loss(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], name: Literal["velocity_loss", "alignment_loss"], path: str | Path
+) -> None:
+    """A loss against the step, half a page wide: rows of the trainer's `metrics.jsonl` by the method that was trained.
 
-    metrics: rows of the trainer's `metrics.jsonl`; rows without `velocity_loss` are evaluations. UserError if there is
-    no row of a training step.
+    The velocity loss has a log scale. Rows without the loss (evaluations) are not training steps; UserError for a run
+    with none that has it.
     """
-    rows = [row for row in metrics if "velocity_loss" in row]
-    if not rows:
-        raise UserError("metrics: no row holds velocity_loss; train for at least one logged step")
-    aligned = [row for row in rows if "alignment_loss" in row]
+    title, meaning = LOSSES[name]
     with style():
-        figure, axes = panels(2 if aligned else 1)
-        _curve(axes[0], rows, "velocity_loss", BLUE)
-        axes[0].set(title="Velocity loss", ylabel="mean squared error per dimension", yscale="log")
-        plain_log_labels(axes[0])
-        if aligned:
-            _curve(axes[1], aligned, "alignment_loss", VERMILION)
-            axes[1].set(title="Alignment loss", ylabel="minus cosine similarity")
+        figure, (panel,) = panels(1, row_height=3.2, width=HALF_WIDTH)
+        for method, metrics in runs.items():
+            rows = [row for row in metrics if name in row]
+            if not rows:
+                raise UserError(f"metrics of {method}: no row holds {name}; train for at least one logged step")
+            _curve(panel, rows, name, method)
+        if name == "velocity_loss":
+            panel.set_yscale("log")
+            plain_log_labels(panel)
+        panel.set(title=title, ylabel=f"{meaning}, log scale" if name == "velocity_loss" else meaning)
+        panel.set_xlabel("training step")
+        panel.legend(loc="best")
         save_figure(figure, path)
 
 
-def plot_samples_beside_real(
-    samples: NDArray[np.uint8], real: NDArray[np.uint8], path: str | Path, class_names: Sequence[str]
-) -> None:
-    """Plot real images on the left and generated images on the right, one row per class.
-
-    samples, real: uint8 (classes, n, H, W, 3), each with its own n but the same H and W.
-    """
-    if not len(samples) == len(real) == len(class_names):
-        raise UserError(
-            f"samples of {len(samples)} classes, real images of {len(real)}, {len(class_names)} names: "
-            "give one row each"
-        )
-    plot_rows_side_by_side({"Real": real, "Generated": samples}, class_names, path)
+def plot_class_rows(images: NDArray[np.uint8], row_names: Sequence[str], title: str, path: str | Path) -> None:
+    """Images uint8 (classes, n, H, W, 3), a row for each class with its name: a third of the page wide."""
+    if len(images) != len(row_names):
+        raise UserError(f"images of {len(images)} classes, {len(row_names)} names: give a name for each row")
+    _plot_rows({title: images}, row_names, path, THIRD_WIDTH)
 
 
-def plot_rows_side_by_side(halves: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path) -> None:
-    """Plot sets of images uint8 (rows, n, H, W, 3) beside each other, each with its own n and its title."""
-    sheets = [_sheet(images) for images in halves.values()]
+def _plot_rows(parts: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str], path: str | Path, page: float) -> None:
+    """Sets of images uint8 (rows, n, H, W, 3) beside each other on `page` inches, each with its own n and title."""
+    sheets = [_sheet(images) for images in parts.values()]
     pixels = sum(sheet.shape[1] for sheet in sheets)
-    margin, gap = 0.8, 0.35  # inches: row names on the left, between the halves
-    inch = (PAGE_WIDTH - margin - gap) / pixels
+    names = list(map(plain, row_names))
+    margin = 0.25 + NAME_INCHES * max(map(len, names))  # for the rows' names
+    gap = 0.35 if len(sheets) > 1 else 0.0
+    inch = (page - margin - gap * (len(sheets) - 1)) / pixels
     height = sheets[0].shape[0] * inch + 0.45
     with style():
-        figure = new_figure(height)
+        figure = new_figure(height, page)
         left = margin
-        for sheet, title in zip(sheets, halves, strict=True):
+        for sheet, title in zip(sheets, parts, strict=True):
             width, tall = sheet.shape[1] * inch, sheet.shape[0] * inch
-            axes = figure.add_axes((left / PAGE_WIDTH, 0.05 / height, width / PAGE_WIDTH, tall / height))
+            axes = figure.add_axes((left / page, 0.05 / height, width / page, tall / height))
             axes.imshow(sheet, interpolation="nearest", aspect="auto")
             axes.set(title=title, xticks=[], yticks=[])
             axes.grid(False)
             axes.spines[:].set_visible(False)
             left += width + gap
         middles = (np.arange(len(row_names)) + 0.5) * sheets[0].shape[0] / len(row_names)
-        figure.axes[0].set_yticks(middles, list(map(plain, row_names)), color=INK, fontsize=11)
+        figure.axes[0].set_yticks(middles, names, color=INK, fontsize=11)
         figure.axes[0].tick_params(length=0, pad=6)
         save_figure(figure, path)
 
@@ -110,34 +117,37 @@ def plot_sample_grid(images: NDArray[np.uint8], path: Path) -> None:
 
 
 def plot_neighbours(
-    samples: NDArray[np.uint8], nearest: NDArray[np.uint8], distances: Sequence[float], path: Path
+    samples: NDArray[np.uint8], nearest: NDArray[np.uint8], row_names: Sequence[str], path: Path
 ) -> None:
-    """Plot each of `samples` (n, H, W, 3) with its distance and its nearest reference images (n, k, H, W, 3)."""
-    names = [f"{distance:.3g}" for distance in distances]
-    plot_rows_side_by_side({"Sample": samples[:, None], "Nearest reference images": nearest}, names, path)
+    """A row for each of `samples` (n, H, W, 3), with its name: the sample, and its nearest reference images
+    (n, k, H, W, 3).
+    """
+    parts = {"Sample": samples[:, None], "Nearest reference images": nearest}
+    _plot_rows(parts, row_names, path, min(PAGE_WIDTH, NEIGHBOUR_INCHES * (2 + nearest.shape[1])))
 
 
-def plot_metric_curves(curves: Mapping[str, Sequence[CurvePoint]], path: Path) -> None:
-    """Plot metrics, by name, against the number of samples, in the panels of `metrics.table`."""
-    shown = panels_of(curves)
+def plot_metrics(metrics: Sequence[Metric], curves: Mapping[str, Sequence[CurvePoint]], path: Path) -> None:
+    """Metrics that share a panel against the number of samples, half a page wide. Several are shares, from 0 to 1, and
+    so are the ends of their error bars.
+    """
     with style():
-        figure, axes = panels(2, rows=-(-len(shown) // 2), row_height=3.4)
-        for panel, metrics in zip(axes, shown, strict=False):
-            for metric, color in zip(metrics, itertools.cycle((BLUE, VERMILION, GREEN)), strict=False):
-                points = curves[metric.name]
-                sizes = [point.samples for point in points]
-                bars = [point.deviation or 0.0 for point in points]
-                panel.errorbar(sizes, [point.mean for point in points], bars, color=color, marker="o", markersize=4,
-                               capsize=3, label=metric.title)  # fmt: skip
-            panel.set(title=" and ".join(metric.title for metric in metrics).capitalize()
-                      if len(metrics) > 1 else metrics[0].title, xlabel="number of samples", xscale="log")  # fmt: skip
-            panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
-            panel.minorticks_off()
-            if len(metrics) > 1:
-                panel.set_ylim(-0.03, 1.03)
-                panel.legend(loc="best")
-        for panel in axes[len(shown) :]:
-            panel.set_axis_off()
+        figure, (panel,) = panels(1, row_height=3.2, width=HALF_WIDTH)
+        shares = len(metrics) > 1
+        for metric, color in zip(metrics, itertools.cycle((BLUE, VERMILION, GREEN)), strict=False):
+            points = curves[metric.name]
+            sizes, means = [point.samples for point in points], np.array([point.mean for point in points])
+            below = above = np.array([point.deviation or 0.0 for point in points])
+            if shares:
+                below, above = np.minimum(below, means), np.minimum(above, 1 - means)
+            panel.errorbar(sizes, means, np.stack([below, above]), color=color, marker="o", markersize=4, capsize=3,
+                           label=metric.title)  # fmt: skip
+        title = " and ".join(metric.title for metric in metrics)
+        panel.set(title=title.capitalize() if shares else title, xlabel="number of samples (log scale)", xscale="log")
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
+        if shares:
+            panel.set_ylim(-0.03, 1.03)
+            panel.legend(loc="best")
         save_figure(figure, path)
 
 
@@ -148,14 +158,13 @@ def _sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return tile(flat, columns=columns, scale=max(1, 64 // height), pad=4)
 
 
-def _curve(axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, color: str) -> None:
+def _curve(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, method: str) -> None:
     steps = np.array([row["step"] for row in rows])
-    values = np.array([row[key] for row in rows], dtype=np.float64)
-    window = max(1, len(values) // 25)
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1, label="each logged step")
-    axes.plot(steps, _moving_mean(values, window), color=color, label=f"mean of {window}")
-    axes.set_xlabel("training step")
-    axes.legend(loc="best")
+    values = np.array([row[name] for row in rows], dtype=np.float64)
+    window, color = max(1, len(values) // 25), METHOD_COLOURS[method]
+    axes.plot(steps, values, color=color, alpha=0.2, linewidth=1)
+    label = method if window == 1 else f"{method}, mean of {window} logged steps"
+    axes.plot(steps, _moving_mean(values, window), color=color, label=label)
 
 
 def _moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 200
 PAGE_WIDTH = 10.0  # inches: 1000 px on the page
+HALF_WIDTH = 4.8  # of pictures that stand side by side on a page, and below each other on a phone
 # Okabe and Ito's palette, whose colours can be distinguished with every kind of colour vision.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+METHOD_COLOURS = {"CFM": VERMILION, "StableVM": BLUE, "STF": GREEN}
 INK, SOFT_INK, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 STYLE: dict[Any, Any] = {
     "font.size": 10.0,
@@ -51,17 +53,19 @@ def plain_log_labels(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def panels(columns: int, rows: int = 1, row_height: float = 3.9) -> tuple["Figure", list["Axes"]]:
-    """A figure as wide as the page, and its axes row by row."""
-    figure = new_figure(height=rows * row_height)
+def panels(
+    columns: int, rows: int = 1, row_height: float = 3.9, width: float = PAGE_WIDTH
+) -> tuple["Figure", list["Axes"]]:
+    """A figure of that width in inches, and its axes row by row."""
+    figure = new_figure(height=rows * row_height, width=width)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def new_figure(height: float) -> "Figure":
+def new_figure(height: float, width: float = PAGE_WIDTH) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(PAGE_WIDTH, height), dpi=DOTS_PER_INCH, facecolor="white")
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white")
 
 
 def style() -> AbstractContextManager[None]:

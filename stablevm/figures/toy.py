@@ -36,15 +36,14 @@ class Run(Protocol):
 
 
 def plot_divergence(results: Mapping[Any, Sequence[Run]], vector_field: str, path: Path) -> None:
-    """Plot the divergence over updates, one panel per time: the mean over seeds, with their range as a band."""
+    """One panel per time: the divergence over updates, mean over seeds, with the range of several as a band."""
     times = next(iter(results.values()))[0].times
     with style():
         figure, axes = panels(COLUMNS, -(-len(times) // COLUMNS), row_height=2.6)
         for column, (time, panel) in enumerate(zip(times, axes, strict=False)):
             for method, runs in results.items():
                 _divergence_line(panel, method, runs, column)
-            panel.set_title(f"t = {time:g}")
-            _choose_scale(panel)
+            panel.set_title(f"t = {time:g}, {_choose_scale(panel)} scale")
             if column % COLUMNS == 0:
                 panel.set_ylabel("Fisher divergence")
             if column >= len(times) - COLUMNS:
@@ -52,27 +51,32 @@ def plot_divergence(results: Mapping[Any, Sequence[Run]], vector_field: str, pat
         for panel in axes[len(times) :]:
             panel.set_visible(False)
         axes[0].legend(loc="upper right")
-        seeds = max(len(runs) for runs in results.values())
-        figure.suptitle(
-            f"E |predicted - exact|², {FIELD_NAMES[vector_field]}: mean and range of {seeds} seed{'s' * (seeds > 1)}",
-            x=0.02, ha="left", fontsize=11,
-        )  # fmt: skip
+        title = f"E |predicted - exact|², {FIELD_NAMES[vector_field]}: {_seeds(max(map(len, results.values())))}"
+        figure.suptitle(title, x=0.02, ha="left", fontsize=11)
         save_figure(figure, path)
 
 
-def _choose_scale(panel: Any) -> None:
-    """Make the scale logarithmic if the values span much of a decade; otherwise it would have no round numbers."""
+def _choose_scale(panel: Any) -> str:
+    """Logarithmic where the values span much of a decade; a scale of less has no round numbers on it. Returns which."""
     low, high = panel.dataLim.intervaly
-    if high > LOG_SPAN * low:
-        panel.set_yscale("log")
-        plain_log_labels(panel)
+    if high <= LOG_SPAN * low:
+        return "linear"
+    panel.set_yscale("log")
+    plain_log_labels(panel)
+    return "log"
+
+
+def _seeds(count: int) -> str:
+    """What a line and its band are; one seed has no range."""
+    return "one seed" if count == 1 else f"mean and range of {count} seeds"
 
 
 def _divergence_line(panel: Any, method: str, runs: Sequence[Run], column: int) -> None:
     updates = runs[0].updates
     values = np.array([[row[column] for row in run.divergence] for run in runs])
     panel.plot(updates, values.mean(0), color=COLOURS[method], label=LABELS[method], linewidth=1.6)
-    panel.fill_between(updates, values.min(0), values.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
+    if len(runs) > 1:
+        panel.fill_between(updates, values.min(0), values.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
 
 
 def plot_fields(

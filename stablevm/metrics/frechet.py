@@ -18,16 +18,17 @@ def _distance(name: str, kind: str) -> Callable[[FeatureSets], dict[str, Any]]:
     return values
 
 
-FID = Metric("fid", "FID", "to {statistics}", "lower", "frechet", _distance("fid", "pool"), published=True)
+FID = Metric("fid", "FID", "to {statistics}", "lower", "frechet", _distance("fid", "pool"), published=True,
+             decimals=2)  # fmt: skip
 FRECHET = Metric(
     "frechet_distance", "Fréchet distance", "to {statistics}; not FID", "lower", "frechet",
-    _distance("frechet_distance", "pool"), published=False,
+    _distance("frechet_distance", "pool"), published=False, decimals=2,
 )  # fmt: skip
 SFID = Metric(
     "sfid", "sFID", "the same, of 2,023 spatial features; to {statistics}", "lower", "spatial",
-    _distance("sfid", "spatial"), published=True,
+    _distance("sfid", "spatial"), published=True, decimals=2,
 )  # fmt: skip
 SPATIAL_FRECHET = Metric(
     "spatial_frechet_distance", "spatial Fréchet distance", "to {statistics}; not sFID", "lower", "spatial",
-    _distance("spatial_frechet_distance", "spatial"), published=False,
+    _distance("spatial_frechet_distance", "spatial"), published=False, decimals=2,
 )  # fmt: skip

@@ -20,9 +20,9 @@ def _distance(name: str) -> Callable[[FeatureSets], dict[str, Any]]:
 # Computed for the whole set only: it is slow, and being unbiased it does not depend on the number of samples.
 KID = Metric(
     "kid", "KID", "kernel distance to {images}, unbiased", "lower", "kernel", _distance("kid"), published=True,
-    whole_set=True,
+    whole_set=True, decimals=5,
 )  # fmt: skip
 KERNEL_DISTANCE = Metric(
     "kernel_distance", "kernel distance", "to {images}, cubic kernel, unbiased; not KID", "lower", "kernel",
-    _distance("kernel_distance"), published=False, whole_set=True,
+    _distance("kernel_distance"), published=False, whole_set=True, decimals=5,
 )  # fmt: skip

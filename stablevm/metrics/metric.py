@@ -76,6 +76,7 @@ class Metric:
     be computed.
     published: True if only features of the published Inception have this metric, False if only those of other networks.
     whole_set: whether it is computed for the whole set only, not for subsets.
+    decimals: how many tables show; files hold all digits.
     """
 
     name: str
@@ -86,9 +87,14 @@ class Metric:
     values: Callable[[FeatureSets], dict[str, Any]]
     published: bool | None = None
     whole_set: bool = False
+    decimals: int = 3
 
-    def row(self, values: Values, statistics: str, images: str) -> tuple[str, str | float, str]:
+    def shown(self, values: Values) -> str:
+        """The value with its decimals, as tables show it."""
+        return f"{values[self.name]:.{self.decimals}f}"
+
+    def row(self, values: Values, statistics: str, images: str) -> tuple[str, str, str]:
         """The row of a table: title, value and explanation."""
         meaning = self.meaning if isinstance(self.meaning, str) else self.meaning(values)
         text = meaning.replace("{statistics}", statistics).replace("{images}", images)
-        return self.title, values[self.name], text + (f"; {self.better} is better" if self.better else "")
+        return self.title, self.shown(values), text + (f"; {self.better} is better" if self.better else "")

@@ -34,9 +34,9 @@ def _meaning(name: str, text: str) -> Callable[[Values], str]:
 
 INCEPTION_SCORE = Metric(
     "inception_score", "inception score", _meaning("inception_score", "over consecutive chunks of 5,000"), "higher",
-    "score", _score("inception_score"), published=True,
+    "score", _score("inception_score"), published=True, decimals=2,
 )  # fmt: skip
 OTHER_SCORE = Metric(
     "score", "score of another network", _meaning("score", "as the inception score, by another network"), "higher",
-    "score", _score("score"), published=False,
+    "score", _score("score"), published=False, decimals=2,
 )  # fmt: skip

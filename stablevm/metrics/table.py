@@ -43,7 +43,7 @@ def metrics_in(values: Iterable[str]) -> list[Metric]:
     return [metric for metric in METRICS if metric.name in names]
 
 
-def result_rows(values: Values, statistics: str, images: str) -> list[tuple[str, str | float, str]]:
+def result_rows(values: Values, statistics: str, images: str) -> list[tuple[str, str, str]]:
     """The rows (title, value, meaning) of results; `statistics` and `images` name those of the reference."""
     return [metric.row(values, statistics, images) for metric in metrics_in(values)]
 

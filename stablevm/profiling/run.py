@@ -13,13 +13,13 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
 from stablevm.networks.encoders import Encoder, untrained_encoder
 from stablevm.profiling.config import OBJECTIVES, ROUNDS, BenchmarkConfig
-from stablevm.profiling.machine import describe_machine, product_rate
 from stablevm.profiling.measure import Measurement, free_memory, measure
 from stablevm.profiling.random_data import RandomDataset
 from stablevm.profiling.results import FILES, Results
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of
 from stablevm.support.locks import owned
+from stablevm.support.machine import describe_machine, product_rate
 from stablevm.support.precision import DTYPES, tf32
 from stablevm.training.config import TrainConfig
 from stablevm.training.engine import model_config

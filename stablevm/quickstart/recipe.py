@@ -1,6 +1,6 @@
 """The measured recipe of the quickstart (docs/experiments.md), as configurations of the ordinary commands."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,22 @@ class Guidance:
         return self.name.replace(" <= ", "").replace(", ", "-").replace(" ", "-")
 
 
-# The first is the headline: guidance only near the data keeps the diversity that guidance at all times would cost.
-GUIDANCES = (Guidance(1.5, high=0.4), Guidance(1.5), Guidance(1.0))
+# The first one is the headline: guidance only near the data keeps the variety that guidance at all times costs.
+EVERYWHERE, NONE = Guidance(1.5), Guidance(1.0)
+GUIDANCES = (Guidance(1.5, high=0.4), EVERYWHERE, NONE)
+HEADLINE = GUIDANCES[0]
+NAMES = {"stablevm": "StableVM", "si": "CFM"}
+
+
+def arms(config: QuickstartConfig) -> list[QuickstartConfig]:
+    """What is trained: the method that is asked for, and with `compare` the other one, all else alike."""
+    other = replace(config, loss_type="si" if config.loss_type == "stablevm" else "stablevm")
+    return [config, other] if config.compare else [config]
+
+
+def guidances(config: QuickstartConfig, arm: QuickstartConfig) -> list[Guidance]:
+    """How an arm is sampled; what guidance at all times does is shown of the method that is asked for alone."""
+    return [guide for guide in GUIDANCES if arm.loss_type == config.loss_type or guide != EVERYWHERE]
 
 
 def data_folder(config: QuickstartConfig) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablevm.figures.evaluation import plot_rows_side_by_side
+from stablevm.figures.evaluation import plot_class_rows
 from stablevm.figures.sheets import (
     FILM_FRAMES,
     Film,
@@ -54,7 +54,7 @@ def test_any_name_of_a_class_gets_a_caption(name, tmp_path):
     for columns in (1, 2):
         assert plot_sheet(images, columns, captions).ndim == 3
     assert all(text.isprintable() and len(text) < 100 for text in captions)
-    plot_rows_side_by_side({"Real": images[:, None]}, card.class_names, tmp_path / "rows.png")
+    plot_class_rows(images[:, None], card.class_names, "Real", tmp_path / "rows.png")
 
 
 def test_captions_name_classes_that_have_names():

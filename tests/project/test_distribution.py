@@ -27,10 +27,11 @@ sys.exit([home for home in homes if not home.startswith(sys.argv[1])] or None)
 QUICKSTART = """
 import functools, sys
 from stablevm import cli
-from stablevm.quickstart import recipe, run
-run.train_extractor = functools.partial(run.train_extractor, steps=40)
+from stablevm.evaluation import digits
+from stablevm.quickstart import recipe
+digits.train_extractor = functools.partial(digits.train_extractor, steps=40)
 recipe.NUM_SAMPLES = 40
-sys.exit(cli.main(["quickstart", "--output-dir", sys.argv[1], "--steps", "4"]))
+sys.exit(cli.main(["quickstart", "--output-dir", sys.argv[1], "--steps", "4", "--no-compare"]))
 """
 
 

@@ -16,7 +16,7 @@ from stablevm import interpolant
 from stablevm.data import dataset as data
 from stablevm.data import layouts, opening
 from stablevm.evaluation.sample_report import metric_curves
-from stablevm.figures.evaluation import plot_metric_curves
+from stablevm.figures.evaluation import plot_metrics
 from stablevm.metrics import metric, table
 from stablevm.networks import autoencoder, backbone, initialisation, network_config, projectors, registry
 from stablevm.networks.autoencoder import LatentSpec, latent_spec_of, load_autoencoder
@@ -126,12 +126,13 @@ def test_the_metric_that_is_shown_is_in_table_curves_and_picture(tmp_path):
         expected = (pools[0]["pool"].double().mean(0) - pools[1]["pool"].double().mean(0)).norm()
         assert values["mean_shift"] == pytest.approx(float(expected))
         row = table.result_rows(values, "the reference", "the images")[-1]
-        assert row == ("mean shift", values["mean_shift"],
+        assert row == ("mean shift", f"{values['mean_shift']:.3f}",
                        "between the means of features, to the reference; lower is better")  # fmt: skip
         curves = metric_curves(sets, values)
         assert [point.samples for point in curves["mean_shift"]] == [8, 16, 32, 64]
-        plot_metric_curves(curves, tmp_path / "panels.png")
-        assert [each.title for each in table.panels_of(values)[-1]] == ["mean shift"]
+        panel = table.panels_of(values)[-1]
+        plot_metrics(panel, curves, tmp_path / "panel.png")
+        assert [each.title for each in panel] == ["mean shift"]
     assert "mean_shift" not in table.results_of(sets)
 
 

@@ -1,6 +1,7 @@
 """The whole staircase at small size: what it leaves, how it goes on, what it refuses."""
 
 import functools
+import html
 import json
 import os
 import re
@@ -50,9 +51,32 @@ def test_summary_and_report(finished):
     assert {"accuracy", "frechet_test", "frechet_floor", "seconds", "protocol"} <= summary.keys()
     assert summary["protocol"]["steps"] == STEPS and summary["frechet_floor"] > 0
     report = (finished / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 3 and 'src="http' not in report
+    assert report.count("data:image/png;base64,") == 3 + 2 + 2 and 'src="http' not in report
     text = re.sub("<[^>]+>", "", report)
-    assert "accelerate launch train.py" in text and "--loss-type stablevm" in text
+    assert "accelerate launch train.py" in text and "--loss-type stablevm" in text and "--exp-name si" in text
+    for told in (
+        "StableVM, guidance 1.5, t <= 0.4",
+        "CFM, no guidance",
+        "Why guidance stops at t = 0.4",
+        "This is one seed",
+    ):
+        assert told in html.unescape(text), told
+    for link in re.findall(r'href="([^"]+)"', report):
+        assert link.startswith("https://arxiv.org/") or (finished / link).is_file(), link
+
+
+def test_both_methods_are_trained_and_evaluated_alike(finished):
+    """All of the two runs' options but what the methods need, and samples of the same seed and guidance."""
+    ours, plain = (json.loads((finished / arm / "config.json").read_text()) for arm in ("stablevm", "si"))
+    assert {name for name in ours if ours[name] != plain[name]} <= {
+        "exp_name", "loss_type", "bank_capacity_per_class", "prefill_bank_fully"
+    }  # fmt: skip
+    summary = json.loads((finished / "summary.json").read_text())
+    compared = summary["comparison"]["CFM"]
+    assert compared.keys() == summary["by_guidance"].keys() - {"guidance 1.5"}
+    assert all(found["num_samples"] == 40 for found in (*compared.values(), *summary["by_guidance"].values()))
+    assert summary["frechet_test"] == summary["by_guidance"]["guidance 1.5, t <= 0.4"]["frechet_test"]
+    assert summary["processor_seconds"] > 0 and summary["seconds"] > 0
 
 
 def test_again_changes_nothing_but_the_report(finished, capsys):
@@ -85,7 +109,7 @@ def test_killed_in_training_it_goes_on(finished, tmp_path):
         shutil.copytree(finished / part, folder / part)
     claim = json.loads((finished / "quickstart.json").read_text()) | {"steps": 60}
     (folder / "quickstart.json").write_text(json.dumps(claim))
-    command = [sys.executable, "-c", FEW_SAMPLES, "--output-dir", str(folder), "--steps", "60"]
+    command = [sys.executable, "-c", FEW_SAMPLES, "--output-dir", str(folder), "--steps", "60", "--no-compare"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = folder / "stablevm" / "metrics.jsonl"
@@ -107,7 +131,13 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-def test_comparison_with_cfm(tmp_path: Path):
-    assert cli.quickstart(["--output-dir", str(tmp_path / "out"), "--steps", "2", "--loss-type", "si"]) == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["protocol"]["loss_type"] == "si"
+def test_flow_matching_alone(finished, tmp_path: Path):
+    folder = tmp_path / "out"
+    for part in ("data", "extractor"):
+        shutil.copytree(finished / part, folder / part)
+    claim = json.loads((finished / "quickstart.json").read_text()) | {"steps": 2, "loss_type": "si"}
+    (folder / "quickstart.json").write_text(json.dumps(claim))
+    assert cli.quickstart(["--output-dir", str(folder), "--steps", "2", "--loss-type", "si", "--no-compare"]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["protocol"]["loss_type"] == "si" and summary["comparison"] == {}
+    assert not (folder / "stablevm").exists() and "This is one seed" not in (folder / "report.html").read_text()
