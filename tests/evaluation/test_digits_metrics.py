@@ -181,7 +181,7 @@ def test_evaluate_prints_a_table_and_writes_json(
     printed = capsys.readouterr().out
     for name, *_ in digits_rows(results):
         assert name in printed
-    assert f"{results['frechet_test']:.6g}" in printed
+    assert f"{results['frechet_test']:.2f}" in printed
     written = json.loads((tmp_path / "samples.json").read_text())
     assert {key: written[key] for key in results} == results
     elsewhere = tmp_path / "elsewhere" / "results.json"
