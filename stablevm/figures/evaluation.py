@@ -26,6 +26,7 @@ from stablevm.figures.style import (
 from stablevm.metrics.metric import Metric
 from stablevm.support.errors import UserError
 from stablevm.support.images import save_png, tile
+from stablevm.support.text import caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ LOSSES = {
 THIRD_WIDTH = 3.15  # inches
 NEIGHBOUR_INCHES = 0.8  # of an image beside its nearest ones
 NAME_INCHES = 0.09  # of a letter in a row's name
+NAME_SHARE = 0.35  # of the width, at most, for names
 GRID_COLUMNS, GRID_ROWS = 10, 6
 GRID_SIDE = 100  # pixels of an image on the page, about: ten in a row fill it
 
@@ -88,8 +90,9 @@ def _plot_rows(parts: Mapping[str, NDArray[np.uint8]], row_names: Sequence[str],
     """Sets of images uint8 (rows, n, H, W, 3) beside each other on `page` inches, each with its own n and title."""
     sheets = [_sheet(images) for images in parts.values()]
     pixels = sum(sheet.shape[1] for sheet in sheets)
-    names = list(map(plain, row_names))
-    margin = 0.25 + NAME_INCHES * max(map(len, names))  # for the rows' names
+    longest = int(NAME_SHARE * page / NAME_INCHES)
+    names = [plain(caption(name, longest)) for name in row_names]
+    margin = 0.25 + NAME_INCHES * min(longest, max(map(len, names)))  # for the rows' names
     gap = 0.35 if len(sheets) > 1 else 0.0
     inch = (page - margin - gap * (len(sheets) - 1)) / pixels
     height = sheets[0].shape[0] * inch + 0.45
