@@ -26,7 +26,7 @@ FIGURES = ("matplotlib", "PIL")
 
 
 def train(config: TrainConfig) -> None:
-    need("stablevm train", *TRAINER, "PIL")
+    need("stablevm train", *TRAINER, *FIGURES)
     from stablevm.training.trainer import train
 
     train(config)

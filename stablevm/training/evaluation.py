@@ -14,6 +14,7 @@ from stablevm.evaluation.digits import digits_splits, evaluate_digits, load_extr
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor, load_inception
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.samples import Reference, open_reference
+from stablevm.figures.sheets import captions_of, plot_sheet
 from stablevm.metrics.frechet import FID, FRECHET
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import results_of
@@ -23,7 +24,7 @@ from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, draw_latents
 from stablevm.sampling.labels import balanced_labels, trained_labels
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
-from stablevm.support.images import save_png, tile
+from stablevm.support.images import save_png
 from stablevm.support.processes import Process
 from stablevm.support.rng import RowGenerators
 from stablevm.training.config import TrainConfig
@@ -31,8 +32,7 @@ from stablevm.training.config import TrainConfig
 SETTINGS = SamplerSettings(mode="ode", num_steps=40)
 GUIDANCE = GuidanceSettings(cfg_scale=1.5)  # for grids; evaluations have none, as the best scale changes in training
 CLASSES, PER_CLASS = 10, 6  # of a grid
-MIN_SIDE = 64  # pixels; smaller images are enlarged by an integer factor
-PREVIEWS = "samples"  # the folder for grids in the folder of the run
+PREVIEWS = "samples"  # the folder of the grids in that of the run
 _NAME = re.compile(r"step-(\d+)\.png")
 
 BATCH = 64  # images that are evaluated at a time
@@ -42,9 +42,8 @@ Measure = Callable[[Tensor, Tensor], dict[str, float]]  # from images and labels
 
 
 class Previews:
-    """Makes `FOLDER/step-0010000.png`, with a row for each of the first classes of which the data has samples.
-
-    Samples are guided if the null class is trained.
+    """Makes `FOLDER/step-0010000.png`: a row for each of the first classes that the data has samples of, with its name
+    as on the sheets of `generate`, guided where the null class is trained.
     """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, seed: int) -> None:
@@ -61,7 +60,7 @@ class Previews:
         shown = trained_labels(labels, card)
         latents, _ = draw_latents(model, card, shown, streams, SETTINGS, device, guidance=guidance)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
-        grid = tile(images, PER_CLASS, scale=max(1, MIN_SIDE // images.shape[1]))
+        grid = plot_sheet(images, PER_CLASS, captions_of(shown.tolist(), card))
         save_png(self.path(card.step), grid)
         return grid
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.sit import SiT
@@ -162,6 +163,9 @@ def test_previews_ask_for_what_was_trained(chance, scale, labels, root, monkeypa
     monkeypatch.setattr(evaluation, "draw_latents", draw)
     folder = runs.run(runs.config(root, f"chance-{chance}", cfg_prob=chance, sampling_steps=1, max_train_steps=1))
     assert asked == [(chance, scale, labels)]
+    with Image.open(folder / "samples" / "step-0000001.png") as grid:
+        width = 6 * (64 + 2) + 2  # images of 8 x 8, enlarged
+        assert grid.width > width + 10 if chance < 1 else grid.width == width, "names of classes, where there are any"
     assert load_card(folder / "checkpoints" / "0000001").label_dropout == chance
 
 
