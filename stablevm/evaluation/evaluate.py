@@ -39,11 +39,12 @@ from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.provenance import (
     Provenance,
-    checked_card,
     decoding_notes,
     default_name,
     labels_of,
+    newest_note,
     provenance_of,
+    resolved,
 )
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
@@ -262,10 +263,12 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     """Evaluate the images that a checkpoint generates; otherwise like `evaluate`."""
     config.sampling.validate()
     process = _begin(config.evaluation, config.warnings())
-    sampling = config.drawn.effective()
+    sampling, card = resolved(config.drawn)
+    sampling = sampling.effective()
     if sampling.compile:
         check_compiler(process.device)
-    card = checked_card(sampling)
+    for line in newest_note(config.sampling.ckpt, sampling.ckpt) if process.is_first else ():
+        print(line)
     for line in decoding_notes(sampling.vae, card.latent) if process.is_first else ():
         print(f"warning: {line}", file=sys.stderr)
     source = CheckpointSource(sampling, card, provenance_of(sampling, card), process.device)

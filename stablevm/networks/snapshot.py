@@ -22,6 +22,7 @@ from stablevm.support.tensor_files import save_tensors
 from stablevm.support.text import shown
 
 CARD_FILE = "model.json"
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them, each called by its step
 FORMAT_VERSION = 1
 _REMEDY = "use another checkpoint"
 
@@ -108,6 +109,15 @@ def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, T
     for name, tensors in weights.items():
         save_tensors(folder / f"{name}.safetensors", tensors)
     write_json(folder / CARD_FILE, card.to_dict())
+
+
+def checkpoint_in(folder: str | Path) -> Path:
+    """The folder itself where it is a checkpoint; the newest checkpoint where it is a run's folder."""
+    folder = Path(folder)
+    found = [card.parent for card in folder.glob(f"{CHECKPOINTS}/*/{CARD_FILE}") if card.parent.name.isdecimal()]
+    if (folder / CARD_FILE).is_file() or not found:
+        return folder
+    return max(found, key=lambda checkpoint: int(checkpoint.name))
 
 
 def load_card(folder: str | Path) -> ModelCard:

@@ -45,7 +45,8 @@ class ImageOptions:
     label_sampling: LabelSampling = "equal"
     """equal: equally many images of each class, up to one. random: the class of each image is drawn uniformly."""
     classes: str | None = None
-    """Only these classes: indices separated by commas, such as 207,360. Default: all that had samples in training."""
+    """Only these classes: indices or names separated by commas, such as 207,360 or cat,dog. Default: all that had
+    samples in training."""
     unconditional: bool = False
     """Images without a class, from the network's null class."""
     global_seed: Natural = 0
@@ -105,7 +106,7 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
     GROUP: ClassVar[str] = "run"
 
     ckpt: Path
-    """Checkpoint folder: model.json with ema.safetensors and model.safetensors."""
+    """Checkpoint folder: model.json with ema.safetensors and model.safetensors. Or a run's folder, for its newest."""
     weights: Weights = "ema"
     """ema: the moving average of the weights. model: the weights of the last training step."""
     vae: str | None = None
@@ -132,7 +133,7 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
             ("name", self.name is None or _is_file_stem(self.name), "a file name without folder and .npz"),
         ]
         require(self, expected)
-        self.class_indices()
+        self._check_classes()
 
     def _solver_expectations(self) -> list[Expectation]:
         return [
@@ -144,6 +145,15 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
                 "no --solver dopri5 with it: each image has steps of its own",
             ),
         ]
+
+    def _check_classes(self) -> None:
+        """UserError unless they are distinct numbers or distinct names; which names there are, the checkpoint knows."""
+        parts = [part.strip() for part in (self.classes or "all").split(",")]
+        mixed = {part.isdecimal() for part in parts} == {True, False}
+        if "" in parts or mixed or len(set(parts)) < len(parts):
+            raise UserError(
+                f"--classes {self.classes}: expected distinct class indices from 0, such as 3,5, or names of classes"
+            )
 
     def class_indices(self) -> tuple[int, ...] | None:
         """The numbers in `classes`; None for all. UserError if they are not distinct integers from 0."""

@@ -29,12 +29,13 @@ from stablevm.sampling.parts import PartFolder
 from stablevm.sampling.provenance import (
     Provenance,
     check_same,
-    checked_card,
     decoding_notes,
     default_name,
     idle_claims,
     labels_of,
+    newest_note,
     provenance_of,
+    resolved,
 )
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
@@ -118,10 +119,13 @@ def _generate(run: Run, process: Process) -> None:
 
 def _prepare(config: GenerateConfig, process: Process) -> Run:
     """Check the configuration against the checkpoint, and warn of options without effect."""
-    card = checked_card(config)
+    given = config.ckpt
+    config, card = resolved(config)
     if config.compile:
         check_compiler(process.device)
     if process.is_first:
+        for line in newest_note(given, config.ckpt):
+            print(line)
         _print_warnings(config, card, process.device)
     config = config.effective()
     if config.grid:
@@ -160,7 +164,8 @@ def _make(run: Run, missing: list[range]) -> None:
     elif run.process.is_first:
         _assemble(run)
         cost = "" if evaluations is None else f"{evaluations} network evaluations per image, "
-        print(f"{run.target}: complete, {cost}{time.monotonic() - started:.1f} s")
+        picture = "" if run.config.grid else f"; some of the images: {run.file('.png')}"
+        print(f"{run.target}: complete, {cost}{time.monotonic() - started:.1f} s{picture}")
 
 
 def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> int:

@@ -1,5 +1,6 @@
 """Provenance: all that generated images depend on, recorded with them, so that different images never mix."""
 
+import difflib
 import hashlib
 import json
 from dataclasses import asdict, replace
@@ -10,27 +11,55 @@ import torch
 from torch import Tensor
 
 from stablevm.networks.autoencoder import IDENTITY, LatentSpec, autoencoder_id, full_name, is_folder, latent_spec_of
-from stablevm.networks.snapshot import ModelCard, load_card
+from stablevm.networks.snapshot import ModelCard, checkpoint_in, load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import guidance_of
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.solvers.settings import settings_of
 from stablevm.support import files
 from stablevm.support.errors import UserError
-from stablevm.support.options import as_typed, some_of
+from stablevm.support.options import as_typed, distinct_indices, some_of
 from stablevm.support.text import brief
 
 Provenance = dict[str, Any]  # JSON values; `protocol` in files, as version 0.1 named it
 _HASH_DIGITS = 8
 
 
-def checked_card(config: GenerateConfig) -> ModelCard:
-    """The checkpoint's card, with the attention kernel of the options; UserError as in `check_claims`."""
+def resolved(config: GenerateConfig) -> tuple[GenerateConfig, ModelCard]:
+    """The request with what the checkpoint knows, and the checkpoint's card, with the attention kernel of the options.
+
+    A run's folder becomes its newest checkpoint, and names of classes their numbers. UserError as in `check_claims`.
+    """
+    config = replace(config, ckpt=checkpoint_in(config.ckpt))
     card = load_card(config.ckpt)
     if config.fused_attn is not None:  # any kernel computes the same function
         card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
+    if config.classes is not None and distinct_indices(config.classes) is None:
+        config = replace(config, classes=",".join(map(str, _numbers_of(config.classes, card))))
     check_claims(config, card)
-    return card
+    return config, card
+
+
+def newest_note(given: Path, taken: Path) -> list[str]:
+    """A line where a run's folder was given."""
+    return [] if given == taken else [f"{given}: its newest checkpoint is {taken.name}"]
+
+
+def _numbers_of(names: str, card: ModelCard) -> list[int]:
+    """The classes of "cat, dog"; a name may hold commas itself. UserError for a name that is not known."""
+    known = {" ".join(name.split()): number for number, name in enumerate(card.class_names)}
+    words, numbers = [" ".join(word.split()) for word in names.split(",")], []
+    while words:
+        fitting = [count for count in range(len(words), 0, -1) if ", ".join(words[:count]) in known]
+        if not fitting:
+            near = difflib.get_close_matches(words[0], known, n=3, cutoff=0.0)
+            raise UserError(
+                f"--classes {names}: the checkpoint knows no class {words[0]}; the nearest are "
+                f"{some_of(near)}, or give numbers from 0 to {card.model.num_classes - 1}"
+            )
+        numbers.append(known[", ".join(words[: fitting[0]])])
+        del words[: fitting[0]]
+    return numbers
 
 
 def check_claims(config: GenerateConfig, card: ModelCard) -> None:

@@ -91,7 +91,8 @@ class NetworkOptions:
     qk_norm: bool = False
     """Normalise queries and keys."""
     init_from: Path | None = None
-    """Start from the weights of this checkpoint folder instead of random ones: fine-tuning, also after an import."""
+    """Start from the weights of this checkpoint folder, or of the newest one of this run's folder, instead of random
+    ones: fine-tuning, of an import too."""
     init_weights: Weights = "ema"
     """Which of its weights: ema, the moving average; model, those of the last step."""
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from stablevm.networks.network_config import PROJECTOR_FACTS
-from stablevm.networks.snapshot import ModelCard, Weights, load_card, load_weights
+from stablevm.networks.snapshot import ModelCard, Weights, checkpoint_in, load_card, load_weights
 from stablevm.support.errors import UserError
 
 NAMES_SHOWN = 8  # classes in the line about them
@@ -95,6 +95,7 @@ def initial_weights(
     Projectors are `fresh` unless the checkpoint's read the same block for encoders of the same widths. UserError for a
     checkpoint that can't be read, and naming both values where it differs in anything else.
     """
+    folder = checkpoint_in(folder)
     theirs = load_card(folder)
     _check_same(folder, theirs, card)
     found = load_weights(folder, weights)

@@ -10,6 +10,7 @@ from stablevm.commands.table import COMMANDS
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.recipes.listing import FOLDER, about, recipe_names
+from stablevm.training.config import TrainConfig
 
 BY_NAME = {command.name: command for command in COMMANDS}
 
@@ -64,3 +65,16 @@ def test_recipes_are_listed_and_shown(capsys):
     assert capsys.readouterr().out == (FOLDER / "repa.toml").read_text()
     assert cli.main(["recipes", "reap"]) == 2
     assert "recipe reap: expected one of digits" in capsys.readouterr().err
+
+
+def test_a_recipe_trains(tmp_path, capsys):
+    """The measured one, on two steps of the digits; without alignment, whose encoder is trained for a minute."""
+    assert cli.main(["prepare", "digits", "-q", str(tmp_path / "data")]) == 0
+    smaller = ["--max-train-steps=2", "--batch-size=4", "--bank-capacity-per-class=2", "--lr-warmup-steps=0"]
+    words = [f"--data-dir={tmp_path / 'data'}", f"--output-dir={tmp_path}", "--exp-name=run", "--report-to=none"]
+    assert cli.main(["train", "--config=digits", "--no-use-proj-loss", *words, *smaller]) == 0
+    saved = TrainConfig.read(tmp_path / "run")
+    assert (saved.weighting, saved.learning_rate, saved.max_train_steps) == ("logit_normal", 3e-3, 2)
+    drawn = ["--num-fid-samples=4", "--num-steps=2", f"--sample-dir={tmp_path}", "--name=drawn"]
+    assert cli.main(["generate", "--config=digits", f"--ckpt={tmp_path / 'run'}", *drawn]) == 0
+    assert (tmp_path / "drawn.npz").is_file()

@@ -257,3 +257,34 @@ def test_compiling_needs_a_compiler(command, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert command("--num-fid-samples=1", "--compile") == (2 if not torch.cuda.is_available() else 0)
     assert "--compile: found no C++ compiler (no-such-compiler)" in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_newest_checkpoint(command, tmp_path, capsys):
+    run = tmp_path / "exps" / "cats"
+    for step in (3, 20):
+        save_checkpoint(run / "checkpoints" / f"{step:07d}", replace(tiny_card(), step=step))
+    (run / "checkpoints" / "best").mkdir()
+    assert command("--num-fid-samples=2", ckpt=run) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{run}: its newest checkpoint is 0000020\n") and "of step 20" in told
+    assert told.splitlines()[-1].endswith(f"; some of the images: {tmp_path / 'run.png'}")
+    assert command("--num-fid-samples=2", ckpt=run / "checkpoints" / "0000020") == 0, "the same images"
+    assert command("--num-fid-samples=2", ckpt=tmp_path) == 2
+    assert "not a checkpoint folder" in capsys.readouterr().err
+
+
+def test_classes_by_name(command, tmp_path, capsys):
+    names = ("tench, Tinca tinca", "cat", "dog", "owl")
+    ckpt = save_checkpoint(tmp_path / "named", replace(tiny_card(), class_names=names))
+    assert command("--num-fid-samples=4", "--classes= cat,tench,  Tinca tinca", ckpt=ckpt) == 0
+    assert set(loaded(tmp_path / "run.npz")["labels"]) == {0, 1}
+    assert command("--num-fid-samples=4", "--classes=1,0", ckpt=ckpt) == 0, "the same images"
+    capsys.readouterr()
+    for classes, message in {
+        "cat,bird": "no class bird; the nearest are",
+        "cat,3": "indices from 0, such as 3,5, or names",
+        "cat,cat": "expected distinct",
+    }.items():
+        assert command("--classes", classes, ckpt=ckpt) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
