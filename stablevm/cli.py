@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from stablevm.commands.arguments import parse
 from stablevm.commands.quiet import quietly
-from stablevm.commands.table import COMMANDS, EVALUATE, FOLDER_STEPS, PURPOSES, TRAIN, Command
+from stablevm.commands.table import COMMANDS, FOLDER_STEPS, PURPOSES, Command
 from stablevm.support.errors import UserError, arguments_spelt
 from stablevm.support.extras import explained
 from stablevm.support.launcher import tell
@@ -60,9 +60,9 @@ def _named(name: str) -> Command:
 
 
 # Commands that are scripts of the published code, or that are called from Python.
-train = _entry(TRAIN, "train.py")
+train = _entry(_named("train"), "train.py")
 generate = _entry(_named("generate"), "generate.py")
-evaluate = _entry(EVALUATE, "evaluate.py")
+evaluate = _entry(_named("evaluate"), "evaluate.py")
 toy = _entry(_named("toy"), "gmm_exp.py")
 reference = _entry(_named("reference"))
 import_checkpoint = _entry(_named("import"))

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from stablevm.commands.option_files import read_options
 from stablevm.commands.table import Command, Use
 from stablevm.support.errors import UserError
 from stablevm.support.launcher import is_alone, tell
@@ -55,7 +54,7 @@ def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
     """
     given = _given(command, program, arguments)
     common = Common(**{field.name: given.pop(field.name) for field in fields(Common) if field.name in given})
-    from_file = {} if common.config is None else read_options(common.config, command)
+    from_file = {} if common.config is None else _from_file(common.config, command)
     values = {**from_file, **given}
     use = command.use_of(values)
     strange = [name for name in given if name not in use.fields]
@@ -70,6 +69,12 @@ def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
             f"{program} --help"
         )
     return Parsed(use, build(use.options, values), common.quiet)
+
+
+def _from_file(where: str, command: Command) -> dict[str, Any]:
+    from stablevm.commands.option_files import read_options  # and with it what reads TOML, which help does without
+
+    return read_options(where, command)
 
 
 def build(kind: type, values: Mapping[str, Any]) -> Any:
@@ -123,8 +128,9 @@ def parser_type(command: Command) -> type:
     groups: list[tuple[str, Any]] = []
     for group in command.groups:
         made = make_dataclass("Options", _options(group))
-        made.__doc__ = group.purpose
-        groups.append((group.title, Annotated[(made, tyro.conf.OmitArgPrefixes)]))
+        # told so, tyro does not look for the source of this class
+        notes: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=group.purpose))
+        groups.append((group.title, Annotated[(made, *notes)]))
     return make_dataclass("Options", groups + general)
 
 

@@ -6,27 +6,8 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from stablevm.commands import work
-from stablevm.commands.config import CompletionConfig, RecipesConfig
-from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
-from stablevm.integrations.config import ImportConfig
-from stablevm.preparation.config import (
-    ConvertConfig,
-    ConvertShardsConfig,
-    DigitsConfig,
-    EncodeConfig,
-    EncodeShardsConfig,
-    InfoConfig,
-    PackConfig,
-    VerifyConfig,
-)
-from stablevm.profiling.config import BenchmarkConfig
-from stablevm.quickstart.config import QuickstartConfig
-from stablevm.sampling.config import GenerateConfig
-from stablevm.study.config import VarianceConfig
 from stablevm.support.errors import UserError
 from stablevm.support.options import Group, groups_of, is_positional
-from stablevm.toy.config import ToyConfig
-from stablevm.training.config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -58,10 +39,15 @@ class Command:
 
     name: str  # as it is typed: "prepare encode"
     purpose: str
-    uses: tuple[Use[Any], ...]
+    make_uses: tuple[Callable[[], Use[Any]], ...]  # called on demand, as most commands are not
     script: str = ""  # the script that calls it too
     returns_status: bool = False  # whether the result of the work is the exit status
     resumes: bool = True  # whether it resumes when it is run again
+
+    @cached_property
+    def uses(self) -> tuple[Use[Any], ...]:
+        """What the command does, one use for each kind of options."""
+        return tuple(make() for make in self.make_uses)
 
     @property
     def description(self) -> str:
@@ -96,76 +82,177 @@ class Command:
         return name.upper() if is_positional(self.fields[name]) else f"--{name.replace('_', '-')}"
 
 
-def _command(name: str, options: type[Config], do: Callable[[Config], object], purpose: str, **facts: Any) -> Command:
-    return Command(name, purpose, (Use(options, do),), **facts)
+def _quickstart() -> Use[Any]:
+    from stablevm.quickstart.config import QuickstartConfig
+
+    return Use(QuickstartConfig, work.quickstart)
 
 
-def _preparing(name: str, options: type[Config], do: Callable[[Config], int], purpose: str) -> Command:
-    return Command(name, purpose, (Use(options, do),), returns_status=True)
+def _convert() -> Use[Any]:
+    from stablevm.preparation.config import ConvertShardsConfig
+
+    return Use(ConvertShardsConfig, work.convert)
 
 
-TRAIN = Command(
-    "train", "train a network", (Use(TrainConfig, work.train, resumed=TrainConfig.resumed),), script="train.py"
-)
-EVALUATE = Command(
-    "evaluate",
-    "evaluate a file of generated images, or a checkpoint",
-    (
-        Use(EvaluateConfig, work.evaluate, given="samples"),
-        Use(EvaluateCheckpointConfig, work.evaluate_checkpoint, given="ckpt"),
-    ),
-    script="evaluate.py",
-)
+def _encode() -> Use[Any]:
+    from stablevm.preparation.config import EncodeShardsConfig
+
+    return Use(EncodeShardsConfig, work.encode)
+
+
+def _pack() -> Use[Any]:
+    from stablevm.preparation.config import PackConfig
+
+    return Use(PackConfig, work.pack)
+
+
+def _prepare_digits() -> Use[Any]:
+    from stablevm.preparation.config import DigitsConfig
+
+    return Use(DigitsConfig, work.prepare_digits)
+
+
+def _verify() -> Use[Any]:
+    from stablevm.preparation.config import VerifyConfig
+
+    return Use(VerifyConfig, work.verify)
+
+
+def _info() -> Use[Any]:
+    from stablevm.preparation.config import InfoConfig
+
+    return Use(InfoConfig, work.info)
+
+
+def _train() -> Use[Any]:
+    from stablevm.training.config import TrainConfig
+
+    return Use(TrainConfig, work.train, resumed=TrainConfig.resumed)
+
+
+def _import_checkpoint() -> Use[Any]:
+    from stablevm.integrations.config import ImportConfig
+
+    return Use(ImportConfig, work.import_checkpoint)
+
+
+def _generate() -> Use[Any]:
+    from stablevm.sampling.config import GenerateConfig
+
+    return Use(GenerateConfig, work.generate)
+
+
+def _extractor() -> Use[Any]:
+    from stablevm.evaluation.config import ExtractorConfig
+
+    return Use(ExtractorConfig, work.extractor)
+
+
+def _evaluate() -> Use[Any]:
+    from stablevm.evaluation.config import EvaluateConfig
+
+    return Use(EvaluateConfig, work.evaluate, given="samples")
+
+
+def _evaluate_checkpoint() -> Use[Any]:
+    from stablevm.evaluation.config import EvaluateCheckpointConfig
+
+    return Use(EvaluateCheckpointConfig, work.evaluate_checkpoint, given="ckpt")
+
+
+def _reference() -> Use[Any]:
+    from stablevm.evaluation.config import ReferenceConfig
+
+    return Use(ReferenceConfig, work.reference)
+
+
+def _variance() -> Use[Any]:
+    from stablevm.study.config import VarianceConfig
+
+    return Use(VarianceConfig, work.variance)
+
+
+def _benchmark() -> Use[Any]:
+    from stablevm.profiling.config import BenchmarkConfig
+
+    return Use(BenchmarkConfig, work.benchmark)
+
+
+def _toy() -> Use[Any]:
+    from stablevm.toy.config import ToyConfig
+
+    return Use(ToyConfig, work.toy)
+
+
+def _recipes() -> Use[Any]:
+    from stablevm.commands.config import RecipesConfig
+
+    return Use(RecipesConfig, work.recipes)
+
+
+def _completion() -> Use[Any]:
+    from stablevm.commands.config import CompletionConfig
+
+    return Use(CompletionConfig, work.completion)
+
+
+def _convert_to_folder() -> Use[Any]:
+    from stablevm.preparation.config import ConvertConfig
+
+    return Use(ConvertConfig, work.convert_to_folder)
+
+
+def _encode_to_folder() -> Use[Any]:
+    from stablevm.preparation.config import EncodeConfig
+
+    return Use(EncodeConfig, work.encode_to_folder)
+
+
 COMMANDS = (
-    _command(
-        "quickstart", QuickstartConfig, work.quickstart,
+    Command(
+        "quickstart",
         "prepare, train, sample and evaluate handwritten digits, into one folder with a report",
+        (_quickstart,),
     ),
-    _preparing(
-        "prepare convert", ConvertShardsConfig, work.convert, "crop images to one size, into shards",
+    Command("prepare convert", "crop images to one size, into shards", (_convert,), returns_status=True),
+    Command(
+        "prepare encode", "encode the images in shards, which completes the data set", (_encode,), returns_status=True
     ),
-    _preparing(
-        "prepare encode", EncodeShardsConfig, work.encode, "encode the images in shards, which completes the data set"
+    Command("prepare pack", "pack a folder in the layout of REPA into shards", (_pack,), returns_status=True),
+    Command("prepare digits", "write scikit-learn's handwritten digits", (_prepare_digits,)),
+    Command("data verify", "reread a prepared data set and list its faults", (_verify,), returns_status=True),
+    Command("data info", "print facts about a prepared data set, and draw examples", (_info,), returns_status=True),
+    Command("train", "train a network", (_train,), script="train.py"),
+    Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
+    Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
+    Command("extractor", "train the network that evaluates generated digits", (_extractor,)),
+    Command(
+        "evaluate",
+        "evaluate a file of generated images, or a checkpoint",
+        (_evaluate, _evaluate_checkpoint),
+        script="evaluate.py",
     ),
-    _preparing("prepare pack", PackConfig, work.pack, "pack a folder in the layout of REPA into shards"),
-    _command("prepare digits", DigitsConfig, work.prepare_digits, "write scikit-learn's handwritten digits"),
-    _preparing("data verify", VerifyConfig, work.verify, "reread a prepared data set and list its faults"),
-    _preparing("data info", InfoConfig, work.info, "print facts about a prepared data set, and draw examples"),
-    TRAIN,
-    _command(
-        "import", ImportConfig, work.import_checkpoint,
-        "convert a published checkpoint of SiT, REPA, LightningDiT and others",
+    Command("reference", "write a reference file to evaluate against", (_reference,)),
+    Command(
+        "variance",
+        "measure the variance of the targets on your data, and recommend tau and xi",
+        (_variance,),
+        resumes=False,
     ),
-    _command("generate", GenerateConfig, work.generate, "sample images from a checkpoint", script="generate.py"),
-    _command("extractor", ExtractorConfig, work.extractor, "train the network that evaluates generated digits"),
-    EVALUATE,
-    _command("reference", ReferenceConfig, work.reference, "write a reference file to evaluate against"),
-    _command(
-        "variance", VarianceConfig, work.variance,
-        "measure the variance of the targets on your data, and recommend tau and xi", resumes=False,
-    ),
-    _command(
-        "benchmark", BenchmarkConfig, work.benchmark,
-        "measure training steps on this machine, phase by phase", resumes=False,
-    ),
-    _command(
-        "toy", ToyConfig, work.toy, "experiments on a Gaussian mixture, where the exact field is known",
-        script="gmm_exp.py",
-    ),
-    _command(
-        "recipes", RecipesConfig, work.recipes,
+    Command("benchmark", "measure training steps on this machine, phase by phase", (_benchmark,), resumes=False),
+    Command("toy", "experiments on a Gaussian mixture, where the exact field is known", (_toy,), script="gmm_exp.py"),
+    Command(
+        "recipes",
         "list the files of options for published and measured settings, or show one",
+        (_recipes,),
         resumes=False,
     ),
-    _command(
-        "completion", CompletionConfig, work.completion, "print a script with which a shell completes these commands",
-        resumes=False,
-    ),
-)  # fmt: skip
+    Command("completion", "print a script with which a shell completes these commands", (_completion,), resumes=False),
+)
 # The steps of preprocessing/dataset_tools.py, in the layout of REPA.
 FOLDER_STEPS = (
-    _preparing("convert", ConvertConfig, work.convert_to_folder, "crop images to one size, one PNG file each"),
-    _preparing("encode", EncodeConfig, work.encode_to_folder, "encode such images into latents, one .npy file each"),
+    Command("convert", "crop images to one size, one PNG file each", (_convert_to_folder,), returns_status=True),
+    Command("encode", "encode such images into latents, one .npy file each", (_encode_to_folder,), returns_status=True),
 )
 # What the steps behind a word have in common.
 PURPOSES = {"prepare": "write a prepared data set", "data": "verify or show a prepared data set"}

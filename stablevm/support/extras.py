@@ -1,7 +1,5 @@
 """The optional packages, and the extra of stablevm that installs each."""
 
-from importlib.util import find_spec
-
 from stablevm.support.errors import UserError
 
 # Import names of the packages, as in pyproject.toml; messages name the first extra that has what is missing.
@@ -23,6 +21,8 @@ _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 def need(purpose: str, *packages: str) -> None:
     """Raise UserError, which names the extra, unless all packages are installed; they are not imported."""
+    from importlib.util import find_spec  # a tenth of what a command's help takes
+
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise _missing(purpose, missing)

@@ -1,6 +1,5 @@
 """Files that are either complete or absent: written under a temporary name, synced, then renamed."""
 
-import hashlib
 import json
 import os
 import re
@@ -170,5 +169,7 @@ def _is_deeper(values: Any, depth: int) -> bool:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of the file's bytes, in hexadecimal."""
+    import hashlib
+
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

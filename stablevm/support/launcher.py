@@ -3,7 +3,6 @@
 Importing this module does not import torch.
 """
 
-import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -72,6 +71,8 @@ def tell(line: str, *, kept: str = "") -> None:
     store = _launchers_store() if place.world_size > 1 else None
     printed = ""
     if store is not None:
+        import hashlib
+
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         printed = f"stablevm/printed/{attempt}/{hashlib.sha256(line.encode(errors='replace')).hexdigest()}"
         if store.add(f"{printed}/processes", 1) > 1 and _wait_for_key(store, printed):

@@ -5,7 +5,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -109,14 +108,21 @@ RENAMED = {
 }
 
 
-class _OldAddress(MetaPathFinder, Loader):
+class _OldAddress:
     """Import finder for modules under their old names; such a module has the contents of the new one."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         old = name.removeprefix("stablevm.")
         if old == name or old not in MOVED:
             return None
-        return ModuleSpec(name, self, is_package=any(other.startswith(f"{old}.") for other in MOVED))
+        return ModuleSpec(
+            name,
+            self,  # type: ignore[arg-type]
+            is_package=any(other.startswith(f"{old}.") for other in MOVED),
+        )
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The import system makes the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__.removeprefix("stablevm.")]

@@ -92,7 +92,7 @@ class NetworkOptions:
     """Normalise queries and keys."""
     init_from: Path | None = None
     """Start from the weights of this checkpoint folder, or of the newest one of this run's folder, instead of random
-    ones: fine-tuning, of an import too."""
+    ones: fine-tuning, also after an import."""
     init_weights: Weights = "ema"
     """Which of its weights: ema, the moving average; model, those of the last step."""
 

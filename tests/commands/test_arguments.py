@@ -8,12 +8,14 @@ import pytest
 
 from stablevm import cli
 from stablevm.commands.arguments import parse
-from stablevm.commands.table import COMMANDS, EVALUATE, FOLDER_STEPS, TRAIN
+from stablevm.commands.table import COMMANDS, FOLDER_STEPS
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 from tests.helpers.runs import as_arguments
 
+BY_NAME = {command.name: command for command in COMMANDS}
+TRAIN, EVALUATE = BY_NAME["train"], BY_NAME["evaluate"]
 NEEDED = ["--exp-name=run", "--data-dir=data"]
 
 
