@@ -44,9 +44,10 @@ def weighted_alignment(losses: Tensor, weights: Tensor, total: Tensor | None = N
 
 
 def normalize_over_space(features: Tensor, gamma: float) -> Tensor:
-    """Spatial normalisation of iREPA (Singh et al., 2025) for encoder tokens (B, T, D): the same shape, float32.
+    """Spatial normalisation of iREPA (Singh et al., 2025), which keeps the shape and returns float32.
 
-    It subtracts gamma times the mean over patches, and divides by the standard deviation over patches plus 1e-6.
+    features: an encoder's tokens (B, T, D). It subtracts gamma times their mean over patches, and divides by their
+    standard deviation over patches plus 1e-6.
     """
     features = features.float()
     centred = features - gamma * features.mean(dim=1, keepdim=True)

@@ -77,6 +77,7 @@ class ClassBank:
 
     @property
     def device(self) -> torch.device:
+        """The device of the storage."""
         return self._data.device
 
     def insert(self, samples: Tensor, labels: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -118,7 +119,10 @@ class ClassBank:
         return target
 
     def check(self, samples: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
-        """Raise UserError unless the bank can hold the batch; the range of labels on a GPU is not checked."""
+        """Raise UserError unless the bank can hold samples (B, *shape) with labels (B,) and ids (B,), if given.
+
+        The range of labels on a GPU is not checked.
+        """
         check_labels(labels)
         check_batch(samples, labels, ids)
         if samples.shape[1:] != self.shape:
@@ -171,6 +175,7 @@ class ClassBank:
         False where a slot is empty.
 
         Every entry is equally likely, and none is drawn twice. How much a class counts is left to the weights.
+        generator: the source of random numbers, on the CPU or the bank's device.
         """
         empty = torch.arange(self.capacity, device=self.device) >= self.counts[:, None]
         keys = rand(empty.shape, generator, self.device)

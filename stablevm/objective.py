@@ -63,7 +63,7 @@ class _Objective:
 class FlowMatching(_Objective):
     """Conditional flow matching (CFM, or `si`; Lipman et al., 2023): the target is `alpha' x0 + sigma' noise`.
 
-    It is made from the one sample x0 that made x_t, without references.
+    It is made from the one sample x0 that made x_t, without references. settings: `ObjectiveSettings()` by default.
     """
 
     bank: None = None
@@ -90,8 +90,9 @@ class StableTargetField(_Objective):
     """Stable Target Field (STF; Xu et al., 2023): samples of a set are perturbed, with the set as their references.
 
     The target averages the conditional velocity over the references, weighted by how likely each made x_t. A row with
-    a label has the set's samples of its class as references, a row without one the whole set. references_from: the
-    time in [0, 1] below which the target is that of plain flow matching.
+    a label has the set's samples of its class as references, a row without one the whole set. settings:
+    `ObjectiveSettings()` by default. references_from: the time in [0, 1] below which the target is that of plain flow
+    matching.
     """
 
     @renamed(protocol="settings")
@@ -143,7 +144,7 @@ class StableTargetField(_Objective):
         """Like `draw`, for anchors (B, *shape) without labels and a set read in blocks, one in memory at a time.
 
         blocks: pairs of references (n, *shape) and keep (B, n) bool, which is False where a reference is the row's own
-        anchor; keep may be None where the block holds no anchor.
+        anchor; keep may be None where the block holds no anchor. generator: the source of times and noise.
         """
         self._begin(anchors, None, generator)
         noisy = perturb(self.settings, anchors, generator)
@@ -162,6 +163,7 @@ class StableVM(_Objective):
 
     The target averages the conditional velocity over the references, weighted by how likely each made x_t.
 
+    settings: `ObjectiveSettings()` by default.
     anchors: the samples to perturb. "bank", as published, draws a class uniformly and then one of its entries; "batch"
     takes the fresh samples themselves. A row whose label was dropped has references from all classes, `pool_size` of
     them, drawn again at each step. Their weights include the prior probability that an entry is the anchor, which is

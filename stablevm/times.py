@@ -19,7 +19,7 @@ def draw_times(name: TimeName, path: Interpolant, rows: int, generator: AnyGener
 
     name: "uniform" is U[0, 1). "lognormal" draws EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2), and
     "logit_normal" draws ln(sigma/alpha) ~ N(0, 1), which on the linear path is SD3's logit-normal distribution of t;
-    `path` turns these ratios into times.
+    `path` turns these ratios into times. generator: the source of random numbers, one for all rows or one for each.
 
     Raises UserError for any other name.
     """

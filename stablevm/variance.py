@@ -38,8 +38,8 @@ class VarianceCurve:
 
     @classmethod
     def of(cls, times: Tensor, references: int, samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "VarianceCurve":
-        """Average samples: for each time, the squared errors per dimension of CFM and of StableVM and the effective
-        sample sizes, (rows,) each.
+        """Make the curve at times (T,) by averaging samples: for each time, the squared errors per dimension of CFM and
+        of StableVM and the effective sample sizes, (rows,) each. references: their number, including the anchor.
         """
         cfm, stablevm, ess = zip(*samples, strict=True)
         return cls(
@@ -84,7 +84,8 @@ class VarianceCurve:
         """The time at which x_t leaves half of the data's variance unexplained; the curve must end at t = 1.
 
         `V_CFM = gain^2 E[tr Cov(x0 | x_t)] / d`, so the curve divided by gain^2, relative to its value at t = 1, is the
-        unexplained share. It is 0 at t = 0 and interpolated linearly between the curve's times.
+        unexplained share. It is 0 at t = 0 and interpolated linearly between the curve's times. path: that of the
+        curve.
         """
         assert self.t[-1] == 1
         gain = path.offset_gain(torch.tensor(self.t, dtype=torch.float64), torch.tensor(self.t)).tolist()
@@ -108,7 +109,7 @@ def variance_curve(
     generator: torch.Generator,
     references_from: float = 0.0,
 ) -> VarianceCurve:
-    """Measure `V(t) = E |target - v(x_t)|^2 / d` on latents (N, *shape) with labels (N,), at times (T,) in [0, 1].
+    """Measure `V(t) = E |target - v(x_t)|^2 / d` on `path`, for latents (N, *shape), labels (N,) and times (T,).
 
     v is the exact velocity of the class's empirical distribution, computed with the whole class as references
     (docs/theory.md). At each time `rows` anchors are drawn from the data. For StableVM each has `references - 1` other

@@ -40,7 +40,7 @@ def stream():
 
 @pytest.fixture
 def silent_hub(monkeypatch, tmp_path):
-    """The hub's client asks an address of this machine where nobody listens, and its cache is empty."""
+    """The hub's client asks an address of this machine where no server listens, and its cache is empty."""
     from huggingface_hub import constants
 
     with socket.socket() as closed:  # bound, but it does not listen

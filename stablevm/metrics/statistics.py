@@ -144,11 +144,12 @@ class FeatureStatistics:
 
     @property
     def moments(self) -> Moments:
+        """The mean and the covariance; UserError with fewer than two rows."""
         return Moments(self.mean, self.covariance)
 
 
 def frechet_distance(a: AnyMoments | FeatureStatistics, b: AnyMoments | FeatureStatistics) -> float:
-    """The Fréchet distance between two Gaussians with these means and covariances, squared as in FID:
+    """The Fréchet distance between the Gaussians with the means and covariances of `a` and `b`, squared as in FID:
 
         ||mu1 - mu2||^2 + tr(S1 + S2 - 2 sqrt(S1 S2))    (Dowson and Landau, 1982; Heusel et al., 2017, equation 6)
 

@@ -29,7 +29,7 @@ _FIXED_STEPS_SDE = {"euler": euler_maruyama, "heun": stochastic_heun}
 
 
 def integrate(velocity: Velocity, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings) -> Tensor:
-    """Integrate from noise at t = 1 to samples (B, ...) at t = 0 with the solver of `settings`.
+    """Integrate along `path` from noise at t = 1 to samples (B, ...) at t = 0, with the solver of `settings`.
 
     velocity: a function of states x (B, ...) and a scalar time (of x, times (n,) and row indices (n,) with the solver
     dopri5). noise: a function that returns standard normal values (B, ...), called for the initial state and for the

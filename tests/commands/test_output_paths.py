@@ -110,7 +110,7 @@ def test_other_names_that_cannot_be(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_without_permission_is_told(tmp_path):
+def test_a_folder_without_permission_is_reported(tmp_path):
     tmp_path.chmod(0o500)
     assert "can't be written to" in output_fault(tmp_path / "new", is_folder=True)
 

@@ -1,4 +1,4 @@
-"""evaluation's judge of digits: the extractor, the numbers and the command `evaluate`."""
+"""Evaluation of digits: the extractor, the metrics and the command `evaluate`."""
 
 import dataclasses
 import json
@@ -160,7 +160,7 @@ def test_noise_and_wrong_labels_are_bad(
     assert results["coverage"] < 0.2
 
 
-def test_a_judge_trained_on_other_data_is_refused(
+def test_an_extractor_trained_on_other_data_is_refused(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
     with pytest.raises(UserError, match="not the data on which the extractor was trained"):

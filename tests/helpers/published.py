@@ -1,4 +1,4 @@
-"""SiT written anew after its paper, with the parameter names of the published checkpoints: a stand-in for those.
+"""SiT, written from its paper with the parameter names of the published checkpoints: a stand-in for those.
 
 It shares nothing with stablevm.networks: neither layers nor formulas.
 """

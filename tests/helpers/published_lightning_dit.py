@@ -1,4 +1,4 @@
-"""LightningDiT written anew after its paper, with the parameter names of the published checkpoints: a stand-in for
+"""LightningDiT, written from its paper with the parameter names of the published checkpoints: a stand-in for
 those.
 
 It shares nothing with stablevm.networks: positions are rotated as complex numbers, attention is written out.

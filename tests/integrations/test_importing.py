@@ -26,7 +26,7 @@ def sit(**options):
 
 
 def legacy(state):
-    """Early REPA checkpoints call the blocks after the aligned one decoder blocks and count them anew."""
+    """Early REPA checkpoints call the blocks after the aligned one decoder blocks and count them from 0."""
     return {key.replace("blocks.1.", "decoder_blocks.0."): value for key, value in state.items()}
 
 
@@ -242,7 +242,7 @@ def test_the_number_of_classes_follows_from_table_and_record(args, given, classe
     assert len(table) == classes + 1 and (classes == 5 or not table[6].any())
 
 
-def test_a_file_that_does_not_tell_its_classes_is_told(tmp_path, capsys):
+def test_a_file_without_its_number_of_classes_is_reported(tmp_path, capsys):
     card, _ = imported({"ema": sit().state_dict()}, tmp_path, source="repa", **TOLD)
     assert card.model.num_classes == 5
     assert "6 rows in the label table are taken for 5 classes and the null class; give" in warned(capsys)

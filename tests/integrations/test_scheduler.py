@@ -235,7 +235,7 @@ def test_a_strength_is_the_euler_schedulers(grid_below, says_where):
 
 
 def test_sigmas_are_cut_with_the_timesteps():
-    """LTX cuts both, and says to nobody where it begins."""
+    """LTX slices both, without setting a begin index."""
 
     def get_timesteps(sigmas, timesteps, start):
         return sigmas[start:], timesteps[start:]

@@ -1,4 +1,4 @@
-"""Processes that draw the same times and noise are told: docs/own-loop.md seeds the generator by rank."""
+"""A warning for processes that draw the same times and noise: docs/own-loop.md seeds the generator by rank."""
 
 import warnings
 
@@ -25,7 +25,7 @@ def seeded(seed):
 
 
 def one_of_two(rank, folder):
-    """Writes what each way of seeding was told, to RANK.pt; draws alone at the end, which nobody waits for."""
+    """Writes the warnings for each way of seeding to RANK.pt; draws alone at the end, for which no process waits."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     bank = ClassBank(2, 4, (2,))
     alike, apart = StableVM(bank), StableVM(bank)
@@ -42,7 +42,7 @@ def one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_that_draw_alike_are_told_once(tmp_path):
+def test_two_processes_that_draw_alike_are_warned_once(tmp_path):
     mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     (told,) = [rank for rank, found in enumerate(by_rank) if found["alike"]]
@@ -54,5 +54,5 @@ def test_two_processes_that_draw_alike_are_told_once(tmp_path):
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(), StableVM(ClassBank(2, 4, (2,)))])
-def test_a_process_alone_is_told_nothing(objective):
+def test_a_single_process_is_not_warned(objective):
     assert warnings_of(objective, seeded(0)) == warnings_of(objective, seeded(0)) == []

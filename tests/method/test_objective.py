@@ -135,7 +135,7 @@ def test_label_dropout(stream):
     assert abs(dropped.float().mean() - 0.3) / (0.3 * 0.7 / rows) ** 0.5 < 4
 
 
-def test_anchors_are_told_by_their_ids(batch):
+def test_anchors_are_identified_by_their_ids(batch):
     latents, labels = batch
     ids = torch.arange(ROWS) + 100
     bank = ClassBank(CLASSES, ROWS, SHAPE)

@@ -257,7 +257,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, silent_hub):
 
 
 @pytest.mark.parametrize("name", ["mocov3-vit-s", "mocov3-vit-b", "vit_base_patch16_xp_224"])
-def test_weights_that_nobody_serves(name):
+def test_weights_that_no_server_has(name):
     with pytest.raises(UserError, match=f"encoder {name}: its weights can't be downloaded"):
         load(None, name)
 

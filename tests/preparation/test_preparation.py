@@ -177,7 +177,7 @@ def test_kills_at_random_moments_change_nothing(vae, tmp_path):
         assert contents(result) == contents(expected)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_resume(tmp_path):
     folder = write_source(tmp_path / "many", images=2, classes=2, shortest=300, longest=400)
     for original in list(folder.rglob("*.JPEG")):
         for number in range(2000):  # enough for minutes

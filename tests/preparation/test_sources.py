@@ -86,7 +86,7 @@ def test_single_folders_above_the_classes_are_passed(folder, tmp_path):
     assert open_source(tmp_path / "top").class_names == ("n00000000",)  # it holds images: a class, the only one
 
 
-def test_unlisted_images_are_counted_and_told(folder):
+def test_unlisted_images_are_counted_and_reported(folder):
     names = open_source(folder).names
     (folder / "dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in names[:2]]}))
     source = open_source(folder)
@@ -185,7 +185,7 @@ def test_a_class_that_nothing_can_read_is_still_a_class(folder):
     assert source.class_names[3] == "owl" and source.labels.tolist()[-1] == 3
 
 
-def test_labels_with_holes_are_told_and_huge_ones_refused(folder):
+def test_gaps_in_labels_are_reported_and_huge_labels_refused(folder):
     names = open_source(folder).names
     listing = {"labels": [[name, 101 if number % 2 else 205] for number, name in enumerate(names)]}
     (folder / "dataset.json").write_text(json.dumps(listing))

@@ -84,7 +84,7 @@ def test_more_accumulation_where_memory_is_short(tmp_path, capsys, monkeypatch):
     assert "--batch-size 4: si does not fit into the GPU's memory; lower it, or give" in capsys.readouterr().err
 
 
-def test_what_was_measured_before_an_error_is_told(tmp_path, capsys, monkeypatch):
+def test_what_was_measured_before_an_error_is_reported(tmp_path, capsys, monkeypatch):
     step = Engine.train_step
 
     def interrupted(engine, *arguments):
@@ -99,7 +99,7 @@ def test_what_was_measured_before_an_error_is_told(tmp_path, capsys, monkeypatch
     assert "images/s" in captured.out and "interrupted; run the same command again to start over" in captured.err
 
 
-def test_options_without_effect_are_told(tmp_path, capsys):
+def test_options_without_effect_are_reported(tmp_path, capsys):
     assert run(tmp_path, *RANDOM, "--objectives=si") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert told == [
@@ -126,7 +126,7 @@ def test_options_without_effect_are_told(tmp_path, capsys):
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(tmp_path, capsys, option, message):
+def test_mistakes_are_reported_before_anything_is_measured(tmp_path, capsys, option, message):
     assert run(tmp_path / "out", *RANDOM, option) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out

@@ -56,6 +56,29 @@ def test_every_public_name_is_documented():
         assert f"\n::: stablevm.{stablevm._HOME_OF[name]}.{name}\n" in page, f"docs/api.md does not show {name}"
 
 
+def functions_of(public):
+    """A public function, or the methods of a class by their names, each with the text that documents its arguments."""
+    if inspect.isfunction(public):
+        return {public.__name__: (public, public.__doc__)}
+    found = {}
+    for name, value in vars(public).items():
+        function = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
+        generated = name == "__init__" and dataclasses.is_dataclass(public)
+        if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")) and not generated:
+            found[name] = function, f"{public.__doc__} {function.__doc__}"
+            assert function.__doc__ or name == "__init__", f"{public.__name__}.{name} has no docstring"
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(set(stablevm.__all__) - {"LINEAR", "COSINE"}))
+def test_docstrings_name_every_argument(name):
+    """They are shown on hover, where no other text explains an argument."""
+    for where, (function, text) in functions_of(getattr(stablevm, name)).items():
+        arguments = set(inspect.signature(function).parameters) - {"self", "cls"}
+        unnamed = sorted(argument for argument in arguments if not re.search(rf"\b{argument}\b", text))
+        assert not unnamed, f"the docstring of {where} does not mention {', '.join(unnamed)}"
+
+
 def test_type_checkers_see_the_same_names():
     seen = {}
     for node in ast.walk(ast.parse(Path(stablevm.__file__).read_text())):

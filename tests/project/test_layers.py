@@ -103,7 +103,7 @@ def test_public_names_exist():
         stablevm.nothing  # noqa: B018
 
 
-def test_help_into_a_pipe_that_nobody_reads_is_no_traceback():
+def test_help_into_a_closed_pipe_is_no_traceback():
     program = "import sys; from stablevm.cli import main; sys.exit(main(['train', '--help']))"
     command = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     command.stdout.close()

@@ -43,7 +43,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config.__name__)
-def test_other_defaults_are_told(config):
+def test_other_defaults_are_documented(config):
     ours = {field.name: field.default for field in dataclasses.fields(config)}
     published = PUBLISHED[config]
     assert set(published) <= set(ours)

@@ -1,4 +1,4 @@
-"""The tests mirror the package, and whoever names a file of tests names one that there is."""
+"""The tests mirror the package, and every file of tests that a text names exists."""
 
 import re
 

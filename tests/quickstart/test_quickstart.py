@@ -1,4 +1,4 @@
-"""The whole staircase at small size: what it leaves, how it goes on, what it refuses."""
+"""The whole quickstart at small size: its files, resuming, and what it refuses."""
 
 import functools
 import html
@@ -103,7 +103,7 @@ def test_foreign_folder_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_killed_in_training_it_goes_on(finished, tmp_path):
+def test_killed_in_training_it_resumes(finished, tmp_path):
     folder = tmp_path / "out"
     for part in ("data", "extractor"):  # saves their time
         shutil.copytree(finished / part, folder / part)

@@ -223,7 +223,7 @@ def test_killed_again_and_again_it_completes():
     subprocess.run([*killer, "--kills", "3"], cwd=ROOT, check=True, timeout=300)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(command, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_the_run_resumes(command, tmp_path, monkeypatch, capsys):
     write, written = PartFolder.write, []
 
     def write_to_full_disk(self, part, images):

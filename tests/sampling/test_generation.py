@@ -217,7 +217,7 @@ def test_damaged_and_foreign_parts_are_drawn_again(options, monkeypatch, capsys)
         assert "1 parts are damaged or hold other images; they are made again" in capsys.readouterr().out
 
 
-def test_a_part_that_is_damaged_later_is_told_and_the_next_run_mends_it(options, monkeypatch):
+def test_a_part_that_is_damaged_later_is_reported_and_made_again(options, monkeypatch):
     whole, config = generate(options()), options(name="late")
     sweep = PartFolder.sweep
 

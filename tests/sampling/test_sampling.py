@@ -452,7 +452,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content, method", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_protocol_is_told_in_a_line(content, method, tmp_path):
+def test_a_damaged_protocol_is_an_error_of_one_line(content, method, tmp_path):
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("protocol.npy", content)

@@ -1,4 +1,4 @@
-"""The first process of a generation waits for parts of others, but not for what nobody will make."""
+"""The first process of a generation waits for parts of others, but not for those that no process will make."""
 
 from types import SimpleNamespace
 

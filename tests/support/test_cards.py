@@ -133,7 +133,7 @@ def test_names_that_are_no_utf8_survive_in_a_file_that_is(tmp_path):
     [("depth", 1_000_000), ("hidden_size", 10**12), ("num_classes", 2**40), ("input_size", 0), ("num_heads", 0),
      ("projector_kind", "rnn"), ("projector_dims", [8] * 1000), ("mlp_ratio", 1e9), ("encoder_depth", -1)],
 )  # fmt: skip
-def test_a_network_that_nobody_has_is_refused_before_it_is_built(field_name, value):
+def test_an_impossible_network_is_refused_before_it_is_built(field_name, value):
     config = sit_config("SiT-XXS/4", input_size=8, in_channels=1, num_classes=4)
     with pytest.raises(UserError, match=f"here: .*{field_name}.* expected"):
         card_of(type(config), {**asdict(config), field_name: value}, "here")

@@ -23,14 +23,14 @@ def store(monkeypatch):
     return server
 
 
-def test_an_error_is_told_by_whoever_meets_it_first(store, monkeypatch, capsys):
+def test_an_error_is_printed_by_the_first_process(store, monkeypatch, capsys):
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
         tell("error: the same")
     assert capsys.readouterr().err == "error: the same (process 1)\n"
 
 
-def test_errors_that_differ_are_all_told(store, monkeypatch, capsys):
+def test_errors_that_differ_are_all_printed(store, monkeypatch, capsys):
     for rank in ("2", "0"):
         monkeypatch.setenv("RANK", rank)
         tell(f"error: of {rank}")
@@ -44,7 +44,7 @@ def test_a_restarted_launch_tells_again(store, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: x (process 1)\n" * 2
 
 
-def test_nobody_ends_before_the_one_that_speaks_has_spoken(store, monkeypatch, capsys):
+def test_no_process_ends_before_the_line_is_printed(store, monkeypatch, capsys):
     """Its end would make the launcher end the speaker, however slow that is."""
     claimed, may_speak = threading.Event(), threading.Event()
 
@@ -88,7 +88,7 @@ def test_without_the_launchers_store_each_speaks_for_itself(store, monkeypatch, 
     assert capsys.readouterr().err == "error: x\nerror: x (process 1)\n"
 
 
-def test_what_the_parser_of_options_says_is_told_once_too(store, monkeypatch, capsys):
+def test_errors_of_the_option_parser_are_printed_once_too(store, monkeypatch, capsys):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit):

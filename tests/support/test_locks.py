@@ -49,7 +49,7 @@ def start(folder, program=HOLDER, **environment):
     return (process, line)
 
 
-def test_the_second_is_told_who_is_there(tmp_path):
+def test_the_second_command_names_the_first(tmp_path):
     folder = tmp_path / "run"
     process, _ = start(folder)
     try:
@@ -138,12 +138,12 @@ def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypat
     assert not folder.exists()
 
 
-def test_a_folder_that_cannot_be_made_is_told():
+def test_a_folder_that_cannot_be_made_is_reported():
     with pytest.raises(UserError, match=r"^/proc/none: can't make this folder"), owned("/proc/none"):
         pass
 
 
-def test_one_that_waits_goes_on_when_the_other_has_ended(tmp_path):
+def test_one_that_waits_continues_when_the_other_has_ended(tmp_path):
     process, _ = start(tmp_path)
     waiting = subprocess.Popen(
         [sys.executable, "-c", HOLDER.replace("sys.argv[1]", "sys.argv[1], patience=1e9"), str(tmp_path)],

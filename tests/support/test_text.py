@@ -61,7 +61,7 @@ def test_streams_of_another_encoding_take_any_text(monkeypatch):
     assert raw.getvalue() == b"\\xfc\\udce9\n"
 
 
-def test_a_process_without_streams_goes_on(monkeypatch):
+def test_a_process_without_streams_continues(monkeypatch):
     from tqdm import tqdm
 
     monkeypatch.setattr(sys, "stdout", None)
@@ -72,7 +72,7 @@ def test_a_process_without_streams_goes_on(monkeypatch):
     assert sys.stderr is None
 
 
-def test_a_service_without_streams_is_told_by_its_status():
+def test_a_service_without_streams_has_its_status():
     code = "import sys; sys.stdout = sys.stderr = None; from stablevm.cli import main; sys.exit(main({}))"
     for arguments, status in ((["data", "info", "/nowhere"], 2), (["train", "--nonsense"], 2), (["--version"], 0)):
         done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True)

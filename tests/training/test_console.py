@@ -30,7 +30,7 @@ def test_short_runs_save_every_tenth_and_long_ones_as_published(total, checkpoin
     assert (given.checkpoint_interval(total), given.preview_interval(total)) == (7, 0)
 
 
-def test_of_checkpoints_that_nobody_asked_for_the_newest_two_stay(root):
+def test_of_checkpoints_that_were_not_requested_the_newest_two_stay(root):
     """And those that an earlier command left, which may have been its result."""
     settings = runs.config(root, "short", max_train_steps=12, checkpointing_steps=None)
     folder = runs.run(settings)

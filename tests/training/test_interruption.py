@@ -42,7 +42,7 @@ def test_one_is_noted_and_a_second_one_ends(number):
     assert signal.getsignal(number) == before
 
 
-def test_what_one_process_was_told_stops_all():
+def test_a_signal_to_one_process_stops_all():
     with Interruption() as interruption:
         assert not interruption.agreed(Processes())
         assert interruption.agreed(Processes(other=signal.SIGINT)) and interruption.signal == signal.SIGTERM

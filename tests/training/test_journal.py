@@ -104,7 +104,7 @@ def test_a_row(journal):
     assert row["velocity_loss/t=0.0-0.1"] == 3 and row["effective_sample_size"] == 4.5
 
 
-def test_a_row_starts_anew(journal):
+def test_a_row_starts_from_zero(journal):
     for number, metrics in enumerate(STEPS, start=1):
         journal.clock.end("network")
         record(journal, number, metrics)

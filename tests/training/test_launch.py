@@ -69,7 +69,7 @@ def test_what_differs_or_can_not_be_done_is_one_line(variables, options, told, m
 
 @pytest.mark.parametrize("given", [("--gradient_accumulation_steps", "4"), ("--gradient-accumulation-steps=4",)])
 def test_what_accelerate_does_not_pass_on_is_read_off_its_command(given, tmp_path):
-    """It tells the number of parts to DeepSpeed only, and a precision of no as if nobody had said it."""
+    """It passes the number of parts only to DeepSpeed, and a precision of "no" as if it had not been given."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom stablevm.training.config import TrainConfig\n"

@@ -60,7 +60,7 @@ def test_images_are_not_read(root, tmp_path):
     assert all(map(torch.equal, filled(root, prefill_bank_fully=True, data_dir=tmp_path / "data"), expected))
 
 
-def test_classes_that_have_fewer_are_told(root, capsys):
+def test_classes_that_have_fewer_are_reported(root, capsys):
     config = runs.config(root, loss_type="stablevm", prefill_bank_fully=True)
     dataset = open_dataset(config.data_dir)
     prefill(ClassBank(3, CAPACITY, dataset.latent.shape), dataset, config, show=True)

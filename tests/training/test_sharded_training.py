@@ -1,4 +1,4 @@
-"""FSDP: the same losses, and checkpoints that any number of processes goes on from."""
+"""FSDP: the same losses, and checkpoints from which any number of processes can resume."""
 
 import subprocess
 from dataclasses import replace

@@ -32,7 +32,7 @@ def test_rows_are_on_the_disk_at_once(tmp_path):
     trackers.close()
 
 
-def test_going_on_appends(tmp_path):
+def test_resuming_appends(tmp_path):
     write(tmp_path, [1, 2, 3])
     assert steps_in(write(tmp_path, [4, 5], first_step=3)) == [1, 2, 3, 4, 5]
 

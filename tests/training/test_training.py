@@ -44,7 +44,7 @@ def whole(root):
 
 
 def by_time(folder):
-    """The metrics of each row that are told apart by time."""
+    """The metrics of each row that are separated by time."""
     rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in row.items() if "/t=" in name} for row in rows]
 
@@ -169,7 +169,7 @@ def test_previews_ask_for_what_was_trained(chance, scale, labels, root, monkeypa
     assert load_card(folder / "checkpoints" / "0000001").label_dropout == chance
 
 
-def test_without_any_alignment_weight_training_goes_on(root):
+def test_without_any_alignment_weight_training_continues(root):
     folder = runs.run(runs.config(root, "no-weight", proj_tau=1e-9, **runs.ALIGNED))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["alignment_loss"] == 0 and row["loss"] == row["velocity_loss"] for row in rows)

@@ -1,4 +1,4 @@
-"""Options of a training run: ranges, idle ones, what may change when a run goes on, and where it ends."""
+"""Options of a training run: ranges, options without effect, what may change on resuming, and the last step."""
 
 import dataclasses
 import json

@@ -97,7 +97,7 @@ def test_a_bank_of_rows_that_the_data_do_not_have(root, begun, tmp_path):
     "options", [{}, BANK, {**BANK, **runs.ALIGNED}, {**BANK, **runs.ALIGNED, "bank_anchors": "bank"}]
 )
 def test_mirror_images_are_samples_of_their_own(root, options):
-    """Losses differ from those without, go on the same after an interruption, and an epoch has twice the rows."""
+    """Losses differ from those without, are the same after an interruption, and an epoch has twice the rows."""
     name = f"flips-{len(options)}"
     settings = runs.config(root, name, data_dir=root / "mirrored", horizontal_flips=True, **options)
     plain = runs.losses(runs.run(replace(settings, exp_name=f"{name}-without", horizontal_flips=False)))

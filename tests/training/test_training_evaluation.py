@@ -1,4 +1,4 @@
-"""Judging while training: the numbers, the best checkpoint, and a run that goes on."""
+"""Evaluation during training: the metrics, the best checkpoint, and resuming."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def judged(root, monkeypatch):
-    """Build a run that is judged by the patches' features of the tests' tiny encoder."""
+    """Build a run that is evaluated by the patch features of the tests' tiny encoder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
 
     def build(name, **given):

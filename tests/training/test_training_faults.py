@@ -1,4 +1,4 @@
-"""Whatever happens to a run - bad numbers, damage, a full disk, kills - it goes on to the same end or says why."""
+"""Whatever happens to a run (bad numbers, damage, a full disk, kills), it reaches the same end or says why not."""
 
 import errno
 import json
@@ -189,7 +189,7 @@ def test_newer_checkpoints_make_way(root, whole, capsys):
     assert_same(parts(runs.run(settings), 6), parts(whole, 6))
 
 
-def test_a_moved_run_goes_on_where_it_is(whole, tmp_path):
+def test_a_moved_run_resumes_where_it_is(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "elsewhere" / "renamed")
     place = [f"--output-dir={tmp_path / 'elsewhere'}", "--exp-name=renamed"]
     assert cli.train([*place, "--resume", "--max-train-steps=8"]) == 0

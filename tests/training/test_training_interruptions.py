@@ -70,7 +70,7 @@ def test_killed_and_run_again(number, root, uninterrupted):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_one_goes_on(root, uninterrupted):
+def test_two_processes_stop_together_and_one_resumes(root, uninterrupted):
     settings = runs.config(root, "two-stopped", **LONG)
     process = start(settings, runs.TWO_PROCESSES)
     wait_for_rows(settings, 25, process)

@@ -61,7 +61,7 @@ def test_a_shard_that_is_cut_short(root, tmp_path, workers):
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="only root may mount a small /dev/shm")
 def test_shared_memory_of_a_few_kilobytes(root, tmp_path):
-    """Docker gives 64 MB. The queue's thread lost the error, and the training waited for ever."""
+    """Docker gives 64 MB. The queue's thread lost the error, and training waited forever."""
     words, _ = command(root, "small", batch_size=200)
     mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; exec "$@"'
     process = subprocess.run(

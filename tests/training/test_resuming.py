@@ -1,4 +1,4 @@
-"""Runs that go on: after a graceful stop, from an earlier step, over a checkpoint with tensors that are not theirs."""
+"""Resuming: after a graceful stop, from an earlier step, past a checkpoint with tensors of another run."""
 
 import signal
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_a_graceful_stop_splits_neither_rows_nor_means(root, monkeypatch):
     runs.assert_same_checkpoint(stopped.folder, calm, step=12)
 
 
-def test_a_return_that_is_given_again_goes_on(root, capsys, monkeypatch):
+def test_a_return_that_is_given_again_resumes(root, capsys, monkeypatch):
     settings = runs.config(root, "returned", **RHYTHM)
     runs.run(settings)
     aside = settings.folder / "checkpoints" / "newer-than-0000004"
