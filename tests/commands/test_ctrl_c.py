@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
-    write_source(folder / "source", images=400, classes=2, shortest=304, longest=305)
+    write_source(folder / "source", images=40, classes=2, shortest=304, longest=305)
+    for path in list((folder / "source").rglob("*.JPEG")):  # 400 files: more than any command prepares in that time
+        for copy in range(9):
+            path.with_stem(f"{path.stem}_{copy}").hardlink_to(path)
     save_tiny_vae(folder / "vae")
     return folder
 

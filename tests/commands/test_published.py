@@ -37,10 +37,10 @@ GENERATE = """
 # What a CPU changes of them: fp16 needs a GPU, and size and length are cut.
 SMALLER = {
     "--mixed-precision=fp16": "--mixed-precision=bf16",
-    "--model=SiT-XL/2": "--model=SiT-S/2",
+    "--model=SiT-XL/2": "--model=SiT-S/8",
     "--max-train-steps=2000000": "--max-train-steps=2 --batch-size=2 --log-steps=1 --num-workers=1 --sampling-steps=0",
     "--use-proj-loss": "--use-proj-loss --enc-type=dinov2-vit-s --encoder-weights=ENCODER",
-    "--model SiT-XL/2": "--model SiT-S/2",
+    "--model SiT-XL/2": "--model SiT-S/8",
     "--num-fid-samples 50000": "--num-fid-samples 2",
     "--projector-embed-dims=768": "--projector-embed-dims=384",
     "--num-steps=250": "--num-steps=2",

@@ -107,15 +107,24 @@ def test_rows_are_means_over_their_steps(root, whole):
     assert [row["step"] for row in rows] == [4, 6]
 
 
-@pytest.mark.slow
-@EACH_OBJECTIVE
-def test_two_processes_are_one(objective, root, whole):
-    settings = runs.config(root, f"two-{objective}", **OBJECTIVES[objective])
+@pytest.fixture(scope="module")
+def by_two(root):
+    """The run of each objective by two processes."""
+    settings = {name: runs.config(root, f"two-{name}", **options) for name, options in OBJECTIVES.items()}
+    file = root / "by-two.json"
+    file.write_text(json.dumps([runs.as_arguments(each) for each in settings.values()]))
     done = subprocess.run(
-        [*runs.TWO_PROCESSES, ROOT / "train.py", *runs.as_arguments(settings)],
-        env=runs.ENVIRONMENT, capture_output=True, text=True,
+        [*runs.TWO_PROCESSES, "-m", "tests.helpers.each_run", file],
+        cwd=ROOT, env=runs.ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    return settings
+
+
+@pytest.mark.slow
+@EACH_OBJECTIVE
+def test_two_processes_are_one(objective, by_two, whole):
+    settings = by_two[objective]
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole[objective]), abs=1e-5)
     for row, expected in zip(by_time(settings.folder), by_time(whole[objective]), strict=True):
         assert row == pytest.approx(expected, rel=1e-3), "means over the samples of both processes"
