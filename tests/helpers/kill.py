@@ -296,9 +296,10 @@ ENCODE = ["--vae=vae", "--batch-size=2"]
 
 
 def _prepare_digits(root):
-    from stablevm.quickstart import recipe, run
+    from stablevm.evaluation import digits
+    from stablevm.quickstart import recipe
 
-    run.train_extractor = functools.partial(run.train_extractor, steps=5)
+    digits.train_extractor = functools.partial(digits.train_extractor, steps=5)
     recipe.NUM_SAMPLES = 20
     with redirect_stdout(None), redirect_stderr(None):
         cli.prepare(["digits", str(root / "digits")])
