@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablevm import cli, objective
+from stablevm import cli, draw
 from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
@@ -74,7 +74,7 @@ def sample_size_in_training(folder, root, monkeypatch, **options):
     config = runs.config(root, data_dir=folder, loss_type="stablevm", bank_capacity_per_class="all", **options)
     drawn = make_objective(config, model_config(config, dataset), dataset, torch.device("cpu"))
     prefill(drawn.bank, dataset, config, show=False)
-    monkeypatch.setattr(objective, "draw_times", lambda name, path, rows, stream: torch.full((rows,), 0.5))
+    monkeypatch.setattr(draw, "draw_times", lambda name, path, rows, stream: torch.full((rows,), 0.5))
     labels, stream = torch.arange(500) % 2, torch.Generator().manual_seed(0)
     slots = torch.full_like(labels, drawn.bank.discarded_slot)
     return drawn.draw(torch.zeros(500, 4, 4, 4), labels, stream, slots=slots).ess.mean().item()
