@@ -2,12 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
+from stablevm import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,6 +48,25 @@ def test_quickstart_command(tmp_path):
     assert install == "pip install -e '.[all]'"
     paste(f"{run} --steps 6", tmp_path)
     assert (tmp_path / "quickstart" / "report.html").is_file()
+
+
+def test_the_lines_for_images_of_ones_own(tmp_path, monkeypatch):
+    """Of preprocessing/README.md: from pictures in two folders to a picture of samples."""
+    page = (ROOT / "preprocessing" / "README.md").read_text()
+    lines = page.split("## Your own data set in ten lines")[1].split("```")[1].replace("\\\n", "")
+    for long, short in {"--max-train-steps 1000": "--max-train-steps 2", "0001000": "0000002"}.items():
+        assert long in lines
+        lines = lines.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    for number, kind in enumerate(("cat", "dog", "dog")):
+        Path("pets", kind).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40 + number, 50), 60).save(f"pets/{kind}/{number}.jpg")
+    commands = [shlex.split(line, comments=True)[1:] for line in lines.splitlines() if line.startswith("stablevm")]
+    assert [words[0] for words in commands] == ["prepare", "prepare", "data", "train", "generate"]
+    for words in commands:
+        more = ["--num-workers", "0"] if words[0] == "train" else ["--num-steps", "2"] if words[0] == "generate" else []
+        assert cli.main([*words, *more]) == 0
+    assert Path("samples/pets.png").is_file()
 
 
 def test_continuous_integration_runs_the_test_command():
