@@ -351,7 +351,9 @@ def test_report_shows_everything(options, tmp_path, capsys):
     config = options(samples=copied, real={"arr_0": REAL, "labels": labels}, report=True)
     evaluate(config)
     page = (tmp_path / "samples.html").read_text()
-    assert page.count("<img") == 3 and f"report written to {tmp_path / 'samples.html'}" in capsys.readouterr().out
+    assert (
+        page.count("<img") == 1 + 1 + 6 and f"report written to {tmp_path / 'samples.html'}" in capsys.readouterr().out
+    )
     for text in (
         "Read this first",
         "Samples",
@@ -360,6 +362,7 @@ def test_report_shows_everything(options, tmp_path, capsys):
         "Classes (Inception with other weights",
         "median distance to the nearest reference image",
         "at least",
+        "Of each class, of ten at most",
     ):
         assert text in page, text
     assert len(page.split("Classes (")[1].split("</table>")[0].split("<tr>")) == 1 + 1 + 3, "a row for each class"
