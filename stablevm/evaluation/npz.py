@@ -160,14 +160,14 @@ class Archive:
         return np.memmap(self.path, header.dtype, "r", offset, header.shape, "F" if header.fortran_order else "C")
 
     def _image_bytes(self, header: Header) -> Iterator[bytes]:
-        """The compressed images in pieces of any length; UserError at damage, which may show at the end alone."""
+        """Yield the bytes of compressed images in pieces of any length; UserError for damage, perhaps late."""
         with self._reading(IMAGES), self.opened(IMAGES) as member:
             member.read(header.length)
             yield from pieces(member, header.nbytes, self._members[IMAGES])
             finish(member)
 
     def labels(self, count: int) -> NDArray[np.int64] | None:
-        """The classes of the images, int64 (count,); None where the file has none. UserError for other shapes."""
+        """The classes of the images, (count,) int64; None if the file has none. UserError for other shapes."""
         for name in LABELS:
             if name in self:
                 header = self.header(name)
@@ -180,9 +180,9 @@ class Archive:
         return None
 
     def moments(self, name: str, width: int | None = None) -> Moments | None:
-        """Stored statistics, `mu` and `sigma` (`name` "") or `mu_s` and `sigma_s` ("_s"); None where there are none.
+        """The stored statistics `mu` and `sigma` (`name` "") or `mu_s` and `sigma_s` ("_s"); None if there are none.
 
-        UserError for statistics of other than `width` features, and for what is no mean and covariance.
+        UserError unless they are a mean and a covariance, of `width` features if given.
         """
         mu, sigma = f"mu{name}", f"sigma{name}"
         if mu not in self and sigma not in self:
@@ -209,7 +209,7 @@ class Archive:
         return Moments(mean, check_covariance(covariance, f"{self.path}: {sigma}"))
 
     def card(self) -> ArchiveCard:
-        """What `protocol` says, as our commands record it; nothing for others' files. UserError for what is none."""
+        """The entries of `protocol` that our commands record; empty for other files. UserError if it is damaged."""
         if "protocol" not in self:
             return ArchiveCard()
         where = f"{self.path}: protocol"
@@ -224,11 +224,11 @@ class Archive:
 
 
 def pieces(member: IO[bytes], count: int, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    """The next `count` bytes of a member, in pieces whose making needs little memory however well they are compressed.
+    """Yield the next `count` bytes of a member in pieces that need little memory, however well they are compressed.
 
-    EOFError where the member ends before.
+    EOFError if the member ends before.
     """
-    # zipfile limits what deflate gives; of other kinds it inflates at once as many compressed bytes as are asked for
+    # zipfile limits the output of deflate; with other methods it decompresses at once all compressed bytes requested
     at_once = 2**20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 2**12
     while count:
         piece = member.read(min(count, at_once))
@@ -239,13 +239,13 @@ def pieces(member: IO[bytes], count: int, info: zipfile.ZipInfo) -> Iterator[byt
 
 
 def finish(member: IO[bytes]) -> None:
-    """Read the end of a member, upon which zipfile compares its CRC."""
+    """Read the end of a member, so that zipfile checks its CRC."""
     if member.read(1):
         raise ValueError("it is longer than its header says")
 
 
 def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> None:
-    """UserError unless images are uint8 (N, H, W, 3), one or more; with a hint where it is plain what they are."""
+    """Raise UserError unless images are uint8 (N, H, W, 3), one or more; with a hint if their form is recognised."""
     if dtype != np.uint8:
         raise UserError(f"{where}: images of type {dtype}, expected uint8; round floats to levels 0 to 255 first")
     if len(shape) == 4 and shape[3] == 3:
@@ -261,5 +261,5 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> No
     elif len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3])):
         hint = "grey images? repeat the channel three times"
     else:
-        hint = "this is no set of colour images"
+        hint = "this is not a set of colour images"
     raise UserError(f"{where}: images of shape {shape}, expected (N, H, W, 3); {hint}")

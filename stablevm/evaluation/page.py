@@ -1,7 +1,7 @@
-"""Write a self-contained HTML page about a run: headline numbers, pictures, metrics, commands and protocol.
+"""Writing self-contained HTML pages about a run: headline numbers, pictures, metrics, commands and protocol.
 
-Pictures travel inside the page as data URIs, style and script are inline, and a content policy forbids the rest, so
-the file can be mailed, archived and opened without a network.
+Pictures are embedded as data URIs, style and script are inline, and a content policy forbids anything else, so the
+file can be mailed, archived and opened without a network connection.
 """
 
 import base64
@@ -27,8 +27,8 @@ Value = str | int | float
 
 @dataclass(frozen=True)
 class Figure:
-    """PNG pictures with their heading and a few sentences about them: side by side on a wide page, one below the other
-    on a phone.
+    """PNG pictures with their heading and a few sentences about them: side by side on a wide page, one below another on
+    a phone.
     """
 
     title: str
@@ -52,11 +52,11 @@ def write_page(
 ) -> None:
     """Write the page to `path`.
 
-    `introduction` says in a sentence or two what the page is about; the time of writing follows it. `summary` are the
+    `introduction` says in a sentence or two what the page is about; the time of writing follows it. `summary` holds the
     headline numbers by name; the first row of `metrics_table` holds its column names. Floats are shown with four
-    significant digits, text as it is given, escaped. `tables` are further ones by title, `notes` are warnings to read
-    before the numbers, `links` lead by their text to addresses, or to files beside the page. UserError for a picture
-    that is absent or no PNG.
+    significant digits, text is escaped. `tables` holds further tables by title, `notes` warnings to read before the
+    numbers, and `links` addresses, or files beside the page, by link text. UserError for a picture that is missing or
+    is not a PNG.
     """
     written = datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC")
     sections = [
@@ -132,7 +132,7 @@ def _cell(value: Value) -> str:
 
 
 def _is_number(value: Value) -> bool:
-    """Whether it is shown as one."""
+    """Whether a value is shown as a number."""
     return NUMBER.fullmatch(_shown(value)) is not None
 
 

@@ -1,7 +1,8 @@
-"""The command `stablevm reference`: a file to evaluate against, which ADM's suite reads too.
+"""The command `stablevm reference`, which writes a file to evaluate against; ADM's suite can read it too.
 
-It holds `arr_0`, uint8 (N, H, W, 3), for precision and recall; `mu`, `sigma`, `mu_s`, `sigma_s`, the statistics of the
-whole set's features, as ADM's files have them; and what only our commands read: `labels` and `protocol`.
+The file holds `arr_0`, uint8 (N, H, W, 3), for precision and recall; `mu`, `sigma`, `mu_s` and `sigma_s`, the
+statistics of the features of the whole set, as in ADM's files; and `labels` and `protocol`, which only our commands
+read.
 """
 
 import sys
@@ -31,11 +32,11 @@ from stablevm.support.files import remove_temporary_of, write_with
 from stablevm.support.locks import owned
 from stablevm.support.processes import Process
 
-CHUNK = 256  # images in memory at once, beside those of a batch
+CHUNK = 256  # images in memory at once, in addition to those of a batch
 
 
 def reference(config: ReferenceConfig) -> Path:
-    """Write the file, on the first of several processes, and return its path. UserError for a source without images."""
+    """Write the file in the first process, and return its path; UserError for a source without images."""
     config.validate()
     inputs = {"SOURCE": config.source, "--inception-weights": config.inception_weights}
     check_outputs({"--output": config.output}, inputs)
@@ -73,7 +74,7 @@ def _reference(config: ReferenceConfig, process: Process) -> Path:
 
 
 def _statistics(features: Features, extractor: InceptionExtractor) -> dict[str, NDArray[np.float64]]:
-    """mu, sigma, mu_s, sigma_s by ADM's names, from one part after the other."""
+    """The statistics mu, sigma, mu_s and sigma_s, by ADM's names, computed part by part."""
     arrays: dict[str, NDArray[np.float64]] = {}
     for kind, suffix in zip(extractor.feature_names, ("", "_s"), strict=True):
         moments = _gathered(features.parts(kind)).moments
@@ -82,7 +83,7 @@ def _statistics(features: Features, extractor: InceptionExtractor) -> dict[str, 
 
 
 def _gathered(parts: Iterator[torch.Tensor], at_once: int = 16) -> FeatureStatistics:
-    """Of all rows; several parts are joined for each update, which costs as much memory traffic as one part's."""
+    """The statistics of all rows; parts are joined for each update, which costs the same for many rows."""
     first = next(parts)
     statistics, waiting = FeatureStatistics(first.shape[1]), [first]
     for part in parts:
@@ -110,7 +111,7 @@ def _write(
 
 
 def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tuple[str, ...]]:
-    """The images with their classes and the classes' names. A folder is a data set if it can be opened as one."""
+    """The images, their classes and the names of classes; a folder is a data set if it can be opened as one."""
     dataset = _dataset(config)
     if dataset is not None:
         dataset.check_images()
@@ -122,8 +123,8 @@ def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tupl
         print(f"warning: {line}", file=sys.stderr)
     if config.resolution is None and config.transform != "none":
         raise UserError(
-            f"{config.source}: a folder of images needs --resolution, the side to crop to; or --transform none, where "
-            "all have one size"
+            f"{config.source}: a folder of images needs --resolution, the side to crop to; or --transform none, if "
+            "all have the same size"
         )
     size = first_size(source) if config.resolution is None else (config.resolution, config.resolution)
     return FolderSource(source, config.transform, size), source.labels, source.class_names

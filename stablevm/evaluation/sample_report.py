@@ -1,4 +1,4 @@
-"""The HTML report of an evaluation, and how its numbers depend on the number of samples."""
+"""The HTML report of an evaluation, and the dependence of metrics on the number of samples."""
 
 import shlex
 import sys
@@ -35,8 +35,8 @@ from stablevm.support.version import __version__
 
 NEIGHBOUR_ROWS, NEIGHBOURS = 10, 5
 MAX_CLASSES = 100  # rows of the table of classes
-SUBSETS = (8, 4, 2)  # numbers of subsets that the samples are cut into
-MIN_SUBSET = 8  # images; fewer have next to no neighbours and no covariance to speak of
+SUBSETS = (8, 4, 2)  # numbers of subsets into which the samples are divided
+MIN_SUBSET = 8  # images; fewer have hardly any neighbours and no useful covariance
 Rows = Sequence[Sequence[Value]]
 
 
@@ -48,7 +48,7 @@ def write_sample_report(
     results: Mapping[str, Any],
     rows: Rows,
 ) -> None:
-    """Write the page; `rows` is its table of numbers. The pictures travel inside the page."""
+    """Write the page with its pictures embedded; rows: the table of metrics."""
     tables: dict[str, Rows] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -78,13 +78,13 @@ def write_sample_report(
 
 
 def _command() -> list[str]:
-    """The command that is running; none where the library is called from elsewhere."""
+    """The command that is running; empty if the library is called from other code."""
     program = {"stablevm": "stablevm", "evaluate": "python evaluate.py"}.get(Path(sys.argv[0]).stem)
     return [f"{program} {shlex.join(sys.argv[1:])}"] if program else []
 
 
 def _headlines(results: Mapping[str, Any], rows: Rows) -> Mapping[str, Value]:
-    """The numbers of the first network."""
+    """The metrics of the first network."""
     values = results.get("inception") or results["encoder"]
     return {metric.title: metric.shown(values) for metric in metrics_in(values)} | {"samples": f"{rows[1][1]:,}"}
 
@@ -96,7 +96,7 @@ def _samples_figure(samples: Samples, folder: Path) -> Figure:
 
 
 def _distances(comparison: FeatureSets) -> tuple[Tensor, Tensor]:
-    """Of each sample to the nearest reference image, and of each of those to the nearest other one."""
+    """The distances of samples to the nearest reference image, and of reference images to the nearest other one."""
     members = comparison.membership
     if isinstance(members, Neighbourhood):
         return members.to_reference, members.within_reference
@@ -109,7 +109,7 @@ def _distances(comparison: FeatureSets) -> tuple[Tensor, Tensor]:
 def _neighbours_figure(
     comparison: FeatureSets, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference, picture: Path
 ) -> Figure:
-    """The sample of each class that comes nearest to a reference image: copies would be among them."""
+    """The sample of each class nearest to a reference image; copies of training images would be among them."""
     assert reference.source is not None
     labels, what = _classes(comparison, samples), "The samples"
     closest = _closest(distances[0], labels)
@@ -168,7 +168,7 @@ def _closest(distances: Tensor, labels: NDArray[np.int64] | None) -> Tensor:
 
 
 def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """An image (H, W, 3) at another height and width, to be shown beside others."""
+    """Scale an image (H, W, 3) to another height and width, to show it beside others."""
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
@@ -190,7 +190,7 @@ def _curves_figure(comparison: FeatureSets, values: Mapping[str, Any], folder: P
 def _class_rows(
     comparison: FeatureSets, distances: tuple[Tensor, Tensor], samples: Samples, reference: Reference
 ) -> Rows:
-    """Of each class: samples, their precision and distances; reference images and their recall. Worst first."""
+    """A row for each class, worst first: samples, their precision and distances; reference images and their recall."""
     labels, members = _classes(comparison, samples), comparison.membership
     if labels is None or members is None:
         return []
@@ -234,7 +234,7 @@ def _protocol(results: Mapping[str, Any], comparisons: Sequence[FeatureSets], re
 
 @dataclass(frozen=True)
 class Point:
-    """A number from `samples` images: mean over the subsets, and their standard deviation (None of a single one)."""
+    """A metric of `samples` images: its mean over subsets, and their standard deviation (None for a single one)."""
 
     samples: int
     mean: float
@@ -244,9 +244,9 @@ class Point:
 def metric_curves(
     comparison: FeatureSets, whole: Mapping[str, Any], progress: Callable[[], object] = lambda: None
 ) -> dict[str, list[Point]]:
-    """Points of each number by its name in the results, smallest subsets first; `whole` are the results of all samples.
+    """The points of each metric by its name in the results, smallest subsets first.
 
-    `progress` is called after each subset.
+    whole: the results of all samples. progress: called after each subset.
     """
     count = len(comparison.samples["pool"])
     order = torch.randperm(count, generator=rng.generator("evaluation", "subsets"))

@@ -1,4 +1,4 @@
-"""What is evaluated and what it is compared with: sets of images, and what about them makes numbers misleading."""
+"""The samples and the reference of an evaluation, and warnings about sets that make metrics misleading."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.text import printable
 
-# Sorted is what has neighbours of one class this much more often than chance, and by this many standard deviations.
+# Images count as sorted if neighbours share a class this much more often than by chance, and by this many deviations.
 SORTED_EXCESS, SORTED_DEVIATIONS = 0.1, 6.0
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images; `labels` are their classes, int64 (N,), where they are known."""
+    """Generated images; labels: their classes (N,) int64, if known."""
 
     title: str
     source: ImageSource
@@ -39,7 +39,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference: images, stored statistics of Inception's features by their kind, or both."""
+    """A reference, which holds images, stored statistics of Inception's features by kind, or both."""
 
     path: Path
     source: ImageSource | None
@@ -53,7 +53,7 @@ class Reference:
         return "none" if self.source is None else f"{len(self.source):,} reference images"
 
     def statistics_text(self, stored: bool) -> str:
-        """What a Fréchet distance is to."""
+        """The name of the statistics to which a Fréchet distance refers."""
         if not stored:
             return f"the statistics of {self.images_text}"
         count = self.card.statistics_of
@@ -64,7 +64,7 @@ class Reference:
         return self.card.class_names
 
     def check_extractor(self, extractor: InceptionExtractor) -> None:
-        """UserError where the stored statistics are of another network's features."""
+        """Raise UserError if the stored statistics are those of another network's features."""
         if not self.stored:
             return
         made_with = self.card.extractor_fingerprint
@@ -79,9 +79,9 @@ class Reference:
 
 
 def open_samples(path: Path) -> Samples:
-    """An .npz file, or a folder or ZIP archive of images of one size; UserError for what is neither.
+    """Open an .npz file, or a folder or ZIP archive of images of equal size; UserError for anything else.
 
-    Classes of a folder's images are not read, since their numbers need not be those of the reference.
+    Classes of images in a folder are not read, because their numbers may differ from those of the reference.
     """
     if _is_pictures(path):
         source, _ = _pictures(path)
@@ -93,7 +93,7 @@ def open_samples(path: Path) -> Samples:
 
 
 def open_reference(path: Path) -> Reference:
-    """An .npz file, or a folder or ZIP archive of images of one size; UserError for what is neither."""
+    """Open an .npz file, or a folder or ZIP archive of images of equal size; UserError for anything else."""
     if _is_pictures(path):
         try:
             source, labels = _pictures(path)
@@ -105,7 +105,7 @@ def open_reference(path: Path) -> Reference:
     kinds = {"pool": archive.moments("", WIDTH), "spatial": archive.moments("_s", SPATIAL_WIDTH)}
     stored = {kind: moments for kind, moments in kinds.items() if moments is not None}
     if "spatial" in stored and "pool" not in stored:
-        raise UserError(f"{path}: holds mu_s but no mu; give a file with both, or with images alone")
+        raise UserError(f"{path}: holds mu_s but no mu; give a file with both, or with only images")
     if IMAGES not in archive and not stored:
         raise UserError(
             f"{path}: holds neither {IMAGES} (images) nor mu (statistics); make one with stablevm reference"
@@ -118,7 +118,7 @@ def open_reference(path: Path) -> Reference:
 
 
 def check_comparable(samples: Samples, reference: Reference) -> list[str]:
-    """What makes the comparison less than usual, a line each; UserError for sets too small to compare."""
+    """Lines about limitations of the comparison; UserError for sets that are too small to compare."""
     sets = [("samples", len(samples), samples.title)]
     if reference.source is not None:
         sets.append(("reference", len(reference.source), str(reference.path)))
@@ -138,7 +138,7 @@ def check_comparable(samples: Samples, reference: Reference) -> list[str]:
     if reference.stored and "spatial" not in reference.stored:
         lines.append(f"{reference.path}: holds mu and sigma, but no mu_s and sigma_s: no sFID")
     if reference.source is None:
-        lines.append(f"{reference.path}: holds no {IMAGES} (images): no precision, recall and what else needs them")
+        lines.append(f"{reference.path}: holds no {IMAGES} (images): no precision, recall and other metrics of images")
     return lines
 
 
@@ -147,9 +147,9 @@ def _is_pictures(path: Path) -> bool:
 
 
 def _pictures(path: Path) -> tuple[FolderSource, NDArray[np.int64]]:
-    """The images below a folder or in an archive, all of the size of the first, and their classes.
+    """The images in a folder or an archive, all of the size of the first, and their classes.
 
-    A folder has no order: they are shuffled, always alike, since the Inception score is of consecutive images.
+    They are shuffled, always in the same way, because the Inception score is computed over consecutive images.
     """
     found = open_source(path)
     order = torch.randperm(len(found), generator=rng.generator("evaluation", "order")).numpy()
@@ -158,13 +158,13 @@ def _pictures(path: Path) -> tuple[FolderSource, NDArray[np.int64]]:
 
 
 def warnings_of(each: FeatureSets, samples: Samples) -> list[str]:
-    """What makes numbers misleading, a line each."""
+    """Warnings about misleading metrics, one line each."""
     lines = []
     width = each.samples["pool"].shape[1]
     if len(samples) <= width:
         lines.append(
             f"{len(samples):,} samples of {width:,} features: their covariance is singular and the Fréchet distance "
-            "biased upwards; compare it with distances of equally many samples alone"
+            "biased upwards; compare it only with distances of equally many samples"
         )
     if "logits" in each.samples:
         known = samples.labels is not None
@@ -181,9 +181,9 @@ def warnings_of(each: FeatureSets, samples: Samples) -> list[str]:
 
 
 def class_order(labels: Tensor) -> tuple[float, float] | None:
-    """Where images look sorted by class: how often neighbours in the file share a class, and how often by chance.
+    """If images look sorted by class, how often neighbours in the file share a class, and how often by chance.
 
-    None where the order is as good as shuffled, or there is one class only.
+    None if the order looks shuffled, or there is only one class.
     """
     count = len(labels)
     if count < 2:

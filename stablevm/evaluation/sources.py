@@ -1,4 +1,4 @@
-"""Where images to compare come from: memory, an archive that is inflated as it is read, a data set, image files."""
+"""Sources of images to evaluate: memory, a compressed archive, a data set, image files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +21,10 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def key(self, part: range) -> str:
-        """Decides the images of a part: equal keys, equal images."""
+        """A key for the images of a part; if keys are equal, so are the images."""
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Those at `indices`, in that order: (n, H, W, 3)."""
+        """The images uint8 (n, H, W, 3) at `indices`, in that order."""
 
 
 def pixels_key(images: NDArray[np.uint8]) -> str:
@@ -33,7 +33,7 @@ def pixels_key(images: NDArray[np.uint8]) -> str:
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """Height and width in pixels, of the first image."""
+    """The height and width of the first image, in pixels."""
     height, width, _ = source.images([0]).shape[1:]
     return height, width
 
@@ -56,16 +56,16 @@ class ArraySource:
 
 @dataclass
 class StreamedSource:
-    """Images that are read from the first to the last, in the memory of what is asked for.
+    """Images that are read from the first to the last, in memory for those requested.
 
-    Asking for one before those that were read begins anew: ask for many at once, and in their order.
+    A request for an image before the last one read starts again from the first, so request many at once, in order.
     """
 
     shape: tuple[int, ...]  # (N, H, W, 3)
-    read: Callable[[], Iterator[bytes]]  # all images one after the other, in pieces of any length
+    read: Callable[[], Iterator[bytes]]  # yields all images one after another, in pieces of any length
     _pieces: Iterator[bytes] = field(default=iter(()), repr=False)
     _rest: bytes = field(default=b"", repr=False)  # of the last piece
-    _next: int | None = field(default=None, repr=False)  # the image that comes next; None before the first reading
+    _next: int | None = field(default=None, repr=False)  # the index of the next image; None before the first reading
     _keys: dict[range, str] = field(default_factory=dict, repr=False)
     # A part is asked for its key and then for its images: they are read once.
     _last: tuple[Sequence[int], NDArray[np.uint8]] | None = field(default=None, repr=False)
@@ -96,7 +96,7 @@ class StreamedSource:
             self._read_into(skipped)
 
     def _read_into(self, image: NDArray[np.uint8]) -> None:
-        """The next image."""
+        """Read the next image into `image`."""
         assert self._next is not None
         flat, filled = image.reshape(-1), 0
         while filled < len(flat):
@@ -132,7 +132,7 @@ class DatasetSource:
 
 @dataclass
 class FolderSource:
-    """Image files, cropped to one size. Their key is a hash of the files, so that known ones need no decoding."""
+    """Image files, cropped to one size; their key is a hash of the files, so known files need not be decoded."""
 
     source: Source
     transform: str
@@ -149,7 +149,7 @@ class FolderSource:
         return digest.hexdigest()
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """UserError for a file that gives no image of the right size: a set must not miss any unseen."""
+        """The images at `indices`; UserError for any file that can't be read or has another size."""
         return np.stack([self._image(self.source.names[index]) for index in indices])
 
     def _image(self, name: str) -> NDArray[np.uint8]:

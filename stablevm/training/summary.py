@@ -1,4 +1,4 @@
-"""What a run is, told when it starts, and where its files lie, told when it ends."""
+"""The summary that training prints at its start, about the run, and at its end, about its files."""
 
 import math
 import shlex
@@ -22,7 +22,7 @@ PRECISIONS = {"no": "float32", "fp16": "float16 (mixed)", "bf16": "bfloat16 (mix
 
 
 def opening(config: TrainConfig, engine: Engine, total_steps: int) -> list[Row]:
-    """What the run consists of that starts, or resumes, at `engine.step`."""
+    """The lines about a run that starts, or resumes, at `engine.step`."""
     return [
         ("run", f"{config.folder}, {_from(config, engine.step)}"),
         ("device", _device(config, engine.accelerator)),
@@ -38,7 +38,7 @@ def opening(config: TrainConfig, engine: Engine, total_steps: int) -> list[Row]:
 
 
 def closing(config: TrainConfig, step: int, previews: Path | None) -> list[Row]:
-    """Where the files of a run lie that has done `step` steps; previews: its last grid of samples, if it drew any."""
+    """The lines about the files of a run after `step` steps; previews: its last grid of samples, if there is one."""
     weights = checkpoint.checkpoint_folder(config.folder, step)
     rows = [("checkpoint", str(weights))]
     if (best := checkpoint.best_record(config.folder)) is not None:
@@ -51,7 +51,7 @@ def closing(config: TrainConfig, step: int, previews: Path | None) -> list[Row]:
 
 
 def next_command(config: TrainConfig, step: int) -> str:
-    """The command line that draws a picture of the network of `step`."""
+    """The command line that makes a picture with the network of `step`."""
     weights = str(checkpoint.checkpoint_folder(config.folder, step))
     words = ["stablevm", "generate", "--ckpt", weights, "--mode", "ode", "--num-steps", "40", "--grid"]
     return shlex.join([*words, "--name", config.exp_name, *([] if config.vae is None else ["--vae", config.vae])])
@@ -87,7 +87,7 @@ def _network(config: TrainConfig, engine: Engine) -> str:
 
 
 def _objective(config: TrainConfig, engine: Engine) -> str:
-    """The word of the option, and the first sentence that the objective says of itself."""
+    """The value of the option, and the first sentence of the objective's docstring."""
     summary = (type(engine.objective).__doc__ or "").partition("\n")[0]
     is_default = config.loss_type == TrainConfig.loss_type
     return f"{config.loss_type}{' (the published default)' if is_default else ''}. {summary}"
@@ -107,7 +107,7 @@ def _bank(config: TrainConfig, bank: ClassBank) -> str:
 
 
 def _steps(config: TrainConfig, total_steps: int, samples: int) -> str:
-    """How many, and which of the two limits ends the run."""
+    """The number of steps, and which of the two limits ends the run."""
     by_epochs, by_steps = config.epoch_steps(samples), config.max_train_steps
     if by_epochs < by_steps:
         limits = f"--epochs {config.epochs:,} ends the run, before --max-train-steps {by_steps:,}"
