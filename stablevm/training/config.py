@@ -56,6 +56,7 @@ FREE_ON_RESUME = frozenset(
         "data_dir",  # of the data's content `start.check_data` knows
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
         "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "vae",
+        "proj_stop_step",  # `start.changes` tells of it
         *_NOT_NEEDED, "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }
 )  # fmt: skip
@@ -167,6 +168,9 @@ class ObjectiveOptions:
     """The samples that are perturbed: bank, drawn from the bank (as published); batch, the fresh ones."""
     references_from: Time = 0.0
     """Time in [0, 1] below which targets are those of si, without references."""
+    contrastive_coeff: Annotated[float, Range("a weight in [0, 1)", 0, 1, without_high=True)] = 0.0
+    """Weight of contrastive flow matching in [0, 1), 0.05 as published: it drives predictions away from the targets of
+    other samples. It also shifts the optimum away from the mean target, by the factor 1 / (1 - weight)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,9 @@ class AlignmentOptions:
     """Align the network's hidden tokens with those of a frozen encoder (VA-REPA)."""
     proj_coeff: NotNegative = 0.5
     """Weight of the alignment loss, 0 or more."""
+    proj_stop_step: Natural = 0
+    """Align only in this many first steps (HASTE); afterwards no encoder runs and no image is read. 0: in all steps.
+    It may change when a run is resumed."""
     proj_weight_schedule: WeightName = "hard"
     """How alignment fades with time; constant is plain REPA."""
     proj_tau: Annotated[float, TIME_ABOVE_0] = 0.7
@@ -348,6 +355,8 @@ class TrainConfig(
                 writable("output_dir", self.output_dir),
                 writable("exp_name", self.folder),
                 ("report_to", set(self.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}, comma-separated"),
+                ("contrastive_coeff", self.contrastive_coeff == 0 or self.batch_size > 1,
+                 "0 with --batch-size 1: there is no other sample"),
                 ("eval_reference", self.eval_every == 0 or self.eval_reference is not None,
                  "a reference to evaluate against with --eval-every"),
                 ("keep_best", self.eval_every == 0 or self.keep_best is None,
@@ -374,7 +383,7 @@ class TrainConfig(
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors", "references_from"), "--loss-type si")
         if not self.use_proj_loss:
             projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
-            more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma")
+            more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma", "proj_stop_step")
             idle |= dict.fromkeys((*projection, *more), "--no-use-proj-loss")
         if self.use_proj_loss and self.proj_weight_schedule != "sigmoid":
             idle["proj_k"] = f"--proj-weight-schedule {self.proj_weight_schedule}"

@@ -1,7 +1,7 @@
 """The training engine: network, moving average, optimiser and objective, and one step of training, without files."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +47,6 @@ class Engine:
         self.step = 0  # finished steps
         self.progress = Progress()  # unfinished sums of an earlier command
         self.terms = make_terms(config, encoders)
-        self.with_images = any(term.needs_images for term in self.terms)
         self.card = _model_card(config, dataset, encoders)
         device = accelerator.device
         model = build_network(self.card.model, rng.generator(config.seed, "weights")).to(device)
@@ -80,30 +79,38 @@ class Engine:
         """Take one step at the learning rate `rate`; clock: measures the phases."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        draw = self.drawer.draw(batch, self.step)  # noisy samples and their targets
-        images = self.drawer.images(batch, draw) if self.with_images else None
+        samples = self.drawer.samples(batch, self.step)  # noisy samples and their targets
         clock.end("draw")
-        metrics = self.runner.run(draw, images, clock)  # loss, gradient, update of the weights
+        metrics = self.runner.run(samples, self.step, clock)  # loss, gradient, update of the weights
         norm = metrics.means["grad_norm"]
         self.ema.update(self.accelerator.unwrap_model(self.model), self.step, norm.isfinite())
         clock.end("ema")
         self.step += 1
-        self.guard.add(self.step, metrics.means["loss"], norm, draw.ids, metrics.velocity_loss)
+        self.guard.add(self.step, metrics.means["loss"], norm, samples.draw.ids, metrics.velocity_loss)
         return metrics
 
-    def loader(self, num_steps: int) -> Calls[TrainingBatch]:
-        """The loader of this process's batches for the next steps."""
+    def loader(self, num_steps: int) -> Iterator[TrainingBatch]:
+        """Load this process's batches for the next steps, with images as long as a term of the loss needs them."""
+        end = self.step + num_steps
+        needs = [end if term.stops_at is None else term.stops_at for term in self.terms if term.needs_images]
+        without = min(max(needs, default=self.step), end)
+        if without > self.step:
+            yield from self._loader(self.step, without, with_images=True)
+        if end > without:
+            yield from self._loader(max(self.step, without), end, with_images=False)
+
+    def _loader(self, start: int, end: int, *, with_images: bool) -> Calls[TrainingBatch]:
         return training_loader(
             self.dataset,
             global_batch=self.config.batch_size,
             seed=self.config.seed,
-            num_steps=num_steps,
-            start_step=self.step,
+            num_steps=end - start,
+            start_step=start,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
-            with_images=self.with_images,
-            image_rows=self._anchor_plan(num_steps),
+            with_images=with_images,
+            image_rows=self._anchor_plan(end - start) if with_images else None,
             finite=self.objective.bank is not None,
             pin_memory=self.accelerator.device.type == "cuda",
         )
@@ -185,7 +192,7 @@ class Engine:
 
     def _anchor_plan(self, num_steps: int) -> AnchorPlan | None:
         """The plan of anchors whose images the loader reads, if they are not the fresh samples."""
-        if not self.with_images or self.objective.bank is None or self.objective.anchors == "batch":
+        if self.objective.bank is None or self.objective.anchors == "batch":
             return None
         bank, positions = self.objective.bank, self.drawer.positions
         return AnchorPlan(bank, self.dataset, self.config, positions, start_step=self.step, num_steps=num_steps)

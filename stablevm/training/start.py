@@ -153,6 +153,15 @@ def check_data(config: TrainConfig, dataset: PreparedDataset, start: int) -> lis
     return [f"{config.folder} was started by an earlier version: that {config.data_dir} is unchanged can't be checked"]
 
 
+def changes(config: TrainConfig, start: int) -> list[str]:
+    """Lines to tell of: what the run that resumes at step `start` will do in another way than it has so far."""
+    if not start:
+        return []
+    earlier = TrainConfig.read(config.folder)
+    before, now = (as_typed("proj_stop_step", each.proj_stop_step) for each in (earlier, config))
+    return [f"from step {start} on: {now}, until here {before}"] if before != now else []
+
+
 def check_bank(config: TrainConfig, dataset: PreparedDataset, bank: ClassBank) -> None:
     """Raise UserError if the bank of a checkpoint refers to rows that the data does not have."""
     if int(bank.ids.max()) >= len(dataset):

@@ -19,13 +19,13 @@ from stablevm.support import rng
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import GuardedAdamW, spread
 from stablevm.training.objectives import Objective, objective_streams
-from stablevm.training.terms import Output, Share, Term, alignment_term
+from stablevm.training.terms import Output, Samples, Share, Term, alignment_term, contrastive_term
 from stablevm.training.weights import whole
 
 FINAL_SHARE = 0.05  # of the peak rate, at the end of a cosine schedule
 
 # Terms of the loss beside the velocity's: from the options and their encoders to the term, or None without it.
-TERMS: tuple[Callable[[TrainConfig, Sequence[Encoder]], Term | None], ...] = (alignment_term,)
+TERMS: list[Callable[[TrainConfig, Sequence[Encoder]], Term | None]] = [alignment_term, contrastive_term]
 
 
 def make_terms(config: TrainConfig, encoders: Sequence[Encoder]) -> list[Term]:
@@ -130,6 +130,12 @@ class BatchDrawer:
         )
         return on_device(draw, device)
 
+    def samples(self, batch: TrainingBatch, step: int) -> Samples:
+        """A draw of the batch with the images of its anchors, if the loader was asked for images."""
+        draw = self.draw(batch, step)
+        images = None if batch.images is None else self.images(batch, draw)
+        return Samples(draw, images, self.positions, self._total, self._from_all)
+
     def images(self, batch: TrainingBatch, draw: Draw) -> Tensor:
         """The images (B, 3, H, W) uint8 of the draw's anchors, on the device."""
         assert batch.images is not None and batch.image_rows is not None
@@ -137,6 +143,11 @@ class BatchDrawer:
         as_planned = (draw.ids == rng.to_device(batch.image_rows, device)).all()
         torch._assert_async(as_planned, "the anchors drawn from the bank are not those whose images were read")
         return rng.to_device(batch.images, device)
+
+    def _total(self, value: Tensor) -> Tensor:
+        found = self.accelerator.reduce(value, reduction="sum")
+        assert isinstance(found, Tensor)
+        return found
 
     def _from_all(self, part: Tensor) -> Tensor:
         gathered = self.accelerator.gather(part)
@@ -160,18 +171,19 @@ class StepRunner:
         self.adamw: GuardedAdamW = optimizer.optimizer
         self.config, self.terms = config, terms
 
-    def run(self, draw: Draw, images: Tensor | None, clock: PhaseClock) -> StepMetrics:
+    def run(self, samples: Samples, step: int, clock: PhaseClock) -> StepMetrics:
         """Update the model, unless the gradient's norm is not finite in any process.
 
-        images: those of the draw's anchors, if a term needs them. clock: measures the phases.
+        step: the number of steps before this one. clock: measures the phases.
         """
+        draw, terms = samples.draw, [term for term in self.terms if term.is_on(step)]
         sums: dict[str, Tensor] = {}
         errors: list[Tensor] = []
-        begun = [term.begin(draw, images, self._total) for term in self.terms]
+        begun = [term.begin(samples) for term in terms]
         parts = torch.arange(len(draw.t)).chunk(self.config.accumulation_steps)
         for number, rows in enumerate(parts, start=1):
             span = slice(int(rows[0]), int(rows[-1]) + 1)
-            shares = [begin(span) for begin in begun]
+            shares = [(term, begin(span)) for term, begin in zip(terms, begun, strict=True)]
             if shares:
                 clock.end("encoder")
             with self._maybe_no_sync(synchronise=number == self.config.accumulation_steps):
@@ -189,7 +201,9 @@ class StepRunner:
         clock.end("optimizer")
         return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
 
-    def _losses(self, draw: Draw, span: slice, shares: Sequence[Share]) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(
+        self, draw: Draw, span: slice, shares: Sequence[tuple[Term, Share]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """This micro-batch's part of each loss, and the error of the velocity for each sample (b,).
 
         The parts are added over micro-batches and averaged over processes.
@@ -197,10 +211,13 @@ class StepRunner:
         output = self._forward(draw.x_t[span], draw.t[span], draw.labels[span])
         error = squared_error(output.prediction, draw.target[span])
         loss = velocity = error.mean() * (len(error) / len(draw.t))
-        values = {}
-        for term, share in zip(self.terms, shares, strict=True):
+        values = {term.name: error.new_zeros(()) for term in self.terms}  # those that have stopped stay so
+        for term, share in shares:
             values[term.name] = share(output) * self.accelerator.num_processes
             loss = loss + term.coefficient * values[term.name]
+        if output.tokens and not any(term.needs_tokens for term, _ in shares):
+            # Processes wait for each other's gradients of all parameters, the projectors' too.
+            loss = loss + 0 * torch.stack([tokens.sum() for tokens in output.tokens]).sum()
         return {"loss": loss, "velocity_loss": velocity, **values}, error
 
     def _forward(self, *inputs: Tensor) -> Output:
@@ -208,12 +225,6 @@ class StepRunner:
             if any(term.needs_tokens for term in self.terms):
                 return Output(*self.model(*inputs, features=True))
             return Output(self.model(*inputs), [])
-
-    def _total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over processes."""
-        found = self.accelerator.reduce(value, reduction="sum")
-        assert isinstance(found, Tensor)
-        return found
 
     def _maybe_no_sync(self, synchronise: bool) -> AbstractContextManager[None]:
         """Keep gradients in their process for all micro-batches except the last."""

@@ -1,4 +1,4 @@
-"""Terms of the loss in addition to the velocity loss: their interface, and the alignment term of VA-REPA."""
+"""Terms of the loss in addition to the velocity loss: their interface, VA-REPA's alignment, contrastive flow matching."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from stablevm.alignment import AlignmentSchedule, alignment_loss, normalize_over
 from stablevm.draw import Draw
 from stablevm.interpolant import get_interpolant
 from stablevm.networks.encoders import Encoder
+from stablevm.objective import squared_error
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
@@ -26,6 +27,17 @@ class Output:
     tokens: list[Tensor]  # (b, T, D) of each projector; empty if no term needs them
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one step in this process, which are at `positions` in the global batch."""
+
+    draw: Draw
+    images: Tensor | None  # (B, 3, H, W) uint8 of the samples, on the device; None if no term needs them
+    positions: range
+    total: Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
+    gather: Callable[[Tensor], Tensor]  # rows (b, ...) of each process to those of all, (processes * b, ...), in order
+
+
 # From the output for a micro-batch to its share of the term; shares add up over micro-batches and processes.
 Share = Callable[[Output], Tensor]
 
@@ -37,20 +49,23 @@ class Term(ABC):
     coefficient: float
     needs_images = False  # whether it needs the images of the perturbed samples
     needs_tokens = False  # whether it needs the tokens of the network's projectors
+    stops_at: int | None = None  # the number of steps after which it no longer belongs to the loss; None: never
 
     def describe(self) -> str:
         """What it does, in a line for the start of a run; empty where its name says it all."""
         return ""
 
     @abstractmethod
-    def begin(self, draw: Draw, images: Tensor | None, total: Callable[[Tensor], Tensor]) -> Callable[[slice], Share]:
-        """Prepare a step on the process's samples, and return a function that is called for each micro-batch before the
-        network runs.
+    def begin(self, samples: Samples) -> Callable[[slice], Share]:
+        """Prepare a step, and return a function that is called for each micro-batch before the network runs.
 
         That function takes the slice of the micro-batch, and returns a function from the network's output to the
-        micro-batch's share of the term. images: (B, 3, H, W) uint8 on the device, None unless needed. total: computes
-        the sum of a tensor over all processes.
+        micro-batch's share of the term.
         """
+
+    def is_on(self, step: int) -> bool:
+        """Whether the term belongs to the loss after `step` steps."""
+        return self.stops_at is None or step < self.stops_at
 
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
         """The networks that the term runs on images, each with the average share of images that it sees."""
@@ -66,6 +81,7 @@ class Alignment(Term):
     coefficient: float
     irepa_gamma: float | None  # None without iREPA
     summary: str = ""
+    stops_at: int | None = None  # HASTE (Wang et al., 2025): alignment helps early in training and hinders later
 
     name = "alignment_loss"
     needs_images = needs_tokens = True
@@ -78,18 +94,19 @@ class Alignment(Term):
             )
 
     def describe(self) -> str:
-        return self.summary
+        return self.summary + (f"; in the first {self.stops_at:,} steps" if self.stops_at else "")
 
     def features(self, encoder: Encoder, images: Tensor) -> Tensor:
         """The target tokens (B, T, D) for the projector of this encoder."""
         tokens = encoder(images)
         return tokens if self.irepa_gamma is None else normalize_over_space(tokens, self.irepa_gamma)
 
-    def begin(self, draw: Draw, images: Tensor | None, total: Callable[[Tensor], Tensor]) -> Callable[[slice], Share]:
+    def begin(self, samples: Samples) -> Callable[[slice], Share]:
         """Compute the weights of the samples; their zeros are found on the host, without waiting for the GPU."""
+        draw, images = samples.draw, samples.images
         assert images is not None
         weights = self.schedule(draw.host_t)
-        whole = total(rng.to_device(weights.sum(), draw.t.device))
+        whole = samples.total(rng.to_device(weights.sum(), draw.t.device))
         return lambda span: _Aim.at(images[span], weights[span], whole, self).share
 
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
@@ -143,4 +160,38 @@ def alignment_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Alignmen
         coefficient=config.proj_coeff,
         irepa_gamma=config.irepa_gamma if config.use_irepa else None,
         summary=f"block {config.encoder_depth} with {config.enc_type} ({projector}); weight {fading}",
+        stops_at=config.proj_stop_step or None,
     )
+
+
+@dataclass(frozen=True)
+class Contrast(Term):
+    """Contrastive flow matching (Stoica et al., 2025): minus the mean squared error to another sample's target.
+
+    With the weight L the loss is `|u - v|^2 - L |u - v'|^2`, where v' belongs to the next sample of the global batch,
+    whose order is random. Where E[v | x_t] minimises flow matching's loss, this one has its minimum at
+    `(E[v | x_t] - L E[v']) / (1 - L)`: predictions are driven away from the mean of all targets by the factor
+    1 / (1 - L). With StableVM's targets, which have the same expectations, it is the same.
+    """
+
+    coefficient: float
+
+    name = "contrastive_loss"
+
+    def describe(self) -> str:
+        return (
+            f"weight {self.coefficient:g}: the optimum is {1 / (1 - self.coefficient):.3g} times as far from the mean"
+        )
+
+    def begin(self, samples: Samples) -> Callable[[slice], Share]:
+        targets, positions = samples.draw.target, samples.positions
+        firsts = samples.gather(targets[:1])  # of each process
+        last = positions.stop // len(positions) % len(firsts)
+        others = torch.cat([targets[1:], firsts[last : last + 1]])
+        count = len(firsts) * len(targets)
+        return lambda span: lambda output: -squared_error(output.prediction, others[span]).sum() / count
+
+
+def contrastive_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Contrast | None:
+    """The term that the options ask for."""
+    return Contrast(config.contrastive_coeff) if config.contrastive_coeff else None

@@ -36,6 +36,7 @@ from stablevm.training.launch import (
 from stablevm.training.objectives import prefill
 from stablevm.training.start import (
     as_started,
+    changes,
     check_bank,
     check_data,
     empty_classes_warning,
@@ -84,6 +85,8 @@ def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
         for line in config.warnings() + notes + unchecked:
             warn(line)
     trainer = Trainer(config, dataset, accelerator)
+    for line in changes(config, start):
+        trainer.say(line)
     if start:
         _restore(trainer.engine, config, start, show=accelerator.is_main_process)
         if (bank := trainer.engine.objective.bank) is not None:

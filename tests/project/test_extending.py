@@ -103,15 +103,11 @@ def test_the_backbone_that_is_shown_trains_resumes_and_is_loaded(root):
 
 
 def test_the_term_that_is_shown_is_summed_and_logged(root, monkeypatch):
-    shown = PAGE.split("## Another term of the loss")[1]
-    block = re.search(r"```python\n(.*?)```", shown, flags=re.DOTALL)[1]
-    names = {**vars(terms), **vars(step)}
-    exec("from collections.abc import Callable\nfrom dataclasses import dataclass\n" + block, names)
-    monkeypatch.setattr(step, "TERMS", names["TERMS"])
     monkeypatch.setattr(TrainConfig, "mean_coeff", 0.5, raising=False)
     rows = {}
-    for parts in (1, 2):
-        rows[parts] = metrics(runs.run(runs.config(root, f"parts-{parts}", gradient_accumulation_steps=parts)))
+    with added("Another term of the loss", step.TERMS, terms, step):
+        for parts in (1, 2):
+            rows[parts] = metrics(runs.run(runs.config(root, f"parts-{parts}", gradient_accumulation_steps=parts)))
     for row, other in zip(rows[1], rows[2], strict=True):
         assert row["loss"] == pytest.approx(row["velocity_loss"] + 0.5 * row["mean_loss"]) and row["mean_loss"] > 0
         assert other["mean_loss"] == pytest.approx(row["mean_loss"], rel=1e-4)

@@ -24,6 +24,8 @@ CASES = {
     "data prediction": {**STABLEVM, "prediction": "x"},
     "lognormal times": {**STABLEVM, "weighting": "lognormal"},
     "alignment": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid"},
+    "contrastive": {**STABLEVM, "contrastive_coeff": 0.05},
+    "alignment that stops": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid", "proj_stop_step": 2},
     "irepa": {**STABLEVM, **runs.ALIGNED, "use_irepa": True},
 }
 
