@@ -118,6 +118,12 @@ def _verify() -> Use[Any]:
     return Use(VerifyConfig, work.verify)
 
 
+def _statistics() -> Use[Any]:
+    from stablevm.preparation.config import StatisticsConfig
+
+    return Use(StatisticsConfig, work.statistics)
+
+
 def _info() -> Use[Any]:
     from stablevm.preparation.config import InfoConfig
 
@@ -221,6 +227,13 @@ COMMANDS = (
     Command("prepare pack", "pack a folder in the layout of REPA into shards", (_pack,), returns_status=True),
     Command("prepare digits", "write scikit-learn's handwritten digits", (_prepare_digits,)),
     Command("data verify", "reread a prepared data set and list its faults", (_verify,), returns_status=True),
+    Command(
+        "data statistics",
+        "measure the mean and deviation of each channel of the latents, and record them",
+        (_statistics,),
+        returns_status=True,
+        resumes=False,
+    ),
     Command("data info", "print facts about a prepared data set, and draw examples", (_info,), returns_status=True),
     Command("train", "train a network", (_train,), script="train.py"),
     Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
@@ -255,4 +268,4 @@ FOLDER_STEPS = (
     Command("encode", "encode such images into latents, one .npy file each", (_encode_to_folder,), returns_status=True),
 )
 # What the steps behind a word have in common.
-PURPOSES = {"prepare": "write a prepared data set", "data": "verify or show a prepared data set"}
+PURPOSES = {"prepare": "write a prepared data set", "data": "verify, measure or show a prepared data set"}

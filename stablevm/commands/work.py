@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         EncodeShardsConfig,
         InfoConfig,
         PackConfig,
+        StatisticsConfig,
         VerifyConfig,
     )
     from stablevm.profiling.config import BenchmarkConfig
@@ -158,6 +159,12 @@ def verify(config: "VerifyConfig") -> int:
     from stablevm.preparation.verify import verify
 
     return verify(config)
+
+
+def statistics(config: "StatisticsConfig") -> int:
+    from stablevm.preparation.statistics import statistics
+
+    return statistics(config)
 
 
 def info(config: "InfoConfig") -> int:

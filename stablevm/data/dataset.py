@@ -108,6 +108,16 @@ class PreparedDataset(ABC):
         """Faults of the layout as a whole, beyond those of single rows."""
         return iter(())
 
+    def record(self, latent: LatentSpec) -> None:
+        """Write down another normalisation of the latents, which are kept as they are.
+
+        UserError if the layout has no place for it.
+        """
+        raise UserError(
+            f"{arg('folder')} {self.folder}: {self.layout}: statistics can't be recorded; make shards of it with "
+            "stablevm prepare pack"
+        )
+
     @abstractmethod
     def check_images(self) -> None:
         """Raise UserError if the set was prepared without images, or a file of images is missing or truncated."""

@@ -9,6 +9,7 @@ files one after another, `png`, and their `sizes` (n,) int64.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from stablevm.data.manifest import MANIFEST_FILE, REMEDY, Manifest, Shard, Shard
 from stablevm.data.png import decode_png
 from stablevm.data.storage import READ_ERRORS, is_fault_of_file
 from stablevm.data.tensor_file import Opener, TensorFile, bytes_of, opener
+from stablevm.networks.autoencoder import LatentSpec
 from stablevm.support.errors import UserError, arg
 
 
@@ -114,6 +116,11 @@ class ShardDataset(PreparedDataset):
             ("with images", ("yes" if self.has_images else "no") + kind),
             ("shards", f"{len(manifest.shards):,}, {len(manifest.files()):,} files, {size / 1e9:.3g} GB"),
         ]
+
+    def record(self, latent: LatentSpec) -> None:
+        manifest = replace(self.manifest, latent=latent)
+        manifest.write(self.folder)
+        self.manifest, self.latent = manifest, latent
 
     def check_images(self) -> None:
         if not self.has_images:

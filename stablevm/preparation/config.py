@@ -204,6 +204,21 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
+class StatisticsConfig:
+    """Measure mean and deviation of each channel of the latents in one pass, and record them with the data: from then
+    on each channel is trained on with mean 0 and deviation 1, which latents of 16 channels and more need."""
+
+    data_dir: tyro.conf.Positional[Path]
+    """Folder of the data set: shards."""
+    record: bool = True
+    """Record them; otherwise they are only printed."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [writable("data_dir", self.data_dir)] if self.record else [])
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     """Print facts about a prepared data set, and make a picture of some images with the names of their classes."""
 
