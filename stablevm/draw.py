@@ -9,7 +9,7 @@ from stablevm.bank import NO_ID
 from stablevm.choices import Prediction, TimeName
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.support.errors import UserError, arg
-from stablevm.support.ranges import CHANCE, check_word
+from stablevm.support.ranges import CHANCE, FINITE_ABOVE_0, check_word
 from stablevm.support.rng import AnyGenerator, rand, randn, to_device
 from stablevm.support.shapes import ShownByShape
 from stablevm.times import draw_times
@@ -42,7 +42,8 @@ class ObjectiveSettings:
 
     path: LINEAR or COSINE. prediction: "v" to regress on the velocity, "x" on the data. weighting: the distribution of
     training times, as in `draw_times`. label_dropout: the probability in [0, 1] that a label is replaced by
-    `null_class`, for classifier-free guidance. Raises UserError for a value out of range.
+    `null_class`, for classifier-free guidance. time_shift: factor of the times' sigma / alpha, as in `draw_times`; 1
+    leaves them as drawn. Raises UserError for a value out of range.
     """
 
     path: Interpolant = LINEAR
@@ -50,6 +51,7 @@ class ObjectiveSettings:
     weighting: TimeName = "uniform"
     label_dropout: float = 0.0
     null_class: int | None = None
+    time_shift: float = 1.0
 
     def __post_init__(self) -> None:
         check_word("prediction", self.prediction, Prediction)
@@ -57,6 +59,7 @@ class ObjectiveSettings:
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         check_word("weighting", self.weighting, TimeName)
         CHANCE.check("label_dropout", self.label_dropout)
+        FINITE_ABOVE_0.check("time_shift", self.time_shift)
         if self.label_dropout and self.null_class is None:
             raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
 
@@ -79,7 +82,7 @@ class Noisy:
 def perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerator) -> Noisy:
     """Perturb latents (B, *shape) with times and then noise from the generator."""
     device = latents.device
-    host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator)
+    host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator, shift=settings.time_shift)
     t = to_device(host_t, device)
     noise = randn(latents.shape, generator, device)
     return Noisy(latents, noise, t, settings.path.interpolate(latents, noise, t), host_t)

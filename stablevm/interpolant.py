@@ -52,6 +52,17 @@ class Interpolant:
         """The time at which `sigma / alpha`, the noise level that EDM calls sigma, equals `ratio`."""
         return self._time_at_ratio(ratio)
 
+    def shift(self, t: Tensor, factor: float) -> Tensor:
+        """The times at which `sigma / alpha` is `factor` times that at `t`: more noise for a factor above 1.
+
+        On the linear path this is `factor t / (1 + (factor - 1) t)`, the time shift of SD3 (Esser et al., 2024,
+        equation 23). 0 and 1 stay where they are.
+        """
+        if factor == 1:
+            return t
+        c = self.coefficients(t)
+        return torch.where(c.alpha > 0, self.time_at_ratio(factor * c.sigma / c.alpha), 1.0)
+
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The noisy sample `x_t = alpha x0 + sigma noise` (B, ...)."""
         c = self.coefficients(t, x0)

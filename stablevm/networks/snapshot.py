@@ -17,7 +17,7 @@ from stablevm.networks.registry import DEFAULT_KIND, build_network, config_class
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
-from stablevm.support.ranges import CHANCE
+from stablevm.support.ranges import CHANCE, FINITE_ABOVE_0
 from stablevm.support.tensor_files import save_tensors
 from stablevm.support.text import shown
 
@@ -40,6 +40,7 @@ class ModelCard:
     # Facts about the training; None in cards of earlier versions and of imported checkpoints.
     class_counts: tuple[int, ...] | None = None  # samples of each class in the training data
     label_dropout: float | None = None  # probability that a sample was trained without its label
+    time_shift: float = 1.0  # factor of sigma / alpha of the times of training, which sampling's grids follow
 
     def __post_init__(self) -> None:
         """Raise UserError for facts that contradict each other."""
@@ -55,6 +56,8 @@ class ModelCard:
             raise UserError(f"class_counts of {len(counts)} classes, expected {self.model.num_classes} of 0 or more")
         if self.label_dropout is not None and self.label_dropout not in CHANCE:
             raise UserError(f"label_dropout {self.label_dropout}, expected {CHANCE.words}")
+        if self.time_shift not in FINITE_ABOVE_0:
+            raise UserError(f"time_shift {self.time_shift}, expected {FINITE_ABOVE_0.words}")
 
     @property
     def trained_classes(self) -> tuple[int, ...]:
@@ -100,6 +103,7 @@ class ModelCard:
             "step": self.step,
             "class_counts": None if self.class_counts is None else list(self.class_counts),
             "label_dropout": self.label_dropout,
+            "time_shift": self.time_shift,
         }
 
 

@@ -4,7 +4,7 @@ Both previews during training and `generate` use it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.networks.snapshot import ModelCard
 from stablevm.sampling.config import CFG_SCALE, GuidanceOptions
 from stablevm.solvers.integration import integrate
-from stablevm.solvers.settings import SamplerSettings
+from stablevm.solvers.settings import SamplerSettings, spelt_in_python
 from stablevm.support.errors import UserError, arg
 from stablevm.support.precision import DTYPES, autocast
 from stablevm.support.ranges import TIME, check_word
@@ -156,6 +156,8 @@ def draw_latents(
     def noise() -> Tensor:
         return randn(shape, streams, device).double()
 
+    if settings.time_shift is None and "time_shift" not in settings.without_effect(spelt_in_python):
+        settings = replace(settings, time_shift=card.time_shift)
     latents = integrate(watched, noise, path, settings)
     return latents.float(), round(velocity.evaluations)
 

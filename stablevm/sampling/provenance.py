@@ -164,14 +164,16 @@ def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
     weights_file = config.ckpt / f"{config.weights}.safetensors"
     if not weights_file.is_file():
         raise UserError(f"--ckpt {config.ckpt}: it has no {weights_file.name}; see --weights")
-    classes = config.class_indices()
+    classes, settings = config.class_indices(), asdict(settings_of(config))
+    shift = settings.pop("time_shift") or card.time_shift
     return {
         "num_fid_samples": config.num_fid_samples,
         "global_seed": config.global_seed,
         "label_sampling": config.label_sampling,
         "classes": None if classes is None else list(classes),
         "unconditional": config.unconditional,
-        **asdict(settings_of(config)),
+        **settings,
+        **({} if shift == 1 or config.solver == "dopri5" or config.edm_schedule else {"time_shift": shift}),
         **asdict(guidance_of(config)),
         "tf32": config.tf32,
         "compile": config.compile,

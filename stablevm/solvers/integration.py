@@ -67,7 +67,7 @@ def _integrate(
     velocity: Velocity, x: Tensor, noise: Callable[[], Tensor], path: Interpolant, settings: SamplerSettings
 ) -> Tensor:
     if settings.mode == "stablevs":
-        above, below = split_times(settings.num_steps, settings.split_time, settings.steps_below)
+        above, below = _split_times(path, settings)
         x = _fixed_steps(velocity, x, above, noise, path, settings)
         return stable_velocity(velocity, x, below, path, noise, settings.noise_factor)
     if settings.solver == "dopri5":
@@ -92,6 +92,19 @@ def _fixed_steps(
 def _times(path: Interpolant, settings: SamplerSettings) -> Tensor:
     if settings.edm_schedule:
         return edm_times(settings.num_steps, path)
+    shift = settings.time_shift or 1.0
     if settings.mode == "sde":
-        return sde_times(settings.num_steps, settings.last_time)
-    return ode_times(settings.num_steps)
+        return path.shift(sde_times(settings.num_steps, _unshifted(path, settings.last_time, shift)), shift)
+    return path.shift(ode_times(settings.num_steps), shift)
+
+
+def _split_times(path: Interpolant, settings: SamplerSettings) -> tuple[Tensor, Tensor]:
+    shift = settings.time_shift or 1.0
+    split = _unshifted(path, settings.split_time, shift)
+    above, below = split_times(settings.num_steps, split, settings.steps_below)
+    return path.shift(above, shift), path.shift(below, shift)
+
+
+def _unshifted(path: Interpolant, t: float, shift: float) -> float:
+    """The time that the shift moves to `t`, which stays where the options say."""
+    return t if shift == 1 else float(path.shift(torch.tensor(t, dtype=torch.float64), 1 / shift))

@@ -4,10 +4,11 @@ import functools
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import UnionType
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from stablevm.support.errors import UserError
-from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, NOT_NEGATIVE, TIME_BETWEEN, UNIT, Range
+from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, FINITE_ABOVE_0, NOT_NEGATIVE, TIME_BETWEEN, UNIT, Range
 
 Mode = Literal["ode", "sde", "stablevs"]
 Solver = Literal["euler", "heun", "dopri5"]
@@ -37,6 +38,9 @@ class SamplerOptions:
     """Absolute error that dopri5 permits in a step in addition to the relative one, more than 0."""
     edm_schedule: bool = False
     """Steps spaced as EDM's noise levels, densest near the image, instead of evenly."""
+    time_shift: float | None = None
+    """Shift of the grid of times towards noise, more than 0: sigma / alpha of each time is multiplied by it, so that on
+    the linear path t becomes s t / (1 + (s - 1) t). Default: as the network was trained; 1 is none."""
     diffusion_scale: float = 1.0
     """Noise of the sde, 0 or more: its diffusion is this times sigma(t). 1 as in StableVM, 2 as in REPA."""
     last_time: float = 0.04
@@ -60,7 +64,10 @@ class SamplerOptions:
         two_steps = self.mode != "ode" or (self.edm_schedule and not adaptive)
         reason = spelt("edm_schedule", True) if self.mode == "ode" else mode
         return [
-            *((name, getattr(self, name) in range_, range_.words) for name, range_ in SAMPLER_RANGES.items()),
+            *(
+                (name, (value := getattr(self, name)) is None or value in range_, range_.words)
+                for name, range_ in SAMPLER_RANGES.items()
+            ),
             ("num_steps", not two_steps or steps >= 2, f"at least 2 with {reason}"),
             ("solver", self.mode == "ode" or self.solver in ("euler", "heun"), f"euler or heun with {mode}"),
             (
@@ -85,7 +92,10 @@ class SamplerOptions:
         if self.mode == "ode":
             idle |= dict.fromkeys(("diffusion_scale", "last_time"), mode)
         solver = spelt("solver", self.solver)
-        idle |= dict.fromkeys(("num_steps", "edm_schedule") if self.solver == "dopri5" else ("rtol", "atol"), solver)
+        if self.edm_schedule:
+            idle["time_shift"] = spelt("edm_schedule", True)
+        grid = ("num_steps", "edm_schedule", "time_shift")
+        idle |= dict.fromkeys(grid if self.solver == "dopri5" else ("rtol", "atol"), solver)
         return idle
 
 
@@ -94,6 +104,7 @@ SAMPLER_RANGES: dict[str, Range] = {
     "num_steps": AT_LEAST_1,
     "rtol": ABOVE_0,
     "atol": ABOVE_0,
+    "time_shift": FINITE_ABOVE_0,
     "diffusion_scale": NOT_NEGATIVE,
     "last_time": TIME_BETWEEN,
     "split_time": TIME_BETWEEN,
@@ -132,6 +143,7 @@ class SamplerSettings(SamplerOptions):
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             if name in _DEFAULTS and not _is_of_kind(getattr(self, name), kind):
+                kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
                 words = get_args(kind)
                 expected = f"one of {', '.join(words)}" if words else f"a value of type {kind.__name__}"
                 raise UserError(f"{spelt_in_python(name, getattr(self, name))}: expected {expected}")
@@ -155,6 +167,8 @@ def spelt_in_python(name: str, value: Any) -> str:
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
     """Whether it is one of the words, or a bool, a whole number or a number, as `kind` says; no bool is a number."""
+    if isinstance(kind, UnionType):
+        return value is None or _is_of_kind(value, get_args(kind)[0])
     if words := get_args(kind):
         return value in words
     if kind is bool or isinstance(value, bool):

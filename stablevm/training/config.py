@@ -152,6 +152,9 @@ class ObjectiveOptions:
     weighting: TimeName = "uniform"
     """Distribution of training times: uniform; lognormal: EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2);
     logit_normal: ln(sigma/alpha) ~ N(0, 1)."""
+    time_shift: Annotated[float, Range("a finite number above 0, or auto", 0, without_low=True)] | Literal["auto"] = 1.0
+    """Shift of training times, and of sampling's grids, towards noise: sigma / alpha of each time is multiplied by it.
+    auto: sqrt(values of a latent / 4096), 1 for Stable Diffusion's of 32 x 32. Checkpoints record it."""
     cfg_prob: Chance = 0.1
     """Probability that a label is dropped, in [0, 1]."""
     bank_capacity_per_class: Annotated[int, Range("at least 1, or all", 1)] | Literal["all"] = 256

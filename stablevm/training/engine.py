@@ -23,7 +23,7 @@ from stablevm.support.text import shown
 from stablevm.training.checkpoint import DamagedError, Progress, TrainingState
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import Guard, GuardedAdamW
-from stablevm.training.objectives import AnchorPlan, make_objective
+from stablevm.training.objectives import AnchorPlan, make_objective, time_shift
 from stablevm.training.start import class_counts, class_names
 from stablevm.training.step import BatchDrawer, PhaseClock, StepMetrics, StepRunner, make_terms
 from stablevm.training.weights import (
@@ -266,4 +266,5 @@ def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequenc
         step=0,
         class_counts=class_counts(config, dataset),
         label_dropout=config.cfg_prob,
+        time_shift=time_shift(config, dataset.latent.shape),
     )

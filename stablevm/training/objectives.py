@@ -23,6 +23,7 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
 from stablevm.support.rng import AnyGenerator
+from stablevm.times import automatic_shift
 from stablevm.training.config import TrainConfig
 from stablevm.training.console import on_terminal, say
 
@@ -76,6 +77,11 @@ class Given:
     device: torch.device
 
 
+def time_shift(config: TrainConfig, shape: Sequence[int]) -> float:
+    """The factor that the options ask for, for latents of `shape`."""
+    return automatic_shift(shape) if config.time_shift == "auto" else config.time_shift
+
+
 def make_objective(
     config: TrainConfig, model: NetworkConfig, dataset: PreparedDataset, device: torch.device
 ) -> Objective:
@@ -86,6 +92,7 @@ def make_objective(
         weighting=config.weighting,
         label_dropout=config.cfg_prob,
         null_class=model.null_class,
+        time_shift=time_shift(config, dataset.latent.shape),
     )
     counts = torch.bincount(dataset.labels(), minlength=model.num_classes)
     return OBJECTIVES[config.loss_type](Given(config, settings, counts, dataset.latent.shape, device))

@@ -1,4 +1,4 @@
-"""Terms of the loss in addition to the velocity loss: their interface, VA-REPA's alignment, contrastive flow matching."""
+"""Terms of the loss beside the velocity loss: their interface, VA-REPA's alignment, contrastive flow matching."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
