@@ -100,6 +100,11 @@ class PreparedDataset(ABC):
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
         """The fingerprint of the contents, including images if they matter."""
 
+    @property
+    def raw_latent(self) -> LatentSpec:
+        """The latents of the set, of which scale and shift may still have to be measured."""
+        return self.latent
+
     def facts(self) -> list[tuple[str, str]]:
         """Further facts about the set, as names and values, for `stablevm data info`."""
         return []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablevm.data.dataset import PreparedDataset
+from stablevm.data.lightning_dit import LightningDiTDataset, is_lightning_dit_folder
 from stablevm.data.listing import kind_of_listing
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.repa import RepaDataset, is_repa_folder
@@ -24,7 +25,11 @@ def _holds_shards(folder: Path) -> bool:
 
 
 # The first layout that fits a folder is used.
-LAYOUTS = [Layout(is_repa_folder, RepaDataset), Layout(_holds_shards, ShardDataset)]
+LAYOUTS = [
+    Layout(is_repa_folder, RepaDataset),
+    Layout(_holds_shards, ShardDataset),
+    Layout(is_lightning_dit_folder, LightningDiTDataset),
+]
 
 
 def layout_of(folder: Path) -> Layout | None:

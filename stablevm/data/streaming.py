@@ -11,7 +11,12 @@ import numpy as np
 
 from stablevm.support import files
 
-_FORMAT_NAMES = {"float16": "F16", "int64": "I64", "uint8": "U8"}  # names of dtypes in NumPy and in the format
+_FORMAT_NAMES = {
+    "float16": "F16",
+    "float32": "F32",
+    "int64": "I64",
+    "uint8": "U8",
+}  # names of dtypes in NumPy and in the format
 NUMPY_NAMES = {ours: numpy for numpy, ours in _FORMAT_NAMES.items()}
 _COPY_BYTES = 2**20
 

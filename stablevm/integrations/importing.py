@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from stablevm.data.lightning_dit import read_statistics
 from stablevm.integrations import conversion
 from stablevm.integrations.config import ImportConfig
-from stablevm.integrations.reader import PublishedCheckpoint, read_published, read_statistics
+from stablevm.integrations.reader import PublishedCheckpoint, read_published
 from stablevm.networks import snapshot
 from stablevm.networks.autoencoder import (
     SD_AUTOENCODERS,
@@ -238,7 +239,7 @@ def _statistics(config: ImportConfig, published: PublishedCheckpoint) -> tuple[P
         )
     if recorded is not None:
         raise UserError(f"--latent-statistics {path}: {config.checkpoint} holds its own; leave it out")
-    means, deviations = read_statistics(path)
+    means, deviations = read_statistics(path, "--latent-statistics")
     scales = float(options.get("latent_multiplier", 1.0)) / deviations
     return tuple(scales.tolist()), tuple(means.tolist())
 

@@ -64,25 +64,6 @@ def read_published(path: Path) -> PublishedCheckpoint:
     )
 
 
-def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation (C,), float64, of each channel of the latents, from LightningDiT's
-    `latents_stats.pt`; UserError if the file holds no such numbers.
-    """
-    content = _load(path)
-    found = [content.get(name) for name in ("mean", "std")]
-    means, deviations = (
-        value.double().flatten() if isinstance(value, Tensor) and value.is_floating_point() else torch.empty(0)
-        for value in found
-    )
-    if not len(means) or len(means) != len(deviations) or not bool(means.isfinite().all()):
-        raise UserError(
-            f"{path}: expected mean and std, a number of each channel; found {', '.join(map(str, content))}"
-        )
-    if not bool((deviations > 0).all() and deviations.isfinite().all()):
-        raise UserError(f"{path}: expected positive deviations under std")
-    return means, deviations
-
-
 def _options(content: dict[str, Any]) -> dict[str, Any]:
     """The training options: `args` of StableVelocity and REPA, or `config` of LightningDiT with the same names."""
     options = content.get("args", {})

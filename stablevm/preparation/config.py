@@ -209,7 +209,7 @@ class StatisticsConfig:
     on each channel is trained on with mean 0 and deviation 1, which latents of 16 channels and more need."""
 
     data_dir: tyro.conf.Positional[Path]
-    """Folder of the data set: shards."""
+    """Folder of the data set: shards, or the layout of LightningDiT."""
     record: bool = True
     """Record them; otherwise they are only printed."""
 

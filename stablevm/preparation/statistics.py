@@ -26,7 +26,7 @@ def statistics(config: StatisticsConfig) -> int:
     dataset = open_dataset(config.data_dir)
     with owned(dataset.folder):
         means, deviations = measured(dataset, show=sys.stderr.isatty())
-        before = dataset.latent
+        before = dataset.raw_latent
         scale, shift = tuple((1 / deviations).tolist()), tuple(means.tolist())
         latent = replace(before, scale=scale, shift=shift, measured=True)
         for name, values in (("mean", means), ("deviation", deviations)):
@@ -44,7 +44,7 @@ def measured(dataset: PreparedDataset, *, show: bool = False) -> tuple[Tensor, T
     """Mean and standard deviation (C,) float64 of each channel of the raw latents, over all rows, places and, where the
     autoencoder gives a deviation, draws. One pass; UserError for a channel that is constant.
     """
-    latent, moments = dataset.latent, _Moments.zero(dataset.latent.shape[0])
+    latent, moments = dataset.raw_latent, _Moments.zero(dataset.raw_latent.shape[0])
     for start in tqdm(range(0, len(dataset), ROWS_AT_A_TIME), desc="latents", unit="batch", disable=not show):
         rows = range(start, min(start + ROWS_AT_A_TIME, len(dataset)))
         values = dataset.moments(rows)

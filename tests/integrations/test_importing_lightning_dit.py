@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(mistake, tmp_path, statistics):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"mean": MEANS}, "expected mean and std, a number of each channel; found mean"),
+        ({"mean": MEANS}, "expected mean and std, a number for each channel; found mean"),
         ({"mean": MEANS, "std": DEVIATIONS[:3]}, "expected mean and std"),
         ({"mean": MEANS, "std": -DEVIATIONS}, "expected positive deviations"),
         ({"mean": MEANS / 0, "std": DEVIATIONS}, "expected mean and std"),
