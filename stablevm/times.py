@@ -30,13 +30,12 @@ def automatic_shift(shape: Sequence[int]) -> float:
 def draw_times(name: TimeName, path: Interpolant, rows: int, generator: AnyGenerator, *, shift: float = 1.0) -> Tensor:
     """Draw `rows` training times in [0, 1]: a tensor (rows,), float32 on the CPU.
 
-        name: "uniform" is U[0, 1). "lognormal" draws EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2), and
-        "logit_normal" draws ln(sigma/alpha) ~ N(0, 1), which on the linear path is SD3's logit-normal distribution of t;
-        `path` turns these ratios into times.
+    name: "uniform" is U[0, 1). "lognormal" draws EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2), and
+    "logit_normal" draws ln(sigma/alpha) ~ N(0, 1), which on the linear path is SD3's logit-normal distribution of t;
+    `path` turns these ratios into times. generator: the source of random numbers, one for all rows or one for each.
     shift: a factor of the drawn times' sigma / alpha, as in `Interpolant.shift`.
-    generator: the source of random numbers, one for all rows or one for each.
 
-        Raises UserError for any other name.
+    Raises UserError for any other name.
     """
     check_word("weighting", name, TimeName)
     if name == "uniform":
