@@ -1,16 +1,12 @@
 """Reading `.npz` files of images, as written by `generate`, ADM's scripts and `stablevm reference`.
 
-The files may be untrusted: the header of an array must agree with the length in the archive, and each member is checked
-against its CRC. Stored images are mapped into memory, and compressed ones are decompressed in blocks.
+Stored images are mapped into memory, and compressed ones are decompressed in blocks.
 """
 
-import math
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,31 +14,15 @@ from numpy.typing import NDArray
 
 from stablevm.evaluation.sources import ArraySource, ImageSource, StreamedSource
 from stablevm.metrics.statistics import Moments, check_covariance
-from stablevm.sampling.archive import UNREADABLE
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError
 from stablevm.support.files import parse_json
-from stablevm.support.text import printable, shown
+from stablevm.support.npz import Header, NpzFile, finish, pieces
+from stablevm.support.text import shown
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # ours, and the second array of ADM's sampling script
-WHOLE_BYTES = 2**30  # maximum size of an array that is read as a whole, which images are not
-TEXT_BYTES = 2**24
 _LOCAL_HEADER = 30  # bytes of a ZIP member before its name; at 26 the name's length, at 28 that of the extra field
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of an array in an archive."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    fortran_order: bool
-    length: int  # bytes before the array
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -55,79 +35,8 @@ class ArchiveCard:
     extractor_fingerprint: str | None = None
 
 
-class Archive:
+class Archive(NpzFile):
     """An .npz file whose images are read in parts."""
-
-    def __init__(self, path: Path, remedy: str = "give the .npz that generation wrote") -> None:
-        """Open the file; UserError, which ends with `remedy`, if it is not a readable .npz file."""
-        if path.is_dir():
-            raise UserError(f"{path}: a folder, not an .npz file; {remedy}")
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; {remedy}")
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: not an .npz file, or cut short; {remedy}")
-        self.path = path
-        with self._reading("its directory"), zipfile.ZipFile(path) as archive:
-            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._members
-
-    def header(self, name: str) -> Header:
-        """The header of an array; UserError if it contradicts the length of the member."""
-        with self._reading(name), self.opened(name) as member:
-            return self._read_header(member, name)
-
-    def array(self, name: str, largest: int = WHOLE_BYTES) -> NDArray[Any]:
-        """A whole array of at most `largest` bytes, in the machine's byte order; UserError if it is damaged."""
-        with self._reading(name), self.opened(name) as member:
-            header = self._read_header(member, name)
-            if header.nbytes > largest:
-                raise UserError(
-                    f"{self.path}: {name} has {header.nbytes:,} bytes, expected at most {largest:,}; make it again"
-                )
-            content = b"".join(pieces(member, header.nbytes, self._members[name]))
-            finish(member)
-            flat = np.frombuffer(content, header.dtype, math.prod(header.shape))
-            array = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
-            return array.astype(header.dtype.newbyteorder("="))
-
-    @contextmanager
-    def opened(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a member for reading, which decompresses its bytes."""
-        with zipfile.ZipFile(self.path) as archive, archive.open(self._members[name]) as member:
-            yield member
-
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        """Turn exceptions for damaged files into UserError."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (*UNREADABLE, OSError) as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                raise  # due to the machine, such as a missing permission; the file may be intact
-            cause = printable(" ".join(str(error).split())) or type(error).__name__
-            raise UserError(f"{self.path}: {name} is damaged or can't be read ({cause}); make it again") from None
-
-    def _read_header(self, member: IO[bytes], name: str) -> Header:
-        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        major, _ = np.lib.format.read_magic(member)
-        if major not in read_header:
-            raise ValueError(f"an array of .npy version {major}")
-        shape, fortran_order, dtype = read_header[major](member)
-        if dtype.hasobject:
-            raise ValueError("an array of Python objects")
-        if any(size < 0 for size in shape):
-            raise ValueError(f"an array of shape {shape}")
-        header = Header(shape, dtype, fortran_order, member.tell())
-        if header.length + header.nbytes != self._members[name].file_size:
-            raise ValueError(
-                f"its header says {dtype} {shape}, {header.nbytes:,} bytes, but it has "
-                f"{self._members[name].file_size - header.length:,}"
-            )
-        return header
 
     def images(self) -> ImageSource:
         """The images `arr_0`, uint8 (N, H, W, 3); UserError for another type or shape, and if they are damaged."""
@@ -213,35 +122,11 @@ class Archive:
         if "protocol" not in self:
             return ArchiveCard()
         where = f"{self.path}: protocol"
-        header = self.header("protocol")
-        if header.dtype.kind != "U" or header.shape != ():
-            raise UserError(f"{where} holds {header.dtype} {header.shape}, expected text; make it again")
-        values = parse_json(str(self.array("protocol", TEXT_BYTES).item()), where)
+        values = parse_json(self.text("protocol"), where)
         if not isinstance(values, dict):
             raise UserError(f"{where}: expected an object, found {shown(values)}; make it again")
         known = {name: values[name] for name in ArchiveCard.__dataclass_fields__ if name in values}
         return card_of(ArchiveCard, known, where, remedy="make it again")
-
-
-def pieces(member: IO[bytes], count: int, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Yield the next `count` bytes of a member in pieces that need little memory, however well they are compressed.
-
-    EOFError if the member ends before.
-    """
-    # zipfile limits the output of deflate; with other methods it decompresses at once all compressed bytes requested
-    at_once = 2**20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 2**12
-    while count:
-        piece = member.read(min(count, at_once))
-        if not piece:
-            raise EOFError(f"{count:,} bytes are missing")
-        count -= len(piece)
-        yield piece
-
-
-def finish(member: IO[bytes]) -> None:
-    """Read the end of a member, so that zipfile checks its CRC."""
-    if member.read(1):
-        raise ValueError("it is longer than its header says")
 
 
 def check_images(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> None:

@@ -6,8 +6,7 @@ read.
 """
 
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def _reference(config: ReferenceConfig, process: Process) -> Path:
     if process.is_first:
         rows = torch.randperm(len(source), generator=rng.generator("reference", config.seed))[: config.num_images]
         chunks = (source.images(part.tolist()) for part in rows.split(CHUNK))
-        write_with(config.output, lambda path: _write(path, chunks, labels[rows.numpy()], protocol, arrays))
+        write_with(config.output, lambda path: write_archive(path, chunks, labels[rows.numpy()], protocol, arrays))
         if config.statistics:
             cache.sweep(config.cache_gigabytes)
         what = f"statistics of {len(source):,} images ({extractor.name}), " if config.statistics else ""
@@ -94,20 +93,6 @@ def _gathered(parts: Iterator[torch.Tensor], at_once: int = 16) -> FeatureStatis
     if waiting:
         statistics.update(torch.cat(waiting))
     return statistics
-
-
-def _write(
-    path: Path,
-    chunks: Iterable[NDArray[np.uint8]],
-    labels: NDArray[np.int64],
-    protocol: dict[str, Any],
-    arrays: dict[str, NDArray[Any]],
-) -> None:
-    write_archive(path, chunks, labels, protocol)
-    with zipfile.ZipFile(path, "a") as archive:
-        for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tuple[str, ...]]:

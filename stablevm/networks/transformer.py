@@ -89,12 +89,7 @@ class DiffusionTransformer(Backbone):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Predict (B, C, H, W) from latents x (B, C, H, W), times t (B,) in [0, 1] and labels y (B,) int64.
-
-        Labels run from 0 to num_classes; the last is the null class, "no label". With `features`, it returns a pair:
-        the prediction, and for each projector its tokens (B, T, feature_dim), computed after block `encoder_depth`.
-        Without, the projectors do not run.
-        """
+        """Predict, and with `features` project the tokens after block `encoder_depth`: see `Backbone.forward`."""
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
         context = self._context(x.device)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stablevm.sampling.archive import write_npy
 from stablevm.sampling.provenance import Provenance, check_same
 from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary, write_json, write_with
+from stablevm.support.npz import write_npy
 
 # Fixed, not an option: a part holds the same images for any batch size and number of processes, so that both may change
 # when a run resumes. Small, because an interruption loses at most this much beyond a batch.

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from stablevm.evaluation import npz
 from stablevm.evaluation.npz import Archive, ArchiveCard
 from stablevm.evaluation.sources import ArraySource, StreamedSource, pixels_key
+from stablevm.support import npz
 from stablevm.support.errors import UserError
 from tests.helpers.data_sets import one_line
 

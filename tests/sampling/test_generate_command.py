@@ -18,8 +18,9 @@ from stablevm import cli
 from stablevm.networks.autoencoder import LatentSpec, fingerprint, latent_spec_of
 from stablevm.networks.projectors import ConvProjector
 from stablevm.networks.sit import SiT
-from stablevm.sampling.archive import read_provenance, write_npy
+from stablevm.sampling.archive import read_provenance
 from stablevm.sampling.parts import PartFolder
+from stablevm.support.npz import write_npy
 from tests.helpers.checkpoints import save_checkpoint, tiny_card
 from tests.helpers.tiny_vae import save_tiny_vae
 

@@ -461,7 +461,7 @@ def test_a_damaged_protocol_is_an_error_of_one_line(content, method, tmp_path):
         damaged[60] ^= 255
         damaged[66] ^= 255
         path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"a\.npz: damaged \(.*\); move it away") as error:
+    with pytest.raises(UserError, match=r"a\.npz: .* is damaged or can't be read \(.*\); move it away") as error:
         read_provenance(path)
     assert "\n" not in str(error.value)
 
