@@ -112,7 +112,7 @@ def _figures(config: QuickstartConfig, arms: Sequence[Arm]) -> list[Figure]:
 def _guidance(arm: Arm) -> Figure:
     """Why the headline is guided only near the data; words without a picture."""
     said = "; ".join(
-        f"{guide.name}: {found['accuracy']:.1%} recognised, recall {found['recall']:.2f}, Fréchet distance "
+        f"{_in_words(guide)}: {found['accuracy']:.1%} recognised, recall {found['recall']:.2f}, Fréchet distance "
         f"{found['frechet_test']:.2f}"
         for guide, found in arm.results.items()
     )
@@ -176,8 +176,13 @@ def _table(arms: Sequence[Arm]) -> list[list[str]]:
     guidances = [guide for guide in (HEADLINE, NONE, EVERYWHERE) if guide in arms[0].results]
     chosen = [(arm, guide) for guide in guidances for arm in arms if guide in arm.results]
     columns = [digits_rows(arm.results[guide])[1:-1] for arm, guide in chosen]  # all have one extractor
-    head = ["", *(f"{arm.name}, {guide.name}" for arm, guide in chosen), ""]
+    head = ["", *(f"{arm.name}, {_in_words(guide)}" for arm, guide in chosen), ""]
     return [head, *([rows[0][0], *(row[1] for row in rows), rows[0][2]] for rows in zip(*columns, strict=True))]
+
+
+def _in_words(guidance: Guidance) -> str:
+    """Its name, which leaves out what is not limited."""
+    return f"{guidance.name} at all times" if guidance == EVERYWHERE else guidance.name
 
 
 def _commands(config: QuickstartConfig, arms: Sequence[Arm]) -> list[str]:

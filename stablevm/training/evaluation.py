@@ -52,7 +52,7 @@ class Previews:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}.png"
 
-    def draw(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
+    def plot(self, model: nn.Module, card: ModelCard, device: torch.device) -> NDArray[np.uint8]:
         """Write the grid of `card.step`, and return it as uint8 (H, W, 3)."""
         labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
         streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))

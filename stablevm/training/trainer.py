@@ -283,7 +283,7 @@ class Trainer:
         def draw() -> None:
             assert self.previews is not None and journal.trackers is not None
             card = self.engine.stamped_card()
-            grid = self.previews.draw(average, card, self.accelerator.device)
+            grid = self.previews.plot(average, card, self.accelerator.device)
             say(f"step {card.step:,}: drew {self.previews.path(card.step)}")
             journal.trackers.image(self.engine.step, "samples", grid)
 

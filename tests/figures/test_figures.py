@@ -1,0 +1,58 @@
+"""The figures of the variance and of the toy study: where lines end, and what panels say of their scales and seeds."""
+
+from dataclasses import dataclass, field
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stablevm.figures import toy, variance
+from stablevm.variance import VarianceCurve
+
+CURVE = VarianceCurve(
+    [0.2, 0.4, 0.6, 0.8], [0.0, 0.1, 0.3, 0.2], [0.0, 0.02, 0.03, 0.01], [(0.0, 0.1)] * 4, [(0.0, 0.05)] * 4,
+    [1.0, 1.5, 4.0, 8.0], references=9,
+)  # fmt: skip
+
+
+def kept(monkeypatch, module):
+    """The figures that are saved instead of written, with their panels."""
+    found = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: found.append(figure))
+    return found
+
+
+def test_no_line_runs_through_the_legend_of_variances(tmp_path, monkeypatch):
+    found = kept(monkeypatch, variance)
+    variance.plot_variance({"Data": CURVE}, tmp_path / "a.png", {"Data": 0.7})
+    panel: Axes = found[0].axes[0]
+    found[0].draw_without_rendering()
+    legend = panel.get_legend().get_window_extent()
+    lines = [line for line in panel.get_lines() if len(set(line.get_xdata())) == 1]
+    assert len(lines) == 2, "the split point and tau"
+    assert all(line.get_window_extent().y1 <= legend.y0 for line in lines)
+
+
+def test_the_line_of_all_references_stands_at_their_number(tmp_path, monkeypatch):
+    found = kept(monkeypatch, variance)
+    variance.plot_effective_size(CURVE, tmp_path / "a.png")
+    heights = {line.get_label(): set(line.get_ydata()) for line in found[0].axes[0].get_lines()}
+    assert heights["all 9 references"] == {9}
+
+
+@dataclass
+class Run:
+    divergence: list[list[float]]
+    updates: list[int] = field(default_factory=lambda: [0, 1])
+    times: list[float] = field(default_factory=lambda: [0.2, 0.9])
+
+
+def test_the_toys_panels_name_scale_and_seeds(tmp_path, monkeypatch):
+    found: list[Figure] = kept(monkeypatch, toy)
+    run = Run([[100.0, 2.0], [1.0, 1.0]])
+    toy.plot_divergence({"cfm": [run], "stable_vm": [run]}, "velocity", tmp_path / "a.png")
+    toy.plot_divergence({"cfm": [run, run, run]}, "velocity", tmp_path / "b.png")
+    one, three = found
+    assert [panel.get_title(loc="left") for panel in one.axes[:2]] == ["t = 0.2, log scale", "t = 0.9, linear scale"]
+    assert one.get_suptitle().endswith("one seed") and "range" not in one.get_suptitle()
+    assert three.get_suptitle().endswith("mean and range of 3 seeds")
+    assert [len(each.axes[0].collections) for each in found] == [0, 1], "a band only of several seeds"
