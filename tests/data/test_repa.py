@@ -78,7 +78,8 @@ def test_what_the_folder_says_of_itself_counts(tmp_path):
     latent = {"shape": [4, 2, 2], "scale": 0.5, "shift": 0.1, "autoencoder": "somewhere"}
     facts = {"latent": latent, "class_names": ["cat", "dog"], "resolution": [SIDE, SIDE], "crop": "none"}
     dataset = RepaDataset(write_repa(tmp_path, facts))
-    assert dataset.latent.to_dict() == {**latent, "shape": (4, 2, 2), "fingerprint": None}
+    unsaid = {"fingerprint": None, "measured": False, "deterministic": False}
+    assert dataset.latent.to_dict() == {**latent, "shape": (4, 2, 2), **unsaid}
     assert dataset.class_names == ("cat", "dog") and dataset.crop == "none"
 
 
@@ -225,7 +226,7 @@ def test_values_beyond_float16_are_refused_by_name(tmp_path):
         if fits:
             dataset.moments(range(COUNT))
             continue
-        with pytest.raises(UserError, match=r"img-mean-std-00000004.npy: holds .*, latents.*float16") as error:
+        with pytest.raises(UserError, match=r"img-mean-std-00000004.npy: holds .* latents.*float16") as error:
             dataset.moments(range(COUNT))
         assert f"holds {abs(value):g}" in one_line(error)
     with pytest.raises(UserError, match=r"row 3 \(.*vae-sd/00000/img-mean-std-00000004.npy\) is not finite"):

@@ -79,7 +79,7 @@ def test_a_run_knows_by_which_statistics_its_latents_were_normalised(tmp_path):
     values = json.loads((tmp_path / "data" / "dataset.json").read_text())
     values["latent"]["scale"] = 1.0
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="of another network or data set than the options'"):
+    with pytest.raises(UserError, match="does not fit the network or data set of the options"):
         runs.run(replace(settings, max_train_steps=3))
 
 
