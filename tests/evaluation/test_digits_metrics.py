@@ -106,7 +106,7 @@ def test_a_damaged_extractor_is_named(extractor: DigitsExtractor, tmp_path: Path
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is damaged"):
         load_extractor(tmp_path)
     save_file({"layer": torch.zeros(2)}, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is another network"):
+    with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is of another network"):
         load_extractor(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE} is missing"):

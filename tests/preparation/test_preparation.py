@@ -232,7 +232,7 @@ def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
     (used / "thesis.txt").write_text("mine")
     assert "not empty (thesis.txt)" in refusal(capsys, cli.dataset_tools, convert(source, used))
     assert contents(used) == {"thesis.txt": b"mine"}
-    assert "there is nothing" in refusal(capsys, cli.dataset_tools, convert(tmp_path / "none", tmp_path / "x"))
+    assert "it does not exist" in refusal(capsys, cli.dataset_tools, convert(tmp_path / "none", tmp_path / "x"))
     for wrong, message in [
         ("big", "expected WIDTHxHEIGHT"),
         ("0x0", "a positive width and height"),
