@@ -1,36 +1,23 @@
-"""The options of `train`. Free of torch, so that `--help` stays quick."""
+"""One training run: its options together, their checks, and how they are kept beside it. Free of torch."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from stablevm.choices import (
-    Anchors,
-    LossName,
-    MixedPrecision,
-    PathName,
-    Prediction,
-    Resize,
-    TimeName,
-    WeightName,
-    Weights,
-)
 from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.options import as_typed, idle_warnings, require, some_of, writable
-from stablevm.support.ranges import (
-    FINITE_ABOVE_0,
-    TIME_ABOVE_0,
-    Chance,
-    Count,
-    Decay,
-    Natural,
-    NotNegative,
-    Positive,
-    Range,
-    Time,
+from stablevm.training.options import (
+    AlignmentOptions,
+    CheckpointOptions,
+    DataOptions,
+    EvaluationOptions,
+    HardwareOptions,
+    NetworkOptions,
+    ObjectiveOptions,
+    OptimisationOptions,
 )
 
 CONFIG_FILE = "config.json"
@@ -60,217 +47,6 @@ FREE_ON_RESUME = frozenset(
         *_NOT_NEEDED, "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The prepared data, and how it is read."""
-
-    GROUP: ClassVar[str] = "data"
-
-    data_dir: Path
-    """Prepared data set: a folder with dataset.json, or one whose folder train holds it."""
-    resolution: int | None = None
-    """Side of the images in pixels, checked against the data set. Default: the data set's."""
-    num_classes: int | None = None
-    """Number of classes, at least those of the data set. Default: the data set's."""
-    horizontal_flips: bool = False
-    """Train on each image's mirror image too, as a separate sample; the data must be prepared with encode --flip."""
-    num_workers: Natural = 4
-    """Processes that read data."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """The network, and the weights that it starts from."""
-
-    GROUP: ClassVar[str] = "network"
-
-    model: str = "SiT-XL/2"
-    """SiT-{S,B,L,XL}/{1,2,4,8}, LightningDiT-{B,L,XL}/{1,2}; for small images SiT-{XXS,XS}/{1,2,4},
-    LightningDiT-{XXS,XS}/{1,2}."""
-    qk_norm: bool = False
-    """Normalise queries and keys."""
-    init_from: Path | None = None
-    """Start from the weights of this checkpoint folder, or of the newest one of this run's folder, instead of random
-    ones: fine-tuning, also after an import."""
-    init_weights: Weights = "ema"
-    """Which of its weights: ema, the moving average; model, those of the last step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimisationOptions:
-    """The length of training, and the optimiser."""
-
-    GROUP: ClassVar[str] = "optimisation"
-
-    epochs: Count = 1400
-    """Stop after this many passes over the data, unless --max-train-steps is reached first."""
-    max_train_steps: Count = 400_000
-    """Stop after this many steps."""
-    batch_size: Count = 256
-    """Samples per step over all processes; a multiple of processes x accumulation steps."""
-    gradient_accumulation_steps: Count | None = None
-    """Parts into which each process splits its share of a step, to save memory. Default: as
-    accelerate launch says (--gradient_accumulation_steps), else 1."""
-    learning_rate: Positive = 1e-4
-    """Rate of AdamW."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """constant, or falling along a half cosine to 5 % at the last step."""
-    lr_warmup_steps: Natural = 0
-    """Steps over which the rate rises linearly from 0."""
-    adam_beta1: Decay = 0.9
-    """AdamW's decay of the mean gradient, in [0, 1)."""
-    adam_beta2: Decay = 0.999
-    """AdamW's decay of the mean squared gradient, in [0, 1)."""
-    adam_weight_decay: NotNegative = 0.0
-    """AdamW's weight decay, 0 or more."""
-    adam_epsilon: Positive = 1e-8
-    """AdamW's epsilon, above 0."""
-    max_grad_norm: Annotated[float, Range("0 or more; 0 does not clip", 0)] = 1.0
-    """Gradients are clipped to this norm; 0 turns clipping off."""
-    ema_decay: Decay = 0.9999
-    """Decay d of the weights' moving average, in [0, 1); after n steps min(d, (1 + n) / (10 + n)) is used."""
-    max_bad_steps: Count = 10
-    """End the run after this many steps in a row whose loss or gradient is not finite; fewer are skipped."""
-    seed: Natural = 0
-    """Seed of weights, batches, times and noise; 0 or more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """The targets on which the network is trained."""
-
-    GROUP: ClassVar[str] = "objective"
-
-    loss_type: LossName = "si"
-    """si: flow matching, targets of one sample. stablevm: targets averaged over the bank's references."""
-    path_type: PathName = "linear"
-    """Path between data and noise."""
-    prediction: Prediction = "v"
-    """What the network predicts: v, the velocity; x, the data."""
-    weighting: TimeName = "uniform"
-    """Distribution of training times: uniform; lognormal: EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2);
-    logit_normal: ln(sigma/alpha) ~ N(0, 1)."""
-    time_shift: Annotated[float, Range("a finite number above 0, or auto", 0, without_low=True)] | Literal["auto"] = 1.0
-    """Shift of training times, and of sampling's grids, towards noise: sigma / alpha of each time is multiplied by it.
-    auto: sqrt(values of a latent / 4096), 1 for Stable Diffusion's of 32 x 32. Checkpoints record it."""
-    cfg_prob: Chance = 0.1
-    """Probability that a label is dropped, in [0, 1]."""
-    bank_capacity_per_class: Annotated[int, Range("at least 1, or all", 1)] | Literal["all"] = 256
-    """Samples of each class in the bank. all: every latent of the data, sampled once, from the first step on."""
-    prefill_bank_fully: bool = False
-    """Fill the whole bank before the first step; otherwise it starts with one sample per class."""
-    prefill_batch_size: Count = 1024
-    """Latents read at a time while the bank is filled."""
-    prefill_workers: Natural | None = None
-    """Threads that read latents while the bank is filled. Default: --num-workers."""
-    bank_on_gpu: bool = True
-    """Keep the bank in the GPU's memory; otherwise in the host's memory, and its arithmetic runs there too."""
-    bank_anchors: Anchors = "bank"
-    """The samples that are perturbed: bank, drawn from the bank (as published); batch, the fresh ones."""
-    references_from: Time = 0.0
-    """Time in [0, 1] below which targets are those of si, without references."""
-    contrastive_coeff: Annotated[float, Range("a weight in [0, 1)", 0, 1, without_high=True)] = 0.0
-    """Weight of contrastive flow matching in [0, 1), 0.05 as published: it drives predictions away from the targets of
-    other samples. It also shifts the optimum away from the mean target, by the factor 1 / (1 - weight)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignmentOptions:
-    """Alignment of the network's tokens with those of a frozen encoder."""
-
-    GROUP: ClassVar[str] = "alignment"
-
-    use_proj_loss: bool = False
-    """Align the network's hidden tokens with those of a frozen encoder (VA-REPA)."""
-    proj_coeff: NotNegative = 0.5
-    """Weight of the alignment loss, 0 or more."""
-    proj_stop_step: Natural = 0
-    """Align only in this many first steps (HASTE); afterwards no encoder runs and no image is read. 0: in all steps.
-    It may change when a run is resumed."""
-    proj_weight_schedule: WeightName = "hard"
-    """How alignment fades with time; constant is plain REPA."""
-    proj_tau: Annotated[float, TIME_ABOVE_0] = 0.7
-    """Time around which alignment fades, in (0, 1]."""
-    proj_k: Annotated[float, FINITE_ABOVE_0] = 20.0
-    """Steepness of the sigmoid, more than 0."""
-    encoder_depth: int = 8
-    """Block, counted from 1, whose tokens are aligned."""
-    enc_type: str = "dinov2-vit-b"
-    """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name, or digits."""
-    encoder_weights: str | None = None
-    """Files of the encoders' weights separated by commas, for machines without a network connection."""
-    encoder_resize: Resize = "bicubic"
-    """How images are resized for encoders: bicubic, without antialiasing, as published; antialiased, with it."""
-    use_irepa: bool = False
-    """iREPA: a convolutional projector, and encoder features normalised over space."""
-    irepa_gamma: Annotated[float, Range("a share in [0, 1]", 0, 1)] = 0.6
-    """Share of the mean over patches that iREPA subtracts from the encoder's features, in [0, 1]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    """What is written, and where a run resumes."""
-
-    GROUP: ClassVar[str] = "checkpoints"
-
-    resume: bool = False
-    """Resume OUTPUT_DIR/EXP_NAME from its newest checkpoint; needs no options except those two."""
-    resume_step: Natural = 0
-    """Resume from the checkpoint of this step instead of the newest."""
-    checkpointing_steps: Count | None = None
-    """Write a checkpoint every this many steps, and at the end. Default: 50,000, or a tenth of a run of fewer than
-    250,000 steps; of those between multiples of 50,000 the newest two are kept, to resume from."""
-    checkpoints_kept: Natural = 0
-    """Keep only this many of the newest checkpoints; 0 keeps all."""
-    keep_best: Literal["loss", "velocity_loss", "alignment_loss"] | None = None
-    """Also keep, as checkpoints/best, the checkpoint with the lowest mean of this metric over the steps before it."""
-    log_steps: Count = 10
-    """Write metrics every this many steps."""
-    sampling_steps: Natural | None = None
-    """Make a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or a tenth of a run of
-    fewer than 50,000 steps."""
-    vae: str | None = None
-    """Autoencoder that decodes samples: ema, mse, or a folder (without a network connection). Default: the data's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Evaluation of samples during training."""
-
-    GROUP: ClassVar[str] = "evaluation"
-
-    eval_every: Natural = 0
-    """Evaluate samples of the moving average every this many steps, and at the end, and keep the checkpoint with the
-    lowest Fréchet distance as checkpoints/best; 0: never."""
-    eval_samples: Annotated[int, Range("at least 4", 4)] = 1000
-    """Samples that are evaluated, 4 or more: always with the same noise, 40 Euler steps, no guidance."""
-    eval_reference: str | None = None
-    """Reference file to evaluate against (stablevm reference); with --eval-extractor, the digits' folder."""
-    eval_extractor: str | None = None
-    """Evaluate digits: folder of the extractor that was trained on them."""
-    eval_enc_type: str | None = None
-    """Evaluate by the features of this encoder instead of Inception's."""
-    eval_weights: str | None = None
-    """File with the weights of Inception or of --eval-enc-type. Default: downloaded once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardwareOptions:
-    """Arithmetic and kernels."""
-
-    GROUP: ClassVar[str] = "hardware"
-
-    mixed_precision: MixedPrecision | None = None
-    """Arithmetic of the network. Default: as accelerate launch says (--mixed_precision), else fp16 on a GPU, no on a
-    CPU."""
-    allow_tf32: bool = False
-    """Let a GPU round the factors of the network's float32 products to TF32, but never those for references."""
-    fused_attn: bool = True
-    """Compute attention with the fused kernel."""
-    compile: bool = False
-    """Compile the network's blocks: the first step takes a minute, later ones less time and memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
