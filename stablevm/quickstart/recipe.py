@@ -6,6 +6,7 @@ from typing import Any
 
 from stablevm.evaluation.config import EvaluateConfig, ExtractorConfig
 from stablevm.quickstart.config import QuickstartConfig
+from stablevm.recipes.listing import recipe_options
 from stablevm.sampling.config import GenerateConfig
 from stablevm.support.options import as_typed
 from stablevm.training.config import TrainConfig
@@ -64,34 +65,19 @@ def extractor_config(config: QuickstartConfig) -> ExtractorConfig:
 
 def train_config(config: QuickstartConfig) -> TrainConfig:
     """Options of training for a network of this size; the references are the whole class, about 135 digits."""
-    bank: dict[str, Any] = {"bank_capacity_per_class": 256, "prefill_bank_fully": True}
-    return TrainConfig(
-        exp_name=config.loss_type,
-        output_dir=config.output_dir,
-        data_dir=data_folder(config),
-        report_to="tensorboard",
-        model="SiT-XS/2",
-        batch_size=64,
-        max_train_steps=config.steps,
-        checkpointing_steps=200,
-        checkpoints_kept=2,
-        sampling_steps=400,
-        learning_rate=3e-3,
-        lr_schedule="cosine",
-        lr_warmup_steps=100,
-        adam_beta2=0.99,
-        ema_decay=0.995,
-        seed=config.seed,
-        num_workers=0,
-        weighting="logit_normal",
-        loss_type=config.loss_type,
-        use_proj_loss=True,
-        encoder_depth=2,
-        proj_weight_schedule="sigmoid",
-        enc_type="digits",
-        encoder_weights=str(extractor_folder(config) / "extractor.safetensors"),
-        **(bank if config.loss_type == "stablevm" else {}),
-    )
+    options = {name.replace("-", "_"): value for name, value in recipe_options("digits", "train").items()}
+    if config.loss_type != "stablevm":
+        options = {name: value for name, value in options.items() if "bank" not in name}
+    of_this_run = {
+        "exp_name": config.loss_type,
+        "output_dir": config.output_dir,
+        "data_dir": data_folder(config),
+        "max_train_steps": config.steps,
+        "seed": config.seed,
+        "loss_type": config.loss_type,
+        "encoder_weights": str(extractor_folder(config) / "extractor.safetensors"),
+    }
+    return TrainConfig(**options | of_this_run)
 
 
 def generate_config(config: QuickstartConfig, checkpoint: Path, guidance: Guidance) -> GenerateConfig:

@@ -51,7 +51,7 @@ def test_the_published_command_is_a_recipe():
 
 
 def test_the_measured_recipe_is_the_quickstarts():
-    quick = recipe.train_config(QuickstartConfig())
+    quick = recipe.train_config(QuickstartConfig(steps=2000))
     own = {name: getattr(quick, name) for name in ("exp_name", "output_dir", "data_dir", "encoder_weights")}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
     assert options("digits", "train", *words) == quick
