@@ -41,7 +41,7 @@ def stream():
 @pytest.fixture
 def silent_hub(monkeypatch, tmp_path):
     """The hub's client asks an address of this machine where no server listens, and its cache is empty."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with socket.socket() as closed:  # bound, but it does not listen
         closed.bind(("127.0.0.1", 0))
@@ -49,6 +49,7 @@ def silent_hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         yield

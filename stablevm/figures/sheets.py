@@ -169,7 +169,8 @@ def _font() -> "FreeTypeFont":
     import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_SIZE)
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), _FONT_SIZE)  # Pillow takes a Path from 10.3 on
 
 
 def _shortened(text: str, width: float, font: "FreeTypeFont") -> str:
