@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "CFM": {"loss_type": "si"},
     "StableVM, bank anchors": {"loss_type": "stablevm"},
     "StableVM, batch anchors": {"loss_type": "stablevm", "bank_anchors": "batch"},
+    "StableVM, bank anchors, VA-REPA": {"loss_type": "stablevm", "use_proj_loss": True},
 }
 
 
@@ -55,11 +56,10 @@ def evaluated(options: Options, method: str, seed: int) -> dict[str, Any]:
         recipe.train_config(quick),
         exp_name=name,
         weighting=options.weighting,
-        use_proj_loss=False,
         prefill_bank_fully=METHODS[method]["loss_type"] == "stablevm",
         sampling_steps=0,
         report_to="none",
-        **METHODS[method],
+        **{"use_proj_loss": False, **METHODS[method]},
     )
     weights = checkpoint_folder(config.folder, train(config))
     samples = generate(dataclasses.replace(recipe.generate_config(quick, weights, recipe.Guidance(1.0)), name=name))
