@@ -148,6 +148,12 @@ def _generate() -> Use[Any]:
     return Use(GenerateConfig, work.generate)
 
 
+def _demo() -> Use[Any]:
+    from stablevm.demo.config import DemoConfig
+
+    return Use(DemoConfig, work.demo)
+
+
 def _extractor() -> Use[Any]:
     from stablevm.evaluation.config import ExtractorConfig
 
@@ -238,6 +244,7 @@ COMMANDS = (
     Command("train", "train a network", (_train,), script="train.py"),
     Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
+    Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),
     Command("extractor", "train the network that evaluates generated digits", (_extractor,)),
     Command(
         "evaluate",

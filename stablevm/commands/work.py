@@ -6,6 +6,7 @@ from stablevm.support.extras import need
 
 if TYPE_CHECKING:
     from stablevm.commands.config import CompletionConfig, RecipesConfig
+    from stablevm.demo.config import DemoConfig
     from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
     from stablevm.integrations.config import ImportConfig
     from stablevm.preparation.config import (
@@ -42,6 +43,13 @@ def generate(config: "GenerateConfig") -> None:
     from stablevm.sampling.generation import generate
 
     generate(config)
+
+
+def demo(config: "DemoConfig") -> None:
+    need("stablevm demo", "gradio", "timm", *FIGURES)
+    from stablevm.demo.page import demo
+
+    demo(config)
 
 
 def evaluate(config: "EvaluateConfig") -> None:

@@ -1,14 +1,12 @@
 """The measured recipe of the quickstart (docs/experiments.md), as configurations of the ordinary commands."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from stablevm.evaluation.config import EvaluateConfig, ExtractorConfig
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.recipes.listing import recipe_options
 from stablevm.sampling.config import GenerateConfig
-from stablevm.support.options import as_typed
 from stablevm.training.config import TrainConfig
 
 NUM_SAMPLES = 500
@@ -98,13 +96,3 @@ def generate_config(config: QuickstartConfig, checkpoint: Path, guidance: Guidan
 
 def evaluate_config(config: QuickstartConfig, samples: Path) -> EvaluateConfig:
     return EvaluateConfig(samples=samples, reference=data_folder(config), extractor=extractor_folder(config))
-
-
-def command_line(command: str, config: Any, positional: str | None = None) -> str:
-    """The command line for `config`, with the options that differ from their defaults."""
-    words = [command] + ([str(getattr(config, positional))] if positional else [])
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name != positional and value != field.default:
-            words.append(as_typed(field.name, value))
-    return " ".join(words)

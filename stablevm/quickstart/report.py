@@ -22,6 +22,7 @@ from stablevm.quickstart.config import QuickstartConfig
 from stablevm.quickstart.recipe import EVERYWHERE, HEADLINE, NONE, Guidance
 from stablevm.support import rng
 from stablevm.support.files import write_json
+from stablevm.support.options import command_line
 from stablevm.training.tracker import METRICS_FILE, read_metrics
 from stablevm.variance import VarianceCurve, variance_curve
 
@@ -188,15 +189,15 @@ def _in_words(guidance: Guidance) -> str:
 def _commands(config: QuickstartConfig, arms: Sequence[Arm]) -> list[str]:
     lines = [
         f"stablevm prepare digits {recipe.data_folder(config)}",
-        recipe.command_line("stablevm extractor", recipe.extractor_config(config)),
+        command_line("stablevm extractor", recipe.extractor_config(config)),
     ]
     for arm in arms:
-        lines.append(recipe.command_line("accelerate launch train.py", recipe.train_config(arm.config)))
+        lines.append(command_line("accelerate launch train.py", recipe.train_config(arm.config)))
         for guide, path in arm.samples.items():
             sampling = recipe.generate_config(arm.config, arm.weights, guide)
             evaluation = recipe.evaluate_config(arm.config, path)
-            lines.append(recipe.command_line("python generate.py", sampling))
-            lines.append(recipe.command_line("python evaluate.py", evaluation, "samples"))
+            lines.append(command_line("python generate.py", sampling))
+            lines.append(command_line("python evaluate.py", evaluation, "samples"))
     return lines
 
 

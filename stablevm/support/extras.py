@@ -15,7 +15,9 @@ EXTRAS = {
     "eval": _PLOTS | {"torch_fidelity"},
     "train": _DATA | _PLOTS | {"accelerate", "psutil", "tensorboard", "timm", "yaml"},
 }
+# All but the demo, whose server brings fifty packages.
 EXTRAS["all"] = frozenset().union(*EXTRAS.values())
+EXTRAS["demo"] = EXTRAS["train"] | {"gradio"}
 _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
@@ -31,7 +33,7 @@ def need(purpose: str, *packages: str) -> None:
 def explained(error: ModuleNotFoundError, purpose: str) -> Exception:
     """The error that `need` would raise, if an extra has the missing module; otherwise the error itself."""
     package = (error.name or "").partition(".")[0]
-    return _missing(purpose, [package]) if package in EXTRAS["all"] else error
+    return _missing(purpose, [package]) if any(package in brought for brought in EXTRAS.values()) else error
 
 
 def distribution(package: str) -> str:

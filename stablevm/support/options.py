@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -83,6 +84,18 @@ def as_typed(option: str, value: Any) -> str:
 def in_options(text: str) -> str:
     """An option's description, in which fields of the library, such as `num_steps`, are spelt as options."""
     return re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", text)
+
+
+def command_line(command: str, config: Any, positional: str | None = None) -> str:
+    """The command that runs `config`, with the options that differ from their defaults, to be pasted into a shell."""
+    words = [command] + ([shlex.quote(str(getattr(config, positional)))] if positional else [])
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name != positional and value != field.default:
+            plain = value is None or isinstance(value, bool)
+            dashed = field.name.replace("_", "-")
+            words.append(as_typed(field.name, value) if plain else f"--{dashed} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 def options_of(kind: type) -> dict[str, str]:

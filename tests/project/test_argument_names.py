@@ -17,6 +17,7 @@ PACKAGE = Path(stablevm.__file__).parent
 COMMANDS = (
     "cli.py",
     "commands",
+    "demo",
     "recipes",
     "evaluation",
     "preparation",

@@ -27,6 +27,7 @@ EXTRAS_OF_ROOM = {
     "training": {"train", "wandb"},
     "toy": {"plots"},
     "profiling": {"train"},
+    "demo": {"demo"},
     "commands": {"train"},
 }
 
@@ -62,7 +63,8 @@ def test_every_package_is_in_the_base_or_in_an_extra_of_its_room(module):
 
 def test_no_package_is_installed_that_nothing_imports():
     imported = set().union(*map(third_party, MODULES))
-    assert BASE | brought("all") == imported | {"tensorboard", "transformers"}, "accelerate's tracker, diffusers' RAE"
+    every = BASE | brought("all") | brought("demo")
+    assert every == imported | {"tensorboard", "transformers"}, "accelerate's tracker, diffusers' RAE"
 
 
 def test_the_table_is_that_of_the_project():
@@ -93,6 +95,7 @@ def test_every_command_of_the_base_alone_ends_in_one_line(tmp_path):
         "evaluate x.npz --reference y.npz --report": "plots",
         "evaluate --ckpt x --reference y.npz": "train",
         "import x.pt --output model": "train",
+        "demo --ckpt x": "demo",
         "quickstart": "train",
         "variance --data-dir .": "plots",
         "benchmark": "train",
@@ -104,7 +107,7 @@ def test_every_command_of_the_base_alone_ends_in_one_line(tmp_path):
     }
     code = f"""
 import contextlib, io, sys
-hidden = {sorted({*extras.EXTRAS["all"], "scipy", "torchvision"})}
+hidden = {sorted({*extras.EXTRAS["all"], *extras.EXTRAS["demo"], "scipy", "torchvision"})}
 sys.modules.update(dict.fromkeys(hidden))
 from stablevm import cli
 for command in {list(commands)}:

@@ -23,7 +23,7 @@ FLOORS = dict(
             ("sampling", "preparation", "study"),
             ("evaluation",),
             ("training",),
-            ("toy", "quickstart", "profiling"),
+            ("toy", "quickstart", "profiling", "demo"),
             ("commands",),
             ("cli",),
             ("__main__", "__init__"),
