@@ -1,6 +1,7 @@
 """The examples, at small size: they run, stay short, and what they say holds."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -34,6 +35,28 @@ def test_examples_are_short_and_say_how_they_are_run(path):
 def test_two_moons(example, tmp_path):
     cfm, stablevm = example("two_moons").main(steps=40, picture=tmp_path / "moons.png")
     assert stablevm.mean() < 0.7 * cfm.mean() and (tmp_path / "moons.png").stat().st_size > 10_000
+
+
+def test_first_steps(monkeypatch):
+    """The notebook's cells, one after the other, but for the installation."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    drawn = []
+    monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gcf()))
+    cells = json.loads((FOLDER / "first_steps.ipynb").read_text())["cells"]
+    install, *code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert install.startswith("%pip install") and "steps = 2000" in code[0]
+    names = {}
+    with torch.random.fork_rng():
+        exec(code[0].replace("steps = 2000", "steps = 40"), names)
+        for cell in code[1:]:
+            exec(cell, names)
+    last = {key: losses[-20:].mean() for key, (_, losses) in names["trained"].items()}
+    for name in ("two_moons", "eight_gaussians"):
+        assert last[name, "StableVM"] < 0.7 * last[name, "CFM"]
+    assert len(drawn) == 2
+    plt.close("all")
 
 
 def test_alignment(example):
