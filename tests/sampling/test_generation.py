@@ -380,6 +380,6 @@ def test_values_that_are_not_finite_are_an_error(options, tmp_path):
 
 def test_missing_weights_are_named(options, tmp_path):
     save(tmp_path / "ema only", tiny_card(), {"ema": random_weights(tiny_card(), 0)})
-    with pytest.raises(UserError, match=r"it holds no model\.safetensors"):
+    with pytest.raises(UserError, match=r"it has no model\.safetensors"):
         generate(options(ckpt=tmp_path / "ema only", weights="model"))
     assert not Path(options().sample_dir).exists()

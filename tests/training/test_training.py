@@ -216,7 +216,7 @@ def test_workers_read_the_images_of_the_banks_anchors(root, whole, monkeypatch):
 
 def test_images_of_other_anchors_are_noticed(root, monkeypatch):
     monkeypatch.setattr(AnchorPlan, "__iter__", lambda self: iter([[0] * 8] * 6))
-    with pytest.raises(RuntimeError, match="other anchors"):
+    with pytest.raises(RuntimeError, match="not those whose images were read"):
         runs.run(runs.config(root, "wrong-plan", **OBJECTIVES["stablevm, aligned"]))
 
 
