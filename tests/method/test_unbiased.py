@@ -85,7 +85,7 @@ METHODS = {
 
 def largest_z(draw, path, time, monkeypatch, dropout=0.2, shares=(0.5, 0.5)):
     """The largest |z| over the test functions; the batches are the independent observations."""
-    monkeypatch.setattr(draw_module, "draw_times", lambda name, path, rows, stream: torch.full((rows,), time))
+    monkeypatch.setattr(draw_module, "draw_times", lambda name, path, rows, *_, **__: torch.full((rows,), time))
     protocol = ObjectiveSettings(path=path, label_dropout=dropout, null_class=NULL)
     stream = torch.Generator().manual_seed(0)
     directions = torch.randn(FUNCTIONS, DIMENSION, generator=stream, dtype=torch.float64)

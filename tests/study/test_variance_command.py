@@ -75,7 +75,7 @@ def sample_size_in_training(folder, root, monkeypatch, **options):
     config = runs.config(root, data_dir=folder, loss_type="stablevm", bank_capacity_per_class="all", **options)
     drawn = make_objective(config, model_config(config, dataset), dataset, torch.device("cpu"))
     prefill(drawn.bank, dataset, config, show=False)
-    monkeypatch.setattr(draw, "draw_times", lambda name, path, rows, stream: torch.full((rows,), 0.5))
+    monkeypatch.setattr(draw, "draw_times", lambda name, path, rows, *_, **__: torch.full((rows,), 0.5))
     labels, stream = torch.arange(500) % 2, torch.Generator().manual_seed(0)
     slots = torch.full_like(labels, drawn.bank.discarded_slot)
     return drawn.draw(torch.zeros(500, 4, 4, 4), labels, stream, slots=slots).ess.mean().item()
