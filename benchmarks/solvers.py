@@ -7,9 +7,9 @@
 mixture: the mixture of the toy study with its exact velocity; sliced Wasserstein-1 distance, three seeds.
 dimensions: the same mixture in more dimensions; root mean square distance to the end of the exact trajectory, for 20
 steps of Euler's method and of StableVS.
-digits: checkpoints of `stablevm quickstart --seed S --steps 2000 --no-compare --output-dir QUICKSTART_FOLDER`, one folder per seed; Fréchet
-distance of 500 samples without guidance to the test split. All samplers start from the same noise. Finished samples in
-QUICKSTART_FOLDER/solvers are not repeated.
+digits: checkpoints of `stablevm quickstart --seed S --steps 2000 --no-compare --output-dir QUICKSTART_FOLDER`, one
+folder per seed; Fréchet distance of 500 samples without guidance to the test split. All samplers start from the same
+noise. Finished samples in QUICKSTART_FOLDER/solvers are not repeated.
 """
 
 import contextlib
