@@ -4,8 +4,7 @@
 
 The perturbed samples come from the bank, so they are not those of the batch: `draw.ids` has the rows of the data set
 whose images the encoder must see. The encoder here is the first half of a classifier of digits, trained first. Any
-frozen module from images to tokens (B, T, D) can be used; `stablevm.networks.encoders.load_encoder` loads DINOv2 and
-others.
+frozen module from images to tokens (B, T, D) will do; `stablevm.networks.encoders.load_encoder` loads DINOv2.
 """
 
 import torch
@@ -32,9 +31,7 @@ def make_encoder(images, digits, steps):
 
 
 class Network(nn.Module):
-    """Predicts the velocity of images (B, 1, 8, 8), and the tokens after its first block, projected to the encoder's
-    width.
-    """
+    """Predicts the velocity of images (B, 1, 8, 8), and the encoder's tokens from those after its first block."""
 
     def __init__(self):
         super().__init__()

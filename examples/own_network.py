@@ -4,7 +4,7 @@
     python examples/own_network.py train --exp-name mixer --data-dir digits --model Mixer-S --max-train-steps 3000
     python examples/own_network.py generate --ckpt exps/mixer/checkpoints/0003000 --grid
 
-It is registered in this process, and then works with resuming, evaluation and alignment too. See docs/extending.md.
+Once registered, it works with resuming, evaluation and alignment too. See docs/extending.md.
 """
 
 import sys
@@ -25,12 +25,11 @@ from stablevm.support.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig(NetworkConfig):
     kind, label_table = "mixer", "labels.weight"  # the word in checkpoints; the weight with a row for each class
-
     width: int
 
     @property
-    def grid_size(self):  # a token for each pixel of the latent
-        return self.input_size
+    def grid_size(self):  # a token for each patch of 2 x 2
+        return self.input_size // 2
 
 
 class Mixer(Backbone):
@@ -42,7 +41,8 @@ class Mixer(Backbone):
         sizes = {"hidden_size": width, "projector_hidden": config.projector_hidden, "grid_size": config.grid_size}
         with torch.device("meta"):  # memory and first values come below, from a generator
             self.labels, self.time = nn.Embedding(config.num_classes + 1, width), nn.Linear(1, width)
-            self.first, self.last = nn.Conv2d(config.in_channels, width, 1), nn.Conv2d(width, config.in_channels, 1)
+            self.first = nn.Conv2d(config.in_channels, width, 2, stride=2)
+            self.last = nn.ConvTranspose2d(width, config.in_channels, 2, stride=2)
             self.blocks = nn.ModuleList(
                 nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1))
                 for _ in range(config.depth)

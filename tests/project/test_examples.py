@@ -28,7 +28,7 @@ def example(monkeypatch):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_say_how_they_are_run(path):
     source = path.read_text()
-    assert len(source.splitlines()) < LONGEST and f"python examples/{path.name}\n" in source
+    assert len(source.splitlines()) < LONGEST and f"    python examples/{path.name}" in source
     assert path.name in (FOLDER / "README.md").read_text()
 
 
