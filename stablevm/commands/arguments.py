@@ -22,6 +22,7 @@ from stablevm.commands.table import Command, Use
 from stablevm.support.errors import UserError
 from stablevm.support.launcher import is_alone, tell
 from stablevm.support.options import Group, in_options, is_positional
+from stablevm.support.text import printable
 
 FLAGS = (tyro.conf.DisallowNone,)
 
@@ -60,6 +61,12 @@ def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
     strange = [name for name in given if name not in use.fields]
     if strange:
         raise UserError(f"{_spelt(strange, command)}: only with {' or '.join(_others(command, use))}")
+    strange = [name for name in from_file if name not in use.fields]
+    if strange:
+        raise UserError(
+            f"--config {printable(str(common.config))}: {_spelt(strange, command)}: only with "
+            f"{' or '.join(_others(command, use))}; remove it from the file"
+        )
     base = {} if use.resumed is None else use.resumed(values)
     values = {name: value for name, value in {**base, **values}.items() if name in use.fields}
     missing = [name for name in use.required if name not in values]

@@ -15,7 +15,7 @@ from stablevm.recipes.listing import ABOUT, recipe_file, recipe_names
 from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.extras import need
-from stablevm.support.files import LARGEST_JSON
+from stablevm.support.files import CHECKPOINTS, LARGEST_JSON
 from stablevm.support.text import printable, shown
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
@@ -28,7 +28,7 @@ def read_options(where: str, command: Command) -> dict[str, Any]:
     """
     path = file_of(where)
     values = {name.replace("-", "_"): value for name, value in _of_command(read_values(path), command, path).items()}
-    if path.name == CONFIG_FILE and command.name == "train":
+    if command.name == "train" and _is_of_run(where, path):
         values = TrainConfig.of_run(values)
     checked = {}
     for name, value in values.items():
@@ -37,6 +37,11 @@ def read_options(where: str, command: Command) -> dict[str, Any]:
         hint = _hint(command, name)
         checked[name] = card_of(hint, value, f"{path}: {name}", remedy="correct it")
     return checked
+
+
+def _is_of_run(where: str, path: Path) -> bool:
+    """Whether a run wrote the file: a run's folder was given, or the run's checkpoints lie beside the file."""
+    return path.name == CONFIG_FILE and (Path(where).is_dir() or (path.parent / CHECKPOINTS).is_dir())
 
 
 def file_of(where: str) -> Path:
@@ -100,9 +105,9 @@ def _of_command(values: Mapping[str, Any], command: Command, path: Path) -> Mapp
     known = [each.name for each in (*COMMANDS, *FOLDER_STEPS)]
     for name in tables:
         if not any(name == each or each.startswith(f"{name} ") for each in known):
-            raise UserError(f"{path}: {printable(name)}: no command is called so, as a table must be; correct it")
+            raise UserError(f"{path}: {printable(name)}: a table must have the name of a command; correct it")
     if plain:
-        raise UserError(f"{path}: {printable(next(iter(plain)))}: of which command? It stands outside the tables")
+        raise UserError(f"{path}: {printable(next(iter(plain)))}: not in the table of any command; move it into one")
     found: Any = values
     for word in command.name.split():
         found = found.get(word) if isinstance(found, dict) else None

@@ -18,7 +18,7 @@ MOST_STEPS, MOST_GUIDANCE = 250, 8.0
 
 
 def demo(config: DemoConfig) -> None:
-    """Serve the page until Ctrl-C. UserError where the port is taken, or the checkpoint is none."""
+    """Serve the page until Ctrl-C. UserError where the port is taken, or the checkpoint can't be loaded."""
     studio = Studio(config, Process.from_environment().device)
     page = build(studio)
     address = start(page, config.port)
@@ -84,7 +84,7 @@ def _controls(studio: Studio) -> list[Any]:
     few = len(studio.card.trained_classes) <= FEW_CLASSES and studio.card.classes_are_trained
     images = PER_CLASS * len(studio.card.trained_classes) if few else FIRST_IMAGES
     guided = studio.can_guide
-    why = "1 is none" if guided else "this network was not trained both with classes and without"
+    why = "1: no guidance" if guided else "this network was not trained both with classes and without"
     return [
         gradio.Dropdown(list(SAMPLERS), value=first.sampler, label="Sampler"),
         gradio.Slider(2, MOST_STEPS, value=first.steps, step=1, label="Steps"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablevm.demo.config import DemoConfig
 from stablevm.figures import sheets
-from stablevm.networks.snapshot import load_card
+from stablevm.networks.snapshot import checkpoint_in, load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.provenance import check_claims, labels_of
@@ -58,9 +58,10 @@ class Studio:
     """A checkpoint that is loaded once and generates images many times."""
 
     def __init__(self, config: DemoConfig, device: torch.device) -> None:
-        """UserError where `config.ckpt` is no checkpoint, or its weights or its autoencoder are not to be had."""
-        self.base = GenerateConfig(ckpt=config.ckpt, weights=config.weights, precision=config.precision, vae=config.vae)
-        self.card = load_card(config.ckpt)
+        """UserError where `config.ckpt` holds no checkpoint, or its weights or its autoencoder can't be loaded."""
+        ckpt = checkpoint_in(config.ckpt)
+        self.base = GenerateConfig(ckpt=ckpt, weights=config.weights, precision=config.precision, vae=config.vae)
+        self.card = load_card(ckpt)
         check_claims(replace(self.base, unconditional=not self.card.classes_are_trained), self.card)
         self.sampler = ImageSampler.load(self.base, self.card, device)
 

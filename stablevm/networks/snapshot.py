@@ -16,13 +16,12 @@ from stablevm.networks.network_config import NetworkConfig
 from stablevm.networks.registry import DEFAULT_KIND, build_network, config_classes
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
-from stablevm.support.files import write_json
+from stablevm.support.files import CHECKPOINTS, write_json
 from stablevm.support.ranges import CHANCE, FINITE_ABOVE_0
 from stablevm.support.tensor_files import save_tensors
 from stablevm.support.text import shown
 
 CARD_FILE = "model.json"
-CHECKPOINTS = "checkpoints"  # the folder of a run that holds them, each called by its step
 FORMAT_VERSION = 1
 _REMEDY = "use another checkpoint"
 

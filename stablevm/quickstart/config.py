@@ -20,8 +20,8 @@ class QuickstartConfig:
     loss_type: LossName = "stablevm"
     """stablevm: targets averaged over references. si: plain flow matching."""
     compare: bool = True
-    """Train the other of the two with the same steps and seed as well, and show both; --no-compare takes about half the
-    time."""
+    """Train the other of the two with the same steps and seed as well, and show both; --no-compare takes about 60 %
+    of the time."""
     steps: Count = 1000
     """Training steps, of each of the two; 1 or more."""
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stablevm.evaluation.config import EvaluateConfig, ExtractorConfig
 from stablevm.quickstart.config import QuickstartConfig
@@ -9,8 +10,15 @@ from stablevm.recipes.listing import recipe_options
 from stablevm.sampling.config import GenerateConfig
 from stablevm.training.config import TrainConfig
 
-NUM_SAMPLES = 500
-EULER_STEPS = 40
+
+def _options(command: str) -> dict[str, Any]:
+    """What the recipe says for a command, by the names of fields."""
+    return {name.replace("-", "_"): value for name, value in recipe_options("digits", command).items()}
+
+
+_SAMPLING = _options("generate")
+NUM_SAMPLES: int = _SAMPLING["num_fid_samples"]
+EULER_STEPS: int = _SAMPLING["num_steps"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,9 @@ class Guidance:
 
 
 # The first one is the headline: guidance only near the data keeps the variety that guidance at all times costs.
-EVERYWHERE, NONE = Guidance(1.5), Guidance(1.0)
-GUIDANCES = (Guidance(1.5, high=0.4), EVERYWHERE, NONE)
-HEADLINE = GUIDANCES[0]
+HEADLINE = Guidance(_SAMPLING["cfg_scale"], _SAMPLING["guidance_high"])
+EVERYWHERE, NONE = Guidance(HEADLINE.scale), Guidance(1.0)
+GUIDANCES = (HEADLINE, EVERYWHERE, NONE)
 NAMES = {"stablevm": "StableVM", "si": "CFM"}
 
 
@@ -63,7 +71,7 @@ def extractor_config(config: QuickstartConfig) -> ExtractorConfig:
 
 def train_config(config: QuickstartConfig) -> TrainConfig:
     """Options of training for a network of this size; the references are the whole class, about 135 digits."""
-    options = {name.replace("-", "_"): value for name, value in recipe_options("digits", "train").items()}
+    options = _options("train")
     if config.loss_type != "stablevm":
         options = {name: value for name, value in options.items() if "bank" not in name}
     of_this_run = {
@@ -80,18 +88,16 @@ def train_config(config: QuickstartConfig) -> TrainConfig:
 
 def generate_config(config: QuickstartConfig, checkpoint: Path, guidance: Guidance) -> GenerateConfig:
     """Options of sampling: 50 images per class by Euler's method."""
-    return GenerateConfig(
-        ckpt=checkpoint,
-        num_fid_samples=NUM_SAMPLES,
-        per_proc_batch_size=250,
-        mode="ode",
-        num_steps=EULER_STEPS,
-        cfg_scale=guidance.scale,
-        guidance_high=guidance.high,
-        global_seed=config.seed,
-        sample_dir=config.output_dir / "samples",
-        name=f"{config.loss_type}-{guidance.file_name}",
-    )
+    of_these_samples = {
+        "ckpt": checkpoint,
+        "num_fid_samples": NUM_SAMPLES,
+        "cfg_scale": guidance.scale,
+        "guidance_high": guidance.high,
+        "global_seed": config.seed,
+        "sample_dir": config.output_dir / "samples",
+        "name": f"{config.loss_type}-{guidance.file_name}",
+    }
+    return GenerateConfig(**_SAMPLING | of_these_samples)
 
 
 def evaluate_config(config: QuickstartConfig, samples: Path) -> EvaluateConfig:

@@ -22,6 +22,7 @@ from stablevm.quickstart.config import QuickstartConfig
 from stablevm.quickstart.recipe import EVERYWHERE, HEADLINE, NONE, Guidance
 from stablevm.support import rng
 from stablevm.support.files import write_json
+from stablevm.support.npz import NpzFile
 from stablevm.support.options import command_line
 from stablevm.training.tracker import METRICS_FILE, read_metrics
 from stablevm.variance import VarianceCurve, variance_curve
@@ -97,8 +98,8 @@ def _figures(config: QuickstartConfig, arms: Sequence[Arm]) -> list[Figure]:
     real = test_set.images(range(len(test_set))).permute(0, 2, 3, 1).numpy()
     sheets = {"Real test digits": _by_class(real, test_set.labels().numpy())}
     for arm in arms:
-        with np.load(arm.samples[HEADLINE]) as archive:
-            sheets[arm.name] = _by_class(archive["arr_0"], archive["labels"])
+        archive = NpzFile(arm.samples[HEADLINE])
+        sheets[arm.name] = _by_class(archive.array("arr_0"), archive.array("labels"))
     paths = {title: folder / f"{title.lower().replace(' ', '-')}.png" for title in sheets}
     for title, images in sheets.items():
         plot_class_rows(images, train_set.class_names, title, paths[title])

@@ -17,6 +17,7 @@ _LONGEST_NAME = 255  # bytes, on all common file systems
 _LONGEST_OWN_NAME = 200  # bytes: file systems take 255, and the temporary name is longer
 LARGEST_JSON = 64 * 2**20  # bytes; descriptions are small, and parsing takes ten times as much memory
 _DEEPEST_JSON = 64
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them, each called by its step
 
 
 @contextmanager

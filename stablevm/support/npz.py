@@ -51,7 +51,7 @@ class Header:
 class NpzFile:
     """An .npz file, whose arrays are read one by one.
 
-    remedy, repair: the last words of the messages for a file that is none, and for one that is damaged.
+    remedy, repair: the last words of the messages for what is not an .npz file, and for a damaged one.
     """
 
     def __init__(self, path: Path, remedy: str = GENERATED, repair: str = "make it again") -> None:

@@ -41,10 +41,12 @@ CHANCE = Range("a probability in [0, 1]", 0, 1)
 TIME = Range("a time in [0, 1]", 0, 1)
 TIME_ABOVE_0 = Range("a time in (0, 1]", 0, 1, without_low=True)
 TIME_BETWEEN = Range("a time between 0 and 1", 0, 1, without_low=True, without_high=True)
+PORT = Range("a number from 1 to 65535", 1, 65535)
 
 # Types of options.
 Count = Annotated[int, AT_LEAST_1]
 Natural = Annotated[int, NOT_NEGATIVE]
+Port = Annotated[int, PORT]
 NotNegative = Annotated[float, NOT_NEGATIVE]
 Positive = Annotated[float, ABOVE_0]
 Unit = Annotated[float, UNIT]

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from stablevm.networks import snapshot
-from stablevm.networks.snapshot import CHECKPOINTS as CHECKPOINTS
 from stablevm.networks.snapshot import ModelCard
 from stablevm.support.cards import read_card
 from stablevm.support.errors import UserError
+from stablevm.support.files import CHECKPOINTS as CHECKPOINTS
 from stablevm.support.files import sha256, sync, write_json, write_text
 from stablevm.support.tensor_files import save_tensors
 

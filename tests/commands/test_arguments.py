@@ -84,8 +84,8 @@ def test_a_file_has_tables_for_several_commands(tmp_path):
         ("learning-rate = nan", "learning_rate: NaN, expected a number"),
         ("data-dir = ['a']", "data_dir: a list of 1, expected a path"),
         ("a = ", "Invalid value"),
-        ("epochs = 1\n[generate]\nnum-steps = 1", "epochs: of which command"),
-        ("[trane]\nepochs = 1", "trane: no command is called so"),
+        ("epochs = 1\n[generate]\nnum-steps = 1", "epochs: not in the table of any command"),
+        ("[trane]\nepochs = 1", "trane: a table must have the name of a command"),
     ],
 )
 def test_what_a_file_has_wrong_is_one_line_that_names_it(text, message, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_a_run_gives_its_options_to_another(tmp_path):
         use_proj_loss=True,
         resume=True,
     )
-    run.folder.mkdir()
+    (run.folder / "checkpoints").mkdir(parents=True)
     (run.folder / "config.json").write_text(json.dumps(run.to_dict() | {"resume_step": 5}))
     for where in (run.folder, run.folder / "config.json"):
         options = options_of("--config", str(where), "--exp-name=second")
@@ -132,6 +132,12 @@ def test_a_run_gives_its_options_to_another(tmp_path):
     assert options_of("--config", str(run.folder)).encoder_resize == "antialiased", "as version 0.1 aligned"
     with pytest.raises(UserError, match=r"a folder without config\.json"):
         options_of("--config", str(tmp_path))
+
+
+def test_a_file_of_ones_own_may_have_the_name_of_a_runs(tmp_path):
+    path = written(tmp_path, '{"use_proj_loss": true, "resume": true}', "config.json")
+    options = options_of("--config", path, *NEEDED, f"--output-dir={tmp_path}")
+    assert options.resume and options.encoder_resize == TrainConfig.encoder_resize
 
 
 def test_a_run_that_is_resumed_gives_its_options(tmp_path, capsys):
@@ -152,6 +158,13 @@ def test_evaluate_takes_samples_or_a_checkpoint():
         options_of("x.npz", "--ckpt=c", "--reference=r", command=EVALUATE)
     with pytest.raises(UserError, match="--vae, --num-steps: only with --ckpt"):
         options_of("x.npz", "--reference=r", "--num-steps=3", "--vae=x", command=EVALUATE)
+
+
+def test_a_file_for_another_use_is_refused_as_its_options_are(tmp_path):
+    path = written(tmp_path, "num-steps = 3\ncfg-scale = 1.5")
+    assert options_of("--ckpt=c", "--reference=r", "--config", path, command=EVALUATE).sampling.num_steps == 3
+    with pytest.raises(UserError, match=r"mine\.toml: --num-steps, --cfg-scale: only with --ckpt; remove"):
+        options_of("x.npz", "--reference=r", "--config", path, command=EVALUATE)
 
 
 def test_what_is_missing_is_named_once(capsys):

@@ -51,6 +51,13 @@ def test_every_sampler_makes_images(studio):
         assert len(set(opened.generate(Controls(sampler, steps=4, images=4)).picture.ravel())) > 2
 
 
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
+    for step in ("5", "10"):
+        save_checkpoint(tmp_path / "checkpoints" / step, tiny_card())
+    studio = Studio(DemoConfig(ckpt=tmp_path), torch.device("cpu"))
+    assert studio.request(Controls(steps=2)).ckpt == tmp_path / "checkpoints" / "10"
+
+
 def test_progress_grows_to_one(studio):
     told = []
     studio().generate(Controls("ODE, Euler", steps=5, images=2 * BATCH), told.append)

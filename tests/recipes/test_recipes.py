@@ -1,6 +1,7 @@
 """Each recipe is read by the real parser, describes itself, and the measured one is the quickstart's."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,9 @@ def test_the_measured_recipe_is_the_quickstarts():
     own = {name: getattr(quick, name) for name in ("exp_name", "output_dir", "data_dir", "encoder_weights")}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
     assert options("digits", "train", *words) == quick
+    quick = recipe.generate_config(QuickstartConfig(), Path("run"), recipe.HEADLINE)
+    words = [f"--ckpt={quick.ckpt}", f"--sample-dir={quick.sample_dir}", f"--name={quick.name}"]
+    assert options("digits", "generate", *words) == quick
 
 
 def test_recipes_are_listed_and_shown(capsys):
