@@ -157,7 +157,7 @@ class LightningDiTDataset(PreparedDataset):
         return f"row {row} ({self._paths[file].name}, row {position})"
 
     def fingerprint(self, *, with_images: bool) -> Fingerprint:
-        """Of labels, files and the content of some rows: to read all would take as long as an epoch."""
+        """The fingerprint of labels, files and the content of some rows; reading all rows would take an epoch."""
         sample = np.unique(np.linspace(0, len(self) - 1, _COMPARED).round().astype(int))
         known = [*(path.name for path in self._paths), *self._ends.tolist(), *self._labels.tolist()]
         content = digest([*known, self.moments(sample).numpy().tobytes()])

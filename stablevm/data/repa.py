@@ -220,7 +220,9 @@ class RepaDataset(PreparedDataset):
 
     def _side_of_images(self) -> int:
         if self._images is None:
-            return self.moments_shape[1] * ASSUMED_FACTOR
+            if self._vae is None or self.latent.autoencoder == ASSUMED_AUTOENCODER:
+                return self.moments_shape[1] * ASSUMED_FACTOR
+            return self.moments_shape[1] * downsampling(self._vae)
         name = self.image_names[0]
         with _told(self._images, name, "convert"), self._images.open(name) as file, Image.open(file) as picture:
             return picture.width

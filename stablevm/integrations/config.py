@@ -35,8 +35,9 @@ class ImportConfig:
     resolution: Count | None = None
     """Side of the images in pixels, checked against the positions of the tokens. Default: as many per latent pixel as
     the autoencoder has."""
-    vae: str = "mse"
-    """Autoencoder of the latents: mse or ema (Stable Diffusion's), identity, a hub name, or a folder."""
+    vae: str | None = None
+    """Autoencoder of the latents: mse or ema (Stable Diffusion's), identity, a hub name, or a folder. Default: mse.
+    Required for REPA-E, which tuned its own."""
     latent_statistics: Path | None = None
     """LightningDiT's latents_stats.pt: mean and deviation of each channel of the latents in training. REPA-E's files
     hold their own."""

@@ -56,13 +56,14 @@ def import_checkpoint(config: ImportConfig) -> Path:
 
 def _import(config: ImportConfig) -> Path:
     published = read_published(config.checkpoint)
-    turned = _source(config, published) in TIME_FROM_NOISE
+    source = _source(config, published)
+    vae = _vae(config, source)
     sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
     _check_no_dit(config, published)
     model = _model(config, published, next(iter(sets.values())))
     card = ModelCard(
         model=model,
-        latent=_latent(config, published, model),
+        latent=_latent(config, published, model, vae),
         path_type=_fact(config, published, "path_type"),
         prediction=_prediction(config, published),
         class_names=tuple(map(str, range(model.num_classes))),
@@ -70,7 +71,7 @@ def _import(config: ImportConfig) -> Path:
         label_dropout=_label_dropout(published, model),
     )
     conversion.check_positions(published.any_weights, model)
-    converted = {name: _convert(state, model, turned) for name, state in sets.items()}
+    converted = {name: _convert(state, model, source in TIME_FROM_NOISE) for name, state in sets.items()}
     if not _is_there(config.output, card, converted):
         for name in get_args(Weights):  # from an interrupted import, perhaps of another file
             (config.output / f"{name}.safetensors").unlink(missing_ok=True)
@@ -207,9 +208,19 @@ def _check_no_dit(config: ImportConfig, published: PublishedCheckpoint) -> None:
     print(f"warning: {config.checkpoint} looks like a DiT's; --source sit says that it is a velocity", file=sys.stderr)
 
 
-def _latent(config: ImportConfig, published: PublishedCheckpoint, model: TransformerConfig) -> LatentSpec:
+def _vae(config: ImportConfig, source: str) -> str:
+    """The name of the autoencoder; UserError if none is given for REPA-E, which tunes one of its own."""
+    if config.vae is None and source == "repae":
+        raise UserError(
+            f"{config.checkpoint} is of REPA-E, which tuned its own autoencoder; give that, in diffusers' form, as "
+            "--vae FOLDER"
+        )
+    return config.vae or "mse"
+
+
+def _latent(config: ImportConfig, published: PublishedCheckpoint, model: TransformerConfig, vae: str) -> LatentSpec:
     """The latents, with the scale and shift of the network's training."""
-    latent = _encoded(config, model)
+    latent = _encoded(vae, config.resolution, model)
     statistics = _statistics(config, published)
     if statistics is None:
         return latent
@@ -244,19 +255,19 @@ def _statistics(config: ImportConfig, published: PublishedCheckpoint) -> tuple[P
     return tuple(scales.tolist()), tuple(means.tolist())
 
 
-def _encoded(config: ImportConfig, model: TransformerConfig) -> LatentSpec:
+def _encoded(vae: str, resolution: int | None, model: TransformerConfig) -> LatentSpec:
     side, channels = model.input_size, model.in_channels
-    name = full_name(config.vae)
+    name = full_name(vae)
     if name in SD_AUTOENCODERS.values():  # known without reading the configuration, so without a network connection
-        resolution = config.resolution or side * SD_FACTOR
+        resolution = resolution or side * SD_FACTOR
         shape = (4, resolution // SD_FACTOR, resolution // SD_FACTOR)
         latent = LatentSpec(shape, SD_SCALE, 0.0, name)
     else:
-        resolution = config.resolution or side * downsampling(config.vae)
-        latent = latent_spec_of(config.vae, resolution)
+        resolution = resolution or side * downsampling(vae)
+        latent = latent_spec_of(vae, resolution)
     if latent.shape != (channels, side, side):
         raise UserError(
-            f"--vae {config.vae}: it makes latents of {latent.shape} from images of {resolution} pixels, the network "
+            f"--vae {vae}: it makes latents of {latent.shape} from images of {resolution} pixels, the network "
             f"takes {(channels, side, side)}; give the --vae and --resolution of its training"
         )
     return latent

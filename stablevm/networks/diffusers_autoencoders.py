@@ -96,7 +96,8 @@ def factor_of(source: str) -> int:
 def load(latent: LatentSpec, source: str, device: torch.device | str) -> Autoencoder:
     """Load the autoencoder; UserError if it can't be loaded or makes other latents than `latent`.
 
-    A scale and shift that were measured on the data are not compared with the configuration.
+    A scale and shift that were measured on the data are not compared with the configuration; then only the number of
+    channels tells autoencoders apart, and commands warn of another one (`decoding_notes`).
     """
     form, config = _read(source)
     model = _load(source, config)

@@ -36,7 +36,7 @@ def statistics(config: StatisticsConfig) -> int:
     done = "recorded" if config.record else "not recorded (--no-record)"
     print(f"{dataset.folder}: {len(dataset):,} latents of {len(means)} channels; {done}")
     if config.record and latent != before:
-        print("runs that were begun before are refused: their latents were normalised in another way")
+        print("runs that began earlier can't be resumed on this data, because they normalised latents differently")
     return 0
 
 
@@ -73,7 +73,7 @@ class _Moments:
         return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
 
     def with_more(self, means: Tensor, deviations: Tensor | None) -> "_Moments":
-        """The draws of latents of these means and deviations (n, C, h, w) besides."""
+        """These moments joined with those of further latents, given by means and deviations (n, C, h, w)."""
         values = means.double()
         count = math.prod(values.shape) // values.shape[1]
         mean = values.mean((0, 2, 3))

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from stablevm.data.listing import WORK_FOLDER
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
+from stablevm.networks.autoencoder import LatentSpec
 from stablevm.preparation.outcome import REPORT_FILE, Report
-from stablevm.support.cards import read_object
+from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary, write_json
 from stablevm.support.locks import is_foreign
@@ -226,7 +227,7 @@ def _goes_on(dest: Path, plan: dict[str, Any]) -> bool:
 def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> None:
     """Raise UserError, naming the first difference, if a result was started with another plan than this command's."""
     for name in dict.fromkeys([*plan, *earlier]):
-        if json.dumps(plan.get(name)) == json.dumps(earlier.get(name)):  # a tuple is read back as a list
+        if _agree(folder, name, plan.get(name), earlier.get(name)):
             continue
         what = (
             f"{brief(name)} {brief(earlier.get(name))}, this command says {plan.get(name)}: give the same options again"
@@ -234,6 +235,17 @@ def check_same(folder: Path, plan: dict[str, Any], earlier: dict[str, Any]) -> N
         if name in ("source", "class names"):
             what = "another list of images: restore it"
         raise UserError(f"{folder}: was started with {what}, give another folder, or remove this one to start over")
+
+
+def _agree(folder: Path, name: str, value: Any, earlier: Any) -> bool:
+    """Whether two values of a plan mean the same; earlier versions recorded fewer fields of latents."""
+    if json.dumps(value) == json.dumps(earlier):  # a tuple is read back as a list
+        return True
+    if name != "latent" or value is None or earlier is None:
+        return False
+    where, remedy = f"{folder}: latent of its plan", "remove the folder and start over"
+    ours, theirs = (card_of(LatentSpec, each, where, remedy=remedy) for each in (value, earlier))
+    return ours == theirs
 
 
 def encoding_part_length(batch: int) -> int:

@@ -144,9 +144,17 @@ def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
 
 
 def decoding_notes(vae: str | None, latent: LatentSpec) -> list[str]:
-    """A note if --vae names a folder whose content differs from the autoencoder that encoded the data."""
-    if vae is None or latent.fingerprint is None or latent.is_by(vae):
+    """A note if --vae names another autoencoder than the one that encoded the data, as its content or name shows.
+
+    Where neither the content is recorded nor the scale measured, the scales are compared instead, on loading.
+    """
+    if vae is None or (latent.fingerprint is None and not latent.measured) or latent.is_by(vae):
         return []
+    if latent.fingerprint is None:  # a folder may hold the autoencoder of that name
+        return [
+            f"--vae {vae} can't be compared with the data's autoencoder, {latent.autoencoder}, whose content is not "
+            "recorded; if it is another, images are wrong"
+        ]
     return [f"--vae {vae} is not the data's autoencoder, {latent.autoencoder}; it is used to decode anyway"]
 
 

@@ -17,6 +17,7 @@ from stablevm.data.opening import open_dataset
 from stablevm.data.repa import RepaDataset, latent_name
 from stablevm.support.errors import UserError
 from tests.helpers.data_sets import one_line
+from tests.helpers.tiny_vae import save_tiny_vae
 
 COUNT, SIDE = 6, 16
 NUMBERS = [0, 1, 3, 4, 7, 9]  # convert leaves out the numbers of bad images
@@ -214,6 +215,14 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     assert not dataset.has_images and len(dataset.moments([0])) == 1
     with pytest.raises(UserError, match="has no images"):
         dataset.check_images()
+
+
+def test_without_images_the_given_autoencoder_says_how_large_they_were(tmp_path):
+    vae = save_tiny_vae(tmp_path / "vae", widths=(4, 4, 4, 4, 8))
+    folder = write_repa(tmp_path / "data")
+    (folder / "images").rename(folder / "elsewhere")
+    assert RepaDataset(folder, str(vae)).resolution == 2 * 16
+    assert RepaDataset(folder).resolution == 2 * 8
 
 
 def test_values_beyond_float16_are_refused_by_name(tmp_path):

@@ -79,7 +79,7 @@ def test_its_latents_have_the_statistics_of_the_training(tmp_path, statistics):
 
 def test_repa_e_brings_its_network_its_projector_and_its_statistics(tmp_path):
     net, content = repa_e(steps=400, args=training_file(sit_pub.built(sit_pub.PublishedSiT), REPA_ARGS)["args"])
-    card, model = imported(content, tmp_path)
+    card, model = imported(content, tmp_path, vae="mse")
     assert sit_difference(net, model, reverse=False) < 1e-5
     assert (card.model.name, card.model.projector_dims, card.step) == ("SiT-XXS/2", (12,), 400)
     assert card.latent.measured and card.latent.shift == tuple(MEANS.tolist())
@@ -117,9 +117,12 @@ MISTAKES = {
     "gelu": ({k: v for k, v in STATE.items() if "w3" not in k}, {**TOLD, "latent_statistics": "here"},
              "missing: blocks.0.mlp.w3.bias"),
     "other rotation": (other_tables(), {**TOLD, "latent_statistics": "here"}, "is not the table of rotary positions"),
-    "twice": (repa_e()[1], {**TOLD, "encoder_depth": 1, "latent_statistics": "here"}, "holds its own; leave it out"),
-    "no variance": ({**repa_e()[1]["ema"], "bn.running_var": torch.zeros(4)}, {**TOLD, "encoder_depth": 1},
-                    "positive variance of each channel"),
+    "no autoencoder": (repa_e()[1], {**TOLD, "encoder_depth": 1},
+                       "tuned its own autoencoder; give that, .* --vae FOLDER"),
+    "twice": (repa_e()[1], {**TOLD, "encoder_depth": 1, "vae": "mse", "latent_statistics": "here"},
+              "holds its own; leave it out"),
+    "no variance": ({**repa_e()[1]["ema"], "bn.running_var": torch.zeros(4)},
+                    {**TOLD, "encoder_depth": 1, "vae": "mse"}, "positive variance of each channel"),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from stablevm.networks.autoencoder import LatentSpec, downsampling, latent_spec_
 from stablevm.networks.diffusers_autoencoders import FORMS
 from stablevm.preparation.config import ConvertShardsConfig, EncodeShardsConfig
 from stablevm.preparation.shards import convert, encode
+from stablevm.sampling.provenance import decoding_notes
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError
 
@@ -199,6 +200,18 @@ def test_latents_with_statistics_of_the_data_are_decoded_by_these(saved):
     raw = load_autoencoder(latent_spec_of(folder, 32)).encode(images())[:, :4]
     plain = load_autoencoder(latent_spec_of(folder, 32)).decode(raw * 0.18215)
     assert torch.equal(load_autoencoder(measured).decode((raw - 0.5) * 2), plain)
+
+
+def test_a_note_where_statistics_of_the_data_hide_another_autoencoder(saved):
+    """Measured scales fit any autoencoder of as many channels, and a name does not say what a folder holds."""
+    folder = str(saved("AutoencoderKL"))
+    latent = latent_spec_of(folder, 32)
+    named = replace(latent, autoencoder="owner/name", fingerprint=None)
+    assert decoding_notes(folder, latent) == decoding_notes(folder, replace(latent, measured=True)) == []
+    assert decoding_notes(folder, named) == [], "the scales are compared on loading"
+    (note,) = decoding_notes(folder, replace(named, measured=True))
+    assert note.startswith(f"--vae {folder} can't be compared with the data's autoencoder, owner/name")
+    assert decoding_notes("owner/name", replace(named, measured=True)) == []
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,23 @@ def test_pack_leaves_bad_rows_out_and_the_others_whole(tmp_path, more, capsys):
     assert cli.data(["verify", str(packed), "--num-workers", "0"]) == 0
 
 
+def test_pack_takes_up_what_an_earlier_version_began_but_not_another_latent(tmp_path, capsys):
+    """Plans of earlier versions lack the latents' fields `measured` and `deterministic`."""
+    folder, packed = write_repa(tmp_path / "DATA"), tmp_path / "packed"
+    pack = ["pack", "--source", str(folder), "--dest", str(packed), "--num-workers", "0"]
+    assert cli.prepare(pack) == 0
+    record = json.loads((packed / "report.json").read_text())
+    latent = record["plan"]["latent"]
+    del latent["measured"], latent["deterministic"]
+    (packed / "report.json").write_text(json.dumps(record))
+    assert cli.prepare(pack) == 0
+    latent["scale"] = 1.0
+    (packed / "report.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert cli.prepare(pack) != 0
+    assert "was started with latent" in capsys.readouterr().err
+
+
 def test_numbers_that_repeat_give_way_to_positions(tmp_path):
     for name in ("a", "b"):
         path = tmp_path / "vae-sd" / name / "img-mean-std-00000001.npy"
