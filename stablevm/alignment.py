@@ -10,7 +10,7 @@ from torch import Tensor
 from stablevm.choices import WeightName
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.support.errors import UserError
-from stablevm.support.ranges import FINITE_ABOVE_0, TIME_ABOVE_0, check_word
+from stablevm.support.ranges import ABOVE_0, TIME_ABOVE_0, check_word
 
 # Added to the deviation over patches, as in iREPA (Singh et al., 2025).
 IREPA_EPSILON = 1e-6
@@ -73,7 +73,7 @@ class AlignmentSchedule:
         if not isinstance(self.path, Interpolant):
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         TIME_ABOVE_0.check("tau", self.tau)
-        FINITE_ABOVE_0.check("steepness", self.steepness)
+        ABOVE_0.check("steepness", self.steepness)
 
     def __call__(self, t: Tensor) -> Tensor:
         """The weights in [0, 1] at times `t` in [0, 1], with the shape of `t`."""

@@ -9,7 +9,7 @@ from stablevm.bank import NO_ID
 from stablevm.choices import Prediction, TimeName
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.support.errors import UserError, arg
-from stablevm.support.ranges import CHANCE, FINITE_ABOVE_0, check_word
+from stablevm.support.ranges import ABOVE_0, CHANCE, check_word
 from stablevm.support.rng import AnyGenerator, rand, randn, to_device
 from stablevm.support.shapes import ShownByShape
 from stablevm.times import draw_times
@@ -59,7 +59,7 @@ class ObjectiveSettings:
             raise UserError(f"path {self.path!r}: expected an Interpolant, such as stablevm.LINEAR or stablevm.COSINE")
         check_word("weighting", self.weighting, TimeName)
         CHANCE.check("label_dropout", self.label_dropout)
-        FINITE_ABOVE_0.check("time_shift", self.time_shift)
+        ABOVE_0.check("time_shift", self.time_shift)
         if self.label_dropout and self.null_class is None:
             raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
 

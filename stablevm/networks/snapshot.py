@@ -17,7 +17,7 @@ from stablevm.networks.registry import DEFAULT_KIND, build_network, config_class
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import CHECKPOINTS, write_json
-from stablevm.support.ranges import CHANCE, FINITE_ABOVE_0
+from stablevm.support.ranges import ABOVE_0, CHANCE
 from stablevm.support.tensor_files import save_tensors
 from stablevm.support.text import shown
 
@@ -55,8 +55,8 @@ class ModelCard:
             raise UserError(f"class_counts of {len(counts)} classes, expected {self.model.num_classes} of 0 or more")
         if self.label_dropout is not None and self.label_dropout not in CHANCE:
             raise UserError(f"label_dropout {self.label_dropout}, expected {CHANCE.words}")
-        if self.time_shift not in FINITE_ABOVE_0:
-            raise UserError(f"time_shift {self.time_shift}, expected {FINITE_ABOVE_0.words}")
+        if self.time_shift not in ABOVE_0:
+            raise UserError(f"time_shift {self.time_shift}, expected {ABOVE_0.words}")
 
     @property
     def trained_classes(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from stablevm.support.errors import UserError
-from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, FINITE_ABOVE_0, NOT_NEGATIVE, TIME_BETWEEN, UNIT, Range
+from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, NOT_NEGATIVE, TIME_BETWEEN, UNIT, Range
 
 Mode = Literal["ode", "sde", "stablevs"]
 Solver = Literal["euler", "heun", "dopri5"]
@@ -104,7 +104,7 @@ SAMPLER_RANGES: dict[str, Range] = {
     "num_steps": AT_LEAST_1,
     "rtol": ABOVE_0,
     "atol": ABOVE_0,
-    "time_shift": FINITE_ABOVE_0,
+    "time_shift": ABOVE_0,
     "diffusion_scale": NOT_NEGATIVE,
     "last_time": TIME_BETWEEN,
     "split_time": TIME_BETWEEN,

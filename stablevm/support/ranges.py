@@ -33,8 +33,7 @@ class Range:
 
 AT_LEAST_1 = Range("at least 1", 1)
 NOT_NEGATIVE = Range("0 or more", 0)
-ABOVE_0 = Range("more than 0", 0, without_low=True)
-FINITE_ABOVE_0 = Range("a finite number above 0", 0, without_low=True)
+ABOVE_0 = Range("a finite number above 0", 0, without_low=True)
 UNIT = Range("a number in [0, 1]", 0, 1)
 BELOW_1 = Range("a number in [0, 1)", 0, 1, without_high=True)
 CHANCE = Range("a probability in [0, 1]", 0, 1)
@@ -49,7 +48,6 @@ Natural = Annotated[int, NOT_NEGATIVE]
 Port = Annotated[int, PORT]
 NotNegative = Annotated[float, NOT_NEGATIVE]
 Positive = Annotated[float, ABOVE_0]
-Unit = Annotated[float, UNIT]
 Decay = Annotated[float, BELOW_1]
 Chance = Annotated[float, CHANCE]
 Time = Annotated[float, TIME]

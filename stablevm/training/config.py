@@ -21,9 +21,11 @@ from stablevm.training.options import (
 )
 
 CONFIG_FILE = "config.json"
-# The published intervals, in steps, of checkpoints and of grids. A run of fewer than five of them has ten of its own.
+# The published intervals, in steps, of checkpoints and of grids. A run of fewer than five of them has about ten of its
+# own, which include the published steps.
 CHECKPOINT_INTERVAL, PREVIEW_INTERVAL = 50_000, 10_000
 FEWEST_INTERVALS, SHARES_OF_SHORT_RUNS = 5, 10
+KEPT_BETWEEN = 2  # checkpoints of a short run that nobody asked for: one to resume from, and one if that is damaged
 _REMEDY = "restore it, or start over under another --exp-name"
 # What aligned runs of version 0.1 did, whose files do not know the option.
 BEFORE = {"encoder_resize": "antialiased"}
@@ -40,7 +42,7 @@ _NOT_NEEDED = {
 FREE_ON_RESUME = frozenset(
     {
         "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
-        "data_dir",  # of the data's content `start.check_data` knows
+        "data_dir",  # the data may have moved: `start.check_data` compares the content
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
         "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "vae",
         "proj_stop_step",  # `start.changes` tells of it
@@ -120,6 +122,11 @@ class TrainConfig(
         """Steps from one checkpoint to the next, in a run of `total_steps`."""
         return _interval(self.checkpointing_steps, CHECKPOINT_INTERVAL, total_steps, self.log_steps)
 
+    def is_thinned(self, total_steps: int) -> bool:
+        """Whether a run of `total_steps` removes checkpoints off the published interval, but for `KEPT_BETWEEN`."""
+        is_short = self.checkpoint_interval(total_steps) < CHECKPOINT_INTERVAL
+        return self.checkpointing_steps is None and is_short and self.checkpoints_kept == 0
+
     def preview_interval(self, total_steps: int) -> int:
         """Steps from one grid of samples to the next, in a run of `total_steps`; 0 without any."""
         return _interval(self.sampling_steps, PREVIEW_INTERVAL, total_steps, self.log_steps)
@@ -182,13 +189,12 @@ class TrainConfig(
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """UserError for a field of another type, or that this version does not know; `validate` knows the ranges."""
-        return card_of(cls, values, CONFIG_FILE, finite=False, remedy=_REMEDY)
-
-    @classmethod
     def read(cls, run: Path) -> "TrainConfig":
-        """The options that the run in the folder `run` was started with; UserError for a damaged file."""
+        """The options that the run in the folder `run` was started with.
+
+        UserError for a damaged file, a field of another type, or one that this version does not know; `validate` knows
+        the ranges.
+        """
         path = run / CONFIG_FILE
         values = read_object(path, "run", remedy=_REMEDY)
         if values.get("use_proj_loss"):
@@ -233,10 +239,21 @@ class TrainConfig(
 
 
 def _interval(given: int | None, published: int, total_steps: int, log_steps: int) -> int:
-    """The steps that were given, or else the published ones where they fit into the run five times."""
+    """The steps that were given, or else the published ones where they fit into the run five times.
+
+    A shorter run has a tenth of its steps. If it reaches a published step, it has the largest divisor of the published
+    interval up to that tenth, so that a file is due at each published step too.
+    """
     if given is not None:
         return given
     if total_steps >= FEWEST_INTERVALS * published:
         return published
     share = math.ceil(total_steps / SHARES_OF_SHORT_RUNS)
-    return share - share % log_steps if share >= log_steps else share  # where metrics are due as well
+    steps = range(1, share + 1) if total_steps < published else _divisors(published, share)
+    with_metrics = [each for each in steps if each % log_steps == 0]
+    return max(with_metrics or steps)
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    """The divisors of `number` up to `limit`."""
+    return [each for each in range(1, limit + 1) if number % each == 0]

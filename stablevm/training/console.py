@@ -1,4 +1,4 @@
-"""Lines for the user: what is said, warned of, and how far a run is, on a terminal and in a file."""
+"""What a run prints: lines, warnings and its progress, on a terminal or into a file."""
 
 import shutil
 import sys

@@ -16,7 +16,7 @@ from stablevm.choices import (
     Weights,
 )
 from stablevm.support.ranges import (
-    FINITE_ABOVE_0,
+    ABOVE_0,
     TIME_ABOVE_0,
     Chance,
     Count,
@@ -160,7 +160,7 @@ class AlignmentOptions:
     """How alignment fades with time; constant is plain REPA."""
     proj_tau: Annotated[float, TIME_ABOVE_0] = 0.7
     """Time around which alignment fades, in (0, 1]."""
-    proj_k: Annotated[float, FINITE_ABOVE_0] = 20.0
+    proj_k: Annotated[float, ABOVE_0] = 20.0
     """Steepness of the sigmoid, more than 0."""
     encoder_depth: int = 8
     """Block, counted from 1, whose tokens are aligned."""
@@ -187,8 +187,8 @@ class CheckpointOptions:
     resume_step: Natural = 0
     """Resume from the checkpoint of this step instead of the newest."""
     checkpointing_steps: Count | None = None
-    """Write a checkpoint every this many steps, and at the end. Default: 50,000, or a tenth of a run of fewer than
-    250,000 steps; of those between multiples of 50,000 the newest two are kept, to resume from."""
+    """Write a checkpoint every this many steps, and at the end. Default: 50,000, or about a tenth of a run of
+    fewer than 250,000 steps; of those between multiples of 50,000 the newest two are kept, to resume from."""
     checkpoints_kept: Natural = 0
     """Keep only this many of the newest checkpoints; 0 keeps all."""
     keep_best: Literal["loss", "velocity_loss", "alignment_loss"] | None = None
@@ -196,8 +196,8 @@ class CheckpointOptions:
     log_steps: Count = 10
     """Write metrics every this many steps."""
     sampling_steps: Natural | None = None
-    """Make a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or a tenth of a run of
-    fewer than 50,000 steps."""
+    """Make a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or about a tenth of a
+    run of fewer than 50,000 steps."""
     vae: str | None = None
     """Autoencoder that decodes samples: ema, mse, or a folder (without a network connection). Default: the data's."""
 

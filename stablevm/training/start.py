@@ -159,7 +159,7 @@ def changes(config: TrainConfig, start: int) -> list[str]:
         return []
     earlier = TrainConfig.read(config.folder)
     before, now = (as_typed("proj_stop_step", each.proj_stop_step) for each in (earlier, config))
-    return [f"from step {start} on: {now}, until here {before}"] if before != now else []
+    return [f"{now} from step {start} on, instead of {before}"] if before != now else []
 
 
 def check_bank(config: TrainConfig, dataset: PreparedDataset, bank: ClassBank) -> None:

@@ -170,6 +170,7 @@ class StepRunner:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.adamw: GuardedAdamW = optimizer.optimizer
         self.config, self.terms = config, terms
+        self.encoding = {term.name for term in terms if term.frozen()}
 
     def run(self, samples: Samples, step: int, clock: PhaseClock) -> StepMetrics:
         """Update the model, unless the gradient's norm is not finite in any process.
@@ -184,7 +185,7 @@ class StepRunner:
         for number, rows in enumerate(parts, start=1):
             span = slice(int(rows[0]), int(rows[-1]) + 1)
             shares = [(term, begin(span)) for term, begin in zip(terms, begun, strict=True)]
-            if shares:
+            if any(term.name in self.encoding for term in terms):
                 clock.end("encoder")
             with self._maybe_no_sync(synchronise=number == self.config.accumulation_steps):
                 losses, error = self._losses(draw, span, shares)

@@ -12,7 +12,7 @@ from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.autoencoder import IDENTITY
 from stablevm.training import checkpoint
-from stablevm.training.config import TrainConfig
+from stablevm.training.config import CHECKPOINT_INTERVAL, KEPT_BETWEEN, TrainConfig
 from stablevm.training.console import Row
 from stablevm.training.engine import Engine
 from stablevm.training.objectives import GPU_SHARE, gigabytes
@@ -110,20 +110,30 @@ def _steps(config: TrainConfig, total_steps: int, samples: int) -> str:
     """The number of steps, and which of the two limits ends the run."""
     by_epochs, by_steps = config.epoch_steps(samples), config.max_train_steps
     if by_epochs < by_steps:
-        limits = f"--epochs {config.epochs:,} ends the run, before --max-train-steps {by_steps:,}"
+        limits = f"--epochs {config.epochs} ends the run, before --max-train-steps {by_steps}"
     else:
-        limits = f"--max-train-steps ends the run, before the {by_epochs:,} steps of --epochs {config.epochs:,}"
+        limits = f"--max-train-steps ends the run, before the {by_epochs:,} steps of --epochs {config.epochs}"
     passes = total_steps * config.batch_size / samples
     return f"{total_steps:,} of {_count(config.batch_size, 'sample')}, {passes:,.1f} passes over the data: {limits}"
 
 
 def _saves(config: TrainConfig, total_steps: int) -> Iterator[str]:
-    yield f"checkpoint every {config.checkpoint_interval(total_steps):,} steps"
+    yield f"checkpoint every {config.checkpoint_interval(total_steps):,} steps{_keeping(config, total_steps)}"
     if interval := config.preview_interval(total_steps):
         yield f"samples every {interval:,}"
     if config.eval_every:
         yield f"evaluation every {config.eval_every:,}"
     yield f"metrics every {config.log_steps:,}"
+
+
+def _keeping(config: TrainConfig, total_steps: int) -> str:
+    """Which checkpoints stay; nothing if all do."""
+    if config.checkpoints_kept:
+        return f", keeping the newest {config.checkpoints_kept:,}"
+    if not config.is_thinned(total_steps):
+        return ""
+    published = f" and each at a multiple of {CHECKPOINT_INTERVAL:,}" if total_steps >= CHECKPOINT_INTERVAL else ""
+    return f", keeping the newest {KEPT_BETWEEN}{published}"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

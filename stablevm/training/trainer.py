@@ -20,7 +20,7 @@ from stablevm.support.locks import owned
 from stablevm.support.precision import DTYPES, tf32
 from stablevm.training import checkpoint
 from stablevm.training.checkpoint import DamagedError, Record, TrainingState
-from stablevm.training.config import CHECKPOINT_INTERVAL, CONFIG_FILE, TrainConfig
+from stablevm.training.config import CHECKPOINT_INTERVAL, CONFIG_FILE, KEPT_BETWEEN, TrainConfig
 from stablevm.training.console import duration, say, say_rows, warn
 from stablevm.training.engine import Engine, load_encoders, model_config
 from stablevm.training.evaluation import PREVIEWS, Evaluation, Previews, distance_of, set_previews_aside
@@ -47,8 +47,6 @@ from stablevm.training.start import (
 from stablevm.training.step import rate_at
 from stablevm.training.summary import closing, next_command, opening
 from stablevm.training.tracker import EVALUATED, Trackers, check_trackers, evaluated, keep_metrics
-
-KEPT_BETWEEN = 2  # checkpoints of a short run that nobody asked for: one to resume from, and one if that is damaged
 
 
 def train(config: TrainConfig, *, is_part: bool = False) -> int:
@@ -201,12 +199,7 @@ class Trainer:
         """To be called on the main process."""
         config = self.config
         folder = checkpoint.save(config.folder, state, self._kept(), self.checkpoint_interval)
-        is_short = self.checkpoint_interval < CHECKPOINT_INTERVAL
-        if (
-            config.checkpointing_steps is None
-            and is_short
-            and not (config.checkpoints_kept or self.engine.guard.in_a_row)
-        ):
+        if config.is_thinned(self.total_steps) and not self.engine.guard.in_a_row:
             checkpoint.thin(config.folder, CHECKPOINT_INTERVAL, KEPT_BETWEEN, after=self.first_step)
         say(f"step {self.engine.step:,}: saved {folder}")
 

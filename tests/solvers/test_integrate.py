@@ -44,7 +44,7 @@ def towards_one(x, t, rows=None):
         ({"last_time": math.nan}, "last_time nan"),
         ({"diffusion_scale": -1.0}, "diffusion_scale -1.0: expected 0 or more"),
         ({"diffusion_scale": math.inf}, "diffusion_scale inf"),
-        ({"mode": "ode", "solver": "dopri5", "rtol": 0.0}, "rtol 0.0: expected more than 0"),
+        ({"mode": "ode", "solver": "dopri5", "rtol": 0.0}, "rtol 0.0: expected a finite number above 0"),
         ({"mode": "flow"}, "mode 'flow': expected one of ode, sde, stablevs"),
         ({"edm_schedule": "yes"}, "edm_schedule 'yes': expected a value of type bool"),
         ({"mode": "ode", "diffusion_scale": 2.0}, "diffusion_scale 2.0 has no effect with mode 'ode': leave it out"),

@@ -12,6 +12,7 @@ from stablevm.training import console
 from stablevm.training.checkpoint import saved_steps
 from stablevm.training.config import TrainConfig
 from stablevm.training.console import Meter
+from stablevm.training.summary import _saves
 from tests.helpers import runs
 
 PLAIN = TrainConfig(exp_name="run", data_dir=Path("data"))
@@ -20,14 +21,37 @@ PLAIN = TrainConfig(exp_name="run", data_dir=Path("data"))
 @pytest.mark.parametrize(
     "total, checkpoints, grids",
     [
-        (400_000, 50_000, 10_000), (250_000, 50_000, 10_000), (249_999, 25_000, 10_000), (49_999, 5_000, 5_000),
-        (1_641, 160, 160), (99, 10, 10), (60, 6, 6), (6, 1, 1),
+        (400_000, 50_000, 10_000), (250_000, 50_000, 10_000), (249_999, 25_000, 10_000),
+        (150_000, 12_500, 10_000), (110_000, 10_000, 10_000), (60_000, 5_000, 10_000), (49_999, 5_000, 5_000),
+        (15_000, 1_500, 1_250), (1_641, 160, 160), (99, 10, 10), (60, 6, 6), (6, 1, 1),
     ],
 )  # fmt: skip
-def test_short_runs_save_every_tenth_and_long_ones_as_published(total, checkpoints, grids):
+def test_short_runs_save_about_every_tenth_and_long_ones_as_published(total, checkpoints, grids):
     assert (PLAIN.checkpoint_interval(total), PLAIN.preview_interval(total)) == (checkpoints, grids)
     given = replace(PLAIN, checkpointing_steps=7, sampling_steps=0)
     assert (given.checkpoint_interval(total), given.preview_interval(total)) == (7, 0)
+
+
+@pytest.mark.parametrize("log_steps", [1, 7, 10, 1_000, 20_000])
+@pytest.mark.parametrize("total", [50_000, 99_999, 130_000, 249_999])
+def test_each_published_step_has_a_checkpoint(total, log_steps):
+    interval = replace(PLAIN, log_steps=log_steps).checkpoint_interval(total)
+    assert 50_000 % interval == 0 and interval <= -(-total // 10)
+    assert interval % log_steps == 0 or log_steps in (7, 20_000)
+
+
+@pytest.mark.parametrize(
+    "options, total, kept",
+    [
+        ({}, 400_000, "50,000 steps"),
+        ({}, 150_000, "12,500 steps, keeping the newest 2 and each at a multiple of 50,000"),
+        ({}, 1_000, "100 steps, keeping the newest 2"),
+        ({"checkpoints_kept": 3}, 1_000, "100 steps, keeping the newest 3"),
+        ({"checkpointing_steps": 50}, 1_000, "50 steps"),
+    ],
+)
+def test_a_run_says_which_checkpoints_stay(options, total, kept):
+    assert next(_saves(replace(PLAIN, **options), total)) == f"checkpoint every {kept}"
 
 
 def test_of_checkpoints_that_were_not_requested_the_newest_two_stay(root):

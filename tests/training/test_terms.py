@@ -98,6 +98,7 @@ def test_the_contrast_is_summed_and_logged_whatever_the_parts(root):
     ]
     for row, other in zip(*found, strict=True):
         assert row["loss"] == pytest.approx(row["velocity_loss"] + 0.05 * row["contrastive_loss"], rel=1e-6)
+        assert "seconds/encoder" not in row, "the term has no encoder"
         assert row["contrastive_loss"] < 0 and other["loss"] == pytest.approx(row["loss"], rel=1e-4)
 
 
@@ -155,7 +156,7 @@ def test_when_it_stops_may_change_on_resume_and_a_line_says_so(root, capsys):
     runs.run(replace(settings, max_train_steps=2))
     assert "--proj-stop-step" not in capsys.readouterr().out
     found = rows(runs.run(replace(settings, proj_stop_step=4)))
-    assert "from step 2 on: --proj-stop-step 4, until here --proj-stop-step 0" in capsys.readouterr().out
+    assert "--proj-stop-step 4 from step 2 on, instead of --proj-stop-step 0" in capsys.readouterr().out
     assert [row["alignment_loss"] != 0 for row in found] == [True] * 4 + [False] * 2
 
 
