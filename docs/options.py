@@ -52,7 +52,7 @@ stablevm completion zsh > ~/.zfunc/_stablevm    # with fpath+=~/.zfunc before co
 def default(field: "dataclasses.Field[Any]") -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    if field.default is None:
+    if field.default is None or field.name == "quiet":  # which has no --no-quiet
         return ""
     return f"`{as_typed(field.name, field.default)}`" if isinstance(field.default, bool) else f"`{field.default}`"
 

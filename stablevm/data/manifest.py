@@ -101,7 +101,7 @@ class Manifest:
         if not (folder / MANIFEST_FILE).is_file():
             raise UserError(
                 f"{arg('folder')} {folder}: it has no {MANIFEST_FILE}, so it is not a prepared data set, or its "
-                "preparation was interrupted; run the preparation again"
+                "preparation was interrupted; prepare it (stablevm prepare), or run the preparation again"
             )
         where = f"{arg('folder')} {folder}: {MANIFEST_FILE}"
         values = read_object(folder / MANIFEST_FILE, f"{arg('folder')} {folder}", remedy=REMEDY)

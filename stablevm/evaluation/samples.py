@@ -98,7 +98,7 @@ def open_reference(path: Path) -> Reference:
         try:
             source, labels = _pictures(path)
         except UserError as error:
-            raise UserError(f"{error}; or make a file of it with: stablevm reference {path} -o ref.npz") from None
+            raise UserError(f"{error}; for a prepared data set: stablevm reference {path} -o ref.npz") from None
         names = source.source.class_names
         return Reference(path, source, image_size(source), labels, {}, ArchiveCard(class_names=names))
     archive = Archive(path, "make one with stablevm reference")

@@ -126,6 +126,8 @@ def checkpoint_in(folder: str | Path) -> Path:
 def load_card(folder: str | Path) -> ModelCard:
     """Read the card; UserError if `folder` is not a checkpoint, or its card is damaged or of another version."""
     folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give that of a checkpoint, or of a run with checkpoints")
     if not (folder / CARD_FILE).is_file():
         raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
     return read_card(folder / CARD_FILE, ModelCard, "checkpoint", version=FORMAT_VERSION, remedy=_REMEDY)

@@ -121,7 +121,7 @@ def test_other_differences_are_refused(expected, tmp_path):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"init_from": "nowhere"}, "nowhere: not a checkpoint folder"),
+        ({"init_from": "nowhere"}, "nowhere: no such folder; give that of a checkpoint"),
         ({"path_type": "cosine"}, "its path type is linear"),
     ],
 )
