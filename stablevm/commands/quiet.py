@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-NO_BARS = "TQDM_DISABLE"  # an environment variable that tqdm reads when it is imported, which a command's work does
+from stablevm.support.bars import NO_BARS
 
 
 @contextmanager

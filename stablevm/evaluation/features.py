@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from stablevm.evaluation.extractors import FeatureExtractor
 from stablevm.evaluation.sources import ImageSource
+from stablevm.support.bars import hidden
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary
 from stablevm.support.processes import Process, wait_for_files
@@ -103,7 +104,7 @@ def extract(
     paths: dict[range, Path] = {}
     mine = parts[process.rank :: process.world_size]
     with tqdm(
-        total=sum(map(len, mine)), desc=title, unit="image", disable=not process.is_first, dynamic_ncols=True
+        total=sum(map(len, mine)), desc=title, unit="image", disable=hidden(process.is_first), dynamic_ncols=True
     ) as bar:
         for part in mine:
             paths[part] = cache.path(extractor, source.key(part))

@@ -25,6 +25,7 @@ from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.preparation.outcome import REPORT_FILE, Report
+from stablevm.support.bars import hidden
 from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary, write_json
@@ -83,7 +84,7 @@ class Job:
                 initial=finished,
                 desc=self.title,
                 unit="image",
-                disable=not self.process.is_first,
+                disable=hidden(self.process.is_first),
                 dynamic_ncols=True,
             ) as bar,
             Stop() as stop,

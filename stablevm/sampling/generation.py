@@ -37,6 +37,7 @@ from stablevm.sampling.provenance import (
     provenance_of,
     resolved,
 )
+from stablevm.support.bars import hidden
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, replacing
@@ -235,7 +236,7 @@ def _progress(run: Run) -> tqdm:
         total=run.parts.num_images,
         initial=run.parts.num_present(),
         unit="image",
-        disable=not run.process.is_first,
+        disable=hidden(run.process.is_first),
     )
 
 

@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from stablevm.support.bars import hidden
+
 Row = tuple[str, str]  # a label, and what is told of it
 
 _LABEL_WIDTH = 10
@@ -48,7 +50,7 @@ class Meter:
             initial=step,
             total=total_steps,
             bar_format=_BAR,
-            disable=not (show and on_terminal()),
+            disable=hidden(show and on_terminal()),
             dynamic_ncols=True,
         )
 

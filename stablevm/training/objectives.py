@@ -20,6 +20,7 @@ from stablevm.interpolant import get_interpolant
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.objective import Anchors, FlowMatching, StableVM, draw_anchors
 from stablevm.support import rng
+from stablevm.support.bars import hidden
 from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
 from stablevm.support.rng import AnyGenerator
@@ -162,7 +163,7 @@ def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, s
     fully = config.prefill_bank_fully or config.bank_is_fixed
     rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
     workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
-    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=not (show and on_terminal())) as bar:
+    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=hidden(show and on_terminal())) as bar:
         for part, latents in _read_latents(dataset, rows, config, workers):
             bank.insert(latents, labels[part], part)
             bar.update(len(part))

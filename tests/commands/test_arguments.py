@@ -8,8 +8,10 @@ import pytest
 
 from stablevm import cli
 from stablevm.commands.arguments import parse
+from stablevm.commands.quiet import quietly
 from stablevm.commands.table import COMMANDS, FOLDER_STEPS
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig
+from stablevm.support import bars
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 from tests.helpers.runs import as_arguments
@@ -209,3 +211,12 @@ def test_a_shell_completes_commands_options_and_words(capsys):
 def test_helpers_of_tests_write_options_as_users_do(tmp_path):
     config = TrainConfig(exp_name="run", data_dir=tmp_path, use_proj_loss=True, resolution=8)
     assert options_of(*as_arguments(config)) == config
+
+
+def test_quiet_draws_no_bar_where_a_process_would_show_one():
+    with quietly():
+        assert bars.hidden(True) and bars.hidden(False)
+    assert not bars.hidden(True) and bars.hidden(False)
+    assert not [path for path in Path(cli.__file__).parent.rglob("*.py") if "disable=not" in path.read_text()], (
+        "use bars.hidden"
+    )
