@@ -199,7 +199,7 @@ class TestWriter:
             "images-00000.safetensors",
             "latents-00001.safetensors",
         }
-        with pytest.raises(UserError, match="interrupted; run the preparation again"):
+        with pytest.raises(UserError, match=r"interrupted; .*run the preparation again"):
             open_dataset(tmp_path)
         (tmp_path / ".tmp-1-abcd-latents-00001.safetensors").write_bytes(b"half")  # left by a kill -9
         write(tmp_path, dataset_rows)
