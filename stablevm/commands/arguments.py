@@ -67,6 +67,8 @@ def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
             f"--config {printable(str(common.config))}: {_spelt(strange, command)}: only with "
             f"{' or '.join(_others(command, use))}; remove it from the file"
         )
+    if use.check_given is not None:
+        use.check_given(values)
     base = {} if use.resumed is None else use.resumed(values)
     values = {name: value for name, value in {**base, **values}.items() if name in use.fields}
     missing = [name for name in use.required if name not in values]

@@ -21,6 +21,7 @@ class Use(Generic[Config]):
     given: str = ""  # the option that requests this use, if a command has several
     # From the options that were given to those of the run that is resumed, which stand in for the others.
     resumed: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    check_given: Callable[[Mapping[str, Any]], None] | None = None  # UserError for options that contradict each other
 
     @cached_property
     def fields(self) -> dict[str, "Field[Any]"]:
@@ -145,7 +146,7 @@ def _import_checkpoint() -> Use[Any]:
 def _generate() -> Use[Any]:
     from stablevm.sampling.config import GenerateConfig
 
-    return Use(GenerateConfig, work.generate)
+    return Use(GenerateConfig, work.generate, check_given=GenerateConfig.check_given)
 
 
 def _demo() -> Use[Any]:
@@ -168,8 +169,10 @@ def _evaluate() -> Use[Any]:
 
 def _evaluate_checkpoint() -> Use[Any]:
     from stablevm.evaluation.config import EvaluateCheckpointConfig
+    from stablevm.sampling.config import GenerateConfig
 
-    return Use(EvaluateCheckpointConfig, work.evaluate_checkpoint, given="ckpt")
+    check = GenerateConfig.check_given
+    return Use(EvaluateCheckpointConfig, work.evaluate_checkpoint, given="ckpt", check_given=check)
 
 
 def _reference() -> Use[Any]:

@@ -1,6 +1,7 @@
 """The options of `generate`. Free of torch, so that `--help` stays quick."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -134,6 +135,13 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
         ]
         require(self, expected)
         self._check_classes()
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> None:
+        """UserError for options that were given and contradict each other, which their values alone can't show."""
+        solver = given.get("solver", "heun")
+        if given.get("heun") and solver != "heun":
+            raise UserError(f"--heun is the same as --solver heun, and --solver {solver} was given: leave out one")
 
     def _solver_expectations(self) -> list[Expectation]:
         return [

@@ -167,6 +167,8 @@ class TrainConfig(
         if self.loss_type == "si":
             bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors", "references_from"), "--loss-type si")
+        elif self.bank_is_fixed:
+            idle["prefill_bank_fully"] = "--bank-capacity-per-class all"
         if not self.use_proj_loss:
             projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
             more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma", "proj_stop_step")

@@ -100,7 +100,29 @@ def open_data(config: TrainConfig) -> PreparedDataset:
         )
     if config.use_proj_loss:
         dataset.check_images()
-    return MirroredDataset(dataset) if config.horizontal_flips else dataset
+    dataset = MirroredDataset(dataset) if config.horizontal_flips else dataset
+    check_warmup(config, config.total_steps(len(dataset)))
+    return dataset
+
+
+def check_warmup(config: TrainConfig, total_steps: int) -> None:
+    """UserError for a rate that is still rising when the run ends, or that a cosine has no step to lower again."""
+    falls = config.lr_schedule == "cosine"
+    most = total_steps - falls
+    if config.lr_warmup_steps > most:
+        cosine = ", as --lr-schedule cosine needs a step after them" if falls else ""
+        raise UserError(
+            f"--lr-warmup-steps {config.lr_warmup_steps}: the run has {total_steps:,} steps (--max-train-steps, "
+            f"--epochs); give at most {most}{cosine}"
+        )
+
+
+def short_run_warnings(config: TrainConfig, total_steps: int) -> list[str]:
+    """A warning for an option that would have an effect only in a longer run."""
+    if config.use_proj_loss and config.proj_stop_step >= total_steps:
+        stop = as_typed("proj_stop_step", config.proj_stop_step)
+        return [f"{stop} has no effect in a run of {total_steps:,} steps (--max-train-steps, --epochs)"]
+    return []
 
 
 def class_names(config: TrainConfig, dataset: PreparedDataset) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ from stablevm.training.start import (
     find_start,
     open_data,
     record_data,
+    short_run_warnings,
 )
 from stablevm.training.step import rate_at
 from stablevm.training.summary import closing, next_command, opening
@@ -78,6 +79,7 @@ def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
     unchecked = check_data(config, dataset, start)
     if accelerator.is_main_process:
         notes = empty_classes_warning(config, dataset) + decoding_notes(config.vae, dataset.latent)
+        notes += short_run_warnings(config, config.total_steps(len(dataset)))
         if config != given:
             notes.append(f"--encoder-resize {config.encoder_resize} stays: version 0.1 started this run so")
         for line in config.warnings() + notes + unchecked:

@@ -162,6 +162,18 @@ def test_evaluate_takes_samples_or_a_checkpoint():
         options_of("x.npz", "--reference=r", "--num-steps=3", "--vae=x", command=EVALUATE)
 
 
+@pytest.mark.parametrize("name, more", [("generate", []), ("evaluate", ["--reference=r"])])
+def test_two_spellings_of_the_solver_may_not_contradict_each_other(name, more, tmp_path, capsys):
+    words = [name, "--ckpt=c", *more, "--mode=ode", "--heun"]
+    asked = options_of(*words[1:], "--solver=heun", command=BY_NAME[name])
+    assert (asked if name == "generate" else asked.sampling).effective().solver == "heun"
+    in_file = ["--config", written(tmp_path, 'solver = "euler"')]
+    for given in (["--solver=euler"], ["--solver=dopri5"], in_file):
+        assert cli.main([*words, *given]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --heun is the same as --solver heun, and --solver ") and error.count("\n") == 1
+
+
 def test_a_file_for_another_use_is_refused_as_its_options_are(tmp_path):
     path = written(tmp_path, "num-steps = 3\ncfg-scale = 1.5")
     assert options_of("--ckpt=c", "--reference=r", "--config", path, command=EVALUATE).sampling.num_steps == 3

@@ -10,7 +10,7 @@ import pytest
 
 from stablevm.support.errors import UserError
 from stablevm.training.config import FREE_ON_RESUME, TrainConfig
-from stablevm.training.start import as_started
+from stablevm.training.start import as_started, short_run_warnings
 from tests.helpers.data_sets import one_line
 
 PLAIN = TrainConfig(exp_name="run", data_dir=Path("data"))
@@ -103,6 +103,7 @@ PROJECTION = {
         *((PLAIN, {option: value}, "--loss-type si") for option, value in BANK.items()),
         *((PLAIN, {option: value}, "--no-use-proj-loss") for option, value in PROJECTION.items()),
         (ALIGNED, {"proj_k": 5.0}, "--proj-weight-schedule hard"),
+        (replace(STABLE, bank_capacity_per_class="all"), {"prefill_bank_fully": True}, "--bank-capacity-per-class all"),
         (ALIGNED, {"irepa_gamma": 0.5}, "--no-use-irepa"),
         (replace(ALIGNED, proj_weight_schedule="constant"), {"proj_tau": 0.5}, "--proj-weight-schedule constant"),
     ],
@@ -197,6 +198,13 @@ def test_the_end_of_a_cosine_is_not_free(option):
 def test_total_steps(epochs, steps, samples, batch, total):
     config = replace(PLAIN, epochs=epochs, max_train_steps=steps, batch_size=batch)
     assert config.total_steps(samples) == total
+
+
+def test_a_stop_after_the_last_step_is_named_with_the_steps_of_the_run():
+    assert short_run_warnings(replace(ALIGNED, proj_stop_step=99), 100) == []
+    assert short_run_warnings(replace(PLAIN, proj_stop_step=100), 100) == [], "`warnings` names it"
+    (line,) = short_run_warnings(replace(ALIGNED, proj_stop_step=100), 100)
+    assert line.startswith("--proj-stop-step 100 has no effect in a run of 100 steps")
 
 
 def test_lists_take_spaces():

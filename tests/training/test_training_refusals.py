@@ -46,6 +46,14 @@ MISTAKES = {
     "nothing to resume": ({"resume": True}, "--resume: .* has no checkpoint"),
     "precision": ({"mixed_precision": "fp16"}, "--mixed-precision fp16: there is no GPU here"),
     "chance": ({"cfg_prob": 1.5}, r"--cfg-prob 1.5: expected a probability in \[0, 1\]"),
+    "warm-up": (
+        {"lr_warmup_steps": 7},
+        "--lr-warmup-steps 7: the run has 6 steps .--max-train-steps, --epochs.; give at most 6$",
+    ),
+    "warm-up and cosine": (
+        {"lr_warmup_steps": 6, "lr_schedule": "cosine"},
+        "--lr-warmup-steps 6: the run has 6 steps .*; give at most 5, .*--lr-schedule cosine",
+    ),
     "tracker": ({"report_to": "pigeon"}, "--report-to pigeon: expected of tensorboard, wandb, none"),
 }
 
