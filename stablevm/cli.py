@@ -17,7 +17,7 @@ from stablevm.support.errors import UserError, arguments_spelt
 from stablevm.support.extras import explained
 from stablevm.support.launcher import tell
 from stablevm.support.options import options_of
-from stablevm.support.text import printable_streams, usable_streams
+from stablevm.support.text import nearest, printable_streams, shown, usable_streams
 from stablevm.support.version import __version__
 
 USER_ERROR_STATUS = 2
@@ -119,15 +119,24 @@ def _choose(program: str, what: str, table: Table, arguments: list[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name in table:
         return table[name][0](rest)
-    width = max(map(len, table))
-    lines = [f"  {command.ljust(width)}  {purpose}" for command, (_, purpose) in table.items()]
-    usage = f"usage: {program} {what} ... ({what} --help lists its options)"
-    text = "\n".join([usage, "", f"{what.lower()}s:", *lines])
     if name in ("-h", "--help"):
-        print(text)
+        width = max(map(len, table))
+        lines = [f"  {command.ljust(width)}  {purpose}" for command, (_, purpose) in table.items()]
+        usage = f"usage: {program} {what} ... ({what} --help lists its options)"
+        print("\n".join([usage, "", f"{what.lower()}s:", *lines]))
         return 0
-    print(f"error: unknown {what.lower()} {name!r}\n\n{text}", file=sys.stderr)
+    tell(f"error: {_unknown(program, what, table, name)}")
     return USER_ERROR_STATUS
+
+
+def _unknown(program: str, what: str, table: Table, name: str) -> str:
+    """The line about a command or step that there is not, with the nearest that there is."""
+    if name.startswith("-"):
+        return f"{shown(name, quoted=False)}: expected first one of {', '.join(table)}"
+    behind = {word: command.name for command in COMMANDS for word in command.name.split()[1:] if program == "stablevm"}
+    near = nearest(name, [*table, *behind])
+    remedy = f"expected one of {', '.join(table)}" if near is None else f"did you mean {behind.get(near, near)}?"
+    return f"{shown(name, quoted=False)}: {program} has no such {what.lower()}; {remedy}"
 
 
 def _run(command: Command, program: str, arguments: list[str]) -> int:

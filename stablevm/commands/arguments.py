@@ -9,18 +9,20 @@ import functools
 import inspect
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, make_dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from stablevm.commands.faults import fault_in
 from stablevm.commands.table import Command, Use
 from stablevm.support.errors import UserError
-from stablevm.support.launcher import is_alone, tell
+from stablevm.support.launcher import Place
 from stablevm.support.options import Group, in_options, is_positional
 from stablevm.support.text import printable
 
@@ -38,6 +40,9 @@ class Common:
     """Print only warnings, errors and the last line."""
 
 
+_COMMON = Group("", "", Common, fields(Common))
+
+
 @dataclass(frozen=True)
 class Parsed:
     """The result of parsing a command line."""
@@ -50,8 +55,8 @@ class Parsed:
 def parse(command: Command, program: str, arguments: Sequence[str]) -> Parsed:
     """Parse the arguments and the files that they name.
 
-    It ends the program with status 2 for arguments that tyro rejects, and with status 0 after help. UserError for a
-    file that can't be read, for an option of another use of the command, and for a missing option.
+    It ends the program with status 0 after help. UserError for arguments that the parser refuses, a file that can't be
+    read, an option of another use of the command, and a missing option.
     """
     given = _given(command, program, arguments)
     common = Common(**{field.name: given.pop(field.name) for field in fields(Common) if field.name in given})
@@ -99,10 +104,12 @@ def build(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _given(command: Command, program: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that were given; the parser's errors are printed once for all processes."""
+    """The options that were given; UserError, in one line, where the parser draws a box, or for a place of a process
+    that no launcher says."""
+    Place.from_environment()
     told = io.StringIO()
     try:
-        with nullcontext() if is_alone() else redirect_stderr(told):
+        with redirect_stderr(told):
             found: Any = tyro.cli(
                 parser_type(command),
                 prog=program,
@@ -110,11 +117,17 @@ def _given(command: Command, program: str, arguments: Sequence[str]) -> dict[str
                 args=arguments,
                 config=FLAGS,
             )
-    except SystemExit:
-        if told.getvalue():
-            tell(told.getvalue().rstrip(), kept="\n")
-        raise
+    except SystemExit as end:
+        if not end.code:  # after help
+            raise
+        groups = [*command.groups, _COMMON]
+        raise UserError(fault_in(groups, program, arguments) or _unboxed(told.getvalue())) from None
     return {name: value for name, value in _inside(found) if value is not None}
+
+
+def _unboxed(text: str) -> str:
+    """The parser's words without the frame around them."""
+    return printable(" ".join(re.sub("[╭╮╰╯│─]", " ", text).split()))
 
 
 def _inside(parsed: Any) -> Iterator[tuple[str, Any]]:
@@ -131,7 +144,7 @@ def parser_type(command: Command) -> type:
 
     An option that is not given is None, which can't be typed.
     """
-    general = _options(Group("", "", Common, fields(Common)))
+    general = _options(_COMMON)
     if len(command.groups) == 1:
         return make_dataclass("Options", _options(command.groups[0]) + general)
     groups: list[tuple[str, Any]] = []

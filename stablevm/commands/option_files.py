@@ -4,7 +4,6 @@ A file holds the options of one command, or a table for each of several commands
 table `about` with a description.
 """
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.extras import need
 from stablevm.support.files import CHECKPOINTS, LARGEST_JSON
-from stablevm.support.text import printable, shown
+from stablevm.support.text import nearest, printable, shown
 from stablevm.training.config import CONFIG_FILE, TrainConfig
 
 
@@ -122,5 +121,5 @@ def _hint(command: Command, name: str) -> Any:
 
 
 def _nearest(name: str, command: Command) -> str:
-    near = difflib.get_close_matches(name, command.fields, n=1, cutoff=0.0)
-    return f"; the nearest is {near[0]}" if near else ""
+    near = nearest(name, command.fields)
+    return f"; the nearest is {near}" if near else ""

@@ -210,7 +210,7 @@ def _first_that_fits(hints: Iterable[Any], value: Any, where: str) -> Any:
     ]
     if containers:  # the value has this type's form, but something inside it is wrong
         raise containers[0]
-    expected = " or ".join(_name(hint) for hint, _ in faults if hint is not type(None))
+    expected = words_for(Union[tuple(hint for hint, _ in faults)])  # noqa: UP007
     raise _MismatchError(where, f"{shown(value)}, expected {expected}")
 
 
@@ -246,14 +246,16 @@ def _inside(where: str, name: str) -> str:
 
 
 def _mismatch(hint: Any, value: Any, where: str) -> _MismatchError:
-    return _MismatchError(where, f"{shown(value)}, expected {_name(hint)}")
+    return _MismatchError(where, f"{shown(value)}, expected {words_for(hint)}")
 
 
-def _name(hint: Any) -> str:
-    """The plain English name for values of the type."""
+def words_for(hint: Any) -> str:
+    """The plain English name for values of the type; that None is allowed too is left out."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _name(arguments[0])
+        return words_for(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(words_for(each) for each in arguments if each is not type(None))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin is tuple and arguments[-1] is not Ellipsis:

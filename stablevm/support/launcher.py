@@ -52,17 +52,12 @@ def _number(name: str, least: int) -> int:
     return int(text)
 
 
-def is_alone() -> bool:
-    """Whether this is the only process; UserError as in `Place.from_environment`."""
-    return Place.from_environment().world_size == 1
-
-
-def tell(line: str, *, kept: str = "") -> None:
+def tell(line: str) -> None:
     """Print the last line of a command on stderr, once for all processes that end with the same line.
 
     The first process to get here prints it. The others wait until it has, because when one process ends, the launcher
     ends all. They coordinate through the launcher's store, so timing does not matter and nothing is left behind.
-    Processes that were started one by one have no store, and each prints its own line. kept: as for `text.printable`.
+    Processes that were started one by one have no store, and each prints its own line.
     """
     try:
         place = Place.from_environment()
@@ -78,7 +73,7 @@ def tell(line: str, *, kept: str = "") -> None:
         if store.add(f"{printed}/processes", 1) > 1 and _wait_for_key(store, printed):
             return
     process = f" (process {place.rank})" if place.rank else ""
-    print(printable(line + process, kept=kept), file=sys.stderr, flush=True)
+    print(printable(line + process), file=sys.stderr, flush=True)
     if store is not None:
         store.set(printed, "yes")
 

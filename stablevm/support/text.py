@@ -1,14 +1,16 @@
 """Untrusted text, such as names of files and classes, made safe to print on a terminal."""
 
+import difflib
 import json
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+_ALIKE = 0.6  # the least likeness, from 0 to 1, of a word that may have been meant
 _LONGEST = 60  # characters of a value in a message
 # Control characters, invisible formatting characters (some reorder text), surrogates, line and paragraph separators.
 _UNPRINTED = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
@@ -43,6 +45,12 @@ def brief(value: Any, longest: int = 200) -> str:
     """The text of any value, printable, on one line, and cut to `longest` characters."""
     text = str(value)
     return printable(text[:longest]) + ("…" if len(text) > longest else "")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like the one given; None if none is."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=_ALIKE)
+    return found[0] if found else None
 
 
 def caption(text: str, longest: int = 80) -> str:

@@ -118,9 +118,3 @@ def test_damaged_checkpoint(root, capsys):
     file = folder / "checkpoints" / "0000002" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "model.safetensors is damaged" in refusal(runs.as_arguments(runs.config(root, "broken")), capsys, folder)
-
-
-def test_unknown_options_are_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.train(["--exp-name=x", "--data-dir=y", "--learning-speed=3"])
-    assert end.value.code == 2 and "--learning-speed" in capsys.readouterr().err
