@@ -24,7 +24,7 @@ def test_the_oldest_dependencies_are_the_lower_bounds():
     groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     asked = {re.match(r"[\w.-]+", each)[0] for group in groups for each in group} - {PROJECT["name"]}
     assert sorted(names) == sorted(asked), "one line each"
-    assert "torch==2.6" in lines and "python .github/oldest.py" in WORKFLOW
+    assert "torch==2.7" in lines and "python .github/oldest.py" in WORKFLOW
 
 
 def test_the_published_set_up_line_installs_everything():
