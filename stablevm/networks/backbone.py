@@ -5,6 +5,7 @@ from abc import abstractmethod
 from torch import Tensor, nn
 
 from stablevm.networks.network_config import NetworkConfig
+from stablevm.support.errors import UserError, arg
 
 
 class Backbone(nn.Module):
@@ -26,3 +27,10 @@ class Backbone(nn.Module):
     @abstractmethod
     def compile_blocks(self) -> None:
         """Compile the network's blocks with torch.compile, without changing the names of parameters."""
+
+    def checkpoint_activations(self) -> None:
+        """From now on save only each block's input for the backward pass, which computes the rest again.
+
+        UserError for a network that does not support it.
+        """
+        raise UserError(f"{arg('checkpoint_activations')}: a network of kind {self.config.kind} does not support it")

@@ -10,6 +10,7 @@ from abc import abstractmethod
 import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.initialisation import materialize, normal, xavier_uniform
@@ -29,6 +30,7 @@ class DiffusionTransformer(Backbone):
     """
 
     config: TransformerConfig
+    _saves_inputs_only = False  # for the backward pass, as `checkpoint_activations` asks
 
     def __init__(self, config: TransformerConfig, generator: torch.Generator | None = None) -> None:
         """Build the network on the default device.
@@ -95,7 +97,7 @@ class DiffusionTransformer(Backbone):
         context = self._context(x.device)
         projected: list[Tensor] = []
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, condition, *context)
+            tokens = self._through(block, tokens, condition, *context)
             if features and number == self.config.encoder_depth:
                 projected = [projector(tokens) for projector in self.projectors]
         prediction = self._unpatchify(self.final_layer(tokens, condition))
@@ -105,6 +107,16 @@ class DiffusionTransformer(Backbone):
         """Compile the blocks, which share one compiled function, without changing the names of parameters."""
         for block in self.blocks:
             block.compile()
+
+    def checkpoint_activations(self) -> None:
+        """Save only each block's input for the backward pass (Chen et al., 2016): less memory, a third more work."""
+        self._saves_inputs_only = True
+
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self._saves_inputs_only and torch.is_grad_enabled():
+            tokens: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random
+            return tokens
+        return block(*inputs)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Arrange patches (B, T, p * p * C), each row by row with channels last, as (B, C, H, W)."""

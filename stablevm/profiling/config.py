@@ -39,6 +39,8 @@ class BenchmarkConfig:
     """Arithmetic of the network and the encoder."""
     compile: bool = False
     """Compile the network's blocks."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the network's blocks for the backward pass, which computes the rest again."""
     fused_attn: bool = True
     """Compute attention with the fused kernel."""
     enc_type: str = "dinov2-vit-b"

@@ -137,6 +137,7 @@ def _training(config: BenchmarkConfig, name: str, scratch: Path) -> TrainConfig:
         gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
         mixed_precision=config.mixed_precision,
         compile=config.compile,
+        checkpoint_activations=config.checkpoint_activations,
         fused_attn=config.fused_attn,
         loss_type=loss,
         bank_capacity_per_class=config.bank_capacity_per_class,
@@ -173,5 +174,6 @@ def _encoders(trainings: Iterable[TrainConfig], dataset: PreparedDataset) -> lis
 
 def _settings(training: TrainConfig) -> str:
     compiled = ", compiled" if training.compile else ""
+    compiled += ", checkpointed activations" if training.checkpoint_activations else ""
     precision = "float32" if training.mixed_precision == "no" else training.mixed_precision
     return f"{training.model}, batch {training.batch_size}, {precision}{compiled}"

@@ -44,7 +44,7 @@ FREE_ON_RESUME = frozenset(
         "resume", "resume_step", "exp_name", "output_dir", "report_to", "num_workers", "max_train_steps", "epochs",
         "data_dir",  # the data may have moved: `start.check_data` compares the content
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
-        "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "vae",
+        "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "checkpoint_activations", "vae",
         "proj_stop_step",  # `start.changes` tells of it
         *_NOT_NEEDED, "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }

@@ -54,6 +54,8 @@ class Engine:
         if config.compile:
             check_compiler(device)
             model.compile_blocks()
+        if config.checkpoint_activations:
+            model.checkpoint_activations()
         self.objective = make_objective(config, self.card.model, dataset, device)
         optimizer = GuardedAdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],

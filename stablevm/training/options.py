@@ -238,3 +238,6 @@ class HardwareOptions:
     """Compute attention with the fused kernel."""
     compile: bool = False
     """Compile the network's blocks: the first step takes a minute, later ones less time and memory."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the network's blocks for the backward pass, which computes the rest again: the same
+    numbers, much less memory, about a third more work."""

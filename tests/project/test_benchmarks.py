@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RUNS = {
+    "activations": ("--model=SiT-XXS/2", "--side=8", "--batch-size=2", "--repeats=1"),
     "assembly": ("{folder}", "--images=8", "--side=8"),
     "bank": ("--classes=4", "--capacity=8", "--batch=8", "--shape", "1", "4", "4", "--repeats=1"),
     "evaluation": ("--samples=64", "--reference=64", "--no-peers"),
