@@ -78,7 +78,7 @@ class EvaluateConfig(EvaluationOptions):
     """Evaluate a file of generated images: FID, sFID, inception score, precision and recall, as ADM's suite has them.
 
     To evaluate a checkpoint without writing its images, give --ckpt and the options of generate instead of SAMPLES.
-    Several processes share the work: torchrun --nproc_per_node=4 evaluate.py ...
+    Several processes share the work: torchrun --nproc_per_node=4 -m stablevm evaluate ...
     """
 
     GROUP: ClassVar[str] = "samples"

@@ -79,7 +79,9 @@ def write_sample_report(
 
 def _command() -> list[str]:
     """The command that is running; empty if the library is called from other code."""
-    program = {"stablevm": "stablevm", "evaluate": "python evaluate.py"}.get(Path(sys.argv[0]).stem)
+    path = Path(sys.argv[0])  # of `python -m stablevm`, which launchers use, it is stablevm/__main__.py
+    name = path.parent.name if path.stem == "__main__" else path.stem
+    program = {"stablevm": "stablevm", "evaluate": "python evaluate.py"}.get(name)
     return [f"{program} {shlex.join(sys.argv[1:])}"] if program else []
 
 

@@ -24,7 +24,7 @@ class BenchmarkConfig:
 
     Prints images per second, memory, the share of the machine's arithmetic, and hours to 80 and 800 epochs of the data;
     writes steps.json and steps.png. Nothing is downloaded: the encoder has random weights, and without --data-dir the
-    data are random values of ImageNet's shape and number. To measure several processes, start it as train.py is.
+    data are random values of ImageNet's shape and number. To measure several processes, start it as training is.
     """
 
     objectives: str = "si,stablevm,si+repa,stablevm+va-repa"

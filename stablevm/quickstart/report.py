@@ -193,12 +193,12 @@ def _commands(config: QuickstartConfig, arms: Sequence[Arm]) -> list[str]:
         command_line("stablevm extractor", recipe.extractor_config(config)),
     ]
     for arm in arms:
-        lines.append(command_line("accelerate launch train.py", recipe.train_config(arm.config)))
+        lines.append(command_line("stablevm train", recipe.train_config(arm.config)))
         for guide, path in arm.samples.items():
             sampling = recipe.generate_config(arm.config, arm.weights, guide)
             evaluation = recipe.evaluate_config(arm.config, path)
-            lines.append(command_line("python generate.py", sampling))
-            lines.append(command_line("python evaluate.py", evaluation, "samples"))
+            lines.append(command_line("stablevm generate", sampling))
+            lines.append(command_line("stablevm evaluate", evaluation, "samples"))
     return lines
 
 

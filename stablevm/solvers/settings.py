@@ -40,7 +40,8 @@ class SamplerOptions:
     """Steps spaced as EDM's noise levels, densest near the image, instead of evenly."""
     time_shift: float | None = None
     """Shift of the grid of times towards noise, more than 0: sigma / alpha of each time is multiplied by it, so that on
-    the linear path t becomes s t / (1 + (s - 1) t). Default: as the network was trained; 1 is none."""
+    the linear path t becomes s t / (1 + (s - 1) t). 1 leaves the grid as it is.
+    Default: as the network was trained."""
     diffusion_scale: float = 1.0
     """Noise of the sde, 0 or more: its diffusion is this times sigma(t). 1 as in StableVM, 2 as in REPA."""
     last_time: float = 0.04

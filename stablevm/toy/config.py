@@ -1,4 +1,4 @@
-"""The options of `gmm_exp.py`. Free of torch, so that `--help` stays quick."""
+"""The options of `stablevm toy`. Free of torch, so that `--help` stays quick."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ class ToyConfig:
     ema_decay: Decay = 0.999
     """Decay of the moving average of the weights, which is evaluated; in [0, 1)."""
     ema_warmup: bool = False
-    """Let the moving average forget its first updates faster, as in train.py; the published study does not."""
+    """Let the moving average forget its first updates faster, as in `stablevm train`; the published study does not."""
     network: Literal["adaptive", "perceptron"] = "adaptive"
     """The published network, modulated by the time (14,634 parameters in 10 dimensions), or a plain perceptron."""
     width: Count = 32

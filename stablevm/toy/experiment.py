@@ -1,4 +1,4 @@
-"""The command `gmm_exp.py`: train the requested methods that have no result yet, then plot and tabulate all results."""
+"""The command `stablevm toy`: train the methods that have no result yet, then plot and tabulate all results."""
 
 import dataclasses
 import math

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from stablevm.evaluation.page import Figure, write_page
-from stablevm.evaluation.sample_report import Point, _closest
+from stablevm.evaluation.sample_report import Point, _closest, _command
 from stablevm.figures.evaluation import plot_class_rows, plot_loss, plot_metrics
 from stablevm.metrics.frechet import FRECHET
 from stablevm.metrics.precision_recall import PRECISION, RECALL
@@ -187,3 +187,17 @@ def test_nearest_samples_are_of_every_class() -> None:
     many = torch.arange(60.0)
     assert _closest(many, np.arange(60) // 5).tolist() == list(range(0, 50, 5)), "one of each of ten classes"
     assert _closest(many, np.arange(60) // 30).tolist() == [0, 1, 2, 3, 4, 30, 31, 32, 33, 34]
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/usr/bin/stablevm", ["stablevm evaluate samples.npz"]),
+        ("/code/stablevm/__main__.py", ["stablevm evaluate samples.npz"]),
+        ("evaluate.py", ["python evaluate.py evaluate samples.npz"]),
+        ("/lib/pytest/__main__.py", []),
+    ],
+)
+def test_the_command_that_made_a_report(monkeypatch, program, shown):
+    monkeypatch.setattr("sys.argv", [program, "evaluate", "samples.npz"])
+    assert _command() == shown

@@ -53,7 +53,7 @@ def test_summary_and_report(finished):
     report = (finished / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 3 + 2 + 2 and 'src="http' not in report
     text = re.sub("<[^>]+>", "", report)
-    assert "accelerate launch train.py" in text and "--loss-type stablevm" in text and "--exp-name si" in text
+    assert "stablevm train" in text and "--loss-type stablevm" in text and "--exp-name si" in text
     for told in (
         "StableVM, guidance 1.5, t <= 0.4",
         "CFM, no guidance",
