@@ -18,7 +18,7 @@ EncoderPrecision = Literal["fp32", "bf16"]
 # Which weights of a checkpoint: the moving average, or those of the last step.
 Weights = Literal["ema", "model"]
 # How an image is cut to a square or scaled.
-Transform = Literal["scale", "center-crop-dhariwal", "center-crop", "center-crop-wide", "none"]
+Transform = Literal["scale", "center-crop-dhariwal", "center-crop", "center-crop-wide", "pad", "none"]
 SquareTransform = Literal["center-crop-dhariwal", "center-crop", "none"]
 # Distances between features: of float32 values, or as ADM's script rounds them.
 Arithmetic = Literal["exact", "adm"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture
-from stablevm.preparation.sources import Source
+from stablevm.preparation.source import Source
 from stablevm.support.errors import UserError
 
 

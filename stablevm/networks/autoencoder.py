@@ -18,7 +18,7 @@ from torch import Tensor
 from stablevm.support.errors import UserError, arg
 from stablevm.support.files import sha256
 
-IDENTITY = "identity"
+IDENTITY, GREY = "identity", "grey"
 # Stable Diffusion's autoencoder (Rombach et al., 2022) and its fine-tuned decoders: the scale of the latents, and the
 # number of pixels along the side of one.
 SD_SCALE, SD_FACTOR = 0.18215, 8
@@ -41,7 +41,9 @@ class LatentSpec:
     shape: tuple[int, int, int]  # channels, height, width
     scale: PerChannel
     shift: PerChannel
-    autoencoder: str  # "identity" (latent = pixels), or the name or folder of one of diffusers
+    autoencoder: (
+        str  # "identity" (latent = pixels), "grey" (latent = grey pixels), or the name or folder of one of diffusers
+    )
     fingerprint: str | None = None  # SHA-256 of a folder's configuration and weights; None for names, and in old files
     measured: bool = False  # whether scale and shift were measured on the data, instead of from the configuration
     deterministic: bool = False  # whether moments are means alone, because the encoder gives no standard deviation
@@ -173,8 +175,31 @@ class IdentityAutoencoder:
         return unit_to_pixels(self.latent.denormalize(latents.float())).expand(-1, 3, -1, -1).cpu()
 
 
+class GreyAutoencoder:
+    """Grey pixels: latents of one channel are the lightness in [-1, 1], and decode to grey images."""
+
+    # of red, green and blue in the lightness, as in ITU-R BT.601; exact for pixels that are grey already
+    WEIGHTS = (0.299, 0.587, 0.114)
+
+    def __init__(self, latent: LatentSpec) -> None:
+        if latent.shape[0] != 1 or not latent.deterministic:
+            raise UserError(
+                f"autoencoder {GREY}: latents of {latent.shape[0]} channels are not grey pixels; give the autoencoder "
+                f"of the data, {latent.autoencoder}"
+            )
+        self.latent = latent
+
+    def encode(self, images: Tensor) -> Tensor:
+        weights = torch.tensor(self.WEIGHTS, device=images.device).view(3, 1, 1)
+        return pixels_to_unit((images.float() * weights).sum(1, keepdim=True).round())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return unit_to_pixels(self.latent.denormalize(latents.float())).expand(-1, 3, -1, -1).cpu()
+
+
 def load_autoencoder(latent: LatentSpec, *, name: str | None = None, device: torch.device | str = "cpu") -> Autoencoder:
-    """Load the autoencoder of `latent`, or the one called `name`: "identity", "mse", "ema", a hub name or a folder.
+    """Load the autoencoder of `latent`, or the one called `name`: "identity", "grey", "mse", "ema", a hub name or a
+    folder.
 
     Raises UserError if it can't be loaded, if its channels, scale or shift differ from those of `latent`, or if the
     content of the recorded folder has changed.
@@ -222,6 +247,14 @@ def _identity_latent(source: str, resolution: int) -> LatentSpec:
     return LatentSpec(shape=(3, resolution, resolution), scale=1.0, shift=0.0, autoencoder=IDENTITY)
 
 
+def _load_grey(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:
+    return GreyAutoencoder(latent)
+
+
+def _grey_latent(source: str, resolution: int) -> LatentSpec:
+    return LatentSpec((1, resolution, resolution), scale=1.0, shift=0.0, autoencoder=GREY, deterministic=True)
+
+
 def _latent_of_diffusers(source: str, resolution: int) -> LatentSpec:
     from stablevm.networks.diffusers_autoencoders import latent_of
 
@@ -246,7 +279,10 @@ def _load_by_diffusers(latent: LatentSpec, source: str, recorded: bool, device: 
 
 
 # Kinds that have names of their own; any other name is the folder or the hub name of one of diffusers.
-AUTOENCODERS = [AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, lambda source: 1, _load_identity)]
+AUTOENCODERS = [
+    AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, lambda source: 1, _load_identity),
+    AutoencoderKind(lambda source: source == GREY, _grey_latent, lambda source: 1, _load_grey),
+]
 _OF_DIFFUSERS = AutoencoderKind(lambda source: True, _latent_of_diffusers, _factor_of_diffusers, _load_by_diffusers)
 
 

@@ -29,18 +29,26 @@ class ConvertConfig:
     """
 
     source: Path
-    """Folder of class folders; or folder or .zip archive with dataset.json; or folder or archive of images."""
+    """Folder of class folders; or folder or .zip archive with dataset.json; or folder or archive of images; or file or
+    folder of IDX (MNIST's) or binary CIFAR files."""
     dest: Path
     """Folder for the result, or a name that ends with .zip for an uncompressed archive."""
+    split: str | None = None
+    """Split of a source that has several, such as test. Default: train, or the only one."""
+    class_names: str | None = None
+    """Names of the classes in the order of their numbers: separated by commas, or a text file with a name on each line.
+    Default: the source's."""
     resolution: str | None = None
     """Width x height of the result, such as 256x256 or 256,256. With scale and none it may be left out: then all images
     must have the size of the first."""
     transform: Transform = "scale"
     """scale: bring the whole image to --resolution by Lanczos; center-crop-dhariwal: halve by a box filter, then
     bicubic, then crop, as ADM; center-crop: the middle square, then Lanczos; center-crop-wide: the middle rows, then
-    Lanczos, black bars above and below; none: no change of size."""
+    Lanczos, black bars above and below; pad: the whole image in the middle of black; none: no change of size."""
+    part: str = "1/1"
+    """Only a part of the images: 2/3 is every third image by name, beginning with the second."""
     max_images: Count | None = None
-    """Only this many images, the first ones by name. Default: all."""
+    """Only this many images of these, the first ones by name. Default: all."""
     num_workers: Natural = 8
     """Processes that convert images; 0: this one."""
     batch_size: Count = 8
@@ -56,9 +64,31 @@ class ConvertConfig:
             raise UserError(f"--resolution {self.resolution}: expected WIDTHxHEIGHT or WIDTH,HEIGHT, such as 256x256")
         return int(match[1]), int(match[2] or match[1])
 
+    @property
+    def part_of_whole(self) -> tuple[int, int]:
+        """The number of the part, from 1, and the number of parts."""
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.part)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"--part {self.part}: expected NUMBER/PARTS with a number of 1 to PARTS, such as 1/2")
+        return int(match[1]), int(match[2])
+
+    def names_of_classes(self) -> tuple[str, ...] | None:
+        """The names in `class_names`, or in the file that it names; None without."""
+        if self.class_names is None:
+            return None
+        if Path(self.class_names).is_file():
+            lines = Path(self.class_names).read_text(encoding="utf-8", errors="replace").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
+        else:
+            names = [name.strip() for name in self.class_names.split(",")]
+        if not all(names) or len(set(names)) != len(names):
+            raise UserError(f"--class-names {self.class_names}: expected different names, or a file with one per line")
+        return tuple(names)
+
     def validate(self) -> None:
         """Raise UserError for the first option outside its range or in conflict with another."""
         size = self.size
+        _ = self.part_of_whole, self.names_of_classes()
         square = size is not None and size[0] == size[1]
         require(
             self,
@@ -87,7 +117,7 @@ class ConvertShardsConfig(ConvertConfig):
     transform: Transform = "center-crop-dhariwal"
     """center-crop-dhariwal: halve by a box filter, then bicubic, then crop, as ADM; center-crop: the middle square,
     then Lanczos; center-crop-wide: the middle rows, then Lanczos, black bars above and below; scale: bring the whole
-    image to --resolution by Lanczos; none: no change of size."""
+    image to --resolution by Lanczos; pad: the whole image in the middle of black; none: no change of size."""
     compress: bool = False
     """Store the images losslessly compressed (PNG): about 60 % of the space, and slower to read."""
 
@@ -112,7 +142,7 @@ class EncodeConfig:
     """Folder for the latents, or a name that ends with .zip for an uncompressed archive."""
     vae: Annotated[str, tyro.conf.arg(aliases=["--model-url"])] = "mse"
     """Autoencoder: mse or ema (Stability AI's), one of diffusers by name or folder (AutoencoderKL, AutoencoderDC,
-    AutoencoderRAE, Qwen-Image's, Flux 2's), or identity."""
+    AutoencoderRAE, Qwen-Image's, Flux 2's), identity (pixels), or grey (grey pixels, one channel)."""
     precision: EncoderPrecision = "fp32"
     """Arithmetic of the autoencoder."""
     max_images: Count | None = None
@@ -135,7 +165,7 @@ class EncodeShardsConfig:
     """Folder of converted shards: the --dest of convert."""
     vae: str = "mse"
     """Autoencoder: mse or ema (Stability AI's), one of diffusers by name or folder (AutoencoderKL, AutoencoderDC,
-    AutoencoderRAE, Qwen-Image's, Flux 2's), or identity."""
+    AutoencoderRAE, Qwen-Image's, Flux 2's), identity (pixels), or grey (grey pixels, one channel)."""
     precision: EncoderPrecision = "fp32"
     """Arithmetic of the autoencoder."""
     flip: bool = False

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stablevm.preparation.config import ConvertConfig
 from stablevm.preparation.outcome import Problem
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture, result_size
-from stablevm.preparation.sources import Source, printable
+from stablevm.preparation.source import Source, printable
 from stablevm.support.errors import UserError
 
 

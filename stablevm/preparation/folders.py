@@ -21,7 +21,8 @@ from stablevm.preparation.config import ConvertConfig, EncodeConfig
 from stablevm.preparation.crops import Cropped, Cropper, first_size, make_cropper
 from stablevm.preparation.encoding import BatchEncoder, make_encoder
 from stablevm.preparation.outcome import Report, conclude, make_report, tell
-from stablevm.preparation.sources import Source, open_source, printable
+from stablevm.preparation.source import Source, printable
+from stablevm.preparation.sources import open_source, select
 from stablevm.preparation.targets import Files, Target, target_of
 from stablevm.preparation.work import (
     PART_LENGTH,
@@ -41,7 +42,7 @@ def convert(config: ConvertConfig) -> int:
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
-    source = open_source(config.source).first(config.max_images)
+    source = select(config)
     tell(source, process)
     cropper = make_cropper(config, source)
     plan = {"step": "convert", **cropper.plan}

@@ -11,8 +11,8 @@ import numpy as np
 
 from stablevm.data.dataset import describe_classes
 from stablevm.data.listing import LISTING_FILE
-from stablevm.preparation import sources
-from stablevm.preparation.sources import Source
+from stablevm.preparation import source as images
+from stablevm.preparation.source import Source
 from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import parse_json, read_json, write_text
@@ -99,7 +99,7 @@ class Report:
 
 
 def strays(source: Source) -> list[Problem]:
-    return [Problem(None, sources.printable(name), "skipped", "not in a class folder") for name in source.stray]
+    return [Problem(None, images.printable(name), "skipped", "not in a class folder") for name in source.stray]
 
 
 def make_report(plan: dict[str, Any], source: Source, problems: Iterable[Problem]) -> Report:

@@ -14,7 +14,7 @@ from stablevm.preparation.config import PackConfig
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.outcome import REPORT_FILE, Problem, Report, conclude
 from stablevm.preparation.shards import image_tensors, pack_images
-from stablevm.preparation.sources import fingerprint, printable
+from stablevm.preparation.source import fingerprint, printable
 from stablevm.preparation.work import Job, begin, clear, shared
 from stablevm.support.errors import UserError
 from stablevm.support.locks import owned

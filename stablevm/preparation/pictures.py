@@ -124,6 +124,19 @@ def center_crop_wide(picture: Image.Image, size: Size) -> Image.Image:
     return canvas
 
 
+def pad(picture: Image.Image, size: Size) -> Image.Image:
+    """Place the whole image, unchanged, in the middle of black; BadPictureError if it is larger than `size`.
+
+    Odd pixels are added on the right and below.
+    """
+    width, height = size
+    if picture.width > width or picture.height > height:
+        raise BadPictureError(f"{picture.width} x {picture.height} pixels, larger than {width} x {height}")
+    canvas = Image.new("RGB", size)
+    canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+    return canvas
+
+
 def unchanged(picture: Image.Image, size: Size) -> Image.Image:
     """Return the image itself; BadPictureError if it does not have this size."""
     if picture.size != size:
@@ -136,6 +149,7 @@ TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
     "center-crop-dhariwal": dhariwal,
     "center-crop": center_crop,
     "center-crop-wide": center_crop_wide,
+    "pad": pad,
     "none": unchanged,
 }
 

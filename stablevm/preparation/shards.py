@@ -23,7 +23,8 @@ from stablevm.preparation.crops import Cropper, make_cropper, merged
 from stablevm.preparation.encoding import make_encoder
 from stablevm.preparation.joining import ShardJob, ShardRecord, shard_groups
 from stablevm.preparation.outcome import REPORT_FILE, Report, conclude, make_report, tell
-from stablevm.preparation.sources import Source, open_source
+from stablevm.preparation.source import Source
+from stablevm.preparation.sources import select
 from stablevm.preparation.work import (
     Job,
     begin,
@@ -48,7 +49,7 @@ def convert(config: ConvertShardsConfig) -> int:
     config.validate()
     process = Process.from_environment()
     check_apart(config.source, config.dest)
-    source = open_source(config.source).first(config.max_images)
+    source = select(config)
     tell(source, process)
     cropper = make_cropper(config, source)
     width, height = cropper.result_size

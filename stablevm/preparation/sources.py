@@ -1,23 +1,22 @@
 """The sources of images to prepare: their images and classes, ordered by name."""
 
-import hashlib
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stablevm.data.folders import why_no_source
 from stablevm.data.listing import LISTING_FILE, Listing, read_listing
 from stablevm.data.repa import LATENTS, is_repa_folder
 from stablevm.data.storage import FolderStorage, Storage, is_fault_of_file, open_storage
+from stablevm.preparation.config import ConvertConfig
+from stablevm.preparation.packed import open_packed
 from stablevm.preparation.pictures import is_picture
-from stablevm.support.errors import UserError
+from stablevm.preparation.source import ONE_CLASS, Source, printable
+from stablevm.support.errors import UserError, arg
 from stablevm.support.options import some_of
 
 # Suffixes of images. An image that can't be read is skipped, with its cause.
@@ -42,56 +41,22 @@ _LEFT_BY_SYSTEMS = re.compile(
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"])
 _BESIDE_SPLITS = frozenset(["", "image", "images", "img", "imgs", "data", "set", "split"])  # train2017, val_images
 OUR_FILES = (LISTING_FILE, "report.json")
-ONE_CLASS = ("all",)  # class names of a source without classes
 
 
-@dataclass(frozen=True)
-class Source:
-    """A source of images, sorted by name; image i is `names[i]` in the storage and has the class `labels[i]`."""
-
-    storage: Storage
-    names: list[str]
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)  # other entries of its dataset.json, such as the resolution
-    stray: tuple[str, ...] = ()  # images outside the class folders
-    ignored: int = 0  # files that are not images
-    hidden: int = 0  # hidden files, and files left by operating systems
-    unlisted: int = 0  # images that its dataset.json does not list
-    warnings: tuple[str, ...] = ()  # about classes that may be unintended
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.names, self.labels.tolist(), self.class_names)
-
-    def first(self, count: int | None) -> "Source":
-        """The source with only the first `count` images, but all classes; itself for None."""
-        if count is None or count >= len(self):
-            return self
-        return replace(self, names=self.names[:count], labels=self.labels[:count])
-
-    def empty_classes(self) -> list[str]:
-        """The names of classes without an image."""
-        counts = np.bincount(self.labels, minlength=len(self.class_names))
-        return [self.class_names[label] for label in np.flatnonzero(counts == 0)]
-
-
-def open_source(root: str | Path) -> Source:
+def open_source(root: str | Path, split: str | None = None) -> Source:
     """List the images below `root`, which has class folders, or is a folder or ZIP archive with dataset.json.
 
+    Or it is a file, or a folder of files, that holds many images (`packed.PACKED`); split: which of its splits.
     Without dataset.json, the folders directly below `root` are the classes, sorted by name, with images at any depth;
     a single folder that contains all others is skipped. If there are no such folders, or dataset.json has no labels,
     all images have the same class. Raises UserError if this is not a source, or must not be used in its present state.
     """
-    storage = open_storage(root)
     root = Path(root)
-    if isinstance(storage, FolderStorage) and is_repa_folder(root):
-        raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")
-    listing = _listing(storage)
-    source = next(found for read in SOURCES if (found := read(storage, listing)) is not None)
+    source = open_packed(root, split)
+    if source is None:
+        source = _open_pictures(root)
+        if split is not None:
+            raise UserError(f"{arg('split')} {split}: {root} has no splits that are known; give the folder of one")
     if not len(source):
         raise UserError(f"{root}: no images found; check the path")
     empty = source.empty_classes()
@@ -101,17 +66,21 @@ def open_source(root: str | Path) -> Source:
     return source
 
 
-def fingerprint(names: Sequence[str], labels: Sequence[int], class_names: Sequence[str]) -> str:
-    """A fingerprint of a list of images; a job resumes only with the list that it started with."""
-    digest = hashlib.sha256(json.dumps(class_names).encode())
-    for name, label in zip(names, labels, strict=True):
-        digest.update(os.fsencode(f"{name}\t{label}\n"))
-    return digest.hexdigest()
+def select(config: ConvertConfig) -> Source:
+    """The images of a source that are to be converted, with the names of classes that the options give."""
+    source = open_source(config.source, config.split)
+    names = config.names_of_classes()
+    if names is not None:
+        source = source.renamed(names)
+    return source.part(*config.part_of_whole).first(config.max_images)
 
 
-def printable(name: str) -> str:
-    """The name of a file in a form that is safe for JSON and for a terminal, whatever its bytes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _open_pictures(root: Path) -> Source:
+    storage = open_storage(root)
+    if isinstance(storage, FolderStorage) and is_repa_folder(root):
+        raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")
+    listing = _listing(storage)
+    return next(found for read in SOURCES if (found := read(storage, listing)) is not None)
 
 
 def _listing(storage: Storage) -> Listing | None:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablevm.networks.autoencoder import IDENTITY, LatentSpec, autoencoder_id, full_name, is_folder, latent_spec_of
+from stablevm.networks.autoencoder import (
+    GREY,
+    IDENTITY,
+    LatentSpec,
+    autoencoder_id,
+    full_name,
+    is_folder,
+    latent_spec_of,
+)
 from stablevm.networks.snapshot import ModelCard, checkpoint_in, load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import guidance_of
@@ -128,7 +136,7 @@ def idle_claims(config: GenerateConfig, card: ModelCard) -> list[str]:
 def _check_autoencoder(config: GenerateConfig, card: ModelCard) -> None:
     recorded = card.latent.autoencoder
     if config.vae is not None and full_name(config.vae) != full_name(recorded):
-        another_folder = recorded != IDENTITY and is_folder(config.vae)
+        another_folder = recorded not in (IDENTITY, GREY) and is_folder(config.vae)
         if not another_folder:
             raise UserError(
                 f"--vae {config.vae}: the checkpoint {config.ckpt} records {recorded}; leave the option out, "

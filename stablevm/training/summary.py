@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
-from stablevm.networks.autoencoder import IDENTITY
+from stablevm.networks.autoencoder import GREY, IDENTITY
 from stablevm.training import checkpoint
 from stablevm.training.config import CHECKPOINT_INTERVAL, KEPT_BETWEEN, TrainConfig
 from stablevm.training.console import Row
@@ -75,7 +75,8 @@ def _device(config: TrainConfig, accelerator: Accelerator) -> str:
 
 def _data(config: TrainConfig, dataset: PreparedDataset) -> str:
     channels, height, width = dataset.latent.shape
-    of = "pixels" if dataset.latent.autoencoder == IDENTITY else f"latents of {dataset.latent.autoencoder}"
+    pixels = {IDENTITY: "pixels", GREY: "grey pixels"}
+    of = pixels.get(dataset.latent.autoencoder, f"latents of {dataset.latent.autoencoder}")
     rows = f"{len(dataset):,} samples{' (half of them mirror images)' if config.horizontal_flips else ''}"
     classes = _count(dataset.num_classes, "class", "classes")
     return f"{config.data_dir}: {rows} in {classes}, {channels} x {height} x {width} {of}"

@@ -59,6 +59,18 @@ def test_identity_takes_the_first_channel_for_grey_and_undoes_scale_and_shift():
     assert torch.equal(decoded, pixels[:, :1].expand(-1, 3, -1, -1))
 
 
+def test_grey_returns_every_level_and_takes_the_lightness_of_colours():
+    latent = latent_spec_of("grey", 16)
+    assert latent.shape == latent.moments_shape == (1, 16, 16)
+    model = load_autoencoder(latent)
+    levels = torch.arange(256).to(torch.uint8).view(1, 1, 16, 16).expand(-1, 3, -1, -1)
+    assert torch.equal(model.decode(latent.means(model.encode(levels).half())), levels)
+    red_green_blue = torch.eye(3).mul(255).to(torch.uint8).view(3, 3, 1, 1)
+    assert model.decode(model.encode(red_green_blue))[:, 0].flatten().tolist() == [76, 150, 29]
+    with pytest.raises(UserError, match="latents of 4 channels are not grey pixels"):
+        load_autoencoder(LatentSpec((4, 32, 32), 0.18215, 0.0, "mse"), name="grey")
+
+
 def test_identity_refuses_latents_that_are_no_pixels():
     with pytest.raises(UserError, match=r"4 channels.*mse"):
         load_autoencoder(LatentSpec((4, 32, 32), 0.18215, 0.0, "mse"), name="identity")

@@ -18,7 +18,8 @@ from stablevm.data.writer import ShardWriter
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.preparation import joining
 from stablevm.preparation.pictures import TRANSFORMS
-from stablevm.preparation.sources import fingerprint, open_source
+from stablevm.preparation.source import fingerprint
+from stablevm.preparation.sources import open_source
 from stablevm.support.errors import UserError
 from tests.helpers.data_sets import one_line
 from tests.helpers.sources import write_source
