@@ -137,6 +137,12 @@ def _train() -> Use[Any]:
     return Use(TrainConfig, work.train, resumed=TrainConfig.resumed)
 
 
+def _average() -> Use[Any]:
+    from stablevm.training.average_config import AverageConfig
+
+    return Use(AverageConfig, work.average)
+
+
 def _import_checkpoint() -> Use[Any]:
     from stablevm.integrations.config import ImportConfig
 
@@ -245,6 +251,7 @@ COMMANDS = (
     ),
     Command("data info", "print facts about a prepared data set, and draw examples", (_info,), returns_status=True),
     Command("train", "train a network", (_train,), script="train.py"),
+    Command("average", "make the moving average of any width from a run's snapshots", (_average,)),
     Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
     Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stablevm.sampling.config import GenerateConfig
     from stablevm.study.config import VarianceConfig
     from stablevm.toy.config import ToyConfig
+    from stablevm.training.average_config import AverageConfig
     from stablevm.training.config import TrainConfig
 
 TRAINER = ("accelerate", "psutil", "timm")
@@ -36,6 +37,13 @@ def train(config: "TrainConfig") -> None:
     from stablevm.training.trainer import train
 
     train(config)
+
+
+def average(config: "AverageConfig") -> None:
+    need("stablevm average", "timm")
+    from stablevm.training.average import average
+
+    average(config)
 
 
 def generate(config: "GenerateConfig") -> None:

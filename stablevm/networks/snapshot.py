@@ -1,5 +1,6 @@
 """Saved networks: weights in safetensors, beside `model.json`, which holds all else that sampling needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -106,7 +107,11 @@ class ModelCard:
         }
 
 
-def save(folder: str | Path, card: ModelCard, weights: dict[Weights, dict[str, Tensor]]) -> None:
+def save(
+    folder: str | Path,
+    card: ModelCard,
+    weights: Mapping[str, Mapping[str, Tensor]] | Mapping[Weights, Mapping[str, Tensor]],
+) -> None:
     """Write each set of weights as `NAME.safetensors`, then the card; existing files are replaced."""
     folder = Path(folder)
     for name, tensors in weights.items():

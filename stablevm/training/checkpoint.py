@@ -29,6 +29,7 @@ BEST = "best"
 STATE_FILE = "training.json"
 SUMS_FILE = "SHA256SUMS"
 RECORD_FILE = "best.json"
+_AVERAGES = "average-*.safetensors"
 _UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
 ASIDE = "newer-than-"  # prefix of the folders for checkpoints that are set aside when a run returns to an earlier step
@@ -79,6 +80,7 @@ class TrainingState:
     bank: dict[str, Tensor]  # empty without a bank
     scaler: dict[str, Any]  # of the fp16 gradient scaler; empty otherwise
     progress: Progress = field(default_factory=Progress)
+    averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of power-function profile, by file
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def save(run: Path, state: TrainingState, keep: int = 0, every: int = 1) -> Path
     target = checkpoint_folder(run, state.card.step)
     sweep(run)
     with _appearing(target) as folder:
-        for name, tensors in (("optimizer", state.optimizer), ("bank", state.bank)):
+        for name, tensors in {"optimizer": state.optimizer, "bank": state.bank, **state.averages}.items():
             if tensors:
                 save_tensors(folder / f"{name}.safetensors", tensors)
         write_json(folder / STATE_FILE, {"scaler": state.scaler, "progress": asdict(state.progress)})
@@ -195,6 +197,7 @@ def load(run: Path, step: int) -> TrainingState:
             bank=snapshot.load_weights(folder, "bank") if (folder / "bank.safetensors").exists() else {},
             scaler=small.scaler,
             progress=small.progress,
+            averages={path.stem: snapshot.load_weights(folder, path.stem) for path in folder.glob(_AVERAGES)},
         )
     except UserError as error:
         raise DamagedError(str(error)) from None

@@ -20,6 +20,7 @@ from stablevm.support import rng
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.text import shown
+from stablevm.training.average import WIDTHS, snapshot_name
 from stablevm.training.checkpoint import DamagedError, Progress, TrainingState
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import Guard, GuardedAdamW
@@ -28,6 +29,7 @@ from stablevm.training.start import class_counts, class_names
 from stablevm.training.step import BatchDrawer, PhaseClock, StepMetrics, StepRunner, make_terms
 from stablevm.training.weights import (
     MovingAverage,
+    PowerAverage,
     initial_weights,
     load_model_tensors,
     load_optimizer_tensors,
@@ -51,6 +53,8 @@ class Engine:
         device = accelerator.device
         model = build_network(self.card.model, rng.generator(config.seed, "weights")).to(device)
         self.ema = MovingAverage(model, config.ema_decay)
+        widths = WIDTHS if config.average_every else ()
+        self.averages = {snapshot_name(width): PowerAverage(model, width) for width in widths}
         if config.compile:
             check_compiler(device)
             model.compile_blocks()
@@ -66,7 +70,8 @@ class Engine:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if accelerator.is_fsdp2:
-            self.ema.model = fsdp2_prepare_model(accelerator, self.ema.model)  # in shards like the model
+            for average in self._all_averages():
+                average.model = fsdp2_prepare_model(accelerator, average.model)  # in shards like the model
         self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
         self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.terms)
         self.guard = Guard(accelerator, config.max_bad_steps)
@@ -85,7 +90,8 @@ class Engine:
         clock.end("draw")
         metrics = self.runner.run(samples, self.step, clock)  # loss, gradient, update of the weights
         norm = metrics.means["grad_norm"]
-        self.ema.update(self.accelerator.unwrap_model(self.model), self.step, norm.isfinite())
+        for average in self._all_averages():
+            average.update(self.plain_model, self.step, norm.isfinite())
         clock.end("ema")
         self.step += 1
         self.guard.add(self.step, metrics.means["loss"], norm, samples.draw.ids, metrics.velocity_loss)
@@ -125,7 +131,8 @@ class Engine:
         own = build_network(self.card.model, rng.generator(self.config.seed, "weights")).state_dict()
         weights, lines = initial_weights(folder, self.config.init_weights, self.card, own)
         load_model_tensors(self.model, weights)
-        load_model_tensors(self.ema.model, weights)
+        for average in self._all_averages():
+            load_model_tensors(average.model, weights)
         return lines
 
     def restore(self, state: TrainingState) -> None:
@@ -136,6 +143,8 @@ class Engine:
         load_optimizer_tensors(self.model, self.runner.adamw, state.optimizer)
         load_model_tensors(self.model, state.model)
         load_model_tensors(self.ema.model, state.ema)
+        for name, average in self.averages.items():
+            load_model_tensors(average.model, state.averages[name])
         if self.objective.bank is not None and not self.config.bank_is_fixed:
             self.objective.bank.load_state_dict(state.bank)
         if self.accelerator.scaler is not None and state.scaler:
@@ -150,8 +159,11 @@ class Engine:
         trained = {name for name, parameter in self.plain_model.named_parameters() if parameter.requires_grad}
         moments = {f"{name}.{key}": weights[name] for name in trained for key in ("exp_avg", "exp_avg_sq")}
         moments |= {f"{name}.step": (torch.Size([]), torch.float32) for name in trained}
-        for part, expected in (("model", weights), ("ema", weights), ("bank", bank), ("optimizer", moments)):
-            found = {name: (tensor.shape, tensor.dtype) for name, tensor in getattr(state, part).items()}
+        parts = {"model": (state.model, weights), "ema": (state.ema, weights), "bank": (state.bank, bank)}
+        parts |= {"optimizer": (state.optimizer, moments)}
+        parts |= {name: (state.averages.get(name, {}), weights) for name in self.averages}
+        for part, (tensors, expected) in parts.items():
+            found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
             if fault := _difference(found, expected):
                 raise DamagedError(f"{part}.safetensors {fault}")
 
@@ -174,7 +186,15 @@ class Engine:
             optimizer=optimizer_tensors(self.model, self.runner.adamw),
             bank=self._bank_state() if main else {},
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+            averages=self.averages_state(),
         )
+
+    def averages_state(self) -> dict[str, dict[str, Tensor]]:
+        """The averages of power-function profile, whole, in the main process; all processes must call it."""
+        return {name: model_tensors(average.model) for name, average in self.averages.items()}
+
+    def _all_averages(self) -> list[MovingAverage]:
+        return [self.ema, *self.averages.values()]
 
     def stamped_card(self) -> ModelCard:
         """The network's card with the number of finished steps."""

@@ -98,6 +98,9 @@ class OptimisationOptions:
     """Gradients are clipped to this norm; 0 turns clipping off."""
     ema_decay: Decay = 0.9999
     """Decay d of the weights' moving average, in [0, 1); after n steps min(d, (1 + n) / (10 + n)) is used."""
+    average_every: Natural = 0
+    """Also follow two averages of power-function profile (EDM2), and save them every this many steps, and at the end:
+    stablevm average makes one of any width from these snapshots. 0: never."""
     max_bad_steps: Count = 10
     """End the run after this many steps in a row whose loss or gradient is not finite; fewer are skipped."""
     seed: Natural = 0

@@ -124,6 +124,8 @@ def _saves(config: TrainConfig, total_steps: int) -> Iterator[str]:
         yield f"samples every {interval:,}"
     if config.eval_every:
         yield f"evaluation every {config.eval_every:,}"
+    if config.average_every:
+        yield f"averages every {config.average_every:,}"
     yield f"metrics every {config.log_steps:,}"
 
 

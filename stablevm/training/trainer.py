@@ -19,6 +19,7 @@ from stablevm.support.files import remove_temporary, write_json
 from stablevm.support.locks import owned
 from stablevm.support.precision import DTYPES, tf32
 from stablevm.training import checkpoint
+from stablevm.training.average import AVERAGES, save_snapshot, set_snapshots_aside, snapshot_steps
 from stablevm.training.checkpoint import DamagedError, Record, TrainingState
 from stablevm.training.config import CHECKPOINT_INTERVAL, CONFIG_FILE, KEPT_BETWEEN, TrainConfig
 from stablevm.training.console import duration, say, say_rows, warn
@@ -175,6 +176,8 @@ class Trainer:
                 self._draw_previews(journal)
             if self._due(config.eval_every):
                 self._evaluate(journal)
+            if self._due(config.average_every):
+                self._save_averages()
             if stop:
                 break
             journal.clock.end("other")
@@ -224,6 +227,7 @@ class Trainer:
         checkpoint.sweep(folder)
         if aside := checkpoint.set_aside(folder, step):
             set_previews_aside(folder / PREVIEWS, step, aside / PREVIEWS)
+            set_snapshots_aside(folder, step, aside / AVERAGES)
             keep_metrics(folder, aside)
             self.say(f"resumes from step {step}; newer checkpoints were moved to {aside}")
         if not (folder / CONFIG_FILE).exists() or TrainConfig.read(folder) != config:
@@ -237,6 +241,8 @@ class Trainer:
         owed = []
         if self._due(self.preview_interval) and self.previews and not self.previews.path(step).exists():
             owed.append("previews")
+        if self._due(config.average_every) and step not in snapshot_steps(folder):
+            owed.append("averages")
         if self._due(config.eval_every):
             numbers = evaluated(folder, step)
             if numbers is None:
@@ -267,6 +273,8 @@ class Trainer:
             self._draw_previews(journal)
         if "evaluation" in owed:
             self._evaluate(journal)
+        if "averages" in owed:
+            self._save_averages()
 
     def _may_stop(self) -> bool:
         """Whether the run may stop at this step: processes must agree, and each agreement costs a synchronisation."""
@@ -303,6 +311,16 @@ class Trainer:
                 self._write_checkpoint(state)
             if is_best:
                 checkpoint.keep_if_best(folder, record)
+
+        on_main(self.accelerator, write)
+
+    def _save_averages(self) -> None:
+        """Save a snapshot of the averages of power-function profile, for `stablevm average`."""
+        averages = self.engine.averages_state()
+
+        def write() -> None:
+            folder = save_snapshot(self.config.folder, self.engine.stamped_card(), averages)
+            say(f"step {self.engine.step:,}: saved {folder}")
 
         on_main(self.accelerator, write)
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from stablevm.networks.network_config import PROJECTOR_FACTS
 from stablevm.networks.snapshot import ModelCard, Weights, checkpoint_in, load_card, load_weights
 from stablevm.support.errors import UserError
+from stablevm.training.average import decay_of, exponent_of
 
 NAMES_SHOWN = 8  # classes in the line about them
 LATENT_FACTS = ("shape", "scale", "shift")
@@ -77,13 +78,28 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int, taken: Tensor | None = None) -> None:
         """Follow `model` after `updates` earlier updates; where `taken`, () bool on its device, is false, stay."""
-        decay = min(self.decay, (1 + updates) / (10 + updates)) if self.warm_up else self.decay
+        decay = self._decay(updates)
         average = [local(parameter.data) for parameter in self.model.parameters()]
         current = [local(parameter.data) for parameter in model.parameters()]
         if taken is None:
             torch._foreach_lerp_(average, current, 1 - decay)
         else:  # a weight on the device, which nothing waits for
             torch._foreach_lerp_(average, current, [(1 - decay) * taken] * len(current))
+
+    def _decay(self, updates: int) -> float:
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warm_up else self.decay
+
+
+class PowerAverage(MovingAverage):
+    """A moving average of power-function profile: step t counts about in proportion to t^exponent (EDM2)."""
+
+    def __init__(self, model: nn.Module, width: float) -> None:
+        """width: relative to the steps so far; see `stablevm.training.average`."""
+        super().__init__(model, 0.0, warm_up=False)
+        self.exponent = exponent_of(width)
+
+    def _decay(self, updates: int) -> float:
+        return decay_of(self.exponent, updates + 1)
 
 
 def initial_weights(

@@ -71,7 +71,8 @@ def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
         "stablevm.evaluation.config, stablevm.preparation.config, "
-        "stablevm.integrations.config, stablevm.study.config, stablevm.profiling.config; "
+        "stablevm.integrations.config, stablevm.study.config, stablevm.profiling.config, "
+        "stablevm.training.average_config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

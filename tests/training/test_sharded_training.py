@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from stablevm import cli
+from stablevm.training.average import snapshot_steps
 from tests.helpers import runs
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"loss_type": "stablevm", "prefill_bank_fully": True, "sampling_steps": 6}
+OPTIONS = {"loss_type": "stablevm", "prefill_bank_fully": True, "sampling_steps": 6, "average_every": 6}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,11 @@ def test_shards_change_nothing(root):
     assert runs.losses(settings.folder) == pytest.approx(runs.losses(whole), abs=1e-5)
     mine, theirs = runs.saved(settings.folder, 6), runs.saved(whole, 6)
     assert mine.keys() == theirs.keys()
-    for part in ("model", "ema", "optimizer"):
+    for part in ("model", "ema", "optimizer", "average-0.05", "average-0.1"):
         assert mine[part].keys() == theirs[part].keys()
         assert all(torch.allclose(mine[part][name], theirs[part][name], atol=1e-4) for name in mine[part]), part
     assert (settings.folder / "samples" / "step-0000006.png").exists()
+    assert snapshot_steps(settings.folder) == [3, 6] and snapshot_steps(whole) == [6]
     runs.run(replace(settings, max_train_steps=8))
     assert len(runs.losses(settings.folder)) == 8, "and one process goes on alone"
 
