@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test compares it with
     from stablevm.interpolant import COSINE as COSINE
     from stablevm.interpolant import LINEAR as LINEAR
     from stablevm.interpolant import Interpolant as Interpolant
+    from stablevm.meanflow import MeanFlow as MeanFlow
     from stablevm.metrics.neighbours import coverage as coverage
     from stablevm.metrics.neighbours import precision_recall as precision_recall
     from stablevm.metrics.statistics import FeatureStatistics as FeatureStatistics
@@ -57,6 +58,7 @@ _HOMES = {
     "draw": ("Draw", "ObjectiveSettings"),
     "integrations.diffusers_scheduler": ("StableVSFlowMatchScheduler",),
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
+    "meanflow": ("MeanFlow",),
     "metrics.neighbours": ("coverage", "precision_recall"),
     "metrics.statistics": ("FeatureStatistics", "frechet_distance"),
     "objective": ("FlowMatching", "StableTargetField", "StableVM", "squared_error"),

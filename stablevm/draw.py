@@ -1,6 +1,6 @@
 """A batch to regress on: noisy samples with times, labels and targets, and the functions that make them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Draw(ShownByShape):
     x_t, target, x0, noise: (B, *shape). t: (B,) in [0, 1]. labels: (B,) int64, the null class where a label was
     dropped. ids: (B,) int64, the data-set row of each anchor, whose image alignment needs (NO_ID where unknown).
     ess: (B,), the effective sample size of each target, 1 for CFM. All are on the latents' device. host_t is a copy of
-    t on the CPU, where it was drawn, so that code can read it without waiting for the GPU.
+    t on the CPU, where it was drawn, so that code can read it without waiting for the GPU. With `instant_share` below 1
+    in the settings, r: (B,) is the start in [0, t] of each sample's interval, and host_r its copy on the CPU.
     """
 
     x_t: Tensor
@@ -34,6 +35,17 @@ class Draw(ShownByShape):
     ids: Tensor
     ess: Tensor
     host_t: Tensor
+    r: Tensor | None = None
+    host_r: Tensor | None = None
+
+    def part(self, rows: Tensor | slice) -> "Draw":
+        """The draw of some rows: a slice, or a tensor of indices or of bools (B,)."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: _rows(value, rows) for name, value in values.items() if value is not None})
+
+
+def _rows(value: Tensor, rows: Tensor | slice) -> Tensor:
+    return value[rows.to(value.device) if isinstance(rows, Tensor) else rows]
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,9 @@ class ObjectiveSettings:
     path: LINEAR or COSINE. prediction: "v" to regress on the velocity, "x" on the data. weighting: the distribution of
     training times, as in `draw_times`. label_dropout: the probability in [0, 1] that a label is replaced by
     `null_class`, for classifier-free guidance. time_shift: factor of the times' sigma / alpha, as in `draw_times`; 1
-    leaves them as drawn. Raises UserError for a value out of range.
+    leaves them as drawn. instant_share: the probability in [0, 1] that a sample's interval is a single time; below 1
+    two times are drawn for each sample, which is perturbed at the later one (MeanFlow; Geng et al., 2025). Raises
+    UserError for a value out of range.
     """
 
     path: Interpolant = LINEAR
@@ -52,6 +66,7 @@ class ObjectiveSettings:
     label_dropout: float = 0.0
     null_class: int | None = None
     time_shift: float = 1.0
+    instant_share: float = 1.0
 
     def __post_init__(self) -> None:
         check_word("prediction", self.prediction, Prediction)
@@ -60,6 +75,7 @@ class ObjectiveSettings:
         check_word("weighting", self.weighting, TimeName)
         CHANCE.check("label_dropout", self.label_dropout)
         ABOVE_0.check("time_shift", self.time_shift)
+        CHANCE.check("instant_share", self.instant_share)
         if self.label_dropout and self.null_class is None:
             raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
 
@@ -73,6 +89,7 @@ class Noisy:
     t: Tensor
     x_t: Tensor
     host_t: Tensor
+    host_r: Tensor | None = None
 
     def part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         """The x0, noise and t of some rows."""
@@ -82,10 +99,24 @@ class Noisy:
 def perturb(settings: ObjectiveSettings, latents: Tensor, generator: AnyGenerator) -> Noisy:
     """Perturb latents (B, *shape) with times and then noise from the generator."""
     device = latents.device
-    host_t = draw_times(settings.weighting, settings.path, latents.shape[0], generator, shift=settings.time_shift)
+    host_t, host_r = _draw_intervals(settings, latents.shape[0], generator)
     t = to_device(host_t, device)
     noise = randn(latents.shape, generator, device)
-    return Noisy(latents, noise, t, settings.path.interpolate(latents, noise, t), host_t)
+    return Noisy(latents, noise, t, settings.path.interpolate(latents, noise, t), host_t, host_r)
+
+
+def _draw_intervals(settings: ObjectiveSettings, count: int, generator: AnyGenerator) -> tuple[Tensor, Tensor | None]:
+    """Times t (count,), and the starts r <= t of their intervals; None where every interval is a single time."""
+
+    def times() -> Tensor:
+        return draw_times(settings.weighting, settings.path, count, generator, shift=settings.time_shift)
+
+    if settings.instant_share == 1:
+        return times(), None
+    first, second = times(), times()
+    later = torch.maximum(first, second)
+    is_instant = rand((count,), generator) < settings.instant_share
+    return later, torch.where(is_instant, later, torch.minimum(first, second))
 
 
 def drop_labels(settings: ObjectiveSettings, labels: Tensor, generator: AnyGenerator) -> tuple[Tensor, Tensor]:
@@ -115,4 +146,5 @@ def with_target(
         target = settings.path.velocity(noisy.x0, noisy.noise, noisy.t)
         if correction is not None:
             target = target + settings.path.offset_gain(noisy.t, noisy.x0) * correction[0]
-    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t)
+    r = None if noisy.host_r is None else to_device(noisy.host_r, noisy.t.device)
+    return Draw(noisy.x_t, noisy.t, labels, target, noisy.x0, noisy.noise, ids, ess, noisy.host_t, r, noisy.host_r)

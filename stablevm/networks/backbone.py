@@ -21,7 +21,8 @@ class Backbone(nn.Module):
 
         Labels run from 0 to num_classes; the last is the null class, "no label". With `features`, it returns a pair:
         the prediction, and for each projector its tokens (B, T, feature_dim), computed after block `encoder_depth`.
-        Without, the projectors do not run.
+        Without, the projectors do not run. Where the configuration says `intervals`, `forward` also takes r (B,), and
+        predicts the mean velocity between the times r <= t (MeanFlow); without r, the velocity at t.
         """
 
     @abstractmethod

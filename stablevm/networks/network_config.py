@@ -31,6 +31,7 @@ class NetworkConfig:
 
     kind: ClassVar[str]  # the name of the class in checkpoints
     label_table: ClassVar[str]  # the weight that has a row for each class and one, the last, for the null class
+    takes_intervals: ClassVar[bool] = False  # whether `forward` takes `r`, if `intervals` says so
 
     name: str
     input_size: int  # side of the latent, in latent pixels
@@ -38,6 +39,7 @@ class NetworkConfig:
     num_classes: int  # without the null class
     depth: int  # blocks
     qk_norm: bool = False
+    intervals: bool = False  # it predicts the mean velocity from time r to t, for MeanFlow, and not only that at t
     fused_attn: bool = True
     encoder_depth: int = 8  # 1-based block whose tokens the projectors read
     projector_dims: tuple[int, ...] = ()  # feature widths of the frozen encoders, one projector each
@@ -63,6 +65,8 @@ class NetworkConfig:
             raise UserError(
                 f"projector_dims {list(widths[:4])}, expected at most {_MOST_PROJECTORS} of 1 to {LARGEST_WIDTH:,}"
             )
+        if self.intervals and not self.takes_intervals:
+            raise UserError(f"{self.name}: networks of this kind take no start of an interval, which MeanFlow needs")
         if self.projector_kind not in PROJECTOR_KINDS:
             raise UserError(f"projector_kind {self.projector_kind}, expected one of {', '.join(PROJECTOR_KINDS)}")
 

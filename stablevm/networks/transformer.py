@@ -59,6 +59,8 @@ class DiffusionTransformer(Backbone):
         config, hidden = self.config, self.config.hidden_size
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, hidden)
         self.t_embedder = TimeEmbedder(hidden, config.time_scale)
+        if config.intervals:
+            self.r_embedder = TimeEmbedder(hidden, config.time_scale)
         self.y_embedder = LabelEmbedder(config.num_classes, hidden)
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid_size**2, hidden), requires_grad=False)
         self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
@@ -84,16 +86,21 @@ class DiffusionTransformer(Backbone):
                 nn.init.zeros_(parameter)
         for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
             normal(self.get_parameter(f"{name}.weight"), EMBEDDING_STD, generator)
+        if self.config.intervals:
+            for name in ("r_embedder.mlp.0", "r_embedder.mlp.2"):
+                normal(self.get_parameter(f"{name}.weight"), EMBEDDING_STD, generator)
         xavier_uniform(self.projectors, generator)  # last, so that all else is the same with and without projectors
         with torch.no_grad():
             self.pos_embed.copy_(position_embedding(self.config.grid_size, self.config.hidden_size))
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, *, features: bool = False
+        self, x: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict, and with `features` project the tokens after block `encoder_depth`: see `Backbone.forward`."""
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
+        if self.config.intervals:
+            condition = condition + self.r_embedder(torch.zeros_like(t) if r is None else t - r)
         context = self._context(x.device)
         projected: list[Tensor] = []
         for number, block in enumerate(self.blocks, start=1):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from stablevm.networks.network_config import LARGEST_WIDTH, NetworkConfig, check_within
 from stablevm.support.errors import UserError, arg
@@ -35,12 +35,17 @@ SIZES = {
 
 # Far above any real network: a file with larger values is damaged, or meant to exhaust the machine.
 _LARGEST = {"patch_size": 4096, "hidden_size": LARGEST_WIDTH, "num_heads": 1024}
+# With intervals the loss holds the derivative by t, which grows with the scale: at 1000 training diverges, at 10 it
+# does not (docs/experiments.md).
+LARGEST_INTERVAL_SCALE = 10.0
 _LARGEST_POSITIONS = 2**28  # values of the position embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(NetworkConfig):
     """The configuration of a transformer whose tokens are square patches of the latent, with fixed positions."""
+
+    takes_intervals: ClassVar[bool] = True
 
     patch_size: int
     hidden_size: int
@@ -95,6 +100,8 @@ def sized_config(
             "choose another patch size"
         )
     values: dict[str, Any] = {**asdict(SIZES[size_name]), **options}
+    if values.get("intervals"):
+        values["time_scale"] = min(values["time_scale"], LARGEST_INTERVAL_SCALE)
     config = kind(
         name=name,
         input_size=input_size,

@@ -86,16 +86,19 @@ class GuidedVelocity:
     def evaluations(self) -> float:
         return self.rows_evaluated / len(self.labels)
 
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The velocity at states x (n, ...) and times t, a scalar or (n,); rows: (n,) int64, the images of x."""
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None, *, r: Tensor | None = None) -> Tensor:
+        """The velocity at states x (n, ...) and times t, a scalar or (n,); rows: (n,) int64, the images of x.
+
+        r: a scalar; if given, the mean velocity from that time to t.
+        """
         labels = self.labels if rows is None else self.labels[rows]
         times = t.to(x.device).expand(len(x))
         if self.scale == 1:
-            return self._predict(x, times, labels)
+            return self._predict(x, times, labels, r)
         guided = ((self.low <= times) & (times <= self.high)).nonzero().flatten()
         null_labels = torch.full_like(labels[guided], self.null_class)
         both = self._predict(
-            torch.cat([x, x[guided]]), torch.cat([times, times[guided]]), torch.cat([labels, null_labels])
+            torch.cat([x, x[guided]]), torch.cat([times, times[guided]]), torch.cat([labels, null_labels]), r
         )
         velocity, null = both.split([len(x), len(guided)])
         channels = LEGACY_CHANNELS if self.legacy else None
@@ -103,10 +106,11 @@ class GuidedVelocity:
         velocity[guided, :channels] = null + self.scale * (conditional - null)
         return velocity
 
-    def _predict(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, times: Tensor, labels: Tensor, r: Tensor | None) -> Tensor:
         self.rows_evaluated += len(x)
+        more = {} if r is None else {"r": r.to(x.device).float().expand(len(x))}
         with autocast(x.device, DTYPES[self.precision]):
-            output = self.model(x.float(), times.float(), labels)
+            output = self.model(x.float(), times.float(), labels, **more)
         source: Literal["velocity", "x0"] = "velocity" if self.prediction == "v" else "x0"
         return self.path.convert(output.to(x.dtype), x, times, source, "velocity")
 
@@ -132,6 +136,8 @@ def draw_latents(
     never trained, according to the card.
     """
     _check_trained(card, labels, guidance.cfg_scale)
+    if settings.mode == "meanflow" and not card.model.intervals:
+        raise UserError(f"{arg('mode')} meanflow: the network was trained without meanflow, so it knows no intervals")
     shape = (len(labels), *card.latent.shape)
     path = get_interpolant(card.path_type)
     velocity = GuidedVelocity(
@@ -153,12 +159,19 @@ def draw_latents(
             watch(x, t, v)
         return v
 
+    def watched_mean(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        u = velocity(x, t, r=r)
+        if watch is not None:
+            watch(x, t, u)
+        return u
+
     def noise() -> Tensor:
         return randn(shape, streams, device).double()
 
     if settings.time_shift is None and "time_shift" not in settings.without_effect(spelt_in_python):
         settings = replace(settings, time_shift=card.time_shift)
-    latents = integrate(watched, noise, path, settings)
+    called = watched_mean if settings.mode == "meanflow" else watched
+    latents = integrate(called, noise, path, settings)
     return latents.float(), round(velocity.evaluations)
 
 

@@ -149,6 +149,16 @@ def _drift_and_diffusion(
     return v - w / 2 * path.convert(v, x, t, "velocity", "score"), w
 
 
+def mean_velocity_steps(mean_velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """MeanFlow (Geng et al., 2025): steps `x_r = x_t - (t - r) u(x_t, r, t)`, exact for the exact mean velocity u.
+
+    mean_velocity: called as mean_velocity(x, t, r), with scalar times r <= t.
+    """
+    for t, r in _steps(times):
+        x = x - (t - r) * mean_velocity(x, t, r)
+    return x
+
+
 def stable_velocity(
     velocity: Velocity,
     x: Tensor,

@@ -13,6 +13,7 @@ from stablevm.solvers.fixed_steps import (
     euler,
     euler_maruyama,
     heun,
+    mean_velocity_steps,
     ode_times,
     sde_times,
     split_times,
@@ -32,7 +33,8 @@ def integrate(velocity: Velocity, noise: Callable[[], Tensor], path: Interpolant
     """Integrate along `path` from noise at t = 1 to samples (B, ...) at t = 0, with the solver of `settings`.
 
     velocity: a function of states x (B, ...) and a scalar time (of x, times (n,) and row indices (n,) with the solver
-    dopri5). noise: a function that returns standard normal values (B, ...), called for the initial state and for the
+    dopri5; of x, a time t and the time r of the next state with the mode meanflow, which takes the mean velocity from r
+    to t). noise: a function that returns standard normal values (B, ...), called for the initial state and for the
     noise of each step that needs some.
 
     The state is float32 or wider, because adding hundreds of small steps to a bfloat16 or float16 state would not
@@ -70,6 +72,8 @@ def _integrate(
         above, below = _split_times(path, settings)
         x = _fixed_steps(velocity, x, above, noise, path, settings)
         return stable_velocity(velocity, x, below, path, noise, settings.noise_factor)
+    if settings.mode == "meanflow":
+        return mean_velocity_steps(velocity, x, _times(path, settings))
     if settings.solver == "dopri5":
         return dopri5(velocity, x, settings.rtol, settings.atol)
     return _fixed_steps(velocity, x, _times(path, settings), noise, path, settings)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from stablevm.support.errors import UserError
 from stablevm.support.ranges import ABOVE_0, AT_LEAST_1, NOT_NEGATIVE, TIME_BETWEEN, UNIT, Range
 
-Mode = Literal["ode", "sde", "stablevs"]
+Mode = Literal["ode", "sde", "stablevs", "meanflow"]
 Solver = Literal["euler", "heun", "dopri5"]
 Spelling = Callable[[str, Any], str]  # writes a field and its value in the words of the reader
 
@@ -26,7 +26,7 @@ class SamplerOptions:
 
     mode: Mode = "sde"
     """ode: integrate the velocity. sde: SiT's stochastic sampler. stablevs: StableVS, few large steps below
-    `split_time`."""
+    `split_time`. meanflow: one or a few steps with the mean velocities of a network that learnt them (MeanFlow)."""
     num_steps: int = 250
     """Steps from noise to image, 1 or more; for the sde, stablevs and `edm_schedule` 2 or more."""
     solver: Solver = "euler"
@@ -62,15 +62,20 @@ class SamplerOptions:
         """
         mode, steps = spelt("mode", self.mode), self.num_steps
         stablevs, adaptive = self.mode == "stablevs", self.solver == "dopri5"
-        two_steps = self.mode != "ode" or (self.edm_schedule and not adaptive)
-        reason = spelt("edm_schedule", True) if self.mode == "ode" else mode
+        two_steps = self.mode in ("sde", "stablevs") or (self.edm_schedule and not adaptive)
+        reason = mode if self.mode in ("sde", "stablevs") else spelt("edm_schedule", True)
+        solvers = {"sde": "euler or heun", "stablevs": "euler or heun", "meanflow": "euler"}
         return [
             *(
                 (name, (value := getattr(self, name)) is None or value in range_, range_.words)
                 for name, range_ in SAMPLER_RANGES.items()
             ),
             ("num_steps", not two_steps or steps >= 2, f"at least 2 with {reason}"),
-            ("solver", self.mode == "ode" or self.solver in ("euler", "heun"), f"euler or heun with {mode}"),
+            (
+                "solver",
+                self.mode == "ode" or self.solver in solvers[self.mode].split(" or "),
+                f"{solvers.get(self.mode)} with {mode}",
+            ),
             (
                 "edm_schedule",
                 not stablevs or not self.edm_schedule,
@@ -90,7 +95,7 @@ class SamplerOptions:
             idle |= dict.fromkeys(("split_time", "steps_below", "above_split", "noise_factor"), mode)
         if self.mode == "sde" and self.edm_schedule:
             idle["last_time"] = spelt("edm_schedule", True)
-        if self.mode == "ode":
+        if self.mode in ("ode", "meanflow"):
             idle |= dict.fromkeys(("diffusion_scale", "last_time"), mode)
         solver = spelt("solver", self.solver)
         if self.edm_schedule:

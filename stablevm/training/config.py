@@ -15,6 +15,7 @@ from stablevm.training.options import (
     DataOptions,
     EvaluationOptions,
     HardwareOptions,
+    MeanFlowOptions,
     NetworkOptions,
     ObjectiveOptions,
     OptimisationOptions,
@@ -57,6 +58,7 @@ class TrainConfig(
     NetworkOptions,
     OptimisationOptions,
     ObjectiveOptions,
+    MeanFlowOptions,
     AlignmentOptions,
     CheckpointOptions,
     EvaluationOptions,
@@ -93,6 +95,11 @@ class TrainConfig(
     def bank_is_fixed(self) -> bool:
         """Whether the bank holds all of the data, so that no step changes it and no checkpoint needs it."""
         return self.bank_capacity_per_class == "all"
+
+    @property
+    def meanflow_guided(self) -> bool:
+        """Whether the targets of MeanFlow hold guidance."""
+        return (self.meanflow_omega, self.meanflow_kappa) != (1.0, 0.0)
 
     @property
     def encoder_names(self) -> list[str]:
@@ -143,6 +150,13 @@ class TrainConfig(
                 ("report_to", set(self.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}, comma-separated"),
                 ("contrastive_coeff", self.contrastive_coeff == 0 or self.batch_size > 1,
                  "0 with --batch-size 1: there is no other sample"),
+                ("prediction", self.prediction == "v" or not self.meanflow,
+                 "v with --meanflow, which learns velocities"),
+                ("contrastive_coeff", self.contrastive_coeff == 0 or not self.meanflow, "0 with --meanflow"),
+                ("cfg_prob", not self.meanflow or not self.meanflow_guided or self.cfg_prob > 0,
+                 "more than 0 with --meanflow-omega, which needs the null class"),
+                ("meanflow_guidance_high", self.meanflow_guidance_low <= self.meanflow_guidance_high,
+                 f"at least --meanflow-guidance-low {self.meanflow_guidance_low:g}"),
                 ("eval_reference", self.eval_every == 0 or self.eval_reference is not None,
                  "a reference to evaluate against with --eval-every"),
                 ("keep_best", self.eval_every == 0 or self.keep_best is None,
@@ -169,6 +183,11 @@ class TrainConfig(
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors", "references_from"), "--loss-type si")
         elif self.bank_is_fixed:
             idle["prefill_bank_fully"] = "--bank-capacity-per-class all"
+        if not self.meanflow:
+            meanflow = ("instants", "power", "omega", "kappa", "guidance_low", "guidance_high")
+            idle |= {f"meanflow_{name}": "--no-meanflow" for name in meanflow}
+        elif not self.meanflow_guided:
+            idle |= dict.fromkeys(("meanflow_guidance_low", "meanflow_guidance_high"), "--meanflow-omega 1")
         if not self.use_proj_loss:
             projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
             more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma", "proj_stop_step")

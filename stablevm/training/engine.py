@@ -24,7 +24,7 @@ from stablevm.training.average import WIDTHS, snapshot_name
 from stablevm.training.checkpoint import DamagedError, Progress, TrainingState
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import Guard, GuardedAdamW
-from stablevm.training.objectives import AnchorPlan, make_objective, time_shift
+from stablevm.training.objectives import AnchorPlan, make_meanflow, make_objective, time_shift
 from stablevm.training.start import class_counts, class_names
 from stablevm.training.step import BatchDrawer, PhaseClock, StepMetrics, StepRunner, make_terms
 from stablevm.training.weights import (
@@ -73,7 +73,10 @@ class Engine:
             for average in self._all_averages():
                 average.model = fsdp2_prepare_model(accelerator, average.model)  # in shards like the model
         self.drawer = BatchDrawer(self.objective, dataset, accelerator, config)
-        self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.terms)
+        meanflow = make_meanflow(config, self.card.model)
+        if meanflow is not None and accelerator.is_fsdp2:
+            raise UserError("--meanflow: its derivative is not computed on sharded weights; train without FSDP")
+        self.runner = StepRunner(self.model, self.optimizer, accelerator, config, self.terms, meanflow)
         self.guard = Guard(accelerator, config.max_bad_steps)
 
     @property
@@ -255,6 +258,7 @@ def model_config(config: TrainConfig, dataset: PreparedDataset) -> NetworkConfig
         in_channels=channels,
         num_classes=config.num_classes or dataset.num_classes,
         qk_norm=config.qk_norm,
+        intervals=config.meanflow,
         fused_attn=config.fused_attn,
         encoder_depth=config.encoder_depth,
         projector_kind="conv" if config.use_irepa else "mlp",

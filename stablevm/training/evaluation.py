@@ -30,6 +30,7 @@ from stablevm.support.rng import RowGenerators
 from stablevm.training.config import TrainConfig
 
 SETTINGS = SamplerSettings(mode="ode", num_steps=40)
+ONE_STEP = SamplerSettings(mode="meanflow", num_steps=1)  # of networks that learn mean velocities
 GUIDANCE = GuidanceSettings(cfg_scale=1.5)  # for grids; evaluations have none, as the best scale changes in training
 CLASSES, PER_CLASS = 10, 6  # of a grid
 PREVIEWS = "samples"  # the folder of the grids in that of the run
@@ -56,9 +57,10 @@ class Previews:
         """Write the grid of `card.step`, and return it as uint8 (H, W, 3)."""
         labels = torch.tensor(card.trained_classes[:CLASSES]).repeat_interleave(PER_CLASS)
         streams = RowGenerators.for_keys("preview", self.seed, positions=range(len(labels)))
-        guidance = GUIDANCE if card.null_is_trained and card.classes_are_trained else UNGUIDED
+        guided = card.null_is_trained and card.classes_are_trained and not card.model.intervals
+        guidance = GUIDANCE if guided else UNGUIDED
         shown = trained_labels(labels, card)
-        latents, _ = draw_latents(model, card, shown, streams, SETTINGS, device, guidance=guidance)
+        latents, _ = draw_latents(model, card, shown, streams, _settings_for(card), device, guidance=guidance)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
         grid = plot_sheet(images, PER_CLASS, captions_of(shown.tolist(), card))
         save_png(self.path(card.step), grid)
@@ -88,9 +90,13 @@ class Evaluation:
         for rows in torch.arange(len(labels)).split(BATCH):
             streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())
             asked = trained_labels(labels[rows], card)
-            latents, _ = draw_latents(model, card, asked, streams, SETTINGS, self._device)
+            latents, _ = draw_latents(model, card, asked, streams, _settings_for(card), self._device)
             images.append(self._autoencoder.decode(latents))
         return self._measure(torch.cat(images), labels)
+
+
+def _settings_for(card: ModelCard) -> SamplerSettings:
+    return ONE_STEP if card.model.intervals else SETTINGS
 
 
 def distance_of(numbers: dict[str, float]) -> tuple[str, float]:

@@ -17,6 +17,7 @@ from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.loader import StepSampler
 from stablevm.draw import Draw, ObjectiveSettings
 from stablevm.interpolant import get_interpolant
+from stablevm.meanflow import MeanFlow
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.objective import Anchors, FlowMatching, StableVM, draw_anchors
 from stablevm.support import rng
@@ -94,9 +95,24 @@ def make_objective(
         label_dropout=config.cfg_prob,
         null_class=model.null_class,
         time_shift=time_shift(config, dataset.latent.shape),
+        instant_share=config.meanflow_instants if config.meanflow else 1.0,
     )
     counts = torch.bincount(dataset.labels(), minlength=model.num_classes)
     return OBJECTIVES[config.loss_type](Given(config, settings, counts, dataset.latent.shape, device))
+
+
+def make_meanflow(config: TrainConfig, model: NetworkConfig) -> MeanFlow | None:
+    """What turns the objective's velocities into the targets of MeanFlow, or None without."""
+    if not config.meanflow:
+        return None
+    return MeanFlow(
+        power=config.meanflow_power,
+        omega=config.meanflow_omega,
+        kappa=config.meanflow_kappa,
+        guidance_low=config.meanflow_guidance_low,
+        guidance_high=config.meanflow_guidance_high,
+        null_class=model.null_class,
+    )
 
 
 def _flow_matching(given: Given) -> Objective:

@@ -147,6 +147,30 @@ class ObjectiveOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeanFlowOptions:
+    """Training for images in one or a few steps (MeanFlow)."""
+
+    GROUP: ClassVar[str] = "meanflow"
+
+    meanflow: bool = False
+    """Learn the mean velocity over intervals of time, for generate --mode meanflow (MeanFlow). The targets are made
+    from the velocities of --loss-type: those of one sample, or StableVM's."""
+    meanflow_instants: Chance = 0.75
+    """Share of samples whose interval is a single time, as in flow matching, in [0, 1]."""
+    meanflow_power: NotNegative = 1.0
+    """Power p of the adaptive weight 1 / (squared error + 0.001)^p, 0 or more."""
+    meanflow_omega: NotNegative = 1.0
+    """Guidance inside the target, 0 or more: the weight of the sample's velocity. Images then need no guidance of
+    their own; its scale is omega / (1 - kappa), and 1 is none."""
+    meanflow_kappa: Decay = 0.0
+    """Weight of the network's own velocity with label in that guidance, in [0, 1)."""
+    meanflow_guidance_low: Time = 0.0
+    """Lowest time with guidance inside the target, in [0, 1]."""
+    meanflow_guidance_high: Time = 1.0
+    """Highest time with guidance inside the target, in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlignmentOptions:
     """Alignment of the network's tokens with those of a frozen encoder."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
+from stablevm.meanflow import MeanFlow
 from stablevm.networks.encoders import Encoder
 from stablevm.objective import Draw, squared_error
 from stablevm.support import rng
@@ -165,11 +166,12 @@ class StepRunner:
         accelerator: Accelerator,
         config: TrainConfig,
         terms: Sequence[Term],
+        meanflow: MeanFlow | None = None,
     ) -> None:
         """model, optimizer: prepared by `accelerator`; the optimizer is a `GuardedAdamW`."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.adamw: GuardedAdamW = optimizer.optimizer
-        self.config, self.terms = config, terms
+        self.config, self.terms, self.meanflow = config, terms, meanflow
         self.encoding = {term.name for term in terms if term.frozen()}
 
     def run(self, samples: Samples, step: int, clock: PhaseClock) -> StepMetrics:
@@ -209,23 +211,31 @@ class StepRunner:
 
         The parts are added over micro-batches and averaged over processes.
         """
-        output = self._forward(draw.x_t[span], draw.t[span], draw.labels[span])
-        error = squared_error(output.prediction, draw.target[span])
-        loss = velocity = error.mean() * (len(error) / len(draw.t))
+        output, target = self._forward(draw, span), draw.target[span]
+        if self.meanflow is not None:
+            with torch.compiler.set_stance("force_eager"):  # compiled blocks have no forward derivative
+                target = self.meanflow.target(self.accelerator.unwrap_model(self.model), draw.part(span))
+        error = squared_error(output.prediction, target)
+        share = len(error) / len(draw.t)
+        loss = velocity = error.mean() * share
+        if self.meanflow is not None:
+            loss = self.meanflow.loss(output.prediction, target).mean() * share
         values = {term.name: error.new_zeros(()) for term in self.terms}  # those that have stopped stay so
-        for term, share in shares:
-            values[term.name] = share(output) * self.accelerator.num_processes
+        for term, share_of in shares:
+            values[term.name] = share_of(output) * self.accelerator.num_processes
             loss = loss + term.coefficient * values[term.name]
         if output.tokens and not any(term.needs_tokens for term, _ in shares):
             # Processes wait for each other's gradients of all parameters, the projectors' too.
             loss = loss + 0 * torch.stack([tokens.sum() for tokens in output.tokens]).sum()
         return {"loss": loss, "velocity_loss": velocity, **values}, error
 
-    def _forward(self, *inputs: Tensor) -> Output:
+    def _forward(self, draw: Draw, span: slice) -> Output:
+        inputs = draw.x_t[span], draw.t[span], draw.labels[span]
+        more = {} if draw.r is None else {"r": draw.r[span]}
         with self.accelerator.autocast():
             if any(term.needs_tokens for term in self.terms):
-                return Output(*self.model(*inputs, features=True))
-            return Output(self.model(*inputs), [])
+                return Output(*self.model(*inputs, **more, features=True))
+            return Output(self.model(*inputs, **more), [])
 
     def _maybe_no_sync(self, synchronise: bool) -> AbstractContextManager[None]:
         """Keep gradients in their process for all micro-batches except the last."""
@@ -240,8 +250,10 @@ class StepRunner:
 
 
 def on_device(draw: Draw, device: torch.device) -> Draw:
-    names = [field.name for field in fields(draw) if field.name != "host_t"]
-    return replace(draw, **{name: rng.to_device(getattr(draw, name), device) for name in names})
+    """The draw with its tensors on `device`, except those of the host."""
+    names = [field.name for field in fields(draw) if not field.name.startswith("host_")]
+    values = {name: value for name in names if (value := getattr(draw, name)) is not None}
+    return replace(draw, **{name: rng.to_device(value, device) for name, value in values.items()})
 
 
 def rate_at(config: TrainConfig, step: int, total_steps: int) -> float:

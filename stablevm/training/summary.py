@@ -29,6 +29,7 @@ def opening(config: TrainConfig, engine: Engine, total_steps: int) -> list[Row]:
         ("data", _data(config, engine.dataset)),
         ("network", _network(config, engine)),
         ("objective", _objective(config, engine)),
+        *([("meanflow", _meanflow(config))] if config.meanflow else []),
         *([] if engine.objective.bank is None else [("bank", _bank(config, engine.objective.bank))]),
         ("loss", " + ".join(["velocity_loss", *(f"{term.coefficient:g} {term.name}" for term in engine.terms)])),
         *((term.name.removesuffix("_loss"), text) for term in engine.terms if (text := term.describe())),
@@ -53,7 +54,8 @@ def closing(config: TrainConfig, step: int, previews: Path | None) -> list[Row]:
 def next_command(config: TrainConfig, step: int) -> str:
     """The command line that makes a picture with the network of `step`."""
     weights = str(checkpoint.checkpoint_folder(config.folder, step))
-    words = ["stablevm", "generate", "--ckpt", weights, "--mode", "ode", "--num-steps", "40", "--grid"]
+    mode, steps = ("meanflow", "1") if config.meanflow else ("ode", "40")
+    words = ["stablevm", "generate", "--ckpt", weights, "--mode", mode, "--num-steps", steps, "--grid"]
     return shlex.join([*words, "--name", config.exp_name, *([] if config.vae is None else ["--vae", config.vae])])
 
 
@@ -92,6 +94,14 @@ def _objective(config: TrainConfig, engine: Engine) -> str:
     summary = (type(engine.objective).__doc__ or "").partition("\n")[0]
     is_default = config.loss_type == TrainConfig.loss_type
     return f"{config.loss_type}{' (the published default)' if is_default else ''}. {summary}"
+
+
+def _meanflow(config: TrainConfig) -> str:
+    guidance = f"; guidance {config.meanflow_omega / (1 - config.meanflow_kappa):g}" if config.meanflow_guided else ""
+    return (
+        f"mean velocities over intervals, {config.meanflow_instants:.0%} of them single times{guidance}; their "
+        "derivative in float32, by attention that is not fused"
+    )
 
 
 def _bank(config: TrainConfig, bank: ClassBank) -> str:

@@ -56,7 +56,7 @@ def test_whole_data_as_references_gives_the_exact_velocity(anchors, batch):
     draw = StableVM(bank, anchors=anchors).draw(latents, labels, same_stream(), ids=torch.arange(ROWS))
     for label in range(CLASSES):
         mine = draw.labels == label
-        part = type(draw)(**{name: value[mine] for name, value in vars(draw).items()})
+        part = draw.part(mine)
         exact = exact_velocity(LINEAR, part, latents[labels == label])
         torch.testing.assert_close(part.target.double(), exact, rtol=1e-4, atol=1e-4)
 
@@ -77,7 +77,7 @@ def test_without_label_classes_count_as_often_as_they_are_anchors(anchors, share
     protocol = ObjectiveSettings(label_dropout=1.0, null_class=CLASSES)
     draw = StableVM(bank, protocol, anchors=anchors).draw(latents, labels, same_stream(), ids=torch.arange(ROWS))
     stays = draw.ids >= 5  # of nine samples of class 0, the last four
-    draw = type(draw)(**{name: value[stays] for name, value in vars(draw).items()})
+    draw = draw.part(stays)
     weights = torch.tensor([shares[0] / 4] * 4 + [shares[1] / 3] * 3)
     exact = exact_velocity(LINEAR, draw, latents[5:], weights)
     torch.testing.assert_close(draw.target.double(), exact, rtol=1e-4, atol=1e-4)

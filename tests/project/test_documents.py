@@ -104,7 +104,7 @@ def test_the_schedule_and_the_encoder_that_are_shown():
 
 def test_the_loop_that_is_shown_runs():
     """The blocks of docs/own-loop.md, one after the other, with networks that know nothing."""
-    training, sampling = re.findall(
+    training, meanflow, sampling = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "own-loop.md").read_text(), flags=re.DOTALL
     )
     stream, rows, scale = torch.Generator().manual_seed(0), torch.arange(6), torch.nn.Parameter(torch.zeros(()))
@@ -115,6 +115,9 @@ def test_the_loop_that_is_shown_runs():
     names |= {"model": lambda x, t, labels: (scale * x, scale + x), "encoder": lambda seen: seen}
     exec(training, names)
     assert names["loss"].isfinite() and names["alignment"].requires_grad
+    names |= {"model": lambda x, t, labels, *, r: scale * x + r.view(-1, 1, 1), "bank": names["objective"].bank}
+    exec(meanflow, names)
+    assert names["loss"].requires_grad and names["loss"].isfinite()
     names |= {"model": lambda x, t, labels: x, "shape": images[rows].shape}  # dx/dt = x, from t = 1 to 0
     with torch.random.fork_rng():
         torch.manual_seed(0)

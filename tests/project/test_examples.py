@@ -37,6 +37,12 @@ def test_two_moons(example, tmp_path):
     assert stablevm.mean() < 0.7 * cfm.mean() and (tmp_path / "moons.png").stat().st_size > 10_000
 
 
+def test_one_step(example, tmp_path):
+    errors = example("one_step").main(steps=40, picture=tmp_path / "one_step.png")
+    assert errors["StableVM"].mean() < 0.5 * errors["flow matching"].mean()
+    assert (tmp_path / "one_step.png").stat().st_size > 10_000
+
+
 def test_first_steps(monkeypatch):
     """The notebook's cells, one after the other, but for the installation."""
     import matplotlib.pyplot as plt

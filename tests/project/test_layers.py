@@ -19,7 +19,7 @@ FLOORS = dict(
             ("interpolant", "metrics", "recipes"),
             ("posterior", "times", "alignment", "bank", "solvers", "networks"),
             ("draw", "variance", "data"),
-            ("objective", "figures", "integrations"),
+            ("objective", "meanflow", "figures", "integrations"),
             ("sampling", "preparation", "study"),
             ("evaluation",),
             ("training",),

@@ -15,6 +15,7 @@ from tests.helpers import runs
 RECORDED = Path(__file__).parents[1] / "golden" / "losses.json"
 
 STABLEVM = {"loss_type": "stablevm"}
+MEANFLOW = {"meanflow": True, "meanflow_instants": 0.25, "meanflow_power": 0.5}
 CASES = {
     "si": {},
     "stablevm, bank anchors": STABLEVM,
@@ -26,6 +27,8 @@ CASES = {
     "alignment": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid"},
     "contrastive": {**STABLEVM, "contrastive_coeff": 0.05},
     "alignment that stops": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid", "proj_stop_step": 2},
+    "meanflow": {**STABLEVM, **MEANFLOW},
+    "meanflow, guided": {**MEANFLOW, "meanflow_omega": 2.0, "meanflow_kappa": 0.5},
     "irepa": {**STABLEVM, **runs.ALIGNED, "use_irepa": True},
 }
 
