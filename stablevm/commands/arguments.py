@@ -40,7 +40,7 @@ class Common:
     """Print only warnings, errors and the last line."""
 
 
-_COMMON = Group("", "", Common, fields(Common))
+COMMON = Group("", "", Common, fields(Common))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _given(command: Command, program: str, arguments: Sequence[str]) -> dict[str
     except SystemExit as end:
         if not end.code:  # after help
             raise
-        groups = [*command.groups, _COMMON]
+        groups = [*command.groups, COMMON]
         raise UserError(fault_in(groups, program, arguments) or _unboxed(told.getvalue())) from None
     return {name: value for name, value in _inside(found) if value is not None}
 
@@ -144,7 +144,7 @@ def parser_type(command: Command) -> type:
 
     An option that is not given is None, which can't be typed.
     """
-    general = _options(_COMMON)
+    general = _options(COMMON)
     if len(command.groups) == 1:
         return make_dataclass("Options", _options(command.groups[0]) + general)
     groups: list[tuple[str, Any]] = []

@@ -18,6 +18,7 @@ from stablevm.networks.registry import DEFAULT_KIND, build_network, config_class
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import CHECKPOINTS, write_json
+from stablevm.support.options import some_of
 from stablevm.support.ranges import ABOVE_0, CHANCE
 from stablevm.support.tensor_files import save_tensors
 from stablevm.support.text import shown
@@ -122,19 +123,31 @@ def save(
 def checkpoint_in(folder: str | Path) -> Path:
     """The folder itself where it is a checkpoint; the newest checkpoint where it is a run's folder."""
     folder = Path(folder)
-    found = [card.parent for card in folder.glob(f"{CHECKPOINTS}/*/{CARD_FILE}") if card.parent.name.isdecimal()]
+    found = _checkpoints(folder)
     if (folder / CARD_FILE).is_file() or not found:
         return folder
     return max(found, key=lambda checkpoint: int(checkpoint.name))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run; none if the folder is no run."""
+    return [card.parent for card in run.glob(f"{CHECKPOINTS}/*/{CARD_FILE}") if card.parent.name.isdecimal()]
+
+
+def _runs_in(folder: Path) -> str:
+    """The end of a message, with the runs in a folder that have a checkpoint; empty if there is none."""
+    runs = sorted(run.name for run in folder.iterdir() if _checkpoints(run)) if folder.is_dir() else []
+    return f"; the runs in {folder} are {some_of(runs)}" if runs else ""
 
 
 def load_card(folder: str | Path) -> ModelCard:
     """Read the card; UserError if `folder` is not a checkpoint, or its card is damaged or of another version."""
     folder = Path(folder)
     if not folder.exists():
-        raise UserError(f"{folder}: no such folder; give that of a checkpoint, or of a run with checkpoints")
+        runs = _runs_in(folder.parent) or "; give that of a checkpoint, or of a run with checkpoints"
+        raise UserError(f"{folder}: no such folder{runs}")
     if not (folder / CARD_FILE).is_file():
-        raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE})")
+        raise UserError(f"{folder}: not a checkpoint folder (it holds no {CARD_FILE}){_runs_in(folder)}")
     return read_card(folder / CARD_FILE, ModelCard, "checkpoint", version=FORMAT_VERSION, remedy=_REMEDY)
 
 

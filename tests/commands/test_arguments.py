@@ -212,14 +212,6 @@ def test_quiet_leaves_the_last_line_warnings_and_errors(tmp_path, capsys):
     assert told.err.startswith("error: ") and not told.out
 
 
-def test_a_shell_completes_commands_options_and_words(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["completion", "bash"])
-    script = capsys.readouterr().out
-    for word in ("complete -F", "prepare", "--proj-weight-schedule", "hard_high"):
-        assert word in script
-
-
 def test_helpers_of_tests_write_options_as_users_do(tmp_path):
     config = TrainConfig(exp_name="run", data_dir=tmp_path, use_proj_loss=True, resolution=8)
     assert options_of(*as_arguments(config)) == config

@@ -91,3 +91,15 @@ def test_the_label_dropout_is_recorded_and_unknown_in_old_cards(tmp_path):
     assert old.label_dropout is None and old.null_is_trained and old.classes_are_trained
     assert known.agrees_with(old) and known.agrees_with(replace(known, step=3))
     assert not known.agrees_with(replace(known, label_dropout=0.1)) and not known.agrees_with(tiny_card(num_classes=5))
+
+
+def test_a_folder_of_runs_names_them(tmp_path):
+    for name in ("dogs", "cats"):
+        save_checkpoint(tmp_path / "exps" / name / "checkpoints" / "0000020", tiny_card())
+    (tmp_path / "exps" / "empty").mkdir()
+    for folder, fault in {tmp_path / "exps": "not a checkpoint", tmp_path / "exps" / "pats": "no such folder"}.items():
+        with pytest.raises(UserError, match=fault) as error:
+            load_card(folder)
+        assert one_line(error).endswith(f"; the runs in {tmp_path / 'exps'} are cats, dogs")
+    with pytest.raises(UserError, match=r"it holds no model\.json\)$"):
+        load_card(tmp_path)
