@@ -8,6 +8,7 @@ import zipfile
 
 # The tests are too small to gain from threads, and OpenMP's wait for each other where another program is running.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands set it, before torch is imported
 
 import pytest
 import torch

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from stablevm import cli
 from stablevm.commands.arguments import parse
+from stablevm.commands.config import RecipesConfig
 from stablevm.commands.quiet import quietly
-from stablevm.commands.table import COMMANDS, FOLDER_STEPS
+from stablevm.commands.table import COMMANDS, FOLDER_STEPS, Use
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig
 from stablevm.support import bars
 from stablevm.support.errors import UserError
@@ -224,3 +226,15 @@ def test_quiet_draws_no_bar_where_a_process_would_show_one():
     assert not [path for path in Path(cli.__file__).parent.rglob("*.py") if "disable=not" in path.read_text()], (
         "use bars.hidden"
     )
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_wait_patiently_unless_the_user_says_otherwise(chosen, monkeypatch):
+    """It is set before the command's module is imported, and with it torch."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    seen = []
+    look = Use(RecipesConfig, lambda options: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    assert cli._entry(dataclasses.replace(BY_NAME["recipes"], make_uses=(lambda: look,)))([]) == 0
+    assert seen == [chosen or "PASSIVE"]
