@@ -255,7 +255,7 @@ COMMANDS = (
     Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
     Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),
-    Command("extractor", "train the network that evaluates generated digits", (_extractor,)),
+    Command("extractor", "train the network that evaluates digits and other small images", (_extractor,)),
     Command(
         "evaluate",
         "evaluate a file of generated images, or a checkpoint",

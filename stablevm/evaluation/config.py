@@ -24,7 +24,8 @@ class EvaluationOptions:
     """Reference .npz: images, stored statistics or both, as ADM's suite and stablevm reference write them; or a folder
     or .zip of images of equal size. With --extractor, a prepared data set with the splits train and test."""
     extractor: Path | None = None
-    """Evaluate digits instead: folder of the extractor that was trained on them (stablevm extractor)."""
+    """Evaluate digits or other small images instead: folder of the extractor that was trained on real ones (stablevm
+    extractor)."""
     inception: bool = True
     """Compute FID, sFID, inception score, precision, recall and others from Inception's features."""
     inception_weights: Path | None = None
@@ -165,14 +166,16 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class ExtractorConfig:
-    """Train the network that evaluates generated digits, on the training split."""
+    """Train the network that evaluates generated digits and other small images, on the training split."""
 
     data_dir: Path
-    """Prepared digits."""
+    """Prepared data with the splits train and test: digits of 8 pixels, or images of 28 to 64."""
     output_dir: Path
     """Folder for extractor.safetensors and extractor.json."""
     seed: Natural = 0
     """Seed of weights, batches and augmentation."""
+    steps: Count = 1500
+    """Steps of training, each on 64 images."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablevm.networks.autoencoder import pixels_to_unit
-from stablevm.networks.digits_net import FEATURE_DIM, GRID_SIZE, IMAGE_SIZE, DigitsNet
+from stablevm.networks.small_net import FEATURE_DIM, SmallNet, net_for
 from stablevm.support.errors import UserError, arg
 from stablevm.support.extras import need
 from stablevm.support.foreign_weights import read_weights
 from stablevm.support.hub import check_reachable
 from stablevm.support.precision import without_autocast
 
-DIGITS = "digits"
+# The network of `stablevm extractor`: for digits of 8 pixels, or of any size that its weights have.
+DIGITS, EXTRACTOR = "digits", "extractor"
 MOCO_PREFIX = "module.base_encoder."  # of the encoder's parameters in a MoCo v3 checkpoint
 # Layers with wrong names in MoCo v3 checkpoints, which REPA's loader renames too.
 MOCO_MISSPELT = {
@@ -69,7 +70,7 @@ SHORT_NAMES = {
 class Encoder(nn.Module, ABC):
     """A frozen network that maps images to tokens, without gradients and always in evaluation mode."""
 
-    network: Any  # the frozen network: DigitsNet, or a timm model, which has no useful static type
+    network: Any  # the frozen network: SmallNet, or a timm model, which has no useful static type
 
     def __init__(self, network: nn.Module, *, dim: int, grid_size: int) -> None:
         """Freeze `network`, whose tokens have width `dim` and form a grid of grid_size x grid_size."""
@@ -104,26 +105,27 @@ class Encoder(nn.Module, ABC):
         """The feature vectors, in the precision that the network runs in."""
 
 
-class DigitsEncoder(Encoder):
-    """The patch tokens of DigitsNet, for grey images of 8 x 8 pixels."""
+class SmallEncoder(Encoder):
+    """The patch tokens of SmallNet, for images of its size: grey ones by their first channel, or in colour."""
 
-    def __init__(self, network: DigitsNet, dtype: torch.dtype) -> None:
-        super().__init__(network.to(dtype), dim=FEATURE_DIM, grid_size=GRID_SIZE)
-        self.dtype = dtype
+    def __init__(self, network: SmallNet, dtype: torch.dtype, name: str = EXTRACTOR) -> None:
+        super().__init__(network.to(dtype), dim=FEATURE_DIM, grid_size=network.grid_size)
+        self.dtype, self.name = dtype, name
 
     def _tokens(self, images: Tensor) -> Tensor:
-        return self.network.patches(self._grey(images))
+        return self.network.patches(self._input(images))
 
     def _pooled(self, images: Tensor) -> Tensor:
-        return self.network.features(self._grey(images))
+        return self.network.features(self._input(images))
 
-    def _grey(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+    def _input(self, images: Tensor) -> Tensor:
+        side = self.network.side
+        if images.shape[-2:] != (side, side):
             raise UserError(
-                f"{arg('encoder')} {DIGITS}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, "
-                f"this encoder takes {IMAGE_SIZE} x {IMAGE_SIZE}; choose another encoder"
+                f"{arg('encoder')} {self.name}: the data's images have {images.shape[-2]} x {images.shape[-1]} pixels, "
+                f"this encoder takes {side} x {side}; choose another encoder"
             )
-        return pixels_to_unit(images[:, :1]).to(self.dtype)
+        return pixels_to_unit(images[:, : self.network.channels]).to(self.dtype)
 
 
 class TimmEncoder(Encoder):
@@ -167,7 +169,7 @@ def load_encoder(
 ) -> Encoder:
     """Load the frozen encoder called `name`, which gives grid_size x grid_size tokens and runs in `dtype` on `device`.
 
-    name: "digits", one of REPA's short names (`SHORT_NAMES`), or the name of a vision transformer in timm.
+    name: "digits" or "extractor", one of REPA's short names (`SHORT_NAMES`), or a vision transformer's name in timm.
     grid_size: if None, an image has as many tokens as one of 224 x 224 pixels.
     weights: a safetensors or torch file in timm's or the authors' layout; if None, timm downloads the pretrained ones.
     antialias: images are resized by bicubic interpolation to the size that gives this many tokens, as in REPA without
@@ -175,8 +177,8 @@ def load_encoder(
 
     Raises UserError for an unknown name, a file that does not fit, or weights that can't be downloaded.
     """
-    if name == DIGITS:
-        return _load_digits(grid_size, weights, dtype).to(device)
+    if name in (DIGITS, EXTRACTOR):
+        return _load_small(name, grid_size, weights, dtype).to(device)
     return _load_timm(name, grid_size, weights, dtype, antialias).to(device)
 
 
@@ -186,26 +188,33 @@ def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, 
     UserError for an unknown name, or a network that can't give grid_size x grid_size tokens.
     """
     if name == DIGITS:
-        _check_digits_grid(grid_size)
-        return DigitsEncoder(DigitsNet(), dtype).to(device)
+        network = SmallNet()
+        _check_grid(name, network, grid_size)
+        return SmallEncoder(network, dtype, name).to(device)
     return TimmEncoder(_create(name, _spec_of(name), grid_size, pretrained=False), dtype).to(device)
 
 
-def _check_digits_grid(grid_size: int | None) -> None:
-    if grid_size not in (None, GRID_SIZE):
+def _check_grid(name: str, network: SmallNet, grid_size: int | None) -> None:
+    own = network.grid_size
+    if grid_size not in (None, own):
         raise UserError(
-            f"{arg('encoder')} {DIGITS}: it gives {GRID_SIZE} x {GRID_SIZE} tokens, the model has "
-            f"{grid_size} x {grid_size}; choose a patch size that gives {GRID_SIZE} x {GRID_SIZE}"
+            f"{arg('encoder')} {name}: it gives {own} x {own} tokens, the model has "
+            f"{grid_size} x {grid_size}; choose a patch size that gives {own} x {own}"
         )
 
 
-def _load_digits(grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
-    _check_digits_grid(grid_size)
+def _load_small(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype) -> Encoder:
     if weights is None:
-        raise UserError(f"{arg('encoder')} {DIGITS}: give a file (.safetensors) as {arg('weights')}")
-    network = DigitsNet()
-    _load_strictly(network, read_weights(weights, arg("weights")), DIGITS, weights)
-    return DigitsEncoder(network, dtype)
+        if name == DIGITS:
+            _check_grid(name, SmallNet(), grid_size)
+        raise UserError(f"{arg('encoder')} {name}: give a file (.safetensors) as {arg('weights')}")
+    state = read_weights(weights, arg("weights"))
+    network = net_for(state) if name == EXTRACTOR else SmallNet()
+    if network is None:
+        raise UserError(f"{arg('weights')} {weights}: not the weights of a network that stablevm extractor trains")
+    _check_grid(name, network, grid_size)
+    _load_strictly(network, state, name, weights)
+    return SmallEncoder(network, dtype, name)
 
 
 def _load_timm(name: str, grid_size: int | None, weights: Path | None, dtype: torch.dtype, antialias: bool) -> Encoder:
@@ -236,7 +245,7 @@ def _spec_of(name: str) -> TimmEncoderSpec:
     except RuntimeError:  # a known architecture with an unknown tag after the dot
         pretrained = None
     if pretrained is None:
-        names = ", ".join((DIGITS, *SHORT_NAMES))
+        names = ", ".join((DIGITS, EXTRACTOR, *SHORT_NAMES))
         raise UserError(f"{arg('encoder')} {name}: expected one of {names}, or the name of a timm vision transformer")
     return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
 

@@ -48,7 +48,7 @@ MOVED = {
     "importing.reader": "integrations.reader",
     "models": "networks",
     "models.config": "networks.sit_config",
-    "models.digits_net": "networks.digits_net",
+    "models.digits_net": "networks.small_net",
     "models.initialisation": "networks.initialisation",
     "models.projectors": "networks.projectors",
     "models.sit": "networks.sit",

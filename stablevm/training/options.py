@@ -192,7 +192,8 @@ class AlignmentOptions:
     encoder_depth: int = 8
     """Block, counted from 1, whose tokens are aligned."""
     enc_type: str = "dinov2-vit-b"
-    """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name, or digits."""
+    """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name,
+    digits, or extractor (the network of stablevm extractor)."""
     encoder_weights: str | None = None
     """Files of the encoders' weights separated by commas, for machines without a network connection."""
     encoder_resize: Resize = "bicubic"
@@ -241,9 +242,9 @@ class EvaluationOptions:
     eval_samples: Annotated[int, Range("at least 4", 4)] = 1000
     """Samples that are evaluated, 4 or more: always with the same noise, 40 Euler steps, no guidance."""
     eval_reference: str | None = None
-    """Reference file to evaluate against (stablevm reference); with --eval-extractor, the digits' folder."""
+    """Reference file to evaluate against (stablevm reference); with --eval-extractor, the folder of splits."""
     eval_extractor: str | None = None
-    """Evaluate digits: folder of the extractor that was trained on them."""
+    """Evaluate digits or other small images: folder of the extractor that was trained on real ones."""
     eval_enc_type: str | None = None
     """Evaluate by the features of this encoder instead of Inception's."""
     eval_weights: str | None = None

@@ -1,9 +1,10 @@
-"""Evaluation of digits: the extractor, the metrics and the command `evaluate`."""
+"""Evaluation of digits and other small images: the extractor, the metrics and the command `evaluate`."""
 
 import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
+from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
+from stablevm.data.writer import ShardWriter
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.evaluation.digits import (
     CARD_FILE,
@@ -28,6 +31,9 @@ from stablevm.evaluation.digits import (
     train_extractor,
 )
 from stablevm.evaluation.evaluate import evaluate
+from stablevm.networks.autoencoder import LatentSpec
+from stablevm.networks.encoders import load_encoder
+from stablevm.networks.small_net import SmallNet
 from stablevm.support.errors import UserError
 
 FEW_STEPS = 60  # of 1,500: enough to recognise most digits
@@ -160,11 +166,58 @@ def test_noise_and_wrong_labels_are_bad(
     assert results["coverage"] < 0.2
 
 
-def test_an_extractor_trained_on_other_data_is_refused(
+def test_an_extractor_of_other_data_needs_the_same_test_split(
     train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor
 ) -> None:
     with pytest.raises(UserError, match="not the data on which the extractor was trained"):
-        evaluate_digits(channels_last(test), test.labels(), test, test, extractor)
+        evaluate_digits(channels_last(train), train.labels(), train, test, extractor)
+    apart = evaluate_digits(channels_last(test), test.labels(), test, test, extractor)  # as if it were other data
+    assert apart["accuracy"] == pytest.approx(extractor.test_accuracy)
+    with pytest.raises(UserError, match="not the data on which the extractor was trained"):
+        evaluate_digits(channels_last(test), test.labels(), test, test, replace(extractor, test_sha256=None))
+
+
+def images_of_28_pixels(folder: Path, count: int, *, colour: bool, first: int) -> PreparedDataset:
+    """Three classes: a bright left half, a bright right half, and neither, with noise."""
+    labels = torch.arange(count) % 3
+    pixels = torch.randint(60, (count, 3 if colour else 1, 28, 28), generator=torch.Generator().manual_seed(first))
+    for label, columns in ((0, slice(0, 14)), (1, slice(14, 28))):
+        pixels[labels == label, :, :, columns] += 150
+    images = pixels.expand(-1, 3, -1, -1).to(torch.uint8)
+    description = Manifest(("left", "right", "none"), 28, "none", LatentSpec((3, 28, 28), 1.0, 0.0, "identity"),
+                           has_flips=False, has_images=True)  # fmt: skip
+    writer = ShardWriter(folder, description)
+    moments = torch.cat([images / 127.5 - 1, torch.zeros(images.shape)], dim=1).half()
+    writer.add(moments=moments, labels=labels, index=torch.arange(count), images=images)
+    writer.finish()
+    return open_dataset(folder)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_larger_images_of_other_classes(colour: bool, tmp_path: Path) -> None:
+    train = images_of_28_pixels(tmp_path / "train", 120, colour=colour, first=0)
+    test = images_of_28_pixels(tmp_path / "test", 60, colour=colour, first=1)
+    trained = train_extractor(train, test, seed=0, steps=40)
+    assert trained.test_accuracy > 0.9 and trained.name == "small-cnn" and trained.net.channels == (3 if colour else 1)
+    save_extractor(tmp_path / "saved", trained)
+    loaded = load_extractor(tmp_path / "saved")
+    assert torch.equal(loaded.read(all_images(test))[0], trained.read(all_images(test))[0])
+    results = evaluate_digits(channels_last(test), test.labels(), test, train, loaded)
+    assert results["frechet_test"] < 1e-6 and results["accuracy"] == pytest.approx(trained.test_accuracy)
+    assert "test images" in digits_rows(results)[2][2] + digits_rows(results)[3][2]
+    encoder = load_encoder("extractor", grid_size=7, weights=tmp_path / "saved" / WEIGHTS_FILE, device="cpu")
+    pixels = test.images([0, 1])
+    expected = trained.net.patches((pixels if colour else pixels[:, :1]) / 127.5 - 1)
+    torch.testing.assert_close(encoder(pixels), expected)
+    with pytest.raises(UserError, match="gives 7 x 7 tokens, the model has 8 x 8"):
+        load_encoder("extractor", grid_size=8, weights=tmp_path / "saved" / WEIGHTS_FILE, device="cpu")
+    with pytest.raises(UserError, match="expected \\(N, 28, 28, 3\\)"):
+        evaluate_digits(torch.zeros(9, 8, 8, 3, dtype=torch.uint8), torch.zeros(9).long(), test, train, loaded)
+
+
+def test_images_of_a_size_that_the_network_does_not_take(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="images of 30 pixels, expected 8, or 28 to 64 in steps of 4"):
+        SmallNet(side=30)
 
 
 def command(data: Path, extractor: DigitsExtractor, folder: Path, **arrays: np.ndarray) -> EvaluateConfig:

@@ -24,7 +24,7 @@ import torch
 from stablevm.data.manifest import ShardFile
 from stablevm.data.opening import open_dataset
 from stablevm.evaluation.digits import DigitsExtractor, load_extractor, save_extractor
-from stablevm.networks.digits_net import DigitsNet
+from stablevm.networks.small_net import SmallNet
 from stablevm.networks.snapshot import load_card, load_model
 from stablevm.preparation.joining import ShardRecord
 from stablevm.preparation.outcome import Problem, Report, read_problems
@@ -125,7 +125,7 @@ def tree(folder):
     checkpoint.keep_if_best(run, Record("velocity_loss", 0.5, card.step))
     (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(5)))
     save_checkpoint(folder / "model", card)
-    net = DigitsNet(torch.Generator().manual_seed(0))
+    net = SmallNet(torch.Generator().manual_seed(0))
     save_extractor(folder / "judge", DigitsExtractor(net, 0.9, 0, 3, "0" * 64))
     protocol = {"step": 3, "model": "SiT", "cfg_scale": 1.5, "classes": None}
     parts = PartFolder(folder / "parts", 16, protocol)

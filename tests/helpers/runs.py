@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stablevm.data.manifest import Manifest
 from stablevm.data.writer import ShardWriter
 from stablevm.networks.autoencoder import IDENTITY, LatentSpec, unit_to_pixels
-from stablevm.networks.digits_net import DigitsNet
+from stablevm.networks.small_net import SmallNet
 from stablevm.training.config import TrainConfig
 from stablevm.training.trainer import train
 
@@ -43,7 +43,7 @@ def write_data(folder, labels=None, class_names=("zero", "one", "two"), flips=Fa
 
 
 def write_encoder(path):
-    net = DigitsNet(torch.Generator().manual_seed(2))
+    net = SmallNet(torch.Generator().manual_seed(2))
     save_file(net.state_dict(), path)
     return path
 

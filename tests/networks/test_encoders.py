@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from stablevm.networks import encoders
-from stablevm.networks.digits_net import DigitsNet
 from stablevm.networks.encoders import SHORT_NAMES, TimmEncoder, TimmEncoderSpec, load_encoder
+from stablevm.networks.small_net import SmallNet
 from stablevm.support.errors import UserError
 
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # 192 wide, class token, mean and std 0.5
@@ -226,7 +226,7 @@ def test_download_gives_the_same_as_the_file(encoder, weights, images, monkeypat
 
 @pytest.mark.parametrize("name", ["nonsense", "vit_tiny_patch16_224.nonsense"])
 def test_unknown_name_lists_the_short_ones(name):
-    with pytest.raises(UserError, match=f"encoder {name}: expected one of digits, dinov2-vit-s.*jepa-vit-h"):
+    with pytest.raises(UserError, match=f"encoder {name}: expected one of digits, extractor, dinov2-vit-s.*jepa-vit-h"):
         load(None, name)
 
 
@@ -294,8 +294,8 @@ def test_short_names_are_what_they_say():
 
 @pytest.fixture
 def digits(tmp_path):
-    """A DigitsNet whose batch statistics matter, and its file."""
-    net = DigitsNet().eval()
+    """A SmallNet whose batch statistics matter, and its file."""
+    net = SmallNet().eval()
     for name, buffer in net.named_buffers():
         if name.endswith("running_mean"):
             buffer.fill_(0.3)
@@ -324,6 +324,16 @@ def test_digits_errors(digits, weights):
         load(weights, "digits")
     with pytest.raises(UserError, match="images have 16 x 16 pixels, this encoder takes 8 x 8"):
         load(path, "digits")(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_the_network_of_an_extractor_is_known_by_its_weights(digits, weights):
+    net, path = digits
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(load(path, "extractor")(images), net.patches(images[:, :1] / 127.5 - 1))
+    with pytest.raises(UserError, match="not the weights of a network that stablevm extractor trains"):
+        load(weights, "extractor")
+    with pytest.raises(UserError, match="give a file"):
+        load(None, "extractor")
 
 
 @pytest.mark.parametrize("name", ["vit_small_r26_s32_224", "vit_tiny_r_s16_p8_224", "vit_base_mci_224"])

@@ -1,4 +1,4 @@
-"""Networks: SiT against an independent derivation, its names, sizes and first values; the projectors; DigitsNet."""
+"""Networks: SiT against an independent derivation, its names, sizes and first values; the projectors; SmallNet."""
 
 import math
 import re
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from stablevm.networks.digits_net import DigitsNet
 from stablevm.networks.sit import SiT
 from stablevm.networks.sit_config import MODEL_NAMES, SiTConfig, sit_config
+from stablevm.networks.small_net import SmallNet
 from stablevm.support.errors import UserError
 
 LINEAR = ("weight", "bias")
@@ -225,7 +225,7 @@ def test_starts_at_zero_output_and_with_small_embeddings():
         assert matrix.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
-@pytest.mark.parametrize("network", [lambda generator: SiT(tiny(), generator), DigitsNet])
+@pytest.mark.parametrize("network", [lambda generator: SiT(tiny(), generator), SmallNet])
 def test_first_values_follow_from_the_generator_alone(network):
     before = torch.get_rng_state()
     seeded = [network(torch.Generator().manual_seed(seed)).state_dict() for seed in (0, 0, 1)]
@@ -341,11 +341,11 @@ def test_unknown_projector_kind():
         tiny(projector_dims=(16,), projector_kind="linear")
 
 
-# --- DigitsNet ---
+# --- SmallNet ---
 
 
-def test_digits_net_shapes():
-    net = DigitsNet()
+def test_small_net_shapes():
+    net = SmallNet()
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert net(images).shape == (3, 10)
     assert net.features(images).shape == (3, 64)
@@ -354,7 +354,7 @@ def test_digits_net_shapes():
 
 
 def test_digits_patches_are_row_major():
-    net = DigitsNet().eval()
+    net = SmallNet().eval()
     blank = torch.full((1, 1, 8, 8), -1.0)
     dotted = blank.clone()
     dotted[0, 0, 0, 7] = 1  # top right
