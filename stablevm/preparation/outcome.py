@@ -60,10 +60,12 @@ class Report:
     def status(self) -> int:
         return SKIPPED_STATUS if self.skipped else 0
 
-    def line(self, folder: Path, verb: str) -> str:
-        """The last line of the command's output."""
+    def line(self, folder: Path, verb: str, earlier: str = "") -> str:
+        """The last line of the command's output; earlier: the command that has skipped the images, if not this one."""
         handled = len(self.problems) - self.skipped
         text = f"{folder}: {self.done:,} images {verb}, {self.skipped:,} skipped"
+        if earlier and self.skipped:
+            text += f" by {earlier}"
         if handled:
             text += f", {handled:,} of unusual form handled"
         if self.problems:
@@ -128,12 +130,15 @@ def tell(source: Source, process: Process) -> None:
         print(f"warning: {printable(line)}", file=sys.stderr)
 
 
-def conclude(report: Report | None, dest: Path, verb: str, process: Process) -> int:
-    """Print the last line in the first process, and return the exit status."""
+def conclude(report: Report | None, dest: Path, verb: str, process: Process, earlier: str = "") -> int:
+    """Print the last line in the first process, and return the exit status.
+
+    earlier: the command that has skipped the images, and has said so by its own exit status; then this one's is 0.
+    """
     if report is None or not process.is_first:
         return 0
-    print(report.line(dest, verb))
-    return report.status
+    print(report.line(dest, verb, earlier))
+    return 0 if earlier else report.status
 
 
 def read_problems(record: Path) -> list[Problem]:

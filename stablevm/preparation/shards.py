@@ -87,7 +87,7 @@ def _convert(
 
 
 def encode(config: EncodeShardsConfig) -> int:
-    """Encode the images in shards, which completes the data set, and return the exit status, which is 0."""
+    """Encode the images in shards, which completes the data set, and return the exit status."""
     config.validate()
     process = Process.from_environment()
     folder = config.data_dir
@@ -95,8 +95,7 @@ def encode(config: EncodeShardsConfig) -> int:
         raise UserError(f"{folder}: holds no converted shards, or their conversion was interrupted; run convert first")
     with owned(folder):
         report = _encode(config, folder, process)
-    conclude(report, folder, "in the data set", process)
-    return 0  # convert has already reported skipped images
+    return conclude(report, folder, "in the data set", process, earlier="convert")
 
 
 def _encode(config: EncodeShardsConfig, folder: Path, process: Process) -> Report:

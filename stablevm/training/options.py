@@ -222,7 +222,7 @@ class CheckpointOptions:
     keep_best: Literal["loss", "velocity_loss", "alignment_loss"] | None = None
     """Also keep, as checkpoints/best, the checkpoint with the lowest mean of this metric over the steps before it."""
     log_steps: Count = 10
-    """Write metrics every this many steps."""
+    """Write metrics every this many steps, at each checkpoint, and at the end."""
     sampling_steps: Natural | None = None
     """Make a grid of samples every this many steps, and at the end; 0: never. Default: 10,000, or about a tenth of a
     run of fewer than 50,000 steps."""

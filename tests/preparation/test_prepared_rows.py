@@ -44,7 +44,7 @@ def convert(source, dest):
 
 
 @pytest.mark.parametrize("shard_length", [5, 1000])
-def test_rows_keep_what_is_theirs_where_others_are_bad(source, tmp_path, monkeypatch, shard_length):
+def test_rows_keep_what_is_theirs_where_others_are_bad(source, tmp_path, monkeypatch, shard_length, capsys):
     monkeypatch.setattr(joining, "SHARD_LENGTH", shard_length)
     images, shards = tmp_path / "DATA" / "images", tmp_path / "shards"
     latents = tmp_path / "DATA" / "vae-sd"
@@ -52,7 +52,9 @@ def test_rows_keep_what_is_theirs_where_others_are_bad(source, tmp_path, monkeyp
     assert cli.dataset_tools(convert(source, images)) == 3
     assert cli.dataset_tools(["encode", "--source", str(images), "--dest", str(latents), *identity]) == 0
     assert cli.prepare(convert(source, shards)) == 3
-    assert cli.prepare(["encode", "--data-dir", str(shards), *identity]) == 0  # it skipped none itself
+    assert ": 20 images converted, 4 skipped; report.json" in capsys.readouterr().out.splitlines()[-1]
+    assert cli.prepare(["encode", "--data-dir", str(shards), *identity]) == 0, "it skipped none itself"
+    assert ": 20 images in the data set, 4 skipped by convert; report.json" in capsys.readouterr().out.splitlines()[-1]
     good = [row for row in range(24) if row not in (0, 9, 12, 23)]
     for dataset in (open_dataset(shards), open_dataset(tmp_path / "DATA")):
         assert dataset.index().tolist() == good
