@@ -79,6 +79,7 @@ def train_config(config: QuickstartConfig) -> TrainConfig:
         "output_dir": config.output_dir,
         "data_dir": data_folder(config),
         "max_train_steps": config.steps,
+        "lr_warmup_steps": min(options["lr_warmup_steps"], config.steps // 2),
         "seed": config.seed,
         "loss_type": config.loss_type,
         "encoder_weights": str(extractor_folder(config) / "extractor.safetensors"),
