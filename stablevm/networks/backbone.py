@@ -19,10 +19,12 @@ class Backbone(nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict (B, C, H, W) from latents x (B, C, H, W), times t (B,) in [0, 1] and labels y (B,) int64.
 
+        With a class token, x and the prediction are (B, *config.state_shape), as `joint_state.joined` makes them.
         Labels run from 0 to num_classes; the last is the null class, "no label". With `features`, it returns a pair:
-        the prediction, and for each projector its tokens (B, T, feature_dim), computed after block `encoder_depth`.
-        Without, the projectors do not run. Where the configuration says `intervals`, `forward` also takes r (B,), and
-        predicts the mean velocity between the times r <= t (MeanFlow); without r, the velocity at t.
+        the prediction, and for each projector its tokens (B, T, feature_dim), computed after block `encoder_depth`;
+        those of REPA's projectors begin with the class token's, if there is one. Without, the projectors do not run.
+        Where the configuration says `intervals`, `forward` also takes r (B,), and predicts the mean velocity between
+        the times r <= t (MeanFlow); without r, the velocity at t.
         """
 
     @abstractmethod

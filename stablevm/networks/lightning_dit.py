@@ -33,6 +33,7 @@ class LightningDiT(DiffusionTransformer):
 
     def _context(self, device: torch.device) -> tuple[Tensor, ...]:
         angles = rotary_angles(self.config.grid_size, self.config.hidden_size // self.config.num_heads, device)
+        angles = F.pad(angles, (0, 0, self._prefix, 0))  # tokens without a position are not rotated
         return angles.cos(), angles.sin()
 
 

@@ -1,9 +1,10 @@
 """The configuration that all kinds of networks share, without importing torch, so that help is fast."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 
 PROJECTOR_KINDS = ("mlp", "conv")  # REPA's and iREPA's
 LARGEST_WIDTH = 65_536
@@ -32,6 +33,7 @@ class NetworkConfig:
     kind: ClassVar[str]  # the name of the class in checkpoints
     label_table: ClassVar[str]  # the weight that has a row for each class and one, the last, for the null class
     takes_intervals: ClassVar[bool] = False  # whether `forward` takes `r`, if `intervals` says so
+    takes_cls_token: ClassVar[bool] = False  # whether the kind supports `cls_token_dim`
 
     name: str
     input_size: int  # side of the latent, in latent pixels
@@ -45,6 +47,7 @@ class NetworkConfig:
     projector_dims: tuple[int, ...] = ()  # feature widths of the frozen encoders, one projector each
     projector_kind: str = "mlp"  # "mlp" (REPA) or "conv" (iREPA)
     projector_hidden: int = 2048
+    cls_token_dim: int = 0  # width of the class token that is denoised with the latent (REG); 0 without
 
     @property
     def null_class(self) -> int:
@@ -55,6 +58,12 @@ class NetworkConfig:
     def grid_size(self) -> int:
         """The number of tokens per side."""
         raise NotImplementedError
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of one input: (C, h, w), or (C h w + D,) with a class token of width D (`joint_state`)."""
+        shape = (self.in_channels, self.input_size, self.input_size)
+        return (math.prod(shape) + self.cls_token_dim,) if self.cls_token_dim else shape
 
     def __post_init__(self) -> None:
         """Raise UserError for an impossible network, or one so large that building it would exhaust the machine."""
@@ -67,6 +76,10 @@ class NetworkConfig:
             )
         if self.intervals and not self.takes_intervals:
             raise UserError(f"{self.name}: networks of this kind take no start of an interval, which MeanFlow needs")
+        if not 0 <= self.cls_token_dim <= LARGEST_WIDTH:
+            raise UserError(f"cls_token_dim {self.cls_token_dim}, expected 0 to {LARGEST_WIDTH:,}")
+        if self.cls_token_dim and not self.takes_cls_token:
+            raise UserError(f"{arg('cls_token')}: a network of kind {self.kind} does not support it")
         if self.projector_kind not in PROJECTOR_KINDS:
             raise UserError(f"projector_kind {self.projector_kind}, expected one of {', '.join(PROJECTOR_KINDS)}")
 

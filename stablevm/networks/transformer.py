@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.initialisation import materialize, normal, xavier_uniform
+from stablevm.networks.joint_state import joined, parted
 from stablevm.networks.projectors import build_projector
 from stablevm.networks.transformer_config import TransformerConfig
 from stablevm.support.precision import without_autocast
@@ -62,7 +63,7 @@ class DiffusionTransformer(Backbone):
         if config.intervals:
             self.r_embedder = TimeEmbedder(hidden, config.time_scale)
         self.y_embedder = LabelEmbedder(config.num_classes, hidden)
-        self.pos_embed = nn.Parameter(torch.empty(1, config.grid_size**2, hidden), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.empty(1, self._prefix + config.grid_size**2, hidden), requires_grad=False)
         self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
         self.projectors = nn.ModuleList(
             build_projector(
@@ -74,7 +75,11 @@ class DiffusionTransformer(Backbone):
             )
             for feature_dim in config.projector_dims
         )
-        self.final_layer = FinalLayer(self._norm(), hidden, config.patch_size**2 * config.in_channels)
+        patch_values = config.patch_size**2 * config.in_channels
+        self.final_layer = FinalLayer(self._norm(), hidden, patch_values, config.cls_token_dim)
+        if config.cls_token_dim:  # the names are those of REG's checkpoints
+            self.cls_projectors2 = nn.Linear(config.cls_token_dim, hidden)
+            self.wg_norm = nn.LayerNorm(hidden, eps=1e-6)
 
     def _initialise(self, generator: torch.Generator) -> None:
         """Initialise as DiT does; adaLN and the output layer stay zero, so that each block starts as the identity."""
@@ -90,14 +95,17 @@ class DiffusionTransformer(Backbone):
             for name in ("r_embedder.mlp.0", "r_embedder.mlp.2"):
                 normal(self.get_parameter(f"{name}.weight"), EMBEDDING_STD, generator)
         xavier_uniform(self.projectors, generator)  # last, so that all else is the same with and without projectors
-        with torch.no_grad():
-            self.pos_embed.copy_(position_embedding(self.config.grid_size, self.config.hidden_size))
+        if self.config.cls_token_dim:
+            xavier_uniform(self.cls_projectors2, generator)
+        with torch.no_grad():  # the class token has no position: its row stays zero
+            positions = position_embedding(self.config.grid_size, self.config.hidden_size)
+            self.pos_embed[:, self._prefix :].copy_(positions)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict, and with `features` project the tokens after block `encoder_depth`: see `Backbone.forward`."""
-        tokens = self.x_embedder(x) + self.pos_embed
+        tokens = self._embedded(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
         if self.config.intervals:
             condition = condition + self.r_embedder(torch.zeros_like(t) if r is None else t - r)
@@ -106,8 +114,12 @@ class DiffusionTransformer(Backbone):
         for number, block in enumerate(self.blocks, start=1):
             tokens = self._through(block, tokens, condition, *context)
             if features and number == self.config.encoder_depth:
-                projected = [projector(tokens) for projector in self.projectors]
-        prediction = self._unpatchify(self.final_layer(tokens, condition))
+                seen = tokens if self.config.projector_kind == "mlp" else tokens[:, self._prefix :]
+                projected = [projector(seen) for projector in self.projectors]
+        patches, cls_token = self.final_layer(tokens, condition)
+        prediction = self._unpatchify(patches)
+        if cls_token is not None:
+            prediction = joined(prediction, cls_token)
         return (prediction, projected) if features else prediction
 
     def compile_blocks(self) -> None:
@@ -124,6 +136,20 @@ class DiffusionTransformer(Backbone):
             tokens: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random
             return tokens
         return block(*inputs)
+
+    @property
+    def _prefix(self) -> int:
+        """The number of tokens before those of the patches."""
+        return 1 if self.config.cls_token_dim else 0
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        """The tokens (B, T, hidden) of inputs (B, *state_shape), without positions; the class token comes first."""
+        config = self.config
+        if not config.cls_token_dim:
+            tokens: Tensor = self.x_embedder(x)
+            return tokens
+        latents, token = parted(x, (config.in_channels, config.input_size, config.input_size))
+        return torch.cat([self.wg_norm(self.cls_projectors2(token))[:, None], self.x_embedder(latents)], dim=1)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Arrange patches (B, T, p * p * C), each row by row with channels last, as (B, C, H, W)."""
@@ -152,17 +178,22 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The output layer, from tokens (B, T, hidden) to patches (B, T, patch_values)."""
+    """The output layer, from tokens (B, T, hidden) to patches (B, T, patch_values), and to a class token (B, D)."""
 
-    def __init__(self, norm: nn.Module, hidden_size: int, patch_values: int) -> None:
+    def __init__(self, norm: nn.Module, hidden_size: int, patch_values: int, cls_token_dim: int = 0) -> None:
+        """cls_token_dim: the width D of the class token, whose token is the first; 0 without."""
         super().__init__()
         self.norm_final = norm
         self.linear = nn.Linear(hidden_size, patch_values)
+        self.linear_cls = nn.Linear(hidden_size, cls_token_dim) if cls_token_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+        tokens = modulate(self.norm_final(tokens), shift, scale)
+        if self.linear_cls is None:
+            return self.linear(tokens), None
+        return self.linear(tokens[:, 1:]), self.linear_cls(tokens[:, 0])
 
 
 class TimeEmbedder(nn.Module):

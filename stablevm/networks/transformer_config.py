@@ -46,6 +46,7 @@ class TransformerConfig(NetworkConfig):
     """The configuration of a transformer whose tokens are square patches of the latent, with fixed positions."""
 
     takes_intervals: ClassVar[bool] = True
+    takes_cls_token: ClassVar[bool] = True
 
     patch_size: int
     hidden_size: int

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stablevm.choices import Precision, Prediction
 from stablevm.interpolant import Interpolant, get_interpolant
+from stablevm.networks.joint_state import parted
 from stablevm.networks.snapshot import ModelCard
 from stablevm.sampling.config import CFG_SCALE, GuidanceOptions
 from stablevm.solvers.integration import integrate
@@ -132,13 +133,15 @@ def draw_latents(
     labels: (B,) int64, which may include the null class. model: on `device`, in evaluation mode. streams: a generator
     for each image, from which all its noise comes, so that images do not depend on how they are batched. watch: called
     as watch(x, t, v) with each state, its time and its velocity; not with dopri5, where each image has its own times.
-    With dopri5 the number of evaluations is a rounded mean over images. UserError for labels or guidance that were
-    never trained, according to the card.
+    With dopri5 the number of evaluations is a rounded mean over images. A network with a class token makes it beside
+    the latent, guided alike, and it is dropped. UserError for labels or guidance that were never trained, according to
+    the card.
     """
     _check_trained(card, labels, guidance.cfg_scale)
     if settings.mode == "meanflow" and not card.model.intervals:
         raise UserError(f"{arg('mode')} meanflow: the network was trained without meanflow, so it knows no intervals")
-    shape = (len(labels), *card.latent.shape)
+    _check_legacy(card, guidance)
+    shape = (len(labels), *card.model.state_shape)
     path = get_interpolant(card.path_type)
     velocity = GuidedVelocity(
         model,
@@ -156,14 +159,17 @@ def draw_latents(
     def watched(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         v = velocity(x, t, rows)
         if watch is not None and rows is None:
-            watch(x, t, v)
+            watch(latents_of(x), t, latents_of(v))
         return v
 
     def watched_mean(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         u = velocity(x, t, r=r)
         if watch is not None:
-            watch(x, t, u)
+            watch(latents_of(x), t, latents_of(u))
         return u
+
+    def latents_of(states: Tensor) -> Tensor:
+        return parted(states, card.latent.shape)[0] if card.model.cls_token_dim else states
 
     def noise() -> Tensor:
         return randn(shape, streams, device).double()
@@ -171,8 +177,13 @@ def draw_latents(
     if settings.time_shift is None and "time_shift" not in settings.without_effect(spelt_in_python):
         settings = replace(settings, time_shift=card.time_shift)
     called = watched_mean if settings.mode == "meanflow" else watched
-    latents = integrate(called, noise, path, settings)
+    latents = latents_of(integrate(called, noise, path, settings))
     return latents.float(), round(velocity.evaluations)
+
+
+def _check_legacy(card: ModelCard, guidance: GuidanceSettings) -> None:
+    if guidance.legacy and card.model.cls_token_dim:
+        raise UserError(f"{arg('legacy')}: the network has a class token, whose states have no channels; leave it out")
 
 
 def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:

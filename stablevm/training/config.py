@@ -163,6 +163,9 @@ class TrainConfig(
                  "none with --eval-every, which keeps the checkpoint of the lowest distance"),
                 ("keep_best", self.use_proj_loss or self.keep_best != "alignment_loss",
                  "a loss that is computed; add --use-proj-loss or give velocity_loss"),
+                ("cls_token", self.use_proj_loss or not self.cls_token,
+                 "--use-proj-loss, whose first encoder gives the token, with --proj-coeff 0 for no alignment"),
+                ("cls_token", not (self.cls_token and self.meanflow), "no --meanflow with it"),
                 ("encoder_weights", len(self.encoder_files) == len(self.encoder_names) or not self.use_proj_loss,
                  f"one file for each of --enc-type {self.enc_type}"),
             ],
@@ -178,6 +181,8 @@ class TrainConfig(
             idle |= dict.fromkeys(idle_alone, "--eval-every 0")
         elif self.eval_extractor is not None:
             idle |= dict.fromkeys(("eval_enc_type", "eval_weights"), "--eval-extractor")
+        if not self.cls_token:
+            idle["cls_coeff"] = "--no-cls-token"
         if self.loss_type == "si":
             bank = ("bank_capacity_per_class", "prefill_bank_fully", "prefill_batch_size", "prefill_workers")
             idle |= dict.fromkeys((*bank, "bank_on_gpu", "bank_anchors", "references_from"), "--loss-type si")

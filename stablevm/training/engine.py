@@ -283,7 +283,9 @@ def _model_card(config: TrainConfig, dataset: PreparedDataset, encoders: Sequenc
     """The card of the network before its first step."""
     return ModelCard(
         model=dataclasses.replace(
-            model_config(config, dataset), projector_dims=tuple(encoder.dim for encoder in encoders)
+            model_config(config, dataset),
+            projector_dims=tuple(encoder.dim for encoder in encoders),
+            cls_token_dim=encoders[0].dim if config.cls_token else 0,
         ),
         latent=dataset.latent,
         path_type=config.path_type,

@@ -18,6 +18,7 @@ from stablevm.data.loader import StepSampler
 from stablevm.draw import Draw, ObjectiveSettings
 from stablevm.interpolant import get_interpolant
 from stablevm.meanflow import MeanFlow
+from stablevm.networks.joint_state import joined
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.objective import Anchors, FlowMatching, StableVM, draw_anchors
 from stablevm.support import rng
@@ -26,6 +27,7 @@ from stablevm.support.errors import UserError
 from stablevm.support.options import some_of
 from stablevm.support.rng import AnyGenerator
 from stablevm.times import automatic_shift
+from stablevm.training.cls_tokens import ClsTokens
 from stablevm.training.config import TrainConfig
 from stablevm.training.console import on_terminal, say
 
@@ -75,7 +77,7 @@ class Given:
     config: TrainConfig
     settings: ObjectiveSettings  # what all objectives share
     class_counts: Tensor  # (classes,) number of samples of each class in the data
-    shape: tuple[int, ...]  # of a latent
+    shape: tuple[int, ...]  # of what is perturbed: a latent, or the state of one with a class token
     device: torch.device
 
 
@@ -98,7 +100,7 @@ def make_objective(
         instant_share=config.meanflow_instants if config.meanflow else 1.0,
     )
     counts = torch.bincount(dataset.labels(), minlength=model.num_classes)
-    return OBJECTIVES[config.loss_type](Given(config, settings, counts, dataset.latent.shape, device))
+    return OBJECTIVES[config.loss_type](Given(config, settings, counts, model.state_shape, device))
 
 
 def make_meanflow(config: TrainConfig, model: NetworkConfig) -> MeanFlow | None:
@@ -159,33 +161,47 @@ def make_bank(config: TrainConfig, counts: Tensor, shape: tuple[int, ...], devic
     return ClassBank(len(counts), int(counts.max()), shape, device=home)
 
 
-def prefill(bank: ClassBank, dataset: PreparedDataset, config: TrainConfig, *, show: bool) -> None:
+def prefill(
+    bank: ClassBank,
+    dataset: PreparedDataset,
+    config: TrainConfig,
+    *,
+    cls_tokens: ClsTokens | None = None,
+    show: bool,
+) -> None:
     """Fill the bank with samples of each class chosen by the seed, or with all, reading only latents.
 
-    Every process chooses and reads the same samples, so all banks are equal without communication. Raises UserError,
-    naming the classes, if the data has no sample of some.
+    Every process chooses and reads the same samples, so all banks are equal without communication. cls_tokens: those of
+    all rows, if the network has a class token. Raises UserError, naming the classes, if the data has no sample of some.
     """
+    check_classes(dataset, config, bank.num_classes)
     labels = dataset.labels()
     counts = torch.bincount(labels, minlength=bank.num_classes)
+    fully = config.prefill_bank_fully or config.bank_is_fixed
+    rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
+    workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
+    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=hidden(show and on_terminal())) as bar:
+        for part, latents in _read_latents(dataset, rows, config, workers):
+            states = latents if cls_tokens is None else joined(latents, cls_tokens(part))
+            bank.insert(states, labels[part], part)
+            bar.update(len(part))
+    short = int((counts < bank.capacity).sum())
+    if show and config.prefill_bank_fully and short and not config.bank_is_fixed:
+        say(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
+
+
+def check_classes(dataset: PreparedDataset, config: TrainConfig, num_classes: int) -> None:
+    """Raise UserError, naming the classes, if the data has no sample of some of `num_classes`."""
+    counts = torch.bincount(dataset.labels(), minlength=num_classes)
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing:
         remedy = "lower --num-classes"
         if missing[0] < dataset.num_classes:
             remedy = "prepare the data with them or, without them, with classes numbered from 0 without gaps"
         raise UserError(
-            f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {bank.num_classes} classes "
+            f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {num_classes} classes "
             f"({some_of(missing)}), so their part of the bank would stay empty; {remedy}"
         )
-    fully = config.prefill_bank_fully or config.bank_is_fixed
-    rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
-    workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
-    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=hidden(show and on_terminal())) as bar:
-        for part, latents in _read_latents(dataset, rows, config, workers):
-            bank.insert(latents, labels[part], part)
-            bar.update(len(part))
-    short = int((counts < bank.capacity).sum())
-    if show and config.prefill_bank_fully and short and not config.bank_is_fixed:
-        say(f"bank: {short} of {bank.num_classes} classes have fewer than {bank.capacity} samples; all are in it")
 
 
 def gigabytes(count: int) -> str:

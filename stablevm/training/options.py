@@ -58,6 +58,11 @@ class NetworkOptions:
     LightningDiT-{XXS,XS}/{1,2}."""
     qk_norm: bool = False
     """Normalise queries and keys."""
+    cls_token: bool = False
+    """Denoise the class token of the first encoder of --enc-type beside the image, as one more token (REG). Those of
+    all images are computed once, before the first step. It needs --use-proj-loss."""
+    cls_coeff: NotNegative = 0.03
+    """Weight of the class token's loss, 0 or more."""
     init_from: Path | None = None
     """Start from the weights of this checkpoint folder, or of the newest one of this run's folder, instead of random
     ones: fine-tuning, also after an import."""

@@ -15,18 +15,24 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
 from stablevm.meanflow import MeanFlow
 from stablevm.networks.encoders import Encoder
+from stablevm.networks.joint_state import joined, parted
 from stablevm.objective import Draw, squared_error
 from stablevm.support import rng
+from stablevm.training.cls_tokens import ClsTokens
 from stablevm.training.config import TrainConfig
 from stablevm.training.guard import GuardedAdamW, spread
 from stablevm.training.objectives import Objective, objective_streams
-from stablevm.training.terms import Output, Samples, Share, Term, alignment_term, contrastive_term
+from stablevm.training.terms import Output, Samples, Share, Term, alignment_term, cls_token_term, contrastive_term
 from stablevm.training.weights import whole
 
 FINAL_SHARE = 0.05  # of the peak rate, at the end of a cosine schedule
 
 # Terms of the loss beside the velocity's: from the options and their encoders to the term, or None without it.
-TERMS: list[Callable[[TrainConfig, Sequence[Encoder]], Term | None]] = [alignment_term, contrastive_term]
+TERMS: list[Callable[[TrainConfig, Sequence[Encoder]], Term | None]] = [
+    alignment_term,
+    contrastive_term,
+    cls_token_term,
+]
 
 
 def make_terms(config: TrainConfig, encoders: Sequence[Encoder]) -> list[Term]:
@@ -103,6 +109,7 @@ class BatchDrawer:
     ) -> None:
         self.objective, self.dataset, self.accelerator, self.config = objective, dataset, accelerator, config
         local = config.batch_size // accelerator.num_processes
+        self.cls_tokens: ClsTokens | None = None  # of all rows, if the network has a class token
         self.positions = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
 
     def draw(self, batch: TrainingBatch, step: int) -> Draw:
@@ -114,6 +121,8 @@ class BatchDrawer:
         labels, ids = rng.to_device(batch.labels, device), rng.to_device(batch.rows, device)
         noise = rng.randn((len(labels), *self.dataset.latent.shape), posterior_streams, device)
         latents = self.dataset.latent.from_moments(moments, noise)
+        if self.cls_tokens is not None:  # one longer state, like any other for the objective and its bank
+            latents = joined(latents, rng.to_device(self.cls_tokens(batch.rows), device))
         if self.objective.bank is None:
             return self.objective.draw(latents, labels, streams, ids=ids)
         home = self.objective.bank.device
@@ -135,7 +144,15 @@ class BatchDrawer:
         """A draw of the batch with the images of its anchors, if the loader was asked for images."""
         draw = self.draw(batch, step)
         images = None if batch.images is None else self.images(batch, draw)
-        return Samples(draw, images, self.positions, self._total, self._from_all)
+        found = Samples(draw, images, self.positions, self._total, self._from_all)
+        return found if self.cls_tokens is None else self._parted(found)
+
+    def _parted(self, samples: Samples) -> Samples:
+        """The samples with the class tokens apart from the latents, except in the network's input."""
+        draw, shape = samples.draw, self.dataset.latent.shape
+        (x0, tokens), (target, cls_target) = parted(draw.x0, shape), parted(draw.target, shape)
+        apart = replace(draw, x0=x0, target=target, noise=parted(draw.noise, shape)[0])
+        return replace(samples, draw=apart, cls_tokens=tokens, cls_target=cls_target)
 
     def images(self, batch: TrainingBatch, draw: Draw) -> Tensor:
         """The images (B, 3, H, W) uint8 of the draw's anchors, on the device."""
@@ -190,7 +207,7 @@ class StepRunner:
             if any(term.name in self.encoding for term in terms):
                 clock.end("encoder")
             with self._maybe_no_sync(synchronise=number == self.config.accumulation_steps):
-                losses, error = self._losses(draw, span, shares)
+                losses, error = self._losses(samples, span, shares)
                 clock.end("forward")
                 self.accelerator.backward(spread(losses["loss"]))
                 clock.end("backward")
@@ -205,13 +222,14 @@ class StepRunner:
         return StepMetrics({**sums, "grad_norm": norm.detach()}, draw.t, torch.cat(errors), draw.ess)
 
     def _losses(
-        self, draw: Draw, span: slice, shares: Sequence[tuple[Term, Share]]
+        self, samples: Samples, span: slice, shares: Sequence[tuple[Term, Share]]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """This micro-batch's part of each loss, and the error of the velocity for each sample (b,).
 
         The parts are added over micro-batches and averaged over processes.
         """
-        output, target = self._forward(draw, span), draw.target[span]
+        draw = samples.draw
+        output, target = self._forward(samples, span), draw.target[span]
         if self.meanflow is not None:
             with torch.compiler.set_stance("force_eager"):  # compiled blocks have no forward derivative
                 target = self.meanflow.target(self.accelerator.unwrap_model(self.model), draw.part(span))
@@ -229,13 +247,19 @@ class StepRunner:
             loss = loss + 0 * torch.stack([tokens.sum() for tokens in output.tokens]).sum()
         return {"loss": loss, "velocity_loss": velocity, **values}, error
 
-    def _forward(self, draw: Draw, span: slice) -> Output:
+    def _forward(self, samples: Samples, span: slice) -> Output:
+        draw = samples.draw
         inputs = draw.x_t[span], draw.t[span], draw.labels[span]
         more = {} if draw.r is None else {"r": draw.r[span]}
         with self.accelerator.autocast():
             if any(term.needs_tokens for term in self.terms):
-                return Output(*self.model(*inputs, **more, features=True))
-            return Output(self.model(*inputs, **more), [])
+                prediction, tokens = self.model(*inputs, **more, features=True)
+            else:
+                prediction, tokens = self.model(*inputs, **more), []
+        if samples.cls_target is None:
+            return Output(prediction, tokens)
+        latents, cls_token = parted(prediction, draw.target.shape[1:])
+        return Output(latents, tokens, cls_token)
 
     def _maybe_no_sync(self, synchronise: bool) -> AbstractContextManager[None]:
         """Keep gradients in their process for all micro-batches except the last."""

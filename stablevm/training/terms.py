@@ -25,6 +25,7 @@ class Output:
 
     prediction: Tensor  # (b, *shape)
     tokens: list[Tensor]  # (b, T, D) of each projector; empty if no term needs them
+    cls_token: Tensor | None = None  # (b, D) of the network, if it has a class token
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Samples:
     positions: range
     total: Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
     gather: Callable[[Tensor], Tensor]  # rows (b, ...) of each process to those of all, (processes * b, ...), in order
+    # The class tokens (B, D) of the samples, and the targets for the network's, if it has one. (The draw's target, x0
+    # and noise are those of the latents alone.)
+    cls_tokens: Tensor | None = None
+    cls_target: Tensor | None = None
 
 
 # From the output for a micro-batch to its share of the term; shares add up over micro-batches and processes.
@@ -107,7 +112,11 @@ class Alignment(Term):
         assert images is not None
         weights = self.schedule(draw.host_t)
         whole = samples.total(rng.to_device(weights.sum(), draw.t.device))
-        return lambda span: _Aim.at(images[span], weights[span], whole, self).share
+        return lambda span: _Aim.at(images[span], weights[span], whole, self, self._cls_tokens(samples, span)).share
+
+    def _cls_tokens(self, samples: Samples, span: slice) -> Tensor | None:
+        """The class tokens (b, D) that are aligned too, as REG does; a convolution can't read the network's."""
+        return None if samples.cls_tokens is None or self.irepa_gamma is not None else samples.cls_tokens[span]
 
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
         """The encoders, which see only images whose weight is not 0."""
@@ -125,23 +134,32 @@ class _Aim:
     features: list[Tensor]  # (n, T, D) for each encoder
 
     @classmethod
-    def at(cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment) -> "_Aim":
-        """Compute the targets of images (b, 3, H, W) on the device with weights (b,) on the host."""
+    def at(
+        cls, images: Tensor, weights: Tensor, total: Tensor, alignment: Alignment, cls_tokens: Tensor | None
+    ) -> "_Aim":
+        """Compute the targets of images (b, 3, H, W) on the device with weights (b,) on the host.
+
+        cls_tokens: (b, D) of the first encoder, for the network's class token.
+        """
         active = weights.nonzero().squeeze(1)
         rows = rng.to_device(active, images.device)
         seen = images[rows]
+        features = [alignment.features(encoder, seen) for encoder in alignment.encoders] if len(active) else []
+        if features and cls_tokens is not None:
+            features[0] = torch.cat([cls_tokens[rows][:, None], features[0]], dim=1)
         return cls(
             rows=rows,
             weights=rng.to_device(weights[active], images.device),
             total=total,
-            features=[alignment.features(encoder, seen) for encoder in alignment.encoders] if len(active) else [],
+            features=features,
         )
 
     def share(self, output: Output) -> Tensor:
         """The micro-batch's share of the alignment loss, averaged over encoders."""
         actives = [tokens[self.rows] for tokens in output.tokens]
         features = self.features or [active.detach() for active in actives]  # no row: a 0 attached to the graph
-        losses = [alignment_loss(*pair) for pair in zip(actives, features, strict=True)]
+        # The class token comes first; encoders after the first have none to compare it with.
+        losses = [alignment_loss(ours[:, -aim.shape[1] :], aim) for ours, aim in zip(actives, features, strict=True)]
         return torch.stack([weighted_alignment(loss, self.weights, self.total) for loss in losses]).mean()
 
 
@@ -195,3 +213,35 @@ class Contrast(Term):
 def contrastive_term(config: TrainConfig, encoders: Sequence[Encoder]) -> Contrast | None:
     """The term that the options ask for."""
     return Contrast(config.contrastive_coeff) if config.contrastive_coeff else None
+
+
+@dataclass(frozen=True)
+class ClsToken(Term):
+    """The mean squared error of the class token, which the network denoises beside the image (REG: Wu et al., 2025)."""
+
+    coefficient: float
+    encoder: str
+
+    name = "cls_token_loss"
+
+    def describe(self) -> str:
+        return f"that of {self.encoder}, denoised as one more token"
+
+    def begin(self, samples: Samples) -> Callable[[slice], Share]:
+        target = samples.cls_target
+        assert target is not None
+        count = samples.total(torch.tensor(float(len(target)), device=target.device))
+
+        def share_of(span: slice) -> Share:
+            def share(output: Output) -> Tensor:
+                assert output.cls_token is not None
+                return squared_error(output.cls_token, target[span]).sum() / count
+
+            return share
+
+        return share_of
+
+
+def cls_token_term(config: TrainConfig, encoders: Sequence[Encoder]) -> ClsToken | None:
+    """The term that the options ask for."""
+    return ClsToken(config.cls_coeff, config.encoder_names[0]) if config.cls_token else None

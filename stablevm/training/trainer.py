@@ -21,6 +21,7 @@ from stablevm.support.precision import DTYPES, tf32
 from stablevm.training import checkpoint
 from stablevm.training.average import AVERAGES, save_snapshot, set_snapshots_aside, snapshot_steps
 from stablevm.training.checkpoint import DamagedError, Record, TrainingState
+from stablevm.training.cls_tokens import class_tokens
 from stablevm.training.config import CHECKPOINT_INTERVAL, CONFIG_FILE, KEPT_BETWEEN, TrainConfig
 from stablevm.training.console import duration, say, say_rows, warn
 from stablevm.training.engine import Engine, load_encoders, model_config
@@ -34,7 +35,7 @@ from stablevm.training.launch import (
     on_main,
     told_by_main,
 )
-from stablevm.training.objectives import prefill
+from stablevm.training.objectives import check_classes, prefill
 from stablevm.training.start import (
     as_started,
     changes,
@@ -123,7 +124,11 @@ class Trainer:
         self.total_steps = config.total_steps(len(dataset))
         self.checkpoint_interval = config.checkpoint_interval(self.total_steps)
         self.preview_interval = config.preview_interval(self.total_steps)
-        self.engine = Engine(config, dataset, accelerator, self._encoders())
+        encoders = self._encoders()
+        self.engine = Engine(config, dataset, accelerator, encoders)
+        self.cls_encoder = encoders[0] if config.cls_token else None
+        if config.cls_token and self.engine.objective.bank is not None:  # before any file is written
+            check_classes(dataset, config, self.engine.objective.bank.num_classes)
         self.previews = on_main(accelerator, self._previews) if self.preview_interval else None
         self.evaluation = on_main(accelerator, self._evaluation) if config.eval_every else None
 
@@ -134,10 +139,12 @@ class Trainer:
         done = engine.step >= self.total_steps
         if not done and self.accelerator.is_main_process:
             say_rows(opening(self.config, engine, self.total_steps))
-        bank = engine.objective.bank
-        if not done and bank is not None and (not engine.step or self.config.bank_is_fixed):
-            prefill(bank, self.dataset, self.config, show=self.accelerator.is_main_process)
+        if not done and not self.config.cls_token:
+            self._fill_bank()
         owed = told_by_main(self.accelerator, self._tidy)
+        if not done and self.cls_encoder is not None:  # its tokens, which the bank holds too, are in a file of the run
+            engine.drawer.cls_tokens = class_tokens(self.config, self.dataset, self.cls_encoder, self.accelerator)
+            self._fill_bank()
         if done and not owed:
             self.say(f"{self.config.folder}: already at step {engine.step} of {self.total_steps}")
             self._close()
@@ -156,6 +163,12 @@ class Trainer:
         self.say(f"done: step {engine.step:,} of {self.total_steps:,}, after {duration(time.monotonic() - started)}")
         self._close()
         return engine.step
+
+    def _fill_bank(self) -> None:
+        """Fill the bank, if there is one, at the start; one that depends only on the data also where a run resumes."""
+        bank, tokens = self.engine.objective.bank, self.engine.drawer.cls_tokens
+        if bank is not None and (not self.engine.step or self.config.bank_is_fixed):
+            prefill(bank, self.dataset, self.config, cls_tokens=tokens, show=self.accelerator.is_main_process)
 
     def _train(self, journal: Journal, interruption: Interruption) -> None:
         """The training loop: every step and the files it writes; `_settle` does what a kill left undone."""

@@ -29,6 +29,7 @@ CASES = {
     "alignment that stops": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid", "proj_stop_step": 2},
     "meanflow": {**STABLEVM, **MEANFLOW},
     "meanflow, guided": {**MEANFLOW, "meanflow_omega": 2.0, "meanflow_kappa": 0.5},
+    "class token": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid", "cls_token": True},
     "irepa": {**STABLEVM, **runs.ALIGNED, "use_irepa": True},
 }
 
