@@ -42,7 +42,7 @@ from stablevm.sampling.provenance import (
     decoding_notes,
     default_name,
     labels_of,
-    newest_note,
+    newest_notes,
     provenance_of,
     resolved,
 )
@@ -267,7 +267,7 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
     sampling = sampling.effective()
     if sampling.compile:
         check_compiler(process.device)
-    for line in newest_note(config.sampling.ckpt, sampling.ckpt) if process.is_first else ():
+    for line in newest_notes(config.sampling, sampling) if process.is_first else ():
         print(line)
     for line in decoding_notes(sampling.vae, card.latent) if process.is_first else ():
         print(f"warning: {line}", file=sys.stderr)

@@ -68,6 +68,11 @@ class ModelCard:
         return tuple(label for label, count in enumerate(self.class_counts) if count)
 
     @property
+    def names_classes(self) -> bool:
+        """Whether classes have names, instead of numbers only, as in imported checkpoints."""
+        return self.class_names != tuple(map(str, range(len(self.class_names))))
+
+    @property
     def null_is_trained(self) -> bool:
         """Whether the null class, which guidance and unconditional images need, was trained; True if not recorded."""
         return self.label_dropout != 0

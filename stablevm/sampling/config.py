@@ -36,6 +36,24 @@ class GuidanceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoguidanceOptions:
+    """Guidance by a weaker network of the same data, such as an earlier checkpoint or a smaller model."""
+
+    GROUP: ClassVar[str] = "autoguidance"
+
+    guide_ckpt: Path | None = None
+    """Checkpoint folder, or run's folder, of the weaker network: samples are driven away from what it predicts."""
+    guide_weights: Weights = "ema"
+    """Which of its weights: ema, the moving average; model, those of the last step."""
+    guide_scale: Annotated[float, CFG_SCALE] = 1.0
+    """Strength, 0 or more: 1 is none; 2 goes as far beyond the network's prediction as the weaker one's lies behind."""
+    guide_low: Time = 0.0
+    """Lowest time with it, in [0, 1]."""
+    guide_high: Time = 1.0
+    """Highest time with it, in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """Which images: how many, and of which classes."""
 
@@ -101,7 +119,9 @@ class CheckedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOptions, CheckedOptions):
+class GenerateConfig(
+    ImageOptions, SamplerOptions, GuidanceOptions, AutoguidanceOptions, HardwareOptions, CheckedOptions
+):
     """Generate images from a checkpoint into SAMPLE_DIR/NAME.npz. To resume after an interruption, run it again."""
 
     GROUP: ClassVar[str] = "run"
@@ -131,6 +151,8 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
             ),
             *self._solver_expectations(),
             ("guidance_high", low <= self.guidance_high, f"at least --guidance-low {low}"),
+            ("guide_ckpt", self.guide_ckpt is None or self.mode != "meanflow", "none with --mode meanflow"),
+            ("guide_high", self.guide_low <= self.guide_high, f"at least --guide-low {self.guide_low}"),
             ("name", self.name is None or _is_file_stem(self.name), "a file name without folder and .npz"),
         ]
         require(self, expected)
@@ -195,6 +217,11 @@ class GenerateConfig(ImageOptions, SamplerOptions, GuidanceOptions, HardwareOpti
         idle = self._idle_solver_options()
         if self.cfg_scale == 1:
             idle |= dict.fromkeys(guidance, "--cfg-scale 1")
+        autoguidance = ("guide_weights", "guide_scale", "guide_low", "guide_high")
+        if self.guide_ckpt is None:
+            idle |= dict.fromkeys(autoguidance, "no --guide-ckpt")
+        elif self.guide_scale == 1:
+            idle |= dict.fromkeys(("guide_ckpt", *autoguidance), "--guide-scale 1")
         if self.grid:
             idle["num_fid_samples"] = "--grid"
         if self.unconditional:

@@ -33,7 +33,7 @@ from stablevm.sampling.provenance import (
     default_name,
     idle_claims,
     labels_of,
-    newest_note,
+    newest_notes,
     provenance_of,
     resolved,
 )
@@ -120,12 +120,12 @@ def _generate(run: Run, process: Process) -> None:
 
 def _prepare(config: GenerateConfig, process: Process) -> Run:
     """Check the configuration against the checkpoint, and warn of options without effect."""
-    given = config.ckpt
+    given = config
     config, card = resolved(config)
     if config.compile:
         check_compiler(process.device)
     if process.is_first:
-        for line in newest_note(given, config.ckpt):
+        for line in newest_notes(given, config):
             print(line)
         _print_warnings(config, card, process.device)
     config = config.effective()

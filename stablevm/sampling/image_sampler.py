@@ -12,11 +12,23 @@ from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.snapshot import ModelCard, load_model
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import draw_latents, guidance_of
+from stablevm.sampling.guidance import Guide, draw_latents, guidance_of
+from stablevm.sampling.provenance import guide_card
 from stablevm.solvers.settings import settings_of
 from stablevm.support.errors import UserError
 from stablevm.support.precision import tf32
 from stablevm.support.rng import RowGenerators
+
+
+def load_guide(config: GenerateConfig, card: ModelCard, device: torch.device) -> Guide | None:
+    """The weaker network of the options, if they name one; UserError if it does not fit the one with `card`."""
+    theirs = guide_card(config, card)
+    if config.guide_ckpt is None or theirs is None:
+        return None
+    model = load_model(config.guide_ckpt, theirs, weights=config.guide_weights, device=device)
+    if config.compile:
+        model.compile_blocks()
+    return Guide(model, theirs, config.guide_scale, config.guide_low, config.guide_high)
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,16 @@ class ImageSampler:
     model: Backbone
     autoencoder: Autoencoder
     device: torch.device
+    guide: Guide | None = None
 
     @classmethod
     def load(cls, config: GenerateConfig, card: ModelCard, device: torch.device) -> "ImageSampler":
+        """Load the networks of the options, and the autoencoder; UserError for weights that don't fit their cards."""
         model = load_model(config.ckpt, card, weights=config.weights, device=device)
         if config.compile:
             model.compile_blocks()
-        return cls(config, card, model, load_autoencoder(card.latent, name=config.vae, device=device), device)
+        autoencoder = load_autoencoder(card.latent, name=config.vae, device=device)
+        return cls(config, card, model, autoencoder, device, load_guide(config, card, device))
 
     def sample(
         self,
@@ -50,7 +65,15 @@ class ImageSampler:
         settings, guidance = settings_of(self.config), guidance_of(self.config)
         with tf32(self.config.tf32):
             latents, evaluations = draw_latents(
-                self.model, self.card, labels, streams, settings, self.device, watch, guidance=guidance
+                self.model,
+                self.card,
+                labels,
+                streams,
+                settings,
+                self.device,
+                watch,
+                guidance=guidance,
+                guide=self.guide,
             )
             self._check_finite(latents, indices)
             return self.decode(latents), evaluations

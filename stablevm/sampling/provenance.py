@@ -21,7 +21,7 @@ from stablevm.networks.autoencoder import (
 )
 from stablevm.networks.snapshot import ModelCard, checkpoint_in, load_card
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import guidance_of
+from stablevm.sampling.guidance import check_guide, guidance_of
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.solvers.settings import settings_of
 from stablevm.support import files
@@ -39,18 +39,36 @@ def resolved(config: GenerateConfig) -> tuple[GenerateConfig, ModelCard]:
     A run's folder becomes its newest checkpoint, and names of classes their numbers. UserError as in `check_claims`.
     """
     config = replace(config, ckpt=checkpoint_in(config.ckpt))
+    if config.guide_ckpt is not None:
+        config = replace(config, guide_ckpt=checkpoint_in(config.guide_ckpt))
     card = load_card(config.ckpt)
     if config.fused_attn is not None:  # any kernel computes the same function
         card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
     if config.classes is not None and distinct_indices(config.classes) is None:
         config = replace(config, classes=",".join(map(str, _numbers_of(config.classes, card))))
     check_claims(config, card)
+    guide_card(config, card)
     return config, card
 
 
-def newest_note(given: Path, taken: Path) -> list[str]:
-    """A line where a run's folder was given."""
-    return [] if given == taken else [f"{given}: its newest checkpoint is {taken.name}"]
+def guide_card(config: GenerateConfig, card: ModelCard) -> ModelCard | None:
+    """The card of the weaker network, if the options name one; UserError if it does not fit the one with `card`."""
+    if config.guide_ckpt is None:
+        return None
+    theirs = load_card(config.guide_ckpt)
+    check_guide(theirs, card)
+    if config.unconditional and not theirs.null_is_trained:
+        raise UserError(
+            f"{as_typed('guide_ckpt', config.guide_ckpt)}: was trained with --cfg-prob 0, so its null class is "
+            "untrained; leave out --unconditional"
+        )
+    return replace(theirs, model=replace(theirs.model, fused_attn=card.model.fused_attn))
+
+
+def newest_notes(given: GenerateConfig, taken: GenerateConfig) -> list[str]:
+    """A line for each run's folder that stands for its newest checkpoint."""
+    pairs = [(given.ckpt, taken.ckpt), (given.guide_ckpt, taken.guide_ckpt)]
+    return [f"{one}: its newest checkpoint is {two.name}" for one, two in pairs if two is not None and one != two]
 
 
 def _numbers_of(names: str, card: ModelCard) -> list[int]:
@@ -177,9 +195,7 @@ def labels_of(config: GenerateConfig, card: ModelCard) -> Tensor:
 
 def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
     """All that the images depend on, as JSON values, including the hash of the weights file; `config` is effective."""
-    weights_file = config.ckpt / f"{config.weights}.safetensors"
-    if not weights_file.is_file():
-        raise UserError(f"--ckpt {config.ckpt}: it has no {weights_file.name}; see --weights")
+    weights_file = _weights_file("ckpt", config.ckpt, "weights", config.weights)
     classes, settings = config.class_indices(), asdict(settings_of(config))
     shift = settings.pop("time_shift") or card.time_shift
     return {
@@ -201,7 +217,32 @@ def provenance_of(config: GenerateConfig, card: ModelCard) -> Provenance:
         "step": card.step,
         "weights": config.weights,
         "weights_sha256": files.sha256(weights_file),
+        **_guide_provenance(config),
     }
+
+
+def _guide_provenance(config: GenerateConfig) -> Provenance:
+    """What images depend on if a weaker network guides; empty without one, as in files of earlier versions."""
+    if config.guide_ckpt is None:
+        return {}
+    card = load_card(config.guide_ckpt)
+    weights_file = _weights_file("guide_ckpt", config.guide_ckpt, "guide_weights", config.guide_weights)
+    return {
+        "guide_scale": config.guide_scale,
+        "guide_low": config.guide_low,
+        "guide_high": config.guide_high,
+        "guide_model": card.model.name,
+        "guide_step": card.step,
+        "guide_weights": config.guide_weights,
+        "guide_weights_sha256": files.sha256(weights_file),
+    }
+
+
+def _weights_file(option: str, folder: Path, which: str, weights: str) -> Path:
+    path = folder / f"{weights}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{as_typed(option, str(folder))}: it has no {path.name}; see --{which.replace('_', '-')}")
+    return path
 
 
 def default_name(provenance: Provenance) -> str:
@@ -210,7 +251,8 @@ def default_name(provenance: Provenance) -> str:
     model = provenance["model"].replace("/", "-")
     adaptive = provenance["solver"] == "dopri5"
     steps = f"{provenance['mode']}-dopri5" if adaptive else f"{provenance['mode']}{provenance['num_steps']}"
-    return f"{model}-{provenance['step']:07d}-{steps}-cfg{provenance['cfg_scale']:g}-{digits}"
+    guide = f"-guide{provenance['guide_scale']:g}" if "guide_scale" in provenance else ""
+    return f"{model}-{provenance['step']:07d}-{steps}-cfg{provenance['cfg_scale']:g}{guide}-{digits}"
 
 
 def check_same(provenance: Provenance, found: Provenance, where: Path) -> None:
