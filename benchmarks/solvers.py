@@ -28,7 +28,7 @@ from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.sampling.guidance import draw_latents
+from stablevm.sampling.guidance import sample_latents
 from stablevm.sampling.provenance import labels_of
 from stablevm.solvers.integration import integrate
 from stablevm.solvers.settings import SamplerSettings, settings_of
@@ -163,7 +163,9 @@ def _evaluations(folder: Path, settings: dict[str, Any]) -> int:
     card = load_card(config.ckpt)
     streams = RowGenerators.for_keys("generate", config.global_seed, positions=range(50))
     labels = labels_of(config, card)[:50]
-    return draw_latents(load_model(config.ckpt, card), card, labels, streams, settings_of(config.effective()), "cpu")[1]
+    return sample_latents(load_model(config.ckpt, card), card, labels, streams, settings_of(config.effective()), "cpu")[
+        1
+    ]
 
 
 def _print_table(by_evaluations: dict[int, dict[str, dict[str, Any]]], distances: Any, digits: int) -> None:

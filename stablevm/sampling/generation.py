@@ -109,7 +109,7 @@ def _generate(run: Run, process: Process) -> None:
         check_same(run.provenance, read_provenance(run.target), run.target)
         if process.is_first:
             if not run.file(".png").exists() and not run.parts.missing() and not run.parts.drop_damaged():
-                _draw_sheet(run)  # an interruption came between the archive and its picture
+                _plot_sheet(run)  # an interruption came between the archive and its picture
             run.parts.remove()
             print(f"{run.target} is already complete")
     else:
@@ -158,7 +158,7 @@ def _make(run: Run, missing: list[range]) -> None:
             if run.process.is_first:
                 progress.update(run.parts.num_present() - progress.n)
 
-        evaluations = _draw(run, missing, show_progress) if missing else None
+        evaluations = _sample(run, missing, show_progress) if missing else None
         others = run.process.is_first and _wait(run, progress, show_progress)
     if others:
         print(f"{run.target}: another command has completed it")
@@ -169,20 +169,20 @@ def _make(run: Run, missing: list[range]) -> None:
         print(f"{run.target}: complete, {cost}{time.monotonic() - started:.1f} s{picture}")
 
 
-def _draw(run: Run, missing: list[range], show_progress: Callable[[], None]) -> int:
+def _sample(run: Run, missing: list[range], show_progress: Callable[[], None]) -> int:
     """Make the images of `missing` in batches, and write each part when it is full; return evaluations per image."""
     evaluations = 0
     indices = [index for part in missing for index in part]
     unwritten = deque(missing)
-    drawn: list[NDArray[np.uint8]] = []
+    sampled: list[NDArray[np.uint8]] = []
     for start in range(0, len(indices), run.config.per_proc_batch_size):
         batch = indices[start : start + run.config.per_proc_batch_size]
         images, evaluations = run.sampler.sample(batch, run.labels[batch])
-        drawn.extend(images)
-        while unwritten and len(drawn) >= len(unwritten[0]):
+        sampled.extend(images)
+        while unwritten and len(sampled) >= len(unwritten[0]):
             part = unwritten.popleft()
-            run.parts.write(part, np.stack(drawn[: len(part)]))
-            del drawn[: len(part)]
+            run.parts.write(part, np.stack(sampled[: len(part)]))
+            del sampled[: len(part)]
         show_progress()
     return evaluations
 
@@ -206,11 +206,11 @@ def _assemble(run: Run) -> None:
     if not run.config.grid:  # first, so that the images are safe whatever happens to the picture
         with replacing(run.target, scratch=run.parts.folder) as temporary:
             write_archive(temporary, run.parts.chunks(), run.labels.numpy(), run.provenance)
-    _draw_sheet(run)
+    _plot_sheet(run)
     run.parts.remove()
 
 
-def _draw_sheet(run: Run) -> None:
+def _plot_sheet(run: Run) -> None:
     """Make the picture of some of the images, from the parts."""
     indices, columns = sheets.arrange(run.labels.numpy())
     captions = sheets.captions_of(run.labels[indices].tolist(), run.card)

@@ -28,7 +28,7 @@ LEGACY_CHANNELS = 3  # the published samplers of DiT and SiT guide only these ch
 
 @dataclass(frozen=True)
 class GuidanceSettings(GuidanceOptions):
-    """Settings of `draw_latents`: the options of `GuidanceOptions`, which documents each field.
+    """Settings of `sample_latents`: the options of `GuidanceOptions`, which documents each field.
 
     UserError for a number out of its range, and for another precision.
     """
@@ -184,7 +184,7 @@ def _inside(times: Tensor, low: float, high: float) -> Tensor:
 
 
 @torch.no_grad()
-def draw_latents(
+def sample_latents(
     model: nn.Module,
     card: ModelCard,
     labels: Tensor,
@@ -267,10 +267,10 @@ def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:
         asked = "labels of the null class" if null.any() else f"cfg_scale {cfg_scale:g}"
         raise UserError(
             f"{asked}: the network was trained with label_dropout 0, so its null class is untrained; "
-            "draw classes with cfg_scale 1"
+            "sample classes with cfg_scale 1"
         )
     if not card.classes_are_trained and not null.all():
         raise UserError(
             "labels: the network was trained with label_dropout 1, so its classes are untrained; "
-            f"draw the null class, {card.model.null_class}"
+            f"sample the null class, {card.model.null_class}"
         )

@@ -12,7 +12,7 @@ from stablevm.networks.autoencoder import Autoencoder, load_autoencoder
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.snapshot import ModelCard, load_model
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import Guide, draw_latents, guidance_of
+from stablevm.sampling.guidance import Guide, guidance_of, sample_latents
 from stablevm.sampling.provenance import guide_card
 from stablevm.solvers.settings import settings_of
 from stablevm.support.errors import UserError
@@ -59,12 +59,12 @@ class ImageSampler:
     ) -> tuple[NDArray[np.uint8], int]:
         """The images uint8 (n, H, W, 3) with these indices and labels (n,), and the network evaluations per image.
 
-        watch: as in `draw_latents`. Raises UserError for values that are not finite.
+        watch: as in `sample_latents`. Raises UserError for values that are not finite.
         """
         streams = RowGenerators.for_keys("generate", self.config.global_seed, positions=indices)
         settings, guidance = settings_of(self.config), guidance_of(self.config)
         with tf32(self.config.tf32):
-            latents, evaluations = draw_latents(
+            latents, evaluations = sample_latents(
                 self.model,
                 self.card,
                 labels,

@@ -5,6 +5,7 @@ on the CPU. `velocity(x, t)` may be any function of a state (B, ...) and a scala
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -91,62 +92,59 @@ def heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-def euler_maruyama(
-    velocity: Velocity,
-    x: Tensor,
-    times: Tensor,
-    path: Interpolant,
-    noise: Callable[[], Tensor],
-    diffusion_scale: float = 1.0,
-) -> Tensor:
-    """Euler-Maruyama method for the SDE that has the ODE's marginals (Ma et al., 2024, "SiT", section 2):
+@dataclass(frozen=True)
+class Diffusion:
+    """The SDE that has the ODE's marginals (Ma et al., 2024, "SiT", section 2), in the direction of decreasing t:
 
-        dx = [v - w s / 2] dt + sqrt(w) dB,  w = diffusion_scale * sigma,  s = the score that v implies.
+        dx = [v - w s / 2] dt + sqrt(w) dB,  w = scale * sigma,  s = the score that v implies.
 
-    It runs from x (B, ...) at times[0] down to times[-1]; a step that ends at t = 0 takes the drift without noise, as
-    published. `noise()` returns standard normal values of x's shape. `diffusion_scale` is 1 for StableVM and 2 for
-    REPA. One evaluation per step, `len(times) - 1` in all.
+    path: the path of the marginals. noise: a function that returns standard normal values of the state's shape.
+    scale: 1 for StableVM, 2 for REPA.
+    """
+
+    path: Interpolant
+    noise: Callable[[], Tensor]
+    scale: float = 1.0
+
+    def drift(self, velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
+        """The drift at states x (B, ...) and the scalar time t, with one evaluation of the velocity."""
+        v = velocity(x, t)
+        return v - self.variance(t) / 2 * self.path.convert(v, x, t, "velocity", "score")
+
+    def variance(self, t: Tensor) -> Tensor:
+        """w at the time t, the variance that the noise adds in a unit of time."""
+        return self.scale * self.path.coefficients(t).sigma
+
+
+def euler_maruyama(velocity: Velocity, x: Tensor, times: Tensor, diffusion: Diffusion) -> Tensor:
+    """Euler-Maruyama method for the SDE of `diffusion`, from x (B, ...) at times[0] down to times[-1].
+
+    A step that ends at t = 0 takes the drift without noise, as published. One evaluation per step, `len(times) - 1` in
+    all.
     """
     for t, t_next in _steps(times):
-        drift, w = _drift_and_diffusion(velocity, x, t, path, diffusion_scale)
-        x = x + (t_next - t) * drift
+        x = x + (t_next - t) * diffusion.drift(velocity, x, t)
         if t_next > 0:
-            x = x + (w * (t - t_next)).sqrt() * noise()
+            x = x + (diffusion.variance(t) * (t - t_next)).sqrt() * diffusion.noise()
     return x
 
 
-def stochastic_heun(
-    velocity: Velocity,
-    x: Tensor,
-    times: Tensor,
-    path: Interpolant,
-    noise: Callable[[], Tensor],
-    diffusion_scale: float = 1.0,
-) -> Tensor:
-    """Heun's method for the SDE of `euler_maruyama`: it averages the drifts before and after a step, with one noise.
+def stochastic_heun(velocity: Velocity, x: Tensor, times: Tensor, diffusion: Diffusion) -> Tensor:
+    """Heun's method for the same SDE: it averages the drifts before and after a step, with one noise.
 
     The diffusion coefficient does not depend on x, so distributions converge with order 2 (Kloeden and Platen, 1992,
     section 15.1). It takes two evaluations per step, and one for a step that ends at t = 0, which is an Euler step
     without noise.
     """
     for t, t_next in _steps(times):
-        drift, w = _drift_and_diffusion(velocity, x, t, path, diffusion_scale)
+        drift = diffusion.drift(velocity, x, t)
         ahead = x + (t_next - t) * drift
         if t_next > 0:
-            w_next = diffusion_scale * path.coefficients(t_next).sigma
-            kick = ((w + w_next) / 2 * (t - t_next)).sqrt() * noise()
-            drift_ahead, _ = _drift_and_diffusion(velocity, ahead + kick, t_next, path, diffusion_scale)
-            ahead = x + (t_next - t) * (drift + drift_ahead) / 2 + kick
+            w = (diffusion.variance(t) + diffusion.variance(t_next)) / 2
+            kick = (w * (t - t_next)).sqrt() * diffusion.noise()
+            ahead = x + (t_next - t) * (drift + diffusion.drift(velocity, ahead + kick, t_next)) / 2 + kick
         x = ahead
     return x
-
-
-def _drift_and_diffusion(
-    velocity: Velocity, x: Tensor, t: Tensor, path: Interpolant, diffusion_scale: float
-) -> tuple[Tensor, Tensor]:
-    v = velocity(x, t)
-    w = diffusion_scale * path.coefficients(t).sigma
-    return v - w / 2 * path.convert(v, x, t, "velocity", "score"), w
 
 
 def mean_velocity_steps(mean_velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from stablevm.interpolant import Interpolant
 from stablevm.solvers.dopri5 import dopri5
 from stablevm.solvers.fixed_steps import (
+    Diffusion,
     Velocity,
     edm_times,
     euler,
@@ -89,7 +90,7 @@ def _fixed_steps(
 ) -> Tensor:
     kind = settings.above_split if settings.mode == "stablevs" else settings.mode
     if kind == "sde":
-        return _FIXED_STEPS_SDE[settings.solver](velocity, x, times, path, noise, settings.diffusion_scale)
+        return _FIXED_STEPS_SDE[settings.solver](velocity, x, times, Diffusion(path, noise, settings.diffusion_scale))
     return _FIXED_STEPS[settings.solver](velocity, x, times)
 
 

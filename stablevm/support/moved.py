@@ -96,6 +96,7 @@ RENAMED = {
     "Protocol": "Provenance",
     "Report": "Results",
     "divergence_figure": "plot_divergence",
+    "draw_latents": "sample_latents",
     "film_frame": "plot_film_frame",
     "judge_digits": "evaluate_digits",
     "neighbour_rows": "plot_neighbours",

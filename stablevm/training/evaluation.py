@@ -20,7 +20,7 @@ from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import results_of
 from stablevm.networks.autoencoder import Autoencoder
 from stablevm.networks.snapshot import ModelCard
-from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, draw_latents
+from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, sample_latents
 from stablevm.sampling.labels import balanced_labels, trained_labels
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
@@ -60,7 +60,7 @@ class Previews:
         guided = card.null_is_trained and card.classes_are_trained and not card.model.intervals
         guidance = GUIDANCE if guided else UNGUIDED
         shown = trained_labels(labels, card)
-        latents, _ = draw_latents(model, card, shown, streams, _settings_for(card), device, guidance=guidance)
+        latents, _ = sample_latents(model, card, shown, streams, _settings_for(card), device, guidance=guidance)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
         grid = plot_sheet(images, PER_CLASS, captions_of(shown.tolist(), card))
         save_png(self.path(card.step), grid)
@@ -90,7 +90,7 @@ class Evaluation:
         for rows in torch.arange(len(labels)).split(BATCH):
             streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())
             asked = trained_labels(labels[rows], card)
-            latents, _ = draw_latents(model, card, asked, streams, _settings_for(card), self._device)
+            latents, _ = sample_latents(model, card, asked, streams, _settings_for(card), self._device)
             images.append(self._autoencoder.decode(latents))
         return self._measure(torch.cat(images), labels)
 

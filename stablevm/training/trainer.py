@@ -186,7 +186,7 @@ class Trainer:
             elif stop:
                 self._save(journal, {})
             if self._due(self.preview_interval):
-                self._draw_previews(journal)
+                self._plot_previews(journal)
             if self._due(config.eval_every):
                 self._evaluate(journal)
             if self._due(config.average_every):
@@ -283,7 +283,7 @@ class Trainer:
     def _settle(self, journal: Journal, owed: list[str]) -> None:
         """Do the tasks that the step of the checkpoint, from which the run resumes, left undone."""
         if "previews" in owed:
-            self._draw_previews(journal)
+            self._plot_previews(journal)
         if "evaluation" in owed:
             self._evaluate(journal)
         if "averages" in owed:
@@ -293,14 +293,14 @@ class Trainer:
         """Whether the run may stop at this step: processes must agree, and each agreement costs a synchronisation."""
         return self.accelerator.num_processes == 1 or self.engine.step % self.config.log_steps == 0
 
-    def _draw_previews(self, journal: Journal) -> None:
+    def _plot_previews(self, journal: Journal) -> None:
         average = self.engine.whole_average()
 
         def draw() -> None:
             assert self.previews is not None and journal.trackers is not None
             card = self.engine.stamped_card()
             grid = self.previews.plot(average, card, self.accelerator.device)
-            say(f"step {card.step:,}: drew {self.previews.path(card.step)}")
+            say(f"step {card.step:,}: plotted {self.previews.path(card.step)}")
             journal.trackers.image(self.engine.step, "samples", grid)
 
         on_main(self.accelerator, draw)

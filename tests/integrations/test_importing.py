@@ -10,7 +10,7 @@ from stablevm import cli
 from stablevm.integrations.config import ImportConfig
 from stablevm.integrations.importing import import_checkpoint
 from stablevm.networks.snapshot import load_model
-from stablevm.sampling.guidance import draw_latents
+from stablevm.sampling.guidance import sample_latents
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
 from stablevm.support.rng import RowGenerators, randn
@@ -102,7 +102,7 @@ def test_euler_in_their_time_is_euler_in_ours(source, tmp_path):
         t = torch.full((2,), step * h if source == "sit" else 1 - step * h)
         x = x + (h if source == "sit" else -h) * network(x, t, labels)
     streams = RowGenerators.for_keys("x", positions=range(2))
-    found, _ = draw_latents(model, card, labels, streams, SamplerSettings(mode="ode", num_steps=steps), "cpu")
+    found, _ = sample_latents(model, card, labels, streams, SamplerSettings(mode="ode", num_steps=steps), "cpu")
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from stablevm.draw import ObjectiveSettings
 from stablevm.networks.snapshot import load_card, load_model
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.sampling.guidance import draw_latents
+from stablevm.sampling.guidance import sample_latents
 from stablevm.solvers.integration import integrate
 from stablevm.support.errors import UserError
 from stablevm.support.rng import RowGenerators
@@ -135,7 +135,7 @@ def test_it_is_recorded_and_sampling_follows(root, capsys):
     card = load_card(folder)
     assert card.time_shift == 0.125
     times = []
-    draw_latents(
+    sample_latents(
         load_model(folder, card),
         card,
         torch.tensor([0]),

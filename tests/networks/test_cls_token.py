@@ -9,7 +9,7 @@ from stablevm.networks.joint_state import joined, parted
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.networks.registry import build_network, network_config
 from stablevm.networks.snapshot import ModelCard
-from stablevm.sampling.guidance import draw_latents
+from stablevm.sampling.guidance import sample_latents
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
 from stablevm.support.rng import RowGenerators, randn
@@ -123,7 +123,7 @@ def test_the_solver_moves_both_and_the_token_is_dropped():
     labels, settings = torch.tensor([0, 1]), SamplerSettings(mode="ode", num_steps=5)
     seen = []
     streams = [RowGenerators.for_keys("x", 0, positions=range(2)) for _ in range(2)]
-    found, evaluations = draw_latents(
+    found, evaluations = sample_latents(
         Coupled(), card, labels, streams[0], settings, "cpu", lambda *given: seen.append(given)
     )
     x = randn((2, 54), streams[1], "cpu").double()

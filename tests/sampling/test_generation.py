@@ -17,7 +17,7 @@ from stablevm.networks.snapshot import load_card, load_model, save
 from stablevm.sampling import generation, image_sampler
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.sampling.guidance import GuidanceSettings, draw_latents
+from stablevm.sampling.guidance import GuidanceSettings, sample_latents
 from stablevm.sampling.parts import PART_LENGTH, PartFolder
 from stablevm.solvers.settings import SamplerSettings
 from stablevm.support.errors import UserError
@@ -94,7 +94,7 @@ def test_pixels_are_latents_rounded_to_the_nearest_level(options, checkpoint):
     model = load_model(checkpoint, card)
     streams = RowGenerators.for_keys("generate", 0, positions=range(PART_LENGTH))
     settings, guidance = SamplerSettings(mode="ode", num_steps=4), GuidanceSettings(cfg_scale=1.5, guidance_high=0.7)
-    latents, _ = draw_latents(model, card, labels, streams, settings, "cpu", guidance=guidance)
+    latents, _ = sample_latents(model, card, labels, streams, settings, "cpu", guidance=guidance)
     levels = ((latents.double() + 1) * 127.5).clamp(0, 255)[:, 0].numpy()
     assert np.abs(levels - images_of(target)[..., 0]).max() <= 0.5 + 1e-3
 
@@ -301,7 +301,7 @@ def test_killed_process_leaves_complete_parts_alone(options):
 def test_finished_run_is_returned_at_once(options, monkeypatch, capsys):
     target = generate(options())
     before = contents(target.parent)
-    monkeypatch.setattr(image_sampler, "draw_latents", None)
+    monkeypatch.setattr(image_sampler, "sample_latents", None)
     (target.parent / "run.parts").mkdir()  # as a process killed while it tidied up leaves it
     capsys.readouterr()
     assert generate(options(per_proc_batch_size=3)) == target

@@ -18,7 +18,7 @@ from torch import nn
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR, get_interpolant
 from stablevm.sampling.archive import read_provenance, write_archive
 from stablevm.sampling.config import GenerateConfig
-from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, GuidedVelocity, draw_latents
+from stablevm.sampling.guidance import UNGUIDED, GuidanceSettings, GuidedVelocity, sample_latents
 from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.sampling.provenance import check_claims
 from stablevm.solvers.settings import SamplerSettings
@@ -54,9 +54,14 @@ def at(value):
 @pytest.mark.parametrize(
     ("dropout", "label", "scale", "told"),
     [
-        (0.0, 1, 1.5, r"cfg_scale 1.5: .* label_dropout 0, .* null class is untrained; draw classes with cfg_scale 1"),
+        (
+            0.0,
+            1,
+            1.5,
+            r"cfg_scale 1.5: .* label_dropout 0, .* null class is untrained; sample classes",
+        ),
         (0.0, 4, 1.0, "labels of the null class: .* label_dropout 0"),
-        (1.0, 1, 1.0, "labels: .* label_dropout 1, so its classes are untrained; draw the null class, 4"),
+        (1.0, 1, 1.0, "labels: .* label_dropout 1, so its classes are untrained; sample the null class, 4"),
     ],
 )
 def test_labels_that_training_never_showed_are_refused(dropout, label, scale, told):
@@ -64,14 +69,14 @@ def test_labels_that_training_never_showed_are_refused(dropout, label, scale, to
     settings, guidance = SamplerSettings(mode="ode", num_steps=1), GuidanceSettings(cfg_scale=scale)
     streams = RowGenerators.for_keys("x", positions=[0])
     with pytest.raises(UserError, match=told):
-        draw_latents(Recorder(), card, torch.tensor([label]), streams, settings, "cpu", guidance=guidance)
+        sample_latents(Recorder(), card, torch.tensor([label]), streams, settings, "cpu", guidance=guidance)
 
 
 @pytest.mark.parametrize("dropout", [None, 0.1])
 def test_cards_that_do_not_know_their_label_dropout_are_guided_as_before(dropout):
     settings, guidance = SamplerSettings(mode="ode", num_steps=1), GuidanceSettings(cfg_scale=1.5)
     streams = RowGenerators.for_keys("x", positions=[0])
-    drawn = draw_latents(
+    drawn = sample_latents(
         Recorder(), tiny_card(label_dropout=dropout), torch.tensor([1]), streams, settings, "cpu", guidance=guidance
     )
     assert drawn[1] == 2, "evaluations of a guided step"
@@ -139,7 +144,7 @@ def test_network_runs_in_the_precision_asked_whatever_surrounds_it(precision, au
 def draw(model, settings, card=None, positions=(0, 1, 2), label=1, guidance=UNGUIDED):
     labels = torch.full((len(positions),), label)
     streams = RowGenerators.for_keys("test", positions=positions)
-    return draw_latents(model, card or tiny_card(), labels, streams, settings, "cpu", guidance=guidance)
+    return sample_latents(model, card or tiny_card(), labels, streams, settings, "cpu", guidance=guidance)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torchdiffeq import odeint
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
 from stablevm.solvers.dopri5 import dopri5
 from stablevm.solvers.fixed_steps import (
+    Diffusion,
     edm_times,
     euler,
     euler_maruyama,
@@ -68,7 +69,7 @@ def test_weak_order_of_convergence(path, solver, order):
         def noise():
             return torch.eye(steps + 1, dtype=torch.float64)[:, next(asked), None].expand(-1, 2)
 
-        x = solver(gaussian_velocity(path), noise(), ode_times(steps), path, noise)
+        x = solver(gaussian_velocity(path), noise(), ode_times(steps), Diffusion(path, noise))
         assert next(asked, None) is None, "a noise for the start and one for each step but the last"
         return x[-1], (x[:-1] - x[-1]).square().sum(0)
 
@@ -243,9 +244,9 @@ SAMPLERS = {
     "Heun": lambda v, x, path, noise: heun(v, x, ode_times(100)),
     "Heun on EDM's grid": lambda v, x, path, noise: heun(v, x, edm_times(60, path)),
     "dopri5": lambda v, x, path, noise: dopri5(mixture_velocity(path, MIXTURE), x),
-    "Euler-Maruyama": lambda v, x, path, noise: euler_maruyama(v, x, SDE_TIMES, path, noise),
-    "Euler-Maruyama, REPA's diffusion": lambda v, x, path, noise: euler_maruyama(v, x, SDE_TIMES, path, noise, 2.0),
-    "stochastic Heun": lambda v, x, path, noise: stochastic_heun(v, x, ode_times(100), path, noise, 2.0),
+    "Euler-Maruyama": lambda v, x, path, noise: euler_maruyama(v, x, SDE_TIMES, Diffusion(path, noise)),
+    "Euler-Maruyama, REPA's": lambda v, x, path, noise: euler_maruyama(v, x, SDE_TIMES, Diffusion(path, noise, 2.0)),
+    "stochastic Heun": lambda v, x, path, noise: stochastic_heun(v, x, ode_times(100), Diffusion(path, noise, 2.0)),
 }
 
 
@@ -272,7 +273,7 @@ def test_marginals_reject_a_wrong_drift(path):
 def test_sde_without_diffusion_is_euler(path):
     start = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(4, 2)
     times = sde_times(20, 0.04)
-    got = euler_maruyama(gaussian_velocity(path), start, times, path, lambda: torch.ones_like(start), 0.0)
+    got = euler_maruyama(gaussian_velocity(path), start, times, Diffusion(path, lambda: torch.ones_like(start), 0.0))
     assert torch.allclose(got, euler(gaussian_velocity(path), start, times), rtol=0, atol=1e-14)
 
 
@@ -295,5 +296,5 @@ def test_narrow_data_come_out_narrower_as_the_documents_say(path, scale, deviati
         return (at.d_alpha * at.alpha * variance + at.d_sigma * at.sigma) / (at.alpha**2 * variance + at.sigma**2) * x
 
     rows = iter(torch.eye(steps, dtype=torch.float64).unbind())
-    end = euler_maruyama(velocity, next(rows), sde_times(steps, 0.04), path, lambda: next(rows), scale)
+    end = euler_maruyama(velocity, next(rows), sde_times(steps, 0.04), Diffusion(path, lambda: next(rows), scale))
     assert end.norm().item() / deviation == pytest.approx(expected, abs=6e-4)

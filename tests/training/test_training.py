@@ -18,7 +18,7 @@ from stablevm.networks.sit import SiT
 from stablevm.networks.snapshot import load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.sampling.guidance import draw_latents
+from stablevm.sampling.guidance import sample_latents
 from stablevm.support import rng
 from stablevm.training import evaluation
 from stablevm.training.objectives import AnchorPlan, objective_streams
@@ -167,9 +167,9 @@ def test_previews_ask_for_what_was_trained(chance, scale, labels, root, monkeypa
 
     def draw(model, card, wanted, *others, guidance):
         asked.append((card.label_dropout, guidance.cfg_scale, set(wanted.tolist())))
-        return draw_latents(model, card, wanted, *others, guidance=guidance)
+        return sample_latents(model, card, wanted, *others, guidance=guidance)
 
-    monkeypatch.setattr(evaluation, "draw_latents", draw)
+    monkeypatch.setattr(evaluation, "sample_latents", draw)
     folder = runs.run(runs.config(root, f"chance-{chance}", cfg_prob=chance, sampling_steps=1, max_train_steps=1))
     assert asked == [(chance, scale, labels)]
     with Image.open(folder / "samples" / "step-0000001.png") as grid:

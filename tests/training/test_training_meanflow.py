@@ -63,13 +63,13 @@ def test_previews_take_one_step(root, monkeypatch):
     from stablevm.training import evaluation
 
     asked = []
-    draw = evaluation.draw_latents
+    draw = evaluation.sample_latents
 
     def watched(model, card, labels, streams, settings, device, **more):
         asked.append((settings.mode, settings.num_steps, more["guidance"].cfg_scale))
         return draw(model, card, labels, streams, settings, device, **more)
 
-    monkeypatch.setattr(evaluation, "draw_latents", watched)
+    monkeypatch.setattr(evaluation, "sample_latents", watched)
     runs.run(runs.config(root, "previews", **MEANFLOW, max_train_steps=1, sampling_steps=1))
     assert asked == [("meanflow", 1, 1.0)]
 
