@@ -297,7 +297,7 @@ def options(**given):
         ({"name": "a.npz"}, "--name a.npz"),
         ({"classes": "3,x"}, "--classes 3,x"),
         ({"classes": "3,3"}, "--classes 3,3"),
-        ({"mode": "euler"}, "--mode euler: expected one of ode, sde, stablevs"),
+        ({"mode": "euler"}, "--mode euler: expected one of ode, sde, stablevs, meanflow"),
         ({"precision": "tf32"}, "--precision tf32: expected one of fp32, bf16, fp16"),
     ],
 )
