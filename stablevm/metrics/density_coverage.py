@@ -1,4 +1,4 @@
-"""Density and coverage (Naeem et al., 2020): how many samples lie near each reference image, and near how many."""
+"""Density and coverage (Naeem et al., 2020): near how many reference images a sample is, and how many have one near."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ def _coverage(sets: FeatureSets) -> dict[str, Any]:
 
 
 DENSITY = Metric(
-    "density", "density", f"how many of {{images}} hold a sample, over k = {COVERAGE_K}; 1 for real ones, "
+    "density", "density", f"of how many of {{images}} a sample is near, over k = {COVERAGE_K}; 1 for real ones, "
     "higher is denser", None, "density", _density,
 )  # fmt: skip
 COVERAGE = Metric(
-    "coverage", "coverage", f"share of {{images}} that hold a sample, k = {COVERAGE_K}; 0.97 for real ones", "higher",
+    "coverage", "coverage", f"share of {{images}} with a sample near, k = {COVERAGE_K}; 0.97 for real ones", "higher",
     "coverage", _coverage,
 )  # fmt: skip

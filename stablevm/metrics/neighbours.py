@@ -63,7 +63,7 @@ class Neighbourhood(Membership):
 
     @property
     def density(self) -> float:
-        """Mean number of the reference's balls that hold a sample, divided by k (Naeem et al., 2020, equation 4)."""
+        """Number of the reference's balls in which a sample lies, on average, over k (Naeem et al., 2020, equation 4)."""
         return float(self.holding.double().mean()) / COVERAGE_K
 
     @property

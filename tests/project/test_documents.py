@@ -125,3 +125,7 @@ def test_the_loop_that_is_shown_runs():
         torch.manual_seed(0)
         exec(sampling, names)
     torch.testing.assert_close(names["samples"], noise * math.exp(-1), rtol=1e-3, atol=1e-4)
+    names["model"] = lambda x, t, labels: x * (labels + 1).view(-1, 1, 1)
+    each = stablevm.SamplerSettings("ode", solver="dopri5")  # gives `rows`, as samples arrive one after the other
+    samples = stablevm.integrate(names["velocity"], lambda: noise, stablevm.LINEAR, each)
+    torch.testing.assert_close(samples, noise * torch.exp(-1.0 - names["labels"]).view(-1, 1, 1), rtol=1e-3, atol=1e-4)
