@@ -63,7 +63,7 @@ class Neighbourhood(Membership):
 
     @property
     def density(self) -> float:
-        """Number of the reference's balls in which a sample lies, on average, over k (Naeem et al., 2020, equation 4)."""
+        """In how many of the reference's balls a sample lies, on average, over k (Naeem et al., 2020, equation 4)."""
         return float(self.holding.double().mean()) / COVERAGE_K
 
     @property
