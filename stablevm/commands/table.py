@@ -193,6 +193,12 @@ def _variance() -> Use[Any]:
     return Use(VarianceConfig, work.variance)
 
 
+def _study() -> Use[Any]:
+    from stablevm.comparison.config import StudyConfig
+
+    return Use(StudyConfig, work.study)
+
+
 def _benchmark() -> Use[Any]:
     from stablevm.profiling.config import BenchmarkConfig
 
@@ -269,6 +275,7 @@ COMMANDS = (
         (_variance,),
         resumes=False,
     ),
+    Command("study", "compare targets and alignment on your data, over seeds and points of the training", (_study,)),
     Command("benchmark", "measure training steps on this machine, phase by phase", (_benchmark,), resumes=False),
     Command("toy", "experiments on a Gaussian mixture, where the exact field is known", (_toy,), script="gmm_exp.py"),
     Command(

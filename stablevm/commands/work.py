@@ -6,6 +6,7 @@ from stablevm.support.extras import need
 
 if TYPE_CHECKING:
     from stablevm.commands.config import CompletionConfig, RecipesConfig
+    from stablevm.comparison.config import StudyConfig
     from stablevm.demo.config import DemoConfig
     from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
     from stablevm.integrations.config import ImportConfig
@@ -96,7 +97,7 @@ def quickstart(config: "QuickstartConfig") -> None:
 
 
 def extractor(config: "ExtractorConfig") -> None:
-    from stablevm.evaluation.digits import extractor
+    from stablevm.evaluation.small_extractor import extractor
 
     extractor(config)
 
@@ -188,3 +189,11 @@ def info(config: "InfoConfig") -> int:
     from stablevm.preparation.info import info
 
     return info(config)
+
+
+def study(config: "StudyConfig") -> None:
+    need("stablevm study", *TRAINER, *FIGURES)
+    from stablevm.comparison.run import TABLE_FILE, study
+
+    study(config)
+    print((config.output_dir / TABLE_FILE).read_text(encoding="utf-8"))

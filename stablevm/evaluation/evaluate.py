@@ -27,11 +27,12 @@ from stablevm.evaluation.config import (
     inputs_of,
     outputs_of,
 )
-from stablevm.evaluation.digits import digits_rows, digits_splits, evaluate_digits, load_extractor
+from stablevm.evaluation.digits import digits_rows, evaluate_digits
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor, load_inception
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples, warnings_of
+from stablevm.evaluation.small_extractor import digits_splits, load_extractor
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import result_rows, results_of
 from stablevm.networks.snapshot import ModelCard

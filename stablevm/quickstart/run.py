@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from stablevm.data.digits import prepare_digits
-from stablevm.evaluation.digits import DigitsExtractor, extractor
 from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.small_extractor import DigitsExtractor, extractor
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.quickstart.recipe import HEADLINE, NAMES

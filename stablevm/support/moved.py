@@ -28,7 +28,7 @@ MOVED = {
     "evaluation.cautions": "evaluation.samples",
     "evaluation.checkpoint": "evaluation.evaluate",
     "evaluation.curves": "evaluation.sample_report",
-    "evaluation.digits_extractor": "evaluation.digits",
+    "evaluation.digits_extractor": "evaluation.small_extractor",
     "evaluation.digits_metrics": "evaluation.digits",
     "evaluation.figures": "figures.evaluation",
     "evaluation.inception": "evaluation.extractors",

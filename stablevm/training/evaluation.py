@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stablevm.evaluation.digits import digits_splits, evaluate_digits, load_extractor
+from stablevm.evaluation.digits import evaluate_digits
 from stablevm.evaluation.extractors import FeatureExtractor, load_encoder_extractor, load_inception
 from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.samples import Reference, open_reference
+from stablevm.evaluation.small_extractor import digits_splits, load_extractor
 from stablevm.figures.sheets import captions_of, plot_sheet
 from stablevm.metrics.frechet import FID, FRECHET
 from stablevm.metrics.metric import FeatureSets

@@ -19,18 +19,17 @@ from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
 from stablevm.evaluation.config import EvaluateConfig
-from stablevm.evaluation.digits import (
+from stablevm.evaluation.digits import digits_rows, evaluate_digits
+from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.small_extractor import (
     CARD_FILE,
     WEIGHTS_FILE,
     DigitsExtractor,
     all_images,
-    digits_rows,
-    evaluate_digits,
     load_extractor,
     save_extractor,
     train_extractor,
 )
-from stablevm.evaluation.evaluate import evaluate
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.networks.encoders import load_encoder
 from stablevm.networks.small_net import SmallNet

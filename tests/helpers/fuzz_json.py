@@ -23,7 +23,7 @@ import torch
 
 from stablevm.data.manifest import ShardFile
 from stablevm.data.opening import open_dataset
-from stablevm.evaluation.digits import DigitsExtractor, load_extractor, save_extractor
+from stablevm.evaluation.small_extractor import DigitsExtractor, load_extractor, save_extractor
 from stablevm.networks.small_net import SmallNet
 from stablevm.networks.snapshot import load_card, load_model
 from stablevm.preparation.joining import ShardRecord

@@ -17,6 +17,7 @@ PACKAGE = Path(stablevm.__file__).parent
 COMMANDS = (
     "cli.py",
     "commands",
+    "comparison",
     "demo",
     "recipes",
     "evaluation",

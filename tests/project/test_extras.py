@@ -98,6 +98,7 @@ def test_every_command_of_the_base_alone_ends_in_one_line(tmp_path):
         "demo --ckpt x": "demo",
         "quickstart": "train",
         "variance --data-dir .": "plots",
+        "study --data-dir . --extractor x": "train",
         "benchmark": "train",
         "toy": "plots",
         "prepare digits digits": "data",

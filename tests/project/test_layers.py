@@ -23,7 +23,7 @@ FLOORS = dict(
             ("sampling", "preparation", "study"),
             ("evaluation",),
             ("training",),
-            ("toy", "quickstart", "profiling", "demo"),
+            ("toy", "quickstart", "profiling", "demo", "comparison"),
             ("commands",),
             ("cli",),
             ("__main__", "__init__"),
@@ -71,7 +71,7 @@ def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
         "stablevm.evaluation.config, stablevm.preparation.config, "
-        "stablevm.integrations.config, stablevm.study.config, stablevm.profiling.config, "
+        "stablevm.integrations.config, stablevm.study.config, stablevm.comparison.config, stablevm.profiling.config, "
         "stablevm.training.average_config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )

@@ -1,0 +1,161 @@
+"""The command `stablevm study`, on the handwritten digits with a tiny network, and its arithmetic."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from stablevm.comparison.config import ARMS, StudyConfig
+from stablevm.comparison.results import Comparison, Estimate, Result, path_of
+from stablevm.comparison.run import FIGURE_FILE, TABLE_FILE, study
+from stablevm.data.digits import prepare_digits
+from stablevm.data.opening import open_dataset
+from stablevm.evaluation.small_extractor import save_extractor, train_extractor
+from stablevm.support.errors import UserError
+from stablevm.training.config import TrainConfig
+from tests.helpers.data_sets import one_line
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    prepare_digits(folder / "data")
+    splits = open_dataset(folder / "data"), open_dataset(folder / "data", "test")
+    save_extractor(folder / "extractor", train_extractor(*splits, seed=0, steps=5))
+    return StudyConfig(
+        data_dir=folder / "data", extractor=folder / "extractor", output_dir=folder / "study", seeds=1, points="4,2",
+        arms="cfm,stablevm-va-repa", model="SiT-XXS/2", batch_size=8, num_fid_samples=20, num_steps=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tiny):
+    study(tiny)
+    return tiny
+
+
+def results_in(config):
+    return {path.name: json.loads(path.read_text()) for path in (config.output_dir / "results").iterdir()}
+
+
+def test_each_arm_and_point_has_a_result(done):
+    found = results_in(done)
+    assert sorted(found) == [f"{arm}-seed0-000000{step}.json" for arm in ("cfm", "stablevm-va-repa") for step in (2, 4)]
+    assert found["stablevm-va-repa-seed0-0000004.json"]["options"] == ARMS["stablevm-va-repa"]
+    for each in found.values():
+        assert math.isfinite(each["metrics"]["frechet_test"]) and each["metrics"]["num_samples"] == 20
+        assert each["seconds"] > 0 and each["study"]["model"] == "SiT-XXS/2"
+    early, late = (found[f"cfm-seed0-000000{step}.json"] for step in (2, 4))
+    assert early["seconds"] < late["seconds"] and early["metrics"] != late["metrics"]
+    run = TrainConfig.read(done.output_dir / "runs/stablevm-va-repa-seed0")
+    assert (run.loss_type, run.bank_anchors, run.use_proj_loss, run.enc_type) == (
+        "stablevm",
+        "batch",
+        True,
+        "extractor",
+    )
+
+
+def test_the_table_and_the_figure(done):
+    table = (done.output_dir / TABLE_FILE).read_text()
+    assert table.startswith("# 4 of 4 results") and "After 2 steps:" in table and "After 4 steps:" in table
+    assert (done.output_dir / FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_study_trains_nothing_again_and_takes_more(done, capsys):
+    before = results_in(done)
+    study(done)
+    assert "step" not in capsys.readouterr().out and results_in(done) == before
+    more = dataclasses.replace(done, points="2,4,5", arms="cfm")
+    study(more)
+    assert set(results_in(done)) - set(before) == {"cfm-seed0-0000005.json"}
+
+
+def test_an_interrupted_study_has_the_same_numbers(done, tmp_path, monkeypatch):
+    from stablevm.comparison import run
+
+    again = dataclasses.replace(done, output_dir=tmp_path / "again", arms="cfm", points="2,4")
+    calls = []
+
+    def killed(config):
+        calls.append(config)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluated(config)
+
+    evaluated = run.evaluate
+    monkeypatch.setattr(run, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study(again)
+    assert len(results_in(again)) == 1
+    study(again)
+    for name, each in results_in(again).items():
+        assert each["metrics"] == results_in(done)[name]["metrics"]
+    # the point was trained before the interruption, so that the time of the whole training is not known
+    assert results_in(again)["cfm-seed0-0000004.json"]["seconds"] is None
+
+
+def test_a_study_with_other_options_is_refused(done):
+    with pytest.raises(UserError) as error:
+        study(dataclasses.replace(done, batch_size=16))
+    assert "holds a study with --batch-size 8, this one has --batch-size 16" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": "cfm,nonsense"}, "--arms cfm,nonsense: expected different ones of cfm, stablevm-class"),
+        ({"arms": "cfm,cfm"}, "expected different ones"),
+        ({"points": "0,5"}, "--points 0,5: expected different steps from 1"),
+        ({"points": "ten"}, "--points ten: expected different steps"),
+        ({"num_fid_samples": 3}, "at least 10"),
+        ({"arms": "nowhere.toml"}, "--arms nowhere.toml: can't be read"),
+    ],
+)
+def test_bad_options_are_one_clear_line(tiny, options, message):
+    with pytest.raises(UserError) as error:
+        study(dataclasses.replace(tiny, **options))
+    assert message in one_line(error)
+
+
+def test_arms_in_a_file(tiny, tmp_path):
+    file = tmp_path / "arms.toml"
+    file.write_text('[plain]\n[shifted]\ntime-shift = 2.0\nloss_type = "stablevm"\n')
+    config = dataclasses.replace(tiny, arms=str(file))
+    assert config.arms_by_name() == {"plain": {}, "shifted": {"time_shift": 2.0, "loss_type": "stablevm"}}
+    for text, message in [
+        ("[a]\nnonsense = 1", "nonsense: expected options of train"),
+        ("[a]\nseed = 1", "seed: expected options of train that arms may have"),
+        ("a = 1", "a: expected a table of options"),
+        ('["../a"]', "../a: expected a table of options"),
+        ("", "holds no arm"),
+        ("[", "can't be read"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            config.arms_by_name()
+        assert message in one_line(error)
+
+
+def test_every_arm_is_a_valid_training(tiny):
+    for options in ARMS.values():
+        TrainConfig(exp_name="x", data_dir=tiny.data_dir, output_dir=tiny.output_dir / "runs", **options).validate()
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path):
+    values = {"cfm": {0: 5.0, 1: 9.0, 2: 7.0}, "stablevm": {0: 4.0, 1: 7.5, 2: 6.5}}
+    results = [
+        Result(arm, seed, 10, {}, {"frechet_test": value, "precision": 0.5}, 3.0)
+        for arm, seeds in values.items()
+        for seed, value in seeds.items()
+    ]
+    comparison = Comparison(results, ["cfm", "stablevm", "absent"])
+    assert comparison.arms == ["cfm", "stablevm"]
+    gain = comparison.gain("stablevm", 10, "frechet_test")
+    assert gain.mean == pytest.approx(1.0) and gain.error == pytest.approx(0.5 / math.sqrt(3)) and gain.count == 3
+    assert Estimate.of([2.0]) == Estimate(2.0, None, 1)
+    assert comparison.estimate("stablevm", 10, "frechet_test").mean == pytest.approx(6.0)
+    assert comparison.seconds("cfm", 10) == 3.0 and comparison.estimate("cfm", 99, "frechet_test") is None
+    results[0].write(tmp_path)
+    assert path_of(tmp_path, "cfm", 0, 10).is_file()
