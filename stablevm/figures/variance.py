@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEGEND_ROOM = 1.7  # height of a panel in terms of its highest curve
+LOG_LEGEND_ROOM = 1.4  # the same on a logarithmic scale
 TIME = "time t  (0 data, 1 noise)"
 DASHES, DOTS = (0, (4, 3)), (0, (1, 1.5))
 
@@ -86,6 +87,6 @@ def _ess_panel(panel: "Axes", curve: VarianceCurve) -> None:
     panel.axhline(curve.references, color=SOFT_INK, linestyle=DASHES, linewidth=1.2, label=label)
     panel.plot(curve.t, curve.ess, color=GREEN, marker="o", markersize=3, label="effective number")
     panel.set(title="Effective sample size", ylabel="references (log scale)", xlim=(0, 1), yscale="log")
-    panel.set_ylim(0.9, 1.8 * curve.references)
+    panel.set_ylim(0.9, 1.2 * curve.references**LOG_LEGEND_ROOM)
     plain_log_labels(panel)
-    panel.legend(loc="center left", fontsize=8.5)
+    panel.legend(loc="upper left", fontsize=8.5)

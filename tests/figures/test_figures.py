@@ -1,7 +1,9 @@
 """The figures of the variance and of the toy study: where lines end, and what panels say of their scales and seeds."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
+import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,6 +39,17 @@ def test_the_line_of_all_references_stands_at_their_number(tmp_path, monkeypatch
     variance.plot_effective_size(CURVE, tmp_path / "a.png")
     heights = {line.get_label(): set(line.get_ydata()) for line in found[0].axes[0].get_lines()}
     assert heights["all 9 references"] == {9}
+
+
+@pytest.mark.parametrize("references", [9, 2048])
+def test_no_line_runs_through_the_legend_of_references(references, tmp_path, monkeypatch):
+    steep = dataclasses.replace(CURVE, ess=[references / 2.0, *[float(references)] * 3], references=references)
+    found = kept(monkeypatch, variance)
+    variance.plot_variance({"Data": steep}, tmp_path / "a.png")
+    panel: Axes = found[0].axes[1]
+    found[0].draw_without_rendering()
+    legend = panel.get_legend().get_window_extent()
+    assert all(line.get_window_extent().y1 <= legend.y0 for line in panel.get_lines())
 
 
 @dataclass
