@@ -181,6 +181,12 @@ def _evaluate_checkpoint() -> Use[Any]:
     return Use(EvaluateCheckpointConfig, work.evaluate_checkpoint, given="ckpt", check_given=check)
 
 
+def _sweep() -> Use[Any]:
+    from stablevm.sweep.config import SweepConfig
+
+    return Use(SweepConfig, work.sweep)
+
+
 def _reference() -> Use[Any]:
     from stablevm.evaluation.config import ReferenceConfig
 
@@ -268,6 +274,7 @@ COMMANDS = (
         (_evaluate, _evaluate_checkpoint),
         script="evaluate.py",
     ),
+    Command("sweep", "evaluate a checkpoint for all combinations of guidance and averages", (_sweep,)),
     Command("reference", "write a reference file to evaluate against", (_reference,)),
     Command(
         "variance",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stablevm.quickstart.config import QuickstartConfig
     from stablevm.sampling.config import GenerateConfig
     from stablevm.study.config import VarianceConfig
+    from stablevm.sweep.config import SweepConfig
     from stablevm.toy.config import ToyConfig
     from stablevm.training.average_config import AverageConfig
     from stablevm.training.config import TrainConfig
@@ -74,6 +75,13 @@ def evaluate_checkpoint(config: "EvaluateCheckpointConfig") -> None:
     from stablevm.evaluation.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(config)
+
+
+def sweep(config: "SweepConfig") -> None:
+    need("stablevm sweep", *TRAINER, *FIGURES)
+    from stablevm.sweep.run import sweep
+
+    sweep(config)
 
 
 def reference(config: "ReferenceConfig") -> None:

@@ -15,7 +15,7 @@ from stablevm.support.ranges import Count, Natural, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class MetricOptions:
     """The reference for generated images, and the metrics."""
 
     GROUP: ClassVar[str] = "evaluation"
@@ -44,11 +44,6 @@ class EvaluationOptions:
     """Cache folder of computed features. Default: stablevm/features in the user's cache folder."""
     cache_gigabytes: NotNegative = 20.0
     """Maximum size of the cache; beyond it the least recently used files are removed."""
-    output: Path | None = None
-    """JSON file for the results. Default: the samples' name with .json."""
-    report: bool = False
-    """Also write an HTML report beside the results: samples, nearest reference images, classes, dependence on the
-    number of samples."""
 
     def validate(self) -> None:
         """Raise UserError for the first option outside its range or in conflict with another."""
@@ -56,7 +51,6 @@ class EvaluationOptions:
             self,
             [
                 writable("cache_dir", self.cache_dir),
-                writable("output", self.output, is_folder=False),
                 ("inception", self.inception or bool(self.enc_type or self.extractor), "an --enc-type to use"),
             ],
         )
@@ -70,8 +64,31 @@ class EvaluationOptions:
             idle["inception_weights"] = "--no-inception"
         if self.extractor is not None:
             features = ("inception", "inception_weights", "enc_type", "encoder_weights", "precision_recall")
-            idle |= dict.fromkeys((*features, "batch_size", "cache_dir", "cache_gigabytes", "report"), "--extractor")
+            idle |= dict.fromkeys((*features, "batch_size", "cache_dir", "cache_gigabytes"), "--extractor")
         return idle_warnings(self, idle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(MetricOptions):
+    """The files of results."""
+
+    GROUP: ClassVar[str] = "results"
+
+    output: Path | None = None
+    """JSON file for the results. Default: the samples' name with .json."""
+    report: bool = False
+    """Also write an HTML report beside the results: samples, nearest reference images, classes, dependence on the
+    number of samples."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range or in conflict with another."""
+        super().validate()
+        require(self, [writable("output", self.output, is_folder=False)])
+
+    def warnings(self) -> list[str]:
+        """One line for each option that was given and has no effect with the others."""
+        idle = {} if self.extractor is None else {"report": "--extractor"}
+        return super().warnings() + idle_warnings(self, idle)
 
 
 @dataclass(frozen=True, kw_only=True)

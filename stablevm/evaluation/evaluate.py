@@ -82,8 +82,10 @@ def _results_owned(output: Path, process: Process) -> Iterator[None]:
         yield
 
 
-def _evaluate_samples(samples: Samples, config: EvaluationOptions, process: Process, output: Path) -> Results:
-    """Evaluate samples with the features that the options request; see `evaluate`."""
+def _evaluate_samples(
+    samples: Samples, config: EvaluationOptions, process: Process, output: Path, *, show: bool = True
+) -> Results:
+    """Evaluate samples with the features that the options request; see `evaluate`. show: whether to print."""
     reference = open_reference(config.reference)
     warnings = check_comparable(samples, reference)
     cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
@@ -100,13 +102,13 @@ def _evaluate_samples(samples: Samples, config: EvaluationOptions, process: Proc
         "num_samples": len(samples),
         "reference": str(reference.path),
         "reference_images": 0 if reference.source is None else len(reference.source),
-        "warnings": _told(warnings),
+        "warnings": _told(warnings, show),
     }
     rows: list[Sequence[str | float]] = [("measure", "value", "meaning"), ("samples", len(samples), "generated images")]
     for each in comparisons:
         values = results_of(each)
         values["statistics"] = reference.statistics_text(bool(each.stored))
-        results["warnings"] += _told(warnings_of(each, samples))
+        results["warnings"] += _told(warnings_of(each, samples), show)
         results[each.section] = values
         rows.append(("features", each.extractor, "the network that the numbers below come from"))
         rows += result_rows(values, values["statistics"], reference.images_text)
@@ -114,16 +116,18 @@ def _evaluate_samples(samples: Samples, config: EvaluationOptions, process: Proc
         from stablevm.evaluation.sample_report import write_sample_report
 
         write_sample_report(output.with_suffix(".html"), samples, reference, comparisons, results, rows)
-    return _finish(results, rows, output)
+    return _finish(results, rows, output, show)
 
 
-def _finish_digits(images: Tensor, labels: Tensor, title: str, config: EvaluationOptions, output: Path) -> Results:
+def _finish_digits(
+    images: Tensor, labels: Tensor, title: str, config: EvaluationOptions, output: Path, *, show: bool = True
+) -> Results:
     """Evaluate images of digits uint8 (N, 8, 8, 3) with classes (N,), and write the results."""
     assert config.extractor is not None
     train, test = digits_splits(config.reference)
     results = evaluate_digits(images, labels, test, train, load_extractor(config.extractor))
     rows = digits_rows(results)
-    return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output)
+    return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output, show)
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
@@ -158,10 +162,11 @@ def _begin(config: EvaluationOptions, warnings: Sequence[str]) -> Process:
     return process
 
 
-def _finish(results: Results, rows: Sequence[Sequence[str | float]], output: Path) -> Results:
+def _finish(results: Results, rows: Sequence[Sequence[str | float]], output: Path, show: bool) -> Results:
     write_json(output, results)
-    print(text_table(rows))
-    print(f"results written to {output}")
+    if show:
+        print(text_table(rows))
+        print(f"results written to {output}")
     return results
 
 
@@ -216,8 +221,8 @@ def _features_of_both(
     )
 
 
-def _told(warnings: list[str]) -> list[str]:
-    for line in warnings:
+def _told(warnings: list[str], show: bool) -> list[str]:
+    for line in warnings if show else ():
         print(f"warning: {line}", file=sys.stderr)
     return warnings
 
@@ -260,17 +265,20 @@ class CheckpointSource:
         return ImageSampler.load(self.config, self.card, self.device)
 
 
-def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
-    """Evaluate the images that a checkpoint generates; otherwise like `evaluate`."""
+def evaluate_checkpoint(config: EvaluateCheckpointConfig, *, is_part: bool = False) -> Results:
+    """Evaluate the images that a checkpoint generates; otherwise like `evaluate`.
+
+    is_part: whether this is part of a longer command, which then prints the results and warnings itself.
+    """
     config.sampling.validate()
-    process = _begin(config.evaluation, config.warnings())
+    process = _begin(config.evaluation, [] if is_part else config.warnings())
     sampling, card = resolved(config.drawn)
     sampling = sampling.effective()
     if sampling.compile:
         check_compiler(process.device)
-    for line in newest_notes(config.sampling, sampling) if process.is_first else ():
+    for line in newest_notes(config.sampling, sampling) if process.is_first and not is_part else ():
         print(line)
-    for line in decoding_notes(sampling.vae, card.latent) if process.is_first else ():
+    for line in decoding_notes(sampling.vae, card.latent) if process.is_first and not is_part else ():
         print(f"warning: {line}", file=sys.stderr)
     source = CheckpointSource(sampling, card, provenance_of(sampling, card), process.device)
     name = sampling.name or default_name(source.provenance)
@@ -281,7 +289,9 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig) -> Results:
             if not process.is_first:
                 return {}
             images = torch.from_numpy(source.images(range(len(source))))
-            return _finish_digits(images, source.labels, str(sampling.ckpt), config.evaluation, output)
+            return _finish_digits(
+                images, source.labels, str(sampling.ckpt), config.evaluation, output, show=not is_part
+            )
         labels = None if sampling.unconditional else source.labels.numpy()
         samples = Samples(str(sampling.ckpt), source, (source.side, source.side), labels)
-        return _evaluate_samples(samples, config.evaluation, process, output)
+        return _evaluate_samples(samples, config.evaluation, process, output, show=not is_part)

@@ -70,6 +70,14 @@ class ImageOptions:
     """Images without a class, from the network's null class."""
     global_seed: Natural = 0
     """Seed, 0 or more. Image i depends only on it, on i and on its class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """Pictures for people."""
+
+    GROUP: ClassVar[str] = "pictures"
+
     grid: bool = False
     """A quick look: no .npz, only SAMPLE_DIR/NAME.png of 8 images of each class, or of 64 if classes are many."""
     trajectory: bool = False
@@ -120,7 +128,13 @@ class CheckedOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(
-    ImageOptions, SamplerOptions, GuidanceOptions, AutoguidanceOptions, HardwareOptions, CheckedOptions
+    ImageOptions,
+    PictureOptions,
+    SamplerOptions,
+    GuidanceOptions,
+    AutoguidanceOptions,
+    HardwareOptions,
+    CheckedOptions,
 ):
     """Generate images from a checkpoint into SAMPLE_DIR/NAME.npz. To resume after an interruption, run it again."""
 

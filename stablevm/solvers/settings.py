@@ -73,7 +73,7 @@ class SamplerOptions:
             ("num_steps", not two_steps or steps >= 2, f"at least 2 with {reason}"),
             (
                 "solver",
-                self.mode == "ode" or self.solver in solvers[self.mode].split(" or "),
+                self.mode == "ode" or self.solver in solvers.get(self.mode, self.solver).split(" or "),
                 f"{solvers.get(self.mode)} with {mode}",
             ),
             (

@@ -145,7 +145,7 @@ def average(config: AverageConfig) -> Path:
     step = steps[-1] if config.step is None else config.step
     if step not in steps:
         raise UserError(f"{arg('step')} {step}: {run} has no snapshot of that step; there are {some_of(steps)}")
-    target = config.output or run / AVERAGES / f"{step:07d}-width-{config.width:g}"
+    target = averaged_folder(config, step)
     with owned(target.parent, target.name):
         if (target / CARD_FILE).exists():
             _check_result(target, config.width, step)
@@ -153,6 +153,11 @@ def average(config: AverageConfig) -> Path:
         else:
             _make(run, [each for each in steps if each <= step], config.width, target)
     return target
+
+
+def averaged_folder(config: AverageConfig, step: int) -> Path:
+    """Where the average after `step` is, or will be."""
+    return config.output or config.run / AVERAGES / f"{step:07d}-width-{config.width:g}"
 
 
 def _make(run: Path, steps: Sequence[int], width: float, target: Path) -> None:

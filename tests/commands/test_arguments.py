@@ -36,7 +36,7 @@ def written(folder, text, name="mine.toml"):
 @pytest.mark.parametrize("command", [*COMMANDS, *FOLDER_STEPS], ids=lambda command: command.name)
 def test_what_is_not_given_is_at_the_default_of_its_declaration(command):
     use = command.uses[0]
-    places = {name: "bash" if name == "shell" else "some" for name in use.required}
+    places = {name: {"shell": "bash", "width": "0.1"}.get(name, "some") for name in use.required}
     words = [value if command.spelt(name) == name.upper() else f"{command.spelt(name)}={value}"
              for name, value in places.items()]  # fmt: skip
     options = options_of(*words, command=command)

@@ -26,6 +26,7 @@ COMMANDS = (
     "quickstart",
     "sampling",
     "study",
+    "sweep",
     "toy",
     "training",
 )

@@ -23,7 +23,7 @@ FLOORS = dict(
             ("sampling", "preparation", "study"),
             ("evaluation",),
             ("training",),
-            ("toy", "quickstart", "profiling", "demo", "comparison"),
+            ("toy", "quickstart", "profiling", "demo", "comparison", "sweep"),
             ("commands",),
             ("cli",),
             ("__main__", "__init__"),
@@ -72,7 +72,7 @@ def test_option_definitions_import_no_torch():
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
         "stablevm.evaluation.config, stablevm.preparation.config, "
         "stablevm.integrations.config, stablevm.study.config, stablevm.comparison.config, stablevm.profiling.config, "
-        "stablevm.training.average_config; "
+        "stablevm.training.average_config, stablevm.sweep.config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
