@@ -9,7 +9,7 @@ from stablevm.bank import NO_ID
 from stablevm.choices import Prediction, TimeName
 from stablevm.interpolant import LINEAR, Interpolant
 from stablevm.support.errors import UserError, arg
-from stablevm.support.ranges import ABOVE_0, CHANCE, check_word
+from stablevm.support.ranges import ABOVE_0, CHANCE, FINITE, check_word
 from stablevm.support.rng import AnyGenerator, rand, randn, to_device
 from stablevm.support.shapes import ShownByShape
 from stablevm.times import draw_times
@@ -55,7 +55,8 @@ class ObjectiveSettings:
     path: LINEAR or COSINE. prediction: "v" to regress on the velocity, "x" on the data. weighting: the distribution of
     training times, as in `draw_times`. label_dropout: the probability in [0, 1] that a label is replaced by
     `null_class`, for classifier-free guidance. time_shift: factor of the times' sigma / alpha, as in `draw_times`; 1
-    leaves them as drawn. instant_share: the probability in [0, 1] that a sample's interval is a single time; below 1
+    leaves them as drawn. weighting_mean, weighting_std: of ln(sigma/alpha), in place of those of the weighting; None
+    with uniform times. instant_share: the probability in [0, 1] that a sample's interval is a single time; below 1
     two times are drawn for each sample, which is perturbed at the later one (MeanFlow; Geng et al., 2025). Raises
     UserError for a value out of range.
     """
@@ -67,6 +68,8 @@ class ObjectiveSettings:
     null_class: int | None = None
     time_shift: float = 1.0
     instant_share: float = 1.0
+    weighting_mean: float | None = None
+    weighting_std: float | None = None
 
     def __post_init__(self) -> None:
         check_word("prediction", self.prediction, Prediction)
@@ -76,8 +79,17 @@ class ObjectiveSettings:
         CHANCE.check("label_dropout", self.label_dropout)
         ABOVE_0.check("time_shift", self.time_shift)
         CHANCE.check("instant_share", self.instant_share)
+        self._check_moments()
         if self.label_dropout and self.null_class is None:
             raise UserError(f"{arg('label_dropout')} {self.label_dropout} needs null_class, which replaces the labels")
+
+    def _check_moments(self) -> None:
+        if self.weighting_mean is not None:
+            FINITE.check("weighting_mean", self.weighting_mean)
+        if self.weighting_std is not None:
+            ABOVE_0.check("weighting_std", self.weighting_std)
+        if self.weighting == "uniform" and (self.weighting_mean, self.weighting_std) != (None, None):
+            raise UserError(f"{arg('weighting_mean')}, {arg('weighting_std')}: expected none with weighting uniform")
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,15 @@ def _draw_intervals(settings: ObjectiveSettings, count: int, generator: AnyGener
     """Times t (count,), and the starts r <= t of their intervals; None where every interval is a single time."""
 
     def times() -> Tensor:
-        return draw_times(settings.weighting, settings.path, count, generator, shift=settings.time_shift)
+        return draw_times(
+            settings.weighting,
+            settings.path,
+            count,
+            generator,
+            shift=settings.time_shift,
+            mean=settings.weighting_mean,
+            deviation=settings.weighting_std,
+        )
 
     if settings.instant_share == 1:
         return times(), None

@@ -16,6 +16,7 @@ from stablevm.support.errors import UserError, arg
 from stablevm.support.shapes import ShownByShape
 
 Kind = Literal["velocity", "x0", "noise", "score"]
+LEAST_TIME = 0.05  # in the division by sigma of a loss in velocities (JiT's code)
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +82,16 @@ class Interpolant:
         """
         c = self.coefficients(t, like)
         return torch.where(c.sigma > 0, c.wronskian / c.sigma, 0.0)
+
+    def velocity_weight(self, t: Tensor, least_time: float = LEAST_TIME) -> Tensor:
+        """The factor that turns the squared error of a data prediction into that of the velocity it implies.
+
+        Shaped as t. On the linear path it is 1 / t^2. Times below `least_time` count as that, as in JiT (Li and He,
+        2025, section 4.3), because the factor is unbounded at t = 0. It is the same for targets averaged over
+        references, since the velocity is affine in E[x0 | x_t].
+        """
+        t = t.clamp(min=least_time)
+        return self.offset_gain(t, t).square()
 
     def snr(self, t: Tensor) -> Tensor:
         """The signal-to-noise ratio `alpha^2 / sigma^2`, with the shape of `t`; infinite at t = 0."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stablevm.choices import TimeName
 from stablevm.interpolant import Interpolant
+from stablevm.support.errors import UserError, arg
 from stablevm.support.moved import renamed
 from stablevm.support.ranges import check_word
 from stablevm.support.rng import AnyGenerator, rand, randn
@@ -27,18 +28,31 @@ def automatic_shift(shape: Sequence[int]) -> float:
 
 
 @renamed(stream="generator")
-def draw_times(name: TimeName, path: Interpolant, rows: int, generator: AnyGenerator, *, shift: float = 1.0) -> Tensor:
+def draw_times(
+    name: TimeName,
+    path: Interpolant,
+    rows: int,
+    generator: AnyGenerator,
+    *,
+    shift: float = 1.0,
+    mean: float | None = None,
+    deviation: float | None = None,
+) -> Tensor:
     """Draw `rows` training times in [0, 1]: a tensor (rows,), float32 on the CPU.
 
     name: "uniform" is U[0, 1). "lognormal" draws EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2), and
     "logit_normal" draws ln(sigma/alpha) ~ N(0, 1), which on the linear path is SD3's logit-normal distribution of t;
     `path` turns these ratios into times. generator: the source of random numbers, one for all rows or one for each.
-    shift: a factor of the drawn times' sigma / alpha, as in `Interpolant.shift`.
+    shift: a factor of the drawn times' sigma / alpha, as in `Interpolant.shift`. mean, deviation: of ln(sigma/alpha),
+    in place of those of the name; none with "uniform".
 
-    Raises UserError for any other name.
+    Raises UserError for any other name, and for a mean or deviation of uniform times.
     """
     check_word("weighting", name, TimeName)
     if name == "uniform":
+        if mean is not None or deviation is not None:
+            raise UserError(f"{arg('weighting_mean')}, {arg('weighting_std')}: expected none with weighting uniform")
         return path.shift(rand((rows,), generator), shift)
-    mean, deviation = LOG_RATIO_MOMENTS[name]
+    own = LOG_RATIO_MOMENTS[name]
+    mean, deviation = own[0] if mean is None else mean, own[1] if deviation is None else deviation
     return path.time_at_ratio(shift * torch.exp(mean + deviation * randn((rows,), generator)))

@@ -31,9 +31,10 @@ class LightningDiT(DiffusionTransformer):
             mlp=SwiGLU(hidden, self.config.mlp_width),
         )
 
-    def _context(self, device: torch.device) -> tuple[Tensor, ...]:
+    def _context(self, device: torch.device, more: int = 0) -> tuple[Tensor, ...]:
+        """The cosines and sines of the angles of all tokens; more: tokens before those of a plain input."""
         angles = rotary_angles(self.config.grid_size, self.config.hidden_size // self.config.num_heads, device)
-        angles = F.pad(angles, (0, 0, self._prefix, 0))  # tokens without a position are not rotated
+        angles = F.pad(angles, (0, 0, more + self._prefix, 0))  # tokens without a position are not rotated
         return angles.cos(), angles.sin()
 
 

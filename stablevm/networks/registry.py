@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stablevm.networks.jit_config import MODEL_NAMES as JIT_NAMES
+from stablevm.networks.jit_config import JiTConfig, jit_config
 from stablevm.networks.lightning_dit_config import MODEL_NAMES as LIGHTNING_DIT_NAMES
 from stablevm.networks.lightning_dit_config import LightningDiTConfig, lightning_dit_config
 from stablevm.networks.network_config import NetworkConfig
@@ -46,9 +48,16 @@ def _lightning_dit(config: LightningDiTConfig, generator: "torch.Generator | Non
     return LightningDiT(config, generator)
 
 
+def _jit(config: JiTConfig, generator: "torch.Generator | None") -> "Backbone":
+    from stablevm.networks.jit import JiT
+
+    return JiT(config, generator)
+
+
 NETWORKS = [
     Network(SIT_NAMES, SiTConfig, sit_config, _sit),
     Network(LIGHTNING_DIT_NAMES, LightningDiTConfig, lightning_dit_config, _lightning_dit),
+    Network(JIT_NAMES, JiTConfig, jit_config, _jit),
 ]
 
 

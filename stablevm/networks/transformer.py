@@ -1,4 +1,4 @@
-"""The diffusion transformer (DiT: Peebles and Xie, 2023), the common part of SiT and LightningDiT.
+"""The diffusion transformer (DiT: Peebles and Xie, 2023), the common part of SiT, LightningDiT and JiT.
 
 Patches with fixed position embeddings pass through blocks modulated by time and label (adaLN-zero). REPA's projectors
 (Yu et al., 2024) read the tokens of one block. Parameters have the same names as in the published checkpoints.
@@ -52,13 +52,18 @@ class DiffusionTransformer(Backbone):
     def _norm(self) -> nn.Module:
         """A new normalisation layer for tokens."""
 
+    def _embedder(self) -> nn.Module:
+        """The layer from latents (B, C, H, W) to tokens (B, T, hidden)."""
+        config = self.config
+        return PatchEmbed(config.input_size, config.patch_size, config.in_channels, config.hidden_size)
+
     def _context(self, device: torch.device) -> tuple[Tensor, ...]:
         """The inputs of all blocks besides tokens and condition."""
         return ()
 
     def _build(self) -> None:
         config, hidden = self.config, self.config.hidden_size
-        self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, hidden)
+        self.x_embedder = self._embedder()
         self.t_embedder = TimeEmbedder(hidden, config.time_scale)
         if config.intervals:
             self.r_embedder = TimeEmbedder(hidden, config.time_scale)
@@ -106,21 +111,28 @@ class DiffusionTransformer(Backbone):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict, and with `features` project the tokens after block `encoder_depth`: see `Backbone.forward`."""
         tokens = self._embedded(x) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(y)
+        label = self.y_embedder(y)
+        condition = self.t_embedder(t) + label
         if self.config.intervals:
             condition = condition + self.r_embedder(torch.zeros_like(t) if r is None else t - r)
-        context = self._context(x.device)
-        projected: list[Tensor] = []
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = self._through(block, tokens, condition, *context)
-            if features and number == self.config.encoder_depth:
-                seen = tokens if self.config.projector_kind == "mlp" else tokens[:, self._prefix :]
-                projected = [projector(seen) for projector in self.projectors]
+        tokens, seen = self._run_blocks(tokens, condition, label)
         patches, cls_token = self.final_layer(tokens, condition)
         prediction = self._unpatchify(patches)
         if cls_token is not None:
             prediction = joined(prediction, cls_token)
-        return (prediction, projected) if features else prediction
+        if not features:
+            return prediction
+        seen = seen if self.config.projector_kind == "mlp" else seen[:, self._prefix :]
+        return prediction, [projector(seen) for projector in self.projectors]
+
+    def _run_blocks(self, tokens: Tensor, condition: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens (B, T, hidden) after all blocks, and after block `encoder_depth`; label: (B, hidden), embedded."""
+        context, seen = self._context(tokens.device), tokens
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = self._through(block, tokens, condition, *context)
+            if number == self.config.encoder_depth:
+                seen = tokens
+        return tokens, seen
 
     def compile_blocks(self) -> None:
         """Compile the blocks, which share one compiled function, without changing the names of parameters."""

@@ -1,4 +1,4 @@
-"""The configuration shared by SiT and LightningDiT, and the table of sizes, without torch, so that help is fast."""
+"""The configuration and sizes that SiT, LightningDiT and JiT share, without importing torch, so that help is fast."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -88,10 +88,18 @@ def names_of(family: str, patch_sizes: Mapping[str, tuple[int, ...]]) -> tuple[s
 
 
 def sized_config(
-    kind: type[AnyConfig], name: str, *, input_size: int, in_channels: int, num_classes: int, **options: Any
+    kind: type[AnyConfig],
+    name: str,
+    *,
+    input_size: int,
+    in_channels: int,
+    num_classes: int,
+    sizes: Mapping[str, Size] = SIZES,
+    **options: Any,
 ) -> AnyConfig:
     """The configuration of the network called `name` (FAMILY-SIZE/PATCH), for square latents.
 
+    sizes: the table in which the size is found, whose fields are those of the configuration.
     UserError for a patch that does not divide the latent, or an `encoder_depth` beyond the network's blocks.
     """
     size_name, _, patch = name.partition("-")[2].partition("/")
@@ -100,7 +108,7 @@ def sized_config(
             f"{arg('model')} {name}: a patch of {patch} does not divide the latent of {input_size} x {input_size}; "
             "choose another patch size"
         )
-    values: dict[str, Any] = {**asdict(SIZES[size_name]), **options}
+    values: dict[str, Any] = {**asdict(sizes[size_name]), **options}
     if values.get("intervals"):
         values["time_scale"] = min(values["time_scale"], LARGEST_INTERVAL_SCALE)
     config = kind(

@@ -30,7 +30,8 @@ class BenchmarkConfig:
     objectives: str = "si,stablevm,si+repa,stablevm+va-repa"
     """What is trained, separated by commas: si, stablevm, and both with alignment, si+repa and stablevm+va-repa."""
     model: str | None = None
-    """SiT-{S,B,L,XL}/{1,2,4,8} or LightningDiT-{B,L,XL}/{1,2}. Default: SiT-XL/2 on a GPU, SiT-S/2 on a CPU."""
+    """SiT-{S,B,L,XL}/{1,2,4,8}, LightningDiT-{B,L,XL}/{1,2} or JiT-{B,L,H}/{16,32}. Default: SiT-XL/2 on a GPU,
+    SiT-S/2 on a CPU."""
     batch_size: Count | None = None
     """Samples per step over all processes. Default: 256 on a GPU, 16 on a CPU."""
     gradient_accumulation_steps: Count | None = None

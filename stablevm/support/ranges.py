@@ -32,6 +32,7 @@ class Range:
 
 
 AT_LEAST_1 = Range("at least 1", 1)
+FINITE = Range("a finite number", -math.inf, without_low=True)
 NOT_NEGATIVE = Range("0 or more", 0)
 ABOVE_0 = Range("a finite number above 0", 0, without_low=True)
 UNIT = Range("a number in [0, 1]", 0, 1)

@@ -117,6 +117,11 @@ class TrainConfig(
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in names if name != "none"]
 
+    @property
+    def weighs_velocities(self) -> bool:
+        """Whether errors of predicted data are weighed as errors of the velocity."""
+        return self.prediction == "x" and self.loss_space == "v"
+
     def epoch_steps(self, samples: int) -> int:
         """Steps of all --epochs on a data set of `samples`."""
         return math.ceil(self.epochs * samples / self.batch_size)
@@ -166,6 +171,13 @@ class TrainConfig(
                 ("cls_token", self.use_proj_loss or not self.cls_token,
                  "--use-proj-loss, whose first encoder gives the token, with --proj-coeff 0 for no alignment"),
                 ("cls_token", not (self.cls_token and self.meanflow), "no --meanflow with it"),
+                ("loss_space", self.loss_space in (None, "v", self.prediction), "v, or --prediction x with it"),
+                ("contrastive_coeff", self.contrastive_coeff == 0 or not self.weighs_velocities,
+                 "0 with --loss-space v: the other sample's velocity is at another noisy sample"),
+                ("weighting_mean", self.weighting_mean is None or self.weighting != "uniform",
+                 "--weighting lognormal or logit_normal with it"),
+                ("weighting_std", self.weighting_std is None or self.weighting != "uniform",
+                 "--weighting lognormal or logit_normal with it"),
                 ("encoder_weights", len(self.encoder_files) == len(self.encoder_names) or not self.use_proj_loss,
                  f"one file for each of --enc-type {self.enc_type}"),
             ],

@@ -97,6 +97,8 @@ def make_objective(
         label_dropout=config.cfg_prob,
         null_class=model.null_class,
         time_shift=time_shift(config, dataset.latent.shape),
+        weighting_mean=config.weighting_mean,
+        weighting_std=config.weighting_std,
         instant_share=config.meanflow_instants if config.meanflow else 1.0,
     )
     counts = torch.bincount(dataset.labels(), minlength=model.num_classes)

@@ -54,10 +54,10 @@ class NetworkOptions:
     GROUP: ClassVar[str] = "network"
 
     model: str = "SiT-XL/2"
-    """SiT-{S,B,L,XL}/{1,2,4,8}, LightningDiT-{B,L,XL}/{1,2}; for small images SiT-{XXS,XS}/{1,2,4},
-    LightningDiT-{XXS,XS}/{1,2}."""
+    """SiT-{S,B,L,XL}/{1,2,4,8}, LightningDiT-{B,L,XL}/{1,2}; for pixels JiT-{B,L,H}/{16,32}; for small images
+    SiT-{XXS,XS}/{1,2,4}, LightningDiT-{XXS,XS}/{1,2}, JiT-{XXS,XS}/{2,4}."""
     qk_norm: bool = False
-    """Normalise queries and keys."""
+    """Normalise queries and keys; JiT always does."""
     cls_token: bool = False
     """Denoise the class token of the first encoder of --enc-type beside the image, as one more token (REG). Those of
     all images are computed once, before the first step. It needs --use-proj-loss."""
@@ -124,9 +124,16 @@ class ObjectiveOptions:
     """Path between data and noise."""
     prediction: Prediction = "v"
     """What the network predicts: v, the velocity; x, the data."""
+    loss_space: Prediction | None = None
+    """Where the squared error is measured: v, with --prediction x, in the velocity that the predicted data imply, as
+    in JiT; times below 0.05 count as that. Default: as --prediction says."""
     weighting: TimeName = "uniform"
     """Distribution of training times: uniform; lognormal: EDM's noise levels, ln(sigma/alpha) ~ N(-1.2, 1.2^2);
     logit_normal: ln(sigma/alpha) ~ N(0, 1)."""
+    weighting_mean: float | None = None
+    """Mean of ln(sigma/alpha) with lognormal or logit_normal times. Default: that of --weighting."""
+    weighting_std: Positive | None = None
+    """Deviation of ln(sigma/alpha) with them, more than 0. Default: that of --weighting."""
     time_shift: Annotated[float, Range("a finite number above 0, or auto", 0, without_low=True)] | Literal["auto"] = 1.0
     """Shift of training times, and of sampling's grids, towards noise: sigma / alpha of each time is multiplied by it.
     auto: sqrt(values of a latent / 4096), 1 for Stable Diffusion's of 32 x 32. Checkpoints record it."""

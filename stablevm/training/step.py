@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch
+from stablevm.interpolant import get_interpolant
 from stablevm.meanflow import MeanFlow
 from stablevm.networks.encoders import Encoder
 from stablevm.networks.joint_state import joined, parted
-from stablevm.objective import Draw, squared_error
+from stablevm.objective import Draw
 from stablevm.support import rng
 from stablevm.training.cls_tokens import ClsTokens
 from stablevm.training.config import TrainConfig
@@ -144,7 +145,9 @@ class BatchDrawer:
         """A draw of the batch with the images of its anchors, if the loader was asked for images."""
         draw = self.draw(batch, step)
         images = None if batch.images is None else self.images(batch, draw)
-        found = Samples(draw, images, self.positions, self._total, self._from_all)
+        path, weighs = get_interpolant(self.config.path_type), self.config.weighs_velocities
+        weights = path.velocity_weight(draw.t) if weighs else None
+        found = Samples(draw, images, self.positions, self._total, self._from_all, weights=weights)
         return found if self.cls_tokens is None else self._parted(found)
 
     def _parted(self, samples: Samples) -> Samples:
@@ -233,7 +236,7 @@ class StepRunner:
         if self.meanflow is not None:
             with torch.compiler.set_stance("force_eager"):  # compiled blocks have no forward derivative
                 target = self.meanflow.target(self.accelerator.unwrap_model(self.model), draw.part(span))
-        error = squared_error(output.prediction, target)
+        error = samples.error(output.prediction, target, span)
         share = len(error) / len(draw.t)
         loss = velocity = error.mean() * share
         if self.meanflow is not None:

@@ -41,6 +41,12 @@ class Samples:
     # and noise are those of the latents alone.)
     cls_tokens: Tensor | None = None
     cls_target: Tensor | None = None
+    weights: Tensor | None = None  # (B,) of the squared errors, where `loss_space` asks for some
+
+    def error(self, prediction: Tensor, target: Tensor, span: slice) -> Tensor:
+        """The squared error (b,) of the rows of `span`, weighed for the space of the loss."""
+        found = squared_error(prediction, target)
+        return found if self.weights is None else found * self.weights[span]
 
 
 # From the output for a micro-batch to its share of the term; shares add up over micro-batches and processes.
@@ -235,7 +241,7 @@ class ClsToken(Term):
         def share_of(span: slice) -> Share:
             def share(output: Output) -> Tensor:
                 assert output.cls_token is not None
-                return squared_error(output.cls_token, target[span]).sum() / count
+                return samples.error(output.cls_token, target[span], span).sum() / count
 
             return share
 

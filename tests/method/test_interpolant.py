@@ -54,6 +54,20 @@ def test_snr_is_that_of_the_state(path):
 
 
 @PATHS
+def test_the_error_of_predicted_data_is_weighed_as_that_of_the_velocity(path, stream):
+    t = torch.tensor([0.05, 0.3, 0.7, 1.0], dtype=torch.float64)
+    x0, noise = batch(stream, t)
+    x_t, predicted = path.interpolate(x0, noise, t), x0 + 0.1 * noise
+    velocity = path.convert(predicted, x_t, t, "x0", "velocity")
+    weights = path.velocity_weight(t)
+    expected = (velocity - path.velocity(x0, noise, t)).square().sum((1, 2))
+    torch.testing.assert_close((predicted - x0).square().sum((1, 2)) * weights, expected)
+    early = path.velocity_weight(torch.tensor([0.0, 0.02], dtype=torch.float64))  # below 0.05, and counted as that
+    torch.testing.assert_close(early, weights[0].expand(2))
+    assert path.velocity_weight(t, least_time=0.5)[0] == path.velocity_weight(torch.tensor(0.5, dtype=torch.float64))
+
+
+@PATHS
 @pytest.mark.parametrize("pair", list(itertools.permutations(("velocity", "x0", "noise", "score"), 2)))
 def test_every_conversion(path, pair, stream):
     t = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)

@@ -66,7 +66,7 @@ def test_the_target_at_a_time_is_untouched(monkeypatch):
 
     shifted = drawn(5.0)
     given = draw.draw_times
-    monkeypatch.setattr(draw, "draw_times", lambda *arguments, shift: given(*arguments, shift=5.0))
+    monkeypatch.setattr(draw, "draw_times", lambda *given_, **more: given(*given_, **{**more, "shift": 5.0}))
     plain = drawn(1.0)
     for name in ("t", "x_t", "target", "ess"):
         assert torch.equal(getattr(shifted, name), getattr(plain, name))

@@ -29,7 +29,7 @@ def test_every_name_of_a_network_is_built_by_its_kind(network):
 
 
 def test_a_name_that_no_network_has():
-    with pytest.raises(UserError, match=r"model DiT-B: expected one of SiT-XL/1, .*LightningDiT-XXS/2$"):
+    with pytest.raises(UserError, match=r"model DiT-B: expected one of SiT-XL/1, .*JiT-XXS/4$"):
         network_config("DiT-B", input_size=8, in_channels=1, num_classes=2)
 
 
@@ -44,5 +44,5 @@ def test_a_card_names_its_kind_of_network_and_one_without_is_a_sit(tmp_path):
     assert type(load_model(tmp_path, card)).__name__ == "SiT"
     for other, shown in (("unet", '"unet"'), (3, "3"), ([], "")):
         path.write_text(json.dumps(written | {"model": written["model"] | {"kind": other}}))
-        with pytest.raises(UserError, match=rf"model.kind: .*{shown}.*, expected one of sit, lightning_dit; "):
+        with pytest.raises(UserError, match=rf"model.kind: .*{shown}.*, expected one of sit, lightning_dit, jit; "):
             load_card(tmp_path)

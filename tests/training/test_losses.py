@@ -30,6 +30,15 @@ CASES = {
     "meanflow": {**STABLEVM, **MEANFLOW},
     "meanflow, guided": {**MEANFLOW, "meanflow_omega": 2.0, "meanflow_kappa": 0.5},
     "class token": {**STABLEVM, **runs.ALIGNED, "proj_weight_schedule": "sigmoid", "cls_token": True},
+    "jit": {
+        **STABLEVM,
+        "model": "JiT-XXS/2",
+        "prediction": "x",
+        "loss_space": "v",
+        "weighting": "logit_normal",
+        "weighting_mean": 0.8,
+        "weighting_std": 0.8,
+    },
     "irepa": {**STABLEVM, **runs.ALIGNED, "use_irepa": True},
 }
 
