@@ -12,18 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stablevm import interpolant
-from stablevm.data import dataset as data
 from stablevm.data import layouts, opening
 from stablevm.evaluation.sample_report import metric_curves
 from stablevm.figures.evaluation import plot_metrics
 from stablevm.metrics import metric, table
-from stablevm.networks import autoencoder, backbone, initialisation, network_config, projectors, registry
+from stablevm.networks import autoencoder, registry
 from stablevm.networks.autoencoder import LatentSpec, latent_spec_of, load_autoencoder
 from stablevm.networks.snapshot import load_card, load_model
 from stablevm.preparation import sources
 from stablevm.support.errors import UserError
-from stablevm.training import objectives, step, terms
+from stablevm.training import objectives, step
 from stablevm.training.config import TrainConfig
 from tests.helpers import runs
 
@@ -31,16 +29,14 @@ PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
 
 @contextlib.contextmanager
-def added(heading, listed, *rooms):
-    """What the block under a heading defines, in the modules `rooms`; `listed` is put back afterwards."""
+def added(heading, listed):
+    """What the block under a heading defines, with no other imports than its own; `listed` is put back afterwards."""
     section = PAGE.split(f"\n## {heading}\n")[1]
     block = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
-    names = {"torch": torch, "np": np}
-    for room in rooms:
-        names |= {name: value for name, value in vars(room).items() if not name.startswith("__")}
+    names = {}
     before = listed.copy()
     try:
-        exec("from dataclasses import dataclass, replace\nfrom typing import Any, ClassVar\n" + block, names)
+        exec(block, names)
         yield names
     finally:
         listed.clear()
@@ -58,7 +54,7 @@ def root(tmp_path):
 
 
 def test_the_target_that_is_shown_is_trained_on(root, monkeypatch):
-    with added("Another target", objectives.OBJECTIVES, interpolant, objectives):
+    with added("Another target", objectives.OBJECTIVES):
         monkeypatch.setitem(TrainConfig.__annotations__, "loss_type", Literal["si", "stablevm", "antithetic"])
         plain = runs.losses(runs.run(runs.config(root, "plain")))
         paired = runs.losses(runs.run(runs.config(root, "paired", loss_type="antithetic")))
@@ -68,7 +64,7 @@ def test_the_target_that_is_shown_is_trained_on(root, monkeypatch):
 
 
 def test_the_pairs_that_are_shown_have_opposite_noise():
-    with added("Another target", objectives.OBJECTIVES, interpolant, objectives) as names:
+    with added("Another target", objectives.OBJECTIVES) as names:
         objective = names["Antithetic"](objectives.FlowMatching(), objectives.get_interpolant("linear"))
         stream = torch.Generator().manual_seed(0)
         draw = objective.draw(torch.randn(5, 1, 2, 2, generator=stream), torch.zeros(5, dtype=torch.int64), stream)
@@ -79,8 +75,7 @@ def test_the_pairs_that_are_shown_have_opposite_noise():
 
 
 def test_the_backbone_that_is_shown_trains_resumes_and_is_loaded(root):
-    rooms = (backbone, initialisation, network_config, projectors, registry)
-    with added("Another backbone", registry.NETWORKS, *rooms):
+    with added("Another backbone", registry.NETWORKS):
         settings = runs.config(root, "mlp", model="Perceptron-S", checkpointing_steps=3)
         runs.run(replace(settings, max_train_steps=3))
         folder = runs.run(settings) / "checkpoints" / "0000006"
@@ -105,7 +100,7 @@ def test_the_backbone_that_is_shown_trains_resumes_and_is_loaded(root):
 def test_the_term_that_is_shown_is_summed_and_logged(root, monkeypatch):
     monkeypatch.setattr(TrainConfig, "mean_coeff", 0.5, raising=False)
     rows = {}
-    with added("Another term of the loss", step.TERMS, terms, step):
+    with added("Another term of the loss", step.TERMS):
         for parts in (1, 2):
             rows[parts] = metrics(runs.run(runs.config(root, f"parts-{parts}", gradient_accumulation_steps=parts)))
     for row, other in zip(rows[1], rows[2], strict=True):
@@ -117,7 +112,7 @@ def test_the_metric_that_is_shown_is_in_table_curves_and_picture(tmp_path):
     stream = torch.Generator().manual_seed(0)
     pools = [{"pool": torch.randn(count, 3, generator=stream)} for count in (64, 50)]
     sets = metric.FeatureSets("x", False, *pools, {}, "exact", torch.device("cpu"))
-    with added("Another metric", table.METRICS, metric, table):
+    with added("Another metric", table.METRICS):
         values = table.results_of(sets)
         expected = (pools[0]["pool"].double().mean(0) - pools[1]["pool"].double().mean(0)).norm()
         assert values["mean_shift"] == pytest.approx(float(expected))
@@ -134,7 +129,7 @@ def test_the_metric_that_is_shown_is_in_table_curves_and_picture(tmp_path):
 
 def test_the_source_that_is_shown_is_read(tmp_path):
     (tmp_path / "classes.csv").write_text("b.png,fox\na.png,owl\n")
-    with added("Another source of images", sources.SOURCES, sources):
+    with added("Another source of images", sources.SOURCES):
         source = sources.open_source(tmp_path)
         assert source.names == ["a.png", "b.png"] and source.labels.tolist() == [1, 0]
         assert source.class_names == ("fox", "owl")
@@ -143,7 +138,7 @@ def test_the_source_that_is_shown_is_read(tmp_path):
 def test_the_layout_that_is_shown_is_opened(tmp_path):
     moments, labels = np.zeros((3, 8, 2, 2), np.float16), np.array([0, 1, 1])
     np.savez(tmp_path / "latents.npz", moments=moments, labels=labels)
-    with added("Another layout of prepared data", layouts.LAYOUTS, data, autoencoder, layouts):
+    with added("Another layout of prepared data", layouts.LAYOUTS):
         dataset = opening.open_dataset(tmp_path.parent, tmp_path.name)
         assert len(dataset) == 3 and dataset.layout == "one file" and dataset.resolution == 16
         assert dataset.moments([2, 0]).shape == (2, 8, 2, 2) and dataset.labels().tolist() == [0, 1, 1]
@@ -155,7 +150,7 @@ def test_the_layout_that_is_shown_is_opened(tmp_path):
 
 
 def test_the_autoencoder_that_is_shown_encodes_and_decodes():
-    with added("Another autoencoder", autoencoder.AUTOENCODERS, autoencoder):
+    with added("Another autoencoder", autoencoder.AUTOENCODERS):
         latent = latent_spec_of("pooled", 8)
         assert latent == LatentSpec((3, 4, 4), 1.0, 0.0, "pooled", deterministic=True)
         images = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
