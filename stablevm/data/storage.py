@@ -1,22 +1,28 @@
-"""Access to many small files in a folder or a ZIP archive, by relative names with forward slashes."""
+"""Access to many small files in a folder, a ZIP archive or tar archives, by relative names with forward slashes."""
 
 import errno
+import io
 import os
 import stat
 import struct
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from stablevm.support.errors import UserError
+from stablevm.support.text import printable
 
 # Errors due to one file. Others, such as too many open files, are due to the machine; no file is damaged then.
 _FILE_FAULTS = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EINVAL),
     None,  # errors of decoders
 }
+
+_TAR_BLOCK = 512  # bytes: the unit of tar archives
 
 # All exceptions that reading a damaged file can raise in Pillow, NumPy and zipfile.
 READ_ERRORS = (
@@ -159,7 +165,88 @@ class ZipStorage:
         return ZipStorage, (self.root,)
 
 
-Storage = FolderStorage | ZipStorage
+@dataclass(frozen=True)
+class _TarMember:
+    """Where the content of a file lies."""
+
+    archive: Path
+    start: int
+    size: int
+
+
+class TarStorage:
+    """Files in tar archives. If there are several, the name of an archive comes before those of its members."""
+
+    def __init__(self, root: Path, archives: Sequence[Path]) -> None:
+        """UserError for damaged archives, and for members that no archive of images needs."""
+        self.root, self.archives = root, tuple(archives)
+        self._members: dict[str, _TarMember] = {}
+        for archive in archives:
+            prefix = f"{archive.name}/" if len(archives) > 1 else ""
+            for name, member in _tar_members(archive):
+                self._members[prefix + name] = member
+
+    def open(self, name: str) -> IO[bytes]:
+        """The content of a member; OSError where there is none of that name, or the archive has become shorter."""
+        return io.BytesIO(self.read(name))
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The content of a member, or its first `limit` bytes; errors as `open`."""
+        member = self._members.get(name)
+        if member is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file in the archive", f"{self.root}/{name}")
+        wanted = member.size if limit is None else min(limit, member.size)
+        with member.archive.open("rb") as file:
+            file.seek(member.start)
+            content = file.read(wanted)
+        if len(content) < wanted:
+            raise OSError(errno.ESTALE, "has become shorter while it was read; restore it", str(member.archive))
+        return content
+
+    def exists(self, name: str) -> bool:
+        return name in self._members
+
+    def names(self) -> Iterator[str]:
+        yield from sorted(self._members)
+
+    def folders(self, prefix: str) -> set[str]:
+        """Names of the folders directly below `prefix`, which is empty or ends with a slash."""
+        inside = (name[len(prefix) :] for name in self._members if name.startswith(prefix))
+        return {name.split("/")[0] for name in inside if "/" in name}
+
+    def __reduce__(self) -> "tuple[type[TarStorage], tuple[Path, tuple[Path, ...]]]":
+        return TarStorage, (self.root, self.archives)
+
+
+def _tar_members(archive: Path) -> Iterator[tuple[str, _TarMember]]:
+    size = archive.stat().st_size
+    try:
+        with tarfile.open(archive, "r:") as opened:
+            while (info := opened.next()) is not None:
+                name = plain_name(info.name)
+                if not is_inside(name) or info.islnk() or info.issym():
+                    what = "leaves the archive" if not is_inside(name) else f"is a link to {info.linkname}"
+                    raise UserError(f"{archive}: its member {printable(info.name)} {printable(what)}; make it without")
+                if info.isreg() and not info.issparse():
+                    if info.offset_data + info.size > size:
+                        raise UserError(
+                            f"{archive}: ends within {printable(name)}, so it is truncated; download it again"
+                        )
+                    yield name, _TarMember(archive, info.offset_data, info.size)
+                opened.members = []  # type: ignore[attr-defined]  # it keeps all: a gigabyte for a million
+            end = opened.offset  # where tarfile found no further member
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(f"{archive}: not a readable tar archive ({error}); download it again") from None
+    with archive.open("rb") as file:
+        file.seek(end)
+        rest = file.read(_TAR_BLOCK)
+    if len(rest) < _TAR_BLOCK or any(rest):  # tarfile itself takes what it can't read for the end
+        raise UserError(
+            f"{archive}: has no readable end after byte {end:,}, so it is truncated or damaged; download it again"
+        )
+
+
+Storage = FolderStorage | ZipStorage | TarStorage
 
 
 def is_inside(name: str) -> bool:

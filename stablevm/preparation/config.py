@@ -30,7 +30,7 @@ class ConvertConfig:
 
     source: Path
     """Folder of class folders; or folder or .zip archive with dataset.json; or folder or archive of images; or file or
-    folder of IDX (MNIST's) or binary CIFAR files."""
+    folder of IDX (MNIST's), binary CIFAR, Parquet or tar files."""
     dest: Path
     """Folder for the result, or a name that ends with .zip for an uncompressed archive."""
     split: str | None = None

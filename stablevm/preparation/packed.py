@@ -69,9 +69,14 @@ def _choice(root: Path, splits: Splits, split: str | None) -> str:
 
 
 def _registered() -> list[PackedKind]:
-    from stablevm.preparation import cifar, idx
+    from stablevm.preparation import cifar, idx, parquet, tars
 
-    return [PackedKind(idx.splits_of, idx.open_idx), PackedKind(cifar.splits_of, cifar.open_cifar)]
+    return [
+        PackedKind(idx.splits_of, idx.open_idx),
+        PackedKind(cifar.splits_of, cifar.open_cifar),
+        PackedKind(parquet.splits_of, parquet.open_parquet),
+        PackedKind(tars.splits_of, tars.open_tars),
+    ]
 
 
 # The first kind that finds its files is used.

@@ -24,6 +24,11 @@ FORMATS = (
     *("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000"),
     *("ICO", "PCX", "SGI", "DDS", "QOI", "PSD", "SUN", "TGA"),
 )
+# Suffixes of images. An image that can't be read is skipped, with its cause.
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2",
+     ".avif", ".heic", ".heif", ".jxl", ".tga"]
+)  # fmt: skip
 _MARK = 16  # bytes at the beginning by which a format is recognised
 # An image with more pixels is treated as a decompression bomb; Pillow itself warns from this number on.
 MAX_PIXELS = 2**30 // 12

@@ -14,16 +14,11 @@ from stablevm.data.repa import LATENTS, is_repa_folder
 from stablevm.data.storage import FolderStorage, Storage, is_fault_of_file, open_storage
 from stablevm.preparation.config import ConvertConfig
 from stablevm.preparation.packed import open_packed
-from stablevm.preparation.pictures import is_picture
+from stablevm.preparation.pictures import IMAGE_SUFFIXES, is_picture
 from stablevm.preparation.source import ONE_CLASS, Source, printable
 from stablevm.support.errors import UserError, arg
 from stablevm.support.options import some_of
 
-# Suffixes of images. An image that can't be read is skipped, with its cause.
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2",
-     ".avif", ".heic", ".heif", ".jxl", ".tga"]
-)  # fmt: skip
 # Suffixes of other files that are common beside images. A file with any other suffix is opened to see if it is an
 # image.
 _OTHER_SUFFIXES = frozenset(
@@ -79,6 +74,11 @@ def _open_pictures(root: Path) -> Source:
     storage = open_storage(root)
     if isinstance(storage, FolderStorage) and is_repa_folder(root):
         raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")
+    return read_storage(storage)
+
+
+def read_storage(storage: Storage) -> Source:
+    """The source in a storage, by the first of `SOURCES` that knows its form."""
     listing = _listing(storage)
     return next(found for read in SOURCES if (found := read(storage, listing)) is not None)
 

@@ -3,7 +3,7 @@
 from stablevm.support.errors import UserError
 
 # Import names of the packages, as in pyproject.toml; messages name the first extra that has what is missing.
-_DATA = frozenset({"PIL", "sklearn"})
+_DATA = frozenset({"PIL", "pyarrow", "sklearn"})
 _PLOTS = frozenset({"PIL", "matplotlib"})
 EXTRAS = {
     "data": _DATA,

@@ -1,9 +1,12 @@
 """Small files that hold many images each, in the forms that `stablevm prepare convert` reads."""
 
 import gzip
+import io
 import struct
+import tarfile
 
 import numpy as np
+from PIL import Image
 
 
 def pictures_of(count, *shape, seed=0):
@@ -28,3 +31,22 @@ def write_cifar(folder, names, pictures, labels, coarse=None):
     rows = np.concatenate([*columns, pictures.reshape(len(pictures), -1)], axis=1)
     for name, part in zip(names, np.array_split(rows, len(names)), strict=True):
         (folder / name).write_bytes(part.tobytes())
+
+
+def png(picture):
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, contents, change=None):
+    """A tar archive of these contents by name; `change` may alter the header of each."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if change is not None:
+                change(info)
+            archive.addfile(info, io.BytesIO(content))
+    return path
