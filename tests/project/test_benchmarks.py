@@ -1,11 +1,16 @@
 """The scripts in benchmarks/ run, at sizes too small to mean anything: their figures are looked at by people."""
 
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+
+from tests.helpers import runs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RUNS = {
@@ -14,6 +19,7 @@ RUNS = {
     "bank": ("--classes=4", "--capacity=8", "--batch=8", "--shape", "1", "4", "4", "--repeats=1"),
     "evaluation": ("--samples=64", "--reference=64", "--no-peers"),
     "loader": ("--rows=64", "--large-rows=64", "--image-rows=16", "--batch=16", "--workers", "0", "--repeats=1"),
+    "meanflow_mixture": ("--seeds=1", "--updates=2", "--powers", "0.5", "--batches=2", "--output={folder}/all.json"),
     "posterior": (
         *("--samples", "4", "--references", "8", "--dimensions", "16", "--dtypes", "float32", "--classes=2"),
         "--repeats=1",
@@ -43,3 +49,24 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     runpy.run_path(str(script), run_name="__main__")
     assert "torch " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_gpu_script_is_rehearsed_on_the_cpu(tmp_path):
+    """Tiny sizes, so that on a GPU nothing but the device is new; `test_it_runs` rehearses the other parts."""
+    parts = ("device-tests", "step", "step-compiled", "sampling")
+    done = subprocess.run(
+        [BENCHMARKS / "gpu.sh", tmp_path, "--small", "--parts", *parts],
+        env=runs.ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert done.returncode == 0, {name: part["log"] for name, part in found.items() if part["status"]}
+    assert tuple(found) == parts and all(found[name]["steps"] for name in found if name.startswith("step"))
+    assert "stablevm+va-repa" in done.stdout and "network evaluations per image" in done.stdout
+
+
+def test_the_gpu_script_wants_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path / "none"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: this machine has no GPU")

@@ -7,7 +7,8 @@ import pytest
 from tests.helpers.modules import PACKAGE
 
 ROOT = PACKAGE.parent
-OTHERS = {"method", "commands", "project"}  # the modules at the root; what crosses rooms; what is about the repository
+# The modules at the root; what crosses rooms; what is about the repository; what is shown on a GPU.
+OTHERS = {"method", "commands", "project", "device"}
 NAMED = re.compile(r"(?<![\w/])tests/[\w./-]+\.(?:py|json)|tests\.helpers\.\w+")
 
 
