@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stablevm.metrics.neighbours import PRECISION_RECALL_K, Membership, check_counts
+from stablevm.metrics.statistics import check_sets
 from stablevm.support.precision import full_precision
 
 BLOCK = 10_000  # rows and columns of the script's blocks; if any value overflows, the whole block is float32
@@ -23,6 +24,7 @@ def membership_adm(
     As there, the smallest distance of a point is taken for that to itself, and skipped. How the script's float16 sums
     are rounded depends on TensorFlow's GPU kernels; here a sum is rounded once, at its end.
     """
+    check_sets(reference, samples)
     check_counts(reference, samples, k)
     device = device or reference.device
     real, fake = (features.detach().to(device, torch.float32) for features in (reference, samples))

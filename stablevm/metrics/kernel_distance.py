@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stablevm.metrics.statistics import check_features
+from stablevm.metrics.statistics import check_count, check_sets
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 
@@ -26,14 +26,9 @@ def kernel_distance(
     `seed`. The standard deviation (divisor `subsets`) shows how much the value of one subset varies. Computed in
     float64. UserError for fewer than 2 images or different widths.
     """
+    check_sets(reference, samples)
     for name, features in (("reference", reference), ("samples", samples)):
-        check_features(features)
-        if len(features) < 2:
-            raise UserError(f"{name}: {len(features)} images, but a kernel distance needs at least 2")
-    if reference.shape[1] != samples.shape[1]:
-        raise UserError(
-            f"features are {reference.shape[1]} and {samples.shape[1]} wide: take both from the same extractor"
-        )
+        check_count(name, len(features), 2, "a kernel distance needs")
     if subsets < 1 or subset_size < 2:
         raise UserError(f"subsets {subsets} of {subset_size}: expected at least 1, of at least 2 images")
     size = min(subset_size, len(reference), len(samples))

@@ -6,7 +6,7 @@ edge of a ball counts as inside.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,7 @@ from stablevm.metrics.points import (
     points,
     squared_distances,
 )
-from stablevm.metrics.statistics import check_features
-from stablevm.support.errors import UserError
+from stablevm.metrics.statistics import check_count
 
 PRECISION_RECALL_K = 3  # Kynkäänniemi et al., 2019, "Improved precision and recall metric"
 COVERAGE_K = 5  # Naeem et al., 2020, "Reliable fidelity and diversity metrics": equal sets then get 1 - 2^-5 = 0.97
@@ -97,9 +96,9 @@ def neighbourhood(reference: Tensor, samples: Tensor, device: torch.device | Non
     A closed ball around each point reaches to its k-th nearest neighbour in its own set, not counting itself. UserError
     for a reference with `COVERAGE_K` rows or fewer.
     """
-    check_counts(reference, samples, PRECISION_RECALL_K)
-    check_counts(reference, reference, COVERAGE_K)
     real, fake = points(reference, samples, device=device)
+    check_counts(real, fake, PRECISION_RECALL_K)
+    check_counts(real, real, COVERAGE_K)
     closest, real_radii, wide = radii_of(real, (1, PRECISION_RECALL_K, COVERAGE_K))
     found = _Crossing(real, fake, real_radii, radii(fake, PRECISION_RECALL_K), wide)
     to_reference = _settled(fake, real, found.bounds, found.indices, 1, exclude_self=False)[1]
@@ -121,8 +120,8 @@ def membership(
     The manifold of a set is the union of closed balls around its points, each of which reaches to the point's k-th
     nearest neighbour, not counting itself (Kynkäänniemi et al., 2019, equations 1 and 2).
     """
-    check_counts(reference, samples, k)
     real, fake = points(reference, samples, device=device)
+    check_counts(real, fake, k)
     found = _Crossing(real, fake, radii(real, k), radii(fake, k))
     return Membership(samples=found.in_real.cpu(), reference=found.in_fake.cpu())
 
@@ -144,8 +143,8 @@ def coverage(reference: Tensor, samples: Tensor, k: int = COVERAGE_K) -> float:
     reference, samples: features (m, width) and (n, width). UserError for sets of k rows or fewer, or of different
     widths.
     """
-    check_counts(reference, samples, k)
     real, fake = points(reference, samples)
+    check_counts(real, fake, k)
     _, squared = _nearest(real, fake)
     return float((squared <= radii(real, k)).double().mean())
 
@@ -183,12 +182,10 @@ def radii_of(among: Points, ks: Sequence[int]) -> list[Tensor]:
     return [_settled(among, among, bounds, indices, k, exclude_self=True)[1] for k in ks]
 
 
-def check_counts(reference: Tensor, samples: Tensor, k: int) -> None:
+def check_counts(reference: Sized, samples: Sized, k: int) -> None:
     """Raise UserError if a set has too few rows for k nearest neighbours."""
-    for name, features in (("reference", reference), ("samples", samples)):
-        check_features(features)
-        if len(features) <= k:
-            raise UserError(f"{name}: {len(features)} images, but {k} nearest neighbours need at least {k + 1}")
+    for name, rows in (("reference", reference), ("samples", samples)):
+        check_count(name, len(rows), k + 1, f"{k} nearest neighbours need")
 
 
 def _nearest(queries: Points, among: Points) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablevm.metrics.statistics import check_features
-from stablevm.support.errors import UserError
+from stablevm.metrics.statistics import check_sets
 from stablevm.support.precision import full_precision
 
 BLOCK_ROWS = 4096  # a block of products is 64 MiB
@@ -46,12 +45,7 @@ class Points:
 
 def points(*sets: Tensor, device: torch.device | None = None) -> list[Points]:
     """Prepare sets (n, width) for comparison with one another; UserError if not finite or not equally wide."""
-    for features in sets:
-        check_features(features)
-        if features.shape[1] != sets[0].shape[1]:
-            raise UserError(
-                f"features are {sets[0].shape[1]} and {features.shape[1]} wide: take both from the same extractor"
-            )
+    check_sets(*sets)
     device = device or sets[0].device
     rows = [features.detach().to(device, torch.float32) for features in sets]
     centre = mean_of(rows[0])

@@ -81,6 +81,7 @@ def check_covariance(covariance: Tensor, where: str) -> Tensor:
 
 def moments_of(features: Tensor) -> AnyMoments:
     """The mean and covariance of rows (n, width); UserError for fewer than two rows or values that are not finite."""
+    check_rank(features)
     count, width = features.shape
     if not 2 <= count <= width:
         return FeatureStatistics.from_features(features).moments
@@ -106,7 +107,7 @@ class FeatureStatistics:
     @classmethod
     def from_features(cls, features: Tensor) -> "FeatureStatistics":
         """The statistics of features (n, width); UserError if they have another rank or are not finite."""
-        check_features(features)
+        check_rank(features)
         statistics = cls(features.shape[1])
         statistics.update(features)
         return statistics
@@ -158,8 +159,7 @@ def frechet_distance(a: AnyMoments | FeatureStatistics, b: AnyMoments | FeatureS
     samples than features), and has no imaginary part to drop. The result is 0 or more, and 0 up to rounding for equal
     statistics. UserError for different numbers of features.
     """
-    if len(a.mean) != len(b.mean):
-        raise UserError(f"features are {len(a.mean)} and {len(b.mean)} wide: take both from the same extractor")
+    check_widths(len(a.mean), len(b.mean))
     first, second = (each.moments if isinstance(each, FeatureStatistics) else each for each in (a, b))
     trace = first.trace + second.trace
     cross = _sum_of_singular_values(first.factor.T @ second.factor, tolerance=QUICK_ERROR * trace)
@@ -223,8 +223,32 @@ def short_chunk_warning(scores: Sequence[float], count: int, chunk: int = SCORE_
 
 def check_features(features: Tensor) -> None:
     """Raise UserError unless features are (n, width) and finite."""
-    if features.ndim != 2:
-        raise UserError(f"features must be (n, width), got shape {tuple(features.shape)}")
+    check_rank(features)
     broken = sum(int((~block.isfinite()).any(1).sum()) for block in features.split(BLOCK_ROWS))
     if broken:
         raise UserError(f"{broken} of {len(features)} rows of features hold NaN or infinity; check the images")
+
+
+def check_rank(features: Tensor) -> None:
+    """Raise UserError unless features are (n, width)."""
+    if features.ndim != 2:
+        raise UserError(f"features must be (n, width), got shape {tuple(features.shape)}")
+
+
+def check_widths(first: int, second: int) -> None:
+    """Raise UserError for two sets of features of different widths."""
+    if first != second:
+        raise UserError(f"features are {first} and {second} wide: take both from the same extractor")
+
+
+def check_sets(*sets: Tensor) -> None:
+    """Raise UserError unless all sets of features are (n, width), finite and equally wide."""
+    for features in sets:
+        check_features(features)
+        check_widths(sets[0].shape[1], features.shape[1])
+
+
+def check_count(name: str, count: int, least: int, reason: str) -> None:
+    """Raise UserError for fewer images than a metric needs; reason: the metric with its verb, "a covariance needs"."""
+    if count < least:
+        raise UserError(f"{name}: {count} images, but {reason} at least {least}")

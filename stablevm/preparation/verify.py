@@ -1,7 +1,7 @@
 """The command `stablevm data verify`, which rereads a prepared data set and lists its faults."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset
-from stablevm.data.layouts import has_dataset
-from stablevm.data.manifest import MANIFEST_FILE, Manifest, ShardFile
+from stablevm.data.layouts import has_dataset, layout_of
+from stablevm.data.manifest import ShardFile
 from stablevm.data.opening import open_dataset
 from stablevm.data.repa import IMAGES, LATENTS
 from stablevm.data.workers import Calls
@@ -48,8 +48,9 @@ def split_folders(folder: Path) -> list[Path]:
 
 def _faults(folder: Path, workers: int) -> Iterator[str]:
     try:
-        if (folder / MANIFEST_FILE).exists():
-            damaged = list(_damaged_files(folder, workers))
+        layout = layout_of(folder)
+        if files := () if layout is None else layout.files(folder):
+            damaged = list(_damaged_files(folder, files, workers))
             yield from damaged
             if damaged:
                 return  # the contents of a damaged file mean nothing
@@ -68,8 +69,7 @@ def _faults(folder: Path, workers: int) -> Iterator[str]:
             bar.update(len(rows))
 
 
-def _damaged_files(folder: Path, workers: int) -> Iterator[str]:
-    files = Manifest.read(folder).files()
+def _damaged_files(folder: Path, files: Sequence[ShardFile], workers: int) -> Iterator[str]:
     intact = Calls(partial(ShardFile.is_intact, folder=folder), files, workers)
     with tqdm(total=sum(file.size for file in files), desc="files", unit="B", unit_scale=True) as bar:
         for file, is_intact in zip(files, intact, strict=True):

@@ -171,8 +171,9 @@ def test_bad_features_are_named() -> None:
         precision_recall(good, broken)
     with pytest.raises(UserError, match="NaN"):
         coverage(broken, good)
-    with pytest.raises(UserError, match="4 and 3 wide"):
-        precision_recall(good, good[:, :3])
+    for compare in (precision_recall, membership_adm):
+        with pytest.raises(UserError, match="4 and 3 wide"):
+            compare(good, good[:, :3])
     with pytest.raises(UserError, match="samples: 3 images, but 3 nearest neighbours need at least 4"):
         precision_recall(good, good[:3])
 
