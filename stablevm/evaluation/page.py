@@ -227,6 +227,8 @@ button:hover, button:focus-visible { color: var(--accent); border-color: var(--a
   .cards { grid-template-columns: 1fr 1fr; gap: 12px; }
   .pictures img { width: 100%; }
   table { min-width: 640px; }
+  td:last-child:not(.number) { min-width: 18rem; }
+  pre { padding: 46px 14px 14px; }
   .protocol { grid-template-columns: 1fr; gap: 2px; }
   .protocol dd { margin-bottom: 10px; }
 }

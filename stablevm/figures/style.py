@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 200
 PAGE_WIDTH = 10.0  # inches: 1000 px on the page
+PART_OF_A_DECADE = 6  # the largest ratio of the ends of a log axis at which 1, 2, 5 could be a single label
 HALF_WIDTH = 4.8  # of pictures that stand side by side on a page, and below each other on a phone
 # Okabe and Ito's palette, whose colours can be distinguished with every kind of colour vision.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -45,10 +46,21 @@ STYLE: dict[Any, Any] = {
 
 
 def plain_log_labels(axes: "Axes") -> None:
-    """Label a log axis 0.02, 0.05, 0.1 instead of by powers of ten, of which it often spans only one."""
+    """Label a log axis 0.02, 0.05, 0.1 instead of by powers of ten, of which it often spans only one or none.
+
+    A part of a decade gets more labels: 0.8, 1, 1.2.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    class Few(LogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> Any:
+            low, high = sorted((vmin, vmax))
+            self.set_params(
+                subs=(1, 2, 5) if high > PART_OF_A_DECADE * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+            )
+            return super().tick_values(vmin, vmax)
+
+    axes.yaxis.set_major_locator(Few())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

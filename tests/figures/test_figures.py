@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stablevm.figures import toy, variance
+from stablevm.figures.style import plain_log_labels
 from stablevm.variance import VarianceCurve
 
 CURVE = VarianceCurve(
@@ -69,3 +70,14 @@ def test_the_toys_panels_name_scale_and_seeds(tmp_path, monkeypatch):
     assert one.get_suptitle().endswith("one seed") and "range" not in one.get_suptitle()
     assert three.get_suptitle().endswith("mean and range of 3 seeds")
     assert [len(each.axes[0].collections) for each in found] == [0, 1], "a band only of several seeds"
+
+
+@pytest.mark.parametrize("ends", [(0.55, 1.6), (1.1, 4.5), (3.0, 9.9), (0.02, 0.06), (0.3, 30.0), (1.0, 2048.0)])
+def test_a_log_axis_has_several_labels(ends):
+    axes = Figure().add_subplot()
+    axes.plot([0, 1], ends)
+    axes.set_yscale("log")
+    plain_log_labels(axes)
+    low, high = axes.get_ylim()
+    shown = [value for value in axes.yaxis.get_majorticklocs() if low <= value <= high]
+    assert 3 <= len(shown) <= 11, shown
