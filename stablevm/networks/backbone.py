@@ -37,3 +37,10 @@ class Backbone(nn.Module):
         UserError for a network that does not support it.
         """
         raise UserError(f"{arg('checkpoint_activations')}: a network of kind {self.config.kind} does not support it")
+
+    def hidden_matrices(self) -> dict[str, int]:
+        """The names of the weights between hidden layers, for Muon, each with the number of matrices stacked in it.
+
+        None by default: such a network is trained by AdamW.
+        """
+        return {}

@@ -21,6 +21,9 @@ from stablevm.support.precision import without_autocast
 
 MAX_PERIOD = 10_000.0  # longest wavelength of a sinusoidal embedding / 2 pi (Vaswani et al., 2017, section 3.5)
 TIME_WAVES = 256  # cosines and sines in the embedding of t (DiT's and SiT's code)
+# Layers of a block whose weights hold several matrices, one below the other: queries, keys and values; six modulations;
+# the gates and the values of SwiGLU.
+FUSED = {"attn.qkv": 3, "adaLN_modulation.1": 6, "mlp.w12": 2}
 EMBEDDING_STD = 0.02  # initial standard deviation of the label table and the time embedder (DiT's code)
 
 
@@ -162,6 +165,11 @@ class DiffusionTransformer(Backbone):
             return tokens
         latents, token = parted(x, (config.in_channels, config.input_size, config.input_size))
         return torch.cat([self.wg_norm(self.cls_projectors2(token))[:, None], self.x_embedder(latents)], dim=1)
+
+    def hidden_matrices(self) -> dict[str, int]:
+        """The matrices of the blocks: see `Backbone.hidden_matrices`."""
+        weights = {name: module for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)}
+        return {f"blocks.{name}.weight": FUSED.get(name.partition(".")[2], 1) for name in weights}
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Arrange patches (B, T, p * p * C), each row by row with channels last, as (B, C, H, W)."""

@@ -193,6 +193,8 @@ class TrainConfig(
             idle |= dict.fromkeys(idle_alone, "--eval-every 0")
         elif self.eval_extractor is not None:
             idle |= dict.fromkeys(("eval_enc_type", "eval_weights"), "--eval-extractor")
+        if self.optimizer != "muon":
+            idle["muon_momentum"] = f"--optimizer {self.optimizer}"
         if not self.cls_token:
             idle["cls_coeff"] = "--no-cls-token"
         if self.loss_type == "si":

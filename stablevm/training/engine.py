@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.loader import TrainingBatch, training_loader
 from stablevm.data.workers import Calls
+from stablevm.networks.backbone import Backbone
 from stablevm.networks.encoders import Encoder, load_encoder
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.networks.registry import build_network, network_config
@@ -23,7 +24,8 @@ from stablevm.support.text import shown
 from stablevm.training.average import WIDTHS, snapshot_name
 from stablevm.training.checkpoint import DamagedError, Progress, TrainingState
 from stablevm.training.config import TrainConfig
-from stablevm.training.guard import Guard, GuardedAdamW
+from stablevm.training.guard import Guard
+from stablevm.training.muon import MOMENTUM, make_optimizer, muon_weights
 from stablevm.training.objectives import AnchorPlan, make_meanflow, make_objective, time_shift
 from stablevm.training.start import class_counts, class_names
 from stablevm.training.step import BatchDrawer, PhaseClock, StepMetrics, StepRunner, make_terms
@@ -61,13 +63,9 @@ class Engine:
         if config.checkpoint_activations:
             model.checkpoint_activations()
         self.objective = make_objective(config, self.card.model, dataset, device)
-        optimizer = GuardedAdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
+        if config.optimizer == "muon" and accelerator.is_fsdp2:
+            raise UserError("--optimizer muon: makes whole matrices orthogonal, which FSDP shards; give adamw")
+        optimizer = make_optimizer(config, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if accelerator.is_fsdp2:
             for average in self._all_averages():
@@ -160,8 +158,11 @@ class Engine:
         weights = {name: (tensor.shape, tensor.dtype) for name, tensor in self.model_state().items()}
         bank = {name: (tensor.shape, tensor.dtype) for name, tensor in self._bank_state().items()}
         trained = {name for name, parameter in self.plain_model.named_parameters() if parameter.requires_grad}
-        moments = {f"{name}.{key}": weights[name] for name in trained for key in ("exp_avg", "exp_avg_sq")}
-        moments |= {f"{name}.step": (torch.Size([]), torch.float32) for name in trained}
+        by_muon = muon_weights(self.config, self.plain_model)
+        by_adamw = trained - by_muon.keys()
+        moments = {f"{name}.{key}": weights[name] for name in by_adamw for key in ("exp_avg", "exp_avg_sq")}
+        moments |= {f"{name}.step": (torch.Size([]), torch.float32) for name in by_adamw}
+        moments |= {f"{name}.{MOMENTUM}": weights[name] for name in by_muon}
         parts = {"model": (state.model, weights), "ema": (state.ema, weights), "bank": (state.bank, bank)}
         parts |= {"optimizer": (state.optimizer, moments)}
         parts |= {name: (state.averages.get(name, {}), weights) for name in self.averages}
@@ -175,8 +176,8 @@ class Engine:
         return self.plain_model.state_dict()
 
     @property
-    def plain_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
+    def plain_model(self) -> Backbone:
+        model: Backbone = self.accelerator.unwrap_model(self.model)
         return model
 
     def state(self) -> TrainingState:

@@ -85,8 +85,12 @@ class OptimisationOptions:
     gradient_accumulation_steps: Count | None = None
     """Parts into which each process splits its share of a step, to save memory. Default: as
     accelerate launch says (--gradient_accumulation_steps), else 1."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of the network's blocks, with AdamW for all else (torch 2.9 or newer)."""
+    muon_momentum: Decay = 0.95
+    """Muon's decay of the mean gradient, in [0, 1)."""
     learning_rate: Positive = 1e-4
-    """Rate of AdamW."""
+    """Rate of the optimiser; Muon's is scaled so that its steps are as large as AdamW's."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """constant, or falling along a half cosine to 5 % at the last step."""
     lr_warmup_steps: Natural = 0
@@ -96,7 +100,7 @@ class OptimisationOptions:
     adam_beta2: Decay = 0.999
     """AdamW's decay of the mean squared gradient, in [0, 1)."""
     adam_weight_decay: NotNegative = 0.0
-    """AdamW's weight decay, 0 or more."""
+    """Weight decay of the optimiser, 0 or more."""
     adam_epsilon: Positive = 1e-8
     """AdamW's epsilon, above 0."""
     max_grad_norm: Annotated[float, Range("0 or more; 0 does not clip", 0)] = 1.0

@@ -39,6 +39,7 @@ CASES = {
         "weighting_mean": 0.8,
         "weighting_std": 0.8,
     },
+    "muon": {**STABLEVM, "optimizer": "muon", "lr_warmup_steps": 2},
     "irepa": {**STABLEVM, **runs.ALIGNED, "use_irepa": True},
 }
 
