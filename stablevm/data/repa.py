@@ -187,6 +187,11 @@ class RepaDataset(PreparedDataset):
         channels, height, width = self.moments_shape
         if recorded is not None:
             spec = self._recorded_spec(recorded)
+            if self._vae is not None and not spec.is_by(self._vae):
+                raise UserError(
+                    f"{arg('autoencoder')} {self._vae}: {self._latents.root}/{LISTING_FILE} records latents of "
+                    f"{spec.autoencoder}; leave the argument out, or encode the images again"
+                )
         elif self._vae is not None:
             spec = latent_spec_of(self._vae, height * downsampling(self._vae))
         elif channels % 2 or height != width:

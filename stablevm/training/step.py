@@ -193,6 +193,7 @@ class StepRunner:
         self.adamw: GuardedAdamW = optimizer.optimizer
         self.config, self.terms, self.meanflow = config, terms, meanflow
         self.encoding = {term.name for term in terms if term.frozen()}
+        self.projectors = _projectors(accelerator, model)
 
     def run(self, samples: Samples, step: int, clock: PhaseClock) -> StepMetrics:
         """Update the model, unless the gradient's norm is not finite in any process.
@@ -200,6 +201,9 @@ class StepRunner:
         step: the number of steps before this one. clock: measures the phases.
         """
         draw, terms = samples.draw, [term for term in self.terms if term.is_on(step)]
+        for term in self.terms:
+            if not term.is_on(step):
+                term.release()
         sums: dict[str, Tensor] = {}
         errors: list[Tensor] = []
         begun = [term.begin(samples) for term in terms]
@@ -232,7 +236,8 @@ class StepRunner:
         The parts are added over micro-batches and averaged over processes.
         """
         draw = samples.draw
-        output, target = self._forward(samples, span), draw.target[span]
+        aligns = any(term.needs_tokens for term, _ in shares)
+        output, target = self._forward(samples, span, aligns), draw.target[span]
         if self.meanflow is not None:
             with torch.compiler.set_stance("force_eager"):  # compiled blocks have no forward derivative
                 target = self.meanflow.target(self.accelerator.unwrap_model(self.model), draw.part(span))
@@ -245,17 +250,18 @@ class StepRunner:
         for term, share_of in shares:
             values[term.name] = share_of(output) * self.accelerator.num_processes
             loss = loss + term.coefficient * values[term.name]
-        if output.tokens and not any(term.needs_tokens for term, _ in shares):
+        if not aligns and any(term.needs_tokens for term in self.terms):
             # Processes wait for each other's gradients of all parameters, the projectors' too.
-            loss = loss + 0 * torch.stack([tokens.sum() for tokens in output.tokens]).sum()
+            loss = loss + 0 * torch.stack([unused.sum() for unused in output.tokens or self.projectors]).sum()
         return {"loss": loss, "velocity_loss": velocity, **values}, error
 
-    def _forward(self, samples: Samples, span: slice) -> Output:
+    def _forward(self, samples: Samples, span: slice, aligns: bool) -> Output:
+        """The output for a micro-batch, with tokens if a term needs them, or if projectors can't be left out."""
         draw = samples.draw
         inputs = draw.x_t[span], draw.t[span], draw.labels[span]
         more = {} if draw.r is None else {"r": draw.r[span]}
         with self.accelerator.autocast():
-            if any(term.needs_tokens for term in self.terms):
+            if aligns or (not self.projectors and any(term.needs_tokens for term in self.terms)):
                 prediction, tokens = self.model(*inputs, **more, features=True)
             else:
                 prediction, tokens = self.model(*inputs, **more), []
@@ -274,6 +280,17 @@ class StepRunner:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         assert isinstance(norm, Tensor)
         return whole(norm)
+
+
+def _projectors(accelerator: Accelerator, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of projectors, which need not run where no term needs tokens.
+
+    None with FSDP, which gathers shards only in the network's forward pass, so that projectors must run there.
+    """
+    if accelerator.is_fsdp2:
+        return []
+    named = accelerator.unwrap_model(model).named_parameters()
+    return [parameter for name, parameter in named if name.startswith("projectors.") and parameter.requires_grad]
 
 
 def on_device(draw: Draw, device: torch.device) -> Draw:

@@ -78,6 +78,9 @@ class Term(ABC):
         """Whether the term belongs to the loss after `step` steps."""
         return self.stops_at is None or step < self.stops_at
 
+    def release(self) -> None:  # noqa: B027 (most terms hold nothing)
+        """Give back the memory of what a term that has stopped no longer needs."""
+
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
         """The networks that the term runs on images, each with the average share of images that it sees."""
         return ()
@@ -123,6 +126,13 @@ class Alignment(Term):
     def _cls_tokens(self, samples: Samples, span: slice) -> Tensor | None:
         """The class tokens (b, D) that are aligned too, as REG does; a convolution can't read the network's."""
         return None if samples.cls_tokens is None or self.irepa_gamma is not None else samples.cls_tokens[span]
+
+    def release(self) -> None:
+        """Let go of the encoders, once."""
+        if self.encoders:
+            self.encoders.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def frozen(self) -> Sequence[tuple[nn.Module, float]]:
         """The encoders, which see only images whose weight is not 0."""

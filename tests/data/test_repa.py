@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stablevm import cli
 from stablevm.data.dataset import check_finite
 from stablevm.data.loader import training_loader
 from stablevm.data.mirrored import MirroredDataset
@@ -223,6 +224,18 @@ def test_without_images_the_given_autoencoder_says_how_large_they_were(tmp_path)
     (folder / "images").rename(folder / "elsewhere")
     assert RepaDataset(folder, str(vae)).resolution == 2 * 16
     assert RepaDataset(folder).resolution == 2 * 8
+
+
+def test_an_autoencoder_that_contradicts_the_listing_is_refused(tmp_path):
+    mse = {"shape": [4, 2, 2], "scale": 0.18215, "shift": 0.0, "autoencoder": "stabilityai/sd-vae-ft-mse"}
+    folder = write_repa(tmp_path, {"latent": mse, "resolution": [SIDE, SIDE]})
+    assert RepaDataset(folder, "mse").latent == RepaDataset(folder).latent
+    with pytest.raises(
+        UserError, match=r"^autoencoder ema: .*dataset\.json records latents of stabilityai/sd-vae-ft-mse"
+    ):
+        RepaDataset(folder, "ema")
+    pack = ["pack", "--source", str(folder), "--dest", str(tmp_path / "packed"), "--vae", "ema", "--num-workers", "0"]
+    assert cli.prepare(pack) == 2 and not (tmp_path / "packed").exists()
 
 
 def test_values_beyond_float16_are_refused_by_name(tmp_path):

@@ -2,15 +2,21 @@
 
 import json
 import subprocess
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from stablevm.data.shards import ShardDataset
+from stablevm.networks import projectors
+from stablevm.networks.encoders import load_encoder
+from stablevm.networks.projectors import mlp_projector
 from stablevm.objective import FlowMatching, squared_error
 from stablevm.support.errors import UserError
+from stablevm.training import engine
 from stablevm.training.terms import Alignment, Contrast, Output, Samples
 from tests.helpers import runs
 
@@ -141,6 +147,27 @@ def test_alignment_stops_and_nothing_is_encoded_or_read_any_more(root, stopped, 
             assert row["loss"] == other["loss"]
         else:
             assert row["loss"] == row["velocity_loss"]
+
+
+def test_encoders_and_projectors_are_idle_after_the_stop(root, monkeypatch):
+    """The encoder is gone from memory, and no token is projected; gradients of the projectors are 0, not missing."""
+    loaded, projected = [], []
+
+    def load(*arguments, **options):
+        loaded.append(weakref.ref(encoder := load_encoder(*arguments, **options)))
+        return encoder
+
+    class Counted(nn.Sequential):
+        def forward(self, tokens):
+            projected.append(loaded[0]() is not None)
+            return super().forward(tokens)
+
+    monkeypatch.setattr(engine, "load_encoder", load)
+    monkeypatch.setattr(projectors, "mlp_projector", lambda *sizes: Counted(*mlp_projector(*sizes)))
+    folder = runs.run(runs.config(root, "idle", max_train_steps=5, **STOPPED))
+    assert projected == [True] * 3 and loaded[0]() is None
+    moments = runs.saved(folder, 5)["optimizer"]
+    assert {float(moments[name]) for name in moments if name.endswith(".step") and "projectors" in name} == {5.0}
 
 
 def test_a_run_that_stops_aligning_is_resumed_before_and_after(root, stopped):
