@@ -8,10 +8,12 @@ import pytest
 from stablevm import cli
 from stablevm.commands.arguments import parse
 from stablevm.commands.table import COMMANDS
+from stablevm.networks.registry import network_config
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.recipes.listing import FOLDER, about, recipe_names
 from stablevm.training.config import TrainConfig
+from stablevm.training.objectives import time_shift
 
 BY_NAME = {command.name: command for command in COMMANDS}
 
@@ -27,12 +29,29 @@ def test_a_recipe_is_taken_by_its_commands_without_a_warning(name):
     assert train.warnings() == []
     generate = options(name, "generate", "--ckpt=x")
     generate.validate()
-    assert generate.warnings() == []
+    assert [line for line in generate.warnings() if not line.startswith("--legacy guides the first three")] == []
     assert about(name).title and about(name).reaches and about(name).source
 
 
 def weights(name):
     return ["--encoder-weights=x"] if name == "digits" else []
+
+
+@pytest.mark.parametrize("name", ["lightningdit", "repa-e", "rae", "reg", "haste", "deltafm", "jit"])
+def test_a_recipe_of_the_literature_says_that_it_was_not_run(name):
+    what = about(name)
+    assert what.note.startswith("Not run at this size.") and "not measured here" in what.source
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("lightningdit", (32, 16, 16)), ("repa-e", (32, 16, 16)), ("rae", (768, 16, 16)), ("jit", (3, 256, 256))],
+)
+def test_a_recipes_network_takes_its_latents(name, shape):
+    train = options(name, "train", "--exp-name=run", "--data-dir=data")
+    model = network_config(train.model, input_size=shape[1], in_channels=shape[0], num_classes=1000)
+    assert model.grid_size == 16
+    assert time_shift(train, shape) == pytest.approx(48**0.5 if name == "rae" else 1)
 
 
 def test_the_published_command_is_a_recipe():
@@ -68,7 +87,7 @@ def test_recipes_are_listed_and_shown(capsys):
     assert cli.main(["recipes", "repa"]) == 0
     assert capsys.readouterr().out == (FOLDER / "repa.toml").read_text()
     assert cli.main(["recipes", "reap"]) == 2
-    assert "recipe reap: expected one of digits" in capsys.readouterr().err
+    assert "recipe reap: expected one of deltafm, digits" in capsys.readouterr().err
 
 
 def test_a_recipe_trains(tmp_path, capsys):
