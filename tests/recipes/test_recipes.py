@@ -37,7 +37,7 @@ def weights(name):
     return ["--encoder-weights=x"] if name == "digits" else []
 
 
-@pytest.mark.parametrize("name", ["lightningdit", "repa-e", "rae", "reg", "haste", "deltafm", "jit"])
+@pytest.mark.parametrize("name", ["lightningdit", "repa-e", "rae", "reg", "haste", "deltafm", "jit", "meanflow"])
 def test_a_recipe_of_the_literature_says_that_it_was_not_run(name):
     what = about(name)
     assert what.note.startswith("Not run at this size.") and "not measured here" in what.source
