@@ -101,6 +101,12 @@ def _encode() -> Use[Any]:
     return Use(EncodeShardsConfig, work.encode)
 
 
+def _features() -> Use[Any]:
+    from stablevm.preparation.config import FeaturesConfig
+
+    return Use(FeaturesConfig, work.features)
+
+
 def _pack() -> Use[Any]:
     from stablevm.preparation.config import PackConfig
 
@@ -252,6 +258,7 @@ COMMANDS = (
         "prepare encode", "encode the images in shards, which completes the data set", (_encode,), returns_status=True
     ),
     Command("prepare pack", "pack a folder in the layout of REPA into shards", (_pack,), returns_status=True),
+    Command("prepare features", "compute an encoder's tokens of all images once, for alignment", (_features,)),
     Command("prepare digits", "write scikit-learn's handwritten digits", (_prepare_digits,)),
     Command("data verify", "reread a prepared data set and list its faults", (_verify,), returns_status=True),
     Command(

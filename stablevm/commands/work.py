@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         DigitsConfig,
         EncodeConfig,
         EncodeShardsConfig,
+        FeaturesConfig,
         InfoConfig,
         PackConfig,
         StatisticsConfig,
@@ -205,3 +206,10 @@ def study(config: "StudyConfig") -> None:
 
     study(config)
     print((config.output_dir / TABLE_FILE).read_text(encoding="utf-8"))
+
+
+def features(config: "FeaturesConfig") -> None:
+    need("stablevm prepare features", "timm")
+    from stablevm.preparation.features import features
+
+    features(config)

@@ -5,7 +5,7 @@ batch size, and each process takes a contiguous part of them. A batch depends on
 starting at another step, and any number of processes see the same global batches.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class TrainingBatch:
     moments: Tensor  # (B, 2C, h, w) float16: means, then standard deviations
     labels: Tensor  # (B,) int64
     rows: Tensor  # (B,) int64: the samples' rows in the data set
-    images: Tensor | None  # (B, 3, H, W) uint8, if requested
+    images: Tensor | None  # (B, 3, H, W) uint8, if requested; or stored tokens (B, T, D) float16 in their place
     image_rows: Tensor | None = None  # (B,) int64: the rows of the images
 
     def pin_memory(self) -> "TrainingBatch":
@@ -109,21 +109,23 @@ def training_loader(
     world: int = 1,
     workers: int = 0,
     with_images: bool = False,
+    images: Callable[[list[int]], Tensor] | None = None,
     image_rows: Iterable[list[int]] | None = None,
     finite: bool = False,
     pin_memory: bool = False,
 ) -> Calls[TrainingBatch]:
     """A loader of `num_steps` batches (`TrainingBatch`) for this process, beginning with step `start_step`.
 
+    images: what reads the images of rows, or something else in their place; by default the data set.
     image_rows: one list of rows for each step, whose images are read instead of those of the samples; it is iterated in
     this process, shortly before a batch is requested from the workers. finite: raise UserError for a sample whose
     latent is not finite. Raises UserError if the processes can't share a batch equally, or the data set lacks images.
     """
-    if with_images:
+    if with_images and images is None:
         dataset.check_images()
     sampler = StepSampler(len(dataset), global_batch, rank, world, seed, start_step, num_steps)
     return Calls(
-        _StepReader(dataset, finite),
+        _StepReader(dataset, finite, images or dataset.images),
         _StepRequests(sampler, (image_rows or sampler) if with_images else None),
         workers,
         finish_after_signals=True,  # when asked to stop, the trainer finishes its step, for which it needs the workers
@@ -151,8 +153,8 @@ class _StepRequests:
 
 
 class _StepReader:
-    def __init__(self, dataset: PreparedDataset, finite: bool) -> None:
-        self.dataset, self.finite = dataset, finite
+    def __init__(self, dataset: PreparedDataset, finite: bool, images: Callable[[list[int]], Tensor]) -> None:
+        self.dataset, self.finite, self.images = dataset, finite, images
         self.labels = dataset.labels()
 
     def __call__(self, request: _Request) -> TrainingBatch:
@@ -164,6 +166,6 @@ class _StepReader:
             moments=moments,
             labels=self.labels[rows],
             rows=torch.tensor(rows),
-            images=None if image_rows is None else self.dataset.images(image_rows),
+            images=None if image_rows is None else self.images(image_rows),
             image_rows=None if image_rows is None else torch.tensor(image_rows),
         )

@@ -1,5 +1,6 @@
 """Frozen image encoders, whose patch tokens are the targets of representation alignment."""
 
+import hashlib
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -95,6 +96,15 @@ class Encoder(nn.Module, ABC):
         """One feature vector per image: (B, dim), float32, by the network's own pooling, such as the class token."""
         with without_autocast(images.device):
             return self._pooled(images).float()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all parameters and buffers with their names, in the precision that the network runs in."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(
+                f"{name} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     @abstractmethod
     def _tokens(self, images: Tensor) -> Tensor:

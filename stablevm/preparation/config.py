@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from stablevm.choices import EncoderPrecision, Transform
+from stablevm.choices import EncoderPrecision, Resize, Transform
 from stablevm.support.errors import UserError
 from stablevm.support.files import check_output
 from stablevm.support.options import require, writable
@@ -180,6 +180,40 @@ class EncodeShardsConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         require(self, [writable("data_dir", self.data_dir)])
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Compute an encoder's tokens of all images once, so that training with alignment need not run the encoder.
+
+    For an encoder that costs more than the network, and for data that are passed over several times. To resume after an
+    interruption, run the same command again.
+    """
+
+    data_dir: Path
+    """Prepared data set, with images."""
+    dest: Path
+    """Folder for the tokens: 2 bytes for each value, so 504 GB for ImageNet and dinov2-vit-b with 16 x 16 tokens."""
+    grid_size: Count
+    """Tokens along a side, those of the network: the side of the latents over its patch, 16 for SiT-XL/2 at 256."""
+    enc_type: str = "dinov2-vit-b"
+    """Frozen encoder, as in train."""
+    encoder_weights: Path | None = None
+    """File of the encoder's weights. Default: downloaded by timm."""
+    encoder_resize: Resize = "bicubic"
+    """How images are resized, as in train."""
+    precision: EncoderPrecision = "fp32"
+    """Arithmetic of the encoder."""
+    flip: bool = False
+    """Of mirrored images too, for train --horizontal-flips."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    num_workers: Natural = 4
+    """Processes that read images; 0: this one."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [writable("dest", self.dest)])
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ FREE_ON_RESUME = frozenset(
         "checkpointing_steps", "checkpoints_kept", "keep_best", "max_bad_steps", "sampling_steps", "log_steps",
         "prefill_batch_size", "prefill_workers", "bank_on_gpu", "compile", "checkpoint_activations", "vae",
         "proj_stop_step",  # `start.changes` tells of it
+        "features_dir",  # the tokens are those of the run's encoder and data, which is checked
         *_NOT_NEEDED, "eval_every", "eval_samples", "eval_reference", "eval_extractor", "eval_enc_type", "eval_weights",
     }
 )  # fmt: skip
@@ -178,6 +179,9 @@ class TrainConfig(
                  "--weighting lognormal or logit_normal with it"),
                 ("weighting_std", self.weighting_std is None or self.weighting != "uniform",
                  "--weighting lognormal or logit_normal with it"),
+                ("features_dir", self.features_dir is None or len(self.encoder_names) <= 1, "only with one --enc-type"),
+                ("features_dir", self.features_dir is None or not self.cls_token,
+                 "none with --cls-token, which needs the encoder"),
                 ("encoder_weights", len(self.encoder_files) == len(self.encoder_names) or not self.use_proj_loss,
                  f"one file for each of --enc-type {self.enc_type}"),
             ],
@@ -209,7 +213,7 @@ class TrainConfig(
             idle |= dict.fromkeys(("meanflow_guidance_low", "meanflow_guidance_high"), "--meanflow-omega 1")
         if not self.use_proj_loss:
             projection = ("proj_coeff", "proj_weight_schedule", "proj_tau", "proj_k", "enc_type", "encoder_weights")
-            more = ("encoder_depth", "encoder_resize", "use_irepa", "irepa_gamma", "proj_stop_step")
+            more = ("encoder_depth", "encoder_resize", "features_dir", "use_irepa", "irepa_gamma", "proj_stop_step")
             idle |= dict.fromkeys((*projection, *more), "--no-use-proj-loss")
         if self.use_proj_loss and self.proj_weight_schedule != "sigmoid":
             idle["proj_k"] = f"--proj-weight-schedule {self.proj_weight_schedule}"

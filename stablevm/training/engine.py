@@ -29,6 +29,7 @@ from stablevm.training.muon import MOMENTUM, make_optimizer, muon_weights
 from stablevm.training.objectives import AnchorPlan, make_meanflow, make_objective, time_shift
 from stablevm.training.start import class_counts, class_names
 from stablevm.training.step import BatchDrawer, PhaseClock, StepMetrics, StepRunner, make_terms
+from stablevm.training.stored import StoredEncoder, open_features, stored_features
 from stablevm.training.weights import (
     MovingAverage,
     PowerAverage,
@@ -50,6 +51,7 @@ class Engine:
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.step = 0  # finished steps
         self.progress = Progress()  # unfinished sums of an earlier command
+        self.stored = stored_features(encoders)
         self.terms = make_terms(config, encoders)
         self.card = _model_card(config, dataset, encoders)
         device = accelerator.device
@@ -119,6 +121,7 @@ class Engine:
             world=self.accelerator.num_processes,
             workers=self.config.num_workers,
             with_images=with_images,
+            images=self.stored,
             image_rows=self._anchor_plan(end - start) if with_images else None,
             finite=self.objective.bank is not None,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -271,8 +274,12 @@ def model_config(config: TrainConfig, dataset: PreparedDataset) -> NetworkConfig
     return model
 
 
-def load_encoders(config: TrainConfig, grid_size: int, device: torch.device, dtype: torch.dtype) -> list[Encoder]:
-    """The frozen encoders on `device`, for a network of `grid_size` tokens per side."""
+def load_encoders(
+    config: TrainConfig, dataset: PreparedDataset, grid_size: int, device: torch.device, dtype: torch.dtype
+) -> list[Encoder]:
+    """The frozen encoders on `device`, for a network of `grid_size` tokens per side, or their stored tokens."""
+    if config.features_dir is not None:
+        return [StoredEncoder(open_features(config, dataset, grid_size))]
     antialias = config.encoder_resize == "antialiased"
     return [
         load_encoder(name, grid_size=grid_size, weights=weights, device=device, dtype=dtype, antialias=antialias)

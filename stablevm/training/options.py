@@ -212,6 +212,9 @@ class AlignmentOptions:
     digits, or extractor (the network of stablevm extractor)."""
     encoder_weights: str | None = None
     """Files of the encoders' weights separated by commas, for machines without a network connection."""
+    features_dir: Path | None = None
+    """Folder of the encoder's tokens (stablevm prepare features), which are read instead of running the encoder; with
+    --encoder-weights it is checked that they are of these weights."""
     encoder_resize: Resize = "bicubic"
     """How images are resized for encoders: bicubic, without antialiasing, as published; antialiased, with it."""
     use_irepa: bool = False

@@ -342,7 +342,7 @@ class Trainer:
             return []
         grid_size = model_config(self.config, self.dataset).grid_size
         dtype = DTYPES[self.accelerator.mixed_precision]
-        return load_encoders(self.config, grid_size, self.accelerator.device, dtype)
+        return load_encoders(self.config, self.dataset, grid_size, self.accelerator.device, dtype)
 
     def _previews(self) -> Previews:
         """The previews; only the main process makes them, so only it loads the autoencoder."""

@@ -102,6 +102,7 @@ def test_every_command_of_the_base_alone_ends_in_one_line(tmp_path):
         "benchmark": "train",
         "toy": "plots",
         "prepare digits digits": "data",
+        "prepare features --data-dir . --dest d --grid-size 4": "train",
         "prepare convert --source . --dest d --resolution 8": "data",
         "prepare pack --source . --dest d": "data",
         "data info .": "plots",
