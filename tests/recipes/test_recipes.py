@@ -27,7 +27,7 @@ def test_a_recipe_is_taken_by_its_commands_without_a_warning(name):
     train = options(name, "train", "--exp-name=run", "--data-dir=data", *weights(name))
     train.validate()
     assert train.warnings() == []
-    generate = options(name, "generate", "--ckpt=x")
+    generate = options(name, "generate", "--ckpt=x", *(["--guide-ckpt=y"] if name == "autoguidance" else []))
     generate.validate()
     assert [line for line in generate.warnings() if not line.startswith("--legacy guides the first three")] == []
     assert about(name).title and about(name).reaches and about(name).source
@@ -87,7 +87,7 @@ def test_recipes_are_listed_and_shown(capsys):
     assert cli.main(["recipes", "repa"]) == 0
     assert capsys.readouterr().out == (FOLDER / "repa.toml").read_text()
     assert cli.main(["recipes", "reap"]) == 2
-    assert "recipe reap: expected one of deltafm, digits" in capsys.readouterr().err
+    assert "recipe reap: expected one of autoguidance, deltafm" in capsys.readouterr().err
 
 
 def test_a_recipe_trains(tmp_path, capsys):
