@@ -126,7 +126,7 @@ def tree(folder):
     (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(5)))
     save_checkpoint(folder / "model", card)
     net = SmallNet(torch.Generator().manual_seed(0))
-    save_extractor(folder / "judge", DigitsExtractor(net, 0.9, 0, 3, "0" * 64))
+    save_extractor(folder / "extractor", DigitsExtractor(net, 0.9, 0, 3, "0" * 64))
     protocol = {"step": 3, "model": "SiT", "cfg_scale": 1.5, "classes": None}
     parts = PartFolder(folder / "parts", 16, protocol)
     parts.open()
@@ -167,7 +167,7 @@ def tree(folder):
         "training.json": (newest / "training.json", lambda: checkpoint.load(run, 120)),
         "SHA256SUMS": (newest / "SHA256SUMS", lambda: checkpoint.damage(newest)),
         "metrics.jsonl": (run / "metrics.jsonl", metrics),
-        "extractor.json": (folder / "judge" / "extractor.json", lambda: load_extractor(folder / "judge")),
+        "extractor.json": (folder / "extractor" / "extractor.json", lambda: load_extractor(folder / "extractor")),
         "protocol.json": (folder / "parts" / "protocol.json", parts.open),
         "archive": (folder / "images.npz", lambda: read_provenance(folder / "images.npz")),
         "report.json": (folder / "report.json", lambda: _Converted.of(Report.read(folder).plan, folder)),

@@ -263,9 +263,9 @@ def _train(**options):
     return cli.train(as_arguments(config(root, "out", **(settings | {"output_dir": root}))))
 
 
-def _train_judged():
-    judge = {"eval_enc_type": "digits", "eval_weights": str(Path.cwd() / "encoder.safetensors")}
-    return _train(eval_every=3, eval_samples=20, eval_reference=str(Path.cwd() / "ref.npz"), **judge)
+def _train_evaluated():
+    extractor = {"eval_enc_type": "digits", "eval_weights": str(Path.cwd() / "encoder.safetensors")}
+    return _train(eval_every=3, eval_samples=20, eval_reference=str(Path.cwd() / "ref.npz"), **extractor)
 
 
 def _prepare_checkpoint(root):
@@ -334,11 +334,11 @@ def _prepare_toy(root):
 TOY = ["--updates=4", "--eval-every=2", "--batch-size=8", "--references=16", "--components=3", "--dimension=3",
        "--eval-samples=20", "--variance-samples=10", "--variance-dimensions", "2", "5", "--output-dir=out",
        "-e", "cfm"]  # fmt: skip
-JUDGE = ["--inception-weights=weights.pth", "--cache-dir=cache"]
+INCEPTION = ["--inception-weights=weights.pth", "--cache-dir=cache"]
 
 CASES = {
     "train": Case(_prepare_training, lambda: _train(keep_best="loss", sampling_steps=3, loss_type="stablevm")),
-    "train-judged": Case(_prepare_training, _train_judged),
+    "train-evaluated": Case(_prepare_training, _train_evaluated),
     "generate": Case(_prepare_checkpoint, _generate),
     "convert": Case(_prepare_images, lambda: cli.dataset_tools(["convert", *CROP, *COMMON])),
     "encode": Case(
@@ -355,9 +355,9 @@ CASES = {
     "toy": Case(_prepare_toy, lambda: cli.toy([*TOY, "--enable-visualization"])),
     "evaluate": Case(
         _prepare_evaluation,
-        lambda: cli.evaluate(["samples.npz", "--reference=real.npz", "--output=out/r.json", "--report", *JUDGE]),
+        lambda: cli.evaluate(["samples.npz", "--reference=real.npz", "--output=out/r.json", "--report", *INCEPTION]),
     ),
-    "reference": Case(_prepare_evaluation, lambda: cli.reference(["data", "--output=out/ref.npz", *JUDGE])),
+    "reference": Case(_prepare_evaluation, lambda: cli.reference(["data", "--output=out/ref.npz", *INCEPTION])),
     "variance": Case(
         _prepare_evaluation,
         lambda: cli.main(

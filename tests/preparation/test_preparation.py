@@ -1,4 +1,4 @@
-"""From hostile folders to data sets: both routes, killed, out of space, in several processes, and verified."""
+"""From hostile folders to data sets: both routes, killed, out of space, in several processes, from archives."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -21,44 +20,19 @@ from stablevm.data.opening import open_dataset
 from stablevm.preparation import folders, joining, work
 from stablevm.preparation.pictures import TRANSFORMS, pixels, read_picture
 from tests.helpers.kills import command, finish_despite_kills, steps
+from tests.helpers.preparing import (
+    GOOD,
+    SIDE,
+    TOOLS,
+    contents,
+    convert,
+    encode,
+    encode_shards,
+    raise_interrupt,
+    refusal,
+    run_quietly,
+)
 from tests.helpers.sources import HANDLED, SKIPPED, write_hostile, write_source
-from tests.helpers.tiny_vae import save_tiny_vae
-
-ROOT = Path(__file__).parents[2]
-TOOLS = [sys.executable, str(ROOT / "preprocessing" / "dataset_tools.py")]
-STABLEVM = [sys.executable, "-m", "stablevm"]
-GOOD, SIDE = 60, 32
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("source"), images=GOOD, classes=4, shortest=40, longest=90)
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
-
-
-def convert(source, dest, *more, transform="center-crop-dhariwal"):
-    words = ["convert", "--source", str(source), "--dest", str(dest), "--resolution", f"{SIDE}x{SIDE}"]
-    return [*words, *(["--transform", transform] if transform else []), *more]
-
-
-def encode(source, dest, vae, *more):
-    return ["encode", "--source", str(source), "--dest", str(dest), "--vae", str(vae), "--num-workers", "0", *more]
-
-
-def encode_shards(folder, vae, *more):
-    return ["encode", "--data-dir", str(folder), "--vae", str(vae), "--num-workers", "0", *more]
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def run_quietly(arguments, **environment):
-    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def test_both_routes_give_the_same_data(source, vae, tmp_path, capsys):
@@ -219,50 +193,6 @@ def test_a_full_disk_is_one_line_and_no_loss(source, tmp_path, monkeypatch, caps
         assert contents(dest) == contents(clean)
 
 
-def refusal(capsys, command, arguments):
-    assert command(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
-def test_mistakes_are_one_line_and_harm_nothing(source, vae, tmp_path, capsys):
-    used = tmp_path / "used"
-    used.mkdir()
-    (used / "thesis.txt").write_text("mine")
-    assert "not empty (thesis.txt)" in refusal(capsys, cli.dataset_tools, convert(source, used))
-    assert contents(used) == {"thesis.txt": b"mine"}
-    assert "it does not exist" in refusal(capsys, cli.dataset_tools, convert(tmp_path / "none", tmp_path / "x"))
-    for wrong, message in [
-        ("big", "expected WIDTHxHEIGHT"),
-        ("0x0", "a positive width and height"),
-        ("256x128", "as wide as high"),
-    ]:
-        found = refusal(capsys, cli.dataset_tools, convert(source, tmp_path / "x", f"--resolution={wrong}"))
-        assert message in found
-    for dest in (source, source / "images", source / "n00000000" / "x"):
-        for tool in (cli.dataset_tools, cli.prepare):
-            assert "is inside --source" in refusal(capsys, tool, convert(source, dest))
-        assert "is inside --source" in refusal(capsys, cli.dataset_tools, encode(source, dest, vae))
-    assert "thesis.txt is a file" in refusal(capsys, cli.prepare, convert(source, used / "thesis.txt/x"))
-    assert not (tmp_path / "x").exists() and len(list(source.iterdir())) == 4
-
-    done, odd = convert_to(source, tmp_path / "done", SIDE), convert_to(source, tmp_path / "odd", 30)
-    capsys.readouterr()
-    before = contents(done)
-    line = refusal(capsys, cli.dataset_tools, convert(source, done, "--resolution=48x48"))
-    assert "was started with resolution 32x32, this command says 48x48" in line
-    (source / "n00000000" / "new.png").write_bytes(next(source.rglob("*.JPEG")).read_bytes())
-    try:
-        assert "another list of images" in refusal(capsys, cli.dataset_tools, convert(source, done))
-    finally:
-        (source / "n00000000" / "new.png").unlink()
-    assert contents(done) == before
-    assert "needs a multiple of 8" in refusal(capsys, cli.dataset_tools, encode(odd, tmp_path / "y", vae))
-    assert "no such folder" in refusal(capsys, cli.dataset_tools, encode(done, tmp_path / "y", tmp_path / "no vae"))
-    assert "run convert first" in refusal(capsys, cli.prepare, encode_shards(tmp_path / "none", vae))
-
-
 def test_what_is_left_out_is_counted_in_the_last_line(source, tmp_path, capsys):
     folder = shutil.copytree(source, tmp_path / "copied")
     (folder / "notes").write_text("by me")
@@ -353,131 +283,3 @@ def test_archives_hold_what_folders_do_and_every_command_reads_them(source, vae,
         capsys, cli.prepare, convert(source, data / "x.zip")
     )
     assert (data / "images.zip").read_bytes() == before and (data / "mine.zip").read_bytes() == b"mine"
-
-
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_half_prepared_data_is_refused_by_every_command_that_takes_it(source, vae, tmp_path, capsys, monkeypatch):
-    data, shards = tmp_path / "DATA", tmp_path / "shards"
-    with monkeypatch.context() as patch:
-        patch.setattr(folders, "format_listing", raise_interrupt)
-        assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "0")) == 130
-    assert cli.prepare(convert(source, shards, "--num-workers", "0")) == 0
-    capsys.readouterr()
-    train = ["--exp-name", "x", "--output-dir", str(tmp_path / "exps"), "--data-dir"]
-    for given in (data / "images", data):
-        for tool, words in [
-            (cli.dataset_tools, encode(given, tmp_path / "y", vae)),
-            (cli.dataset_tools, convert(given, tmp_path / "y")),
-            (cli.prepare, convert(given, tmp_path / "y")),
-            (cli.reference, [str(given), "--resolution", str(SIDE), "--output", str(tmp_path / "r.npz")]),
-            (cli.train, [*train, str(given)]),
-        ]:
-            line = refusal(capsys, tool, words)
-            assert f"{data / 'images'}" in line and "run the same command again" in line, line
-    line = refusal(capsys, cli.train, [*train, str(shards)])
-    assert f"run stablevm prepare encode --data-dir {shards}" in line
-    assert "shards without latents" in refusal(capsys, cli.dataset_tools, encode(shards, tmp_path / "y", vae))
-
-    assert cli.dataset_tools(convert(source, data / "images", "--num-workers", "0")) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(folders, "format_listing", raise_interrupt)
-        assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 130
-    capsys.readouterr()
-    assert "run the same command again" in refusal(capsys, cli.train, [*train, str(data)])
-    assert cli.dataset_tools(encode(data / "images", data / "vae-sd", vae)) == 0
-    capsys.readouterr()
-    for given, message in [
-        (data / "images", f"give the folder above, {data}"),
-        (data / "vae-sd", f"give the folder above, {data}"),
-        (tmp_path, f"{data} is one; give that"),
-    ]:
-        assert message in refusal(capsys, cli.train, [*train, str(given)])
-    shutil.rmtree(data / "vae-sd")
-    for given in (data / "images", data):
-        assert f"encode --source {data / 'images'} --dest {data / 'vae-sd'}" in (
-            refusal(capsys, cli.train, [*train, str(given)])
-        )
-    assert f"no dataset.json here, but in {data / 'images'}" in (
-        refusal(capsys, cli.dataset_tools, encode(data, tmp_path / "y", vae))
-    )
-    assert not (tmp_path / "y").exists() and not (tmp_path / "exps").exists()
-
-
-def test_names_that_json_cannot_hold_are_refused_before_the_work(vae, tmp_path, capsys):
-    odd = tmp_path / "images" / os.fsdecode(b"\xff.png")
-    odd.parent.mkdir()
-    Image.new("RGB", (SIDE, SIDE)).save(odd)
-    assert r"\xff.png is not UTF-8" in refusal(capsys, cli.dataset_tools, encode(odd.parent, tmp_path / "y", vae))
-    assert not (tmp_path / "y").exists()
-    assert cli.dataset_tools(convert(odd.parent, tmp_path / "x", "--num-workers", "0")) == 0
-
-
-def test_a_source_that_vanishes_ends_the_run_and_nothing_is_lost(tmp_path, capsys, monkeypatch):
-    folder = write_source(tmp_path / "source", images=20, classes=2, shortest=40, longest=60)
-    crop, calls = TRANSFORMS["center-crop-dhariwal"], []
-
-    def crop_then_unplug(picture, size):
-        calls.append(size)
-        if len(calls) == 10:
-            folder.rename(tmp_path / "elsewhere")
-        return crop(picture, size)
-
-    for tool, dest in ((cli.dataset_tools, tmp_path / "images"), (cli.prepare, tmp_path / "shards")):
-        calls.clear()
-        with monkeypatch.context() as patch:
-            patch.setitem(TRANSFORMS, "center-crop-dhariwal", crop_then_unplug)
-            assert tool(convert(folder, dest, "--num-workers", "0")) == 2
-        assert "vanished while it was read" in capsys.readouterr().err.splitlines()[-1]
-        (tmp_path / "elsewhere").rename(folder)
-        assert tool(convert(folder, dest, "--num-workers", "0")) == 0
-        assert "20 images converted, 0 skipped" in capsys.readouterr().out
-
-
-def convert_to(source, dest, side):
-    assert cli.dataset_tools(convert(source, dest, f"--resolution={side}x{side}", "--num-workers", "0")) == 0
-    return dest
-
-
-def test_verify_names_what_is_damaged(source, vae, tmp_path, capsys):
-    data, shards = tmp_path / "DATA", tmp_path / "shards"
-    cli.dataset_tools(convert(source, data / "images", "--num-workers", "0"))
-    cli.dataset_tools(encode(data / "images", data / "vae-sd", vae))
-    cli.prepare(convert(source, shards, "--num-workers", "0"))
-    cli.prepare(encode_shards(shards, vae))
-
-    image = next((data / "images").rglob("*7.png"))
-    image.write_bytes(image.read_bytes()[:-200])
-    latent = next((data / "vae-sd").rglob("*9.npy"))
-    moments = np.load(latent)
-    moments[:, 0, 0] = -1
-    np.save(latent, moments)
-    (data / "vae-sd" / "00000" / "stray.npy").write_bytes(b"")
-    capsys.readouterr()
-    assert cli.data(["verify", str(data), "--num-workers", "0"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[-1] == f"{data}: 3 fault(s)"
-    assert all(any(part in line for line in lines) for part in (image.name, "negative standard deviation", "stray.npy"))
-
-    splits = tmp_path / "splits"
-    shutil.copytree(shards, splits / "train")
-    shutil.copytree(shards, splits / "test")
-    assert cli.data(["verify", str(splits), "--num-workers", "0"]) == 0
-    (splits / "test" / "dataset.json").write_text("{")
-    capsys.readouterr()
-    assert cli.data(["verify", str(splits), "--num-workers", "0"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert "not valid JSON" in lines[0] and lines[1:] == [
-        f"{splits / 'test'}: 1 fault(s)",
-        f"{splits / 'train'}: intact",
-    ]
-
-    file = shards / "latents-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert cli.data(["verify", str(shards), "--num-workers", "0"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert file.name in lines[0] and "checksum" in lines[0] and lines[-1] == f"{shards}: 1 fault(s)"

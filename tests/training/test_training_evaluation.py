@@ -26,13 +26,13 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def judged(root, monkeypatch):
+def evaluated(root, monkeypatch):
     """Build a run that is evaluated by the patch features of the tests' tiny encoder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
 
     def build(name, **given):
-        judge = {"eval_enc_type": "digits", "eval_weights": str(root / "encoder.safetensors")}
-        options = {"eval_every": 2, "eval_samples": 20, "eval_reference": str(root / "ref.npz"), **judge, **given}
+        extractor = {"eval_enc_type": "digits", "eval_weights": str(root / "encoder.safetensors")}
+        options = {"eval_every": 2, "eval_samples": 20, "eval_reference": str(root / "ref.npz"), **extractor, **given}
         return config(root, name, **options)
 
     return build
@@ -43,8 +43,8 @@ def evaluations(folder):
     return {row["step"]: row for row in rows if "eval_frechet_distance" in row}
 
 
-def test_the_best_checkpoint_is_kept(judged):
-    folder = run(judged("kept", max_train_steps=5, checkpoints_kept=1))
+def test_the_best_checkpoint_is_kept(evaluated):
+    folder = run(evaluated("kept", max_train_steps=5, checkpoints_kept=1))
     found = evaluations(folder)
     assert list(found) == [2, 4, 5]
     assert all(0 <= row["eval_precision"] <= 1 and 0 <= row["eval_recall"] <= 1 for row in found.values())
@@ -55,16 +55,16 @@ def test_the_best_checkpoint_is_kept(judged):
     assert len(set(values.values())) == 3, "the network has moved"
 
 
-def test_an_interrupted_run_has_the_same_evaluations(judged):
-    whole = run(judged("whole"))
-    parts = judged("parts", max_train_steps=4)
+def test_an_interrupted_run_has_the_same_evaluations(evaluated):
+    whole = run(evaluated("whole"))
+    parts = evaluated("parts", max_train_steps=4)
     run(parts)
-    assert evaluations(run(judged("parts"))) == evaluations(whole)
+    assert evaluations(run(evaluated("parts"))) == evaluations(whole)
     shutil.rmtree(whole)
 
 
-def test_only_a_lower_value_is_the_best(judged):
-    folder = run(judged("lower", max_train_steps=2, eval_every=0, eval_samples=1000))
+def test_only_a_lower_value_is_the_best(evaluated):
+    folder = run(evaluated("lower", max_train_steps=2, eval_every=0, eval_samples=1000))
     assert best_record(folder) is None
     assert keep_if_best(folder, RECORD)
     assert not keep_if_best(folder, RECORD)
@@ -73,7 +73,7 @@ def test_only_a_lower_value_is_the_best(judged):
     assert best_record(folder).value == 0.5
 
 
-def test_bad_options_get_one_clear_line(judged, root):
+def test_bad_options_get_one_clear_line(evaluated, root):
     for given, message in (
         ({"eval_reference": None}, "expected a reference to evaluate against"),
         ({"eval_samples": 3}, "--eval-samples 3: expected at least 4"),
@@ -81,6 +81,6 @@ def test_bad_options_get_one_clear_line(judged, root):
         ({"eval_every": -1}, "--eval-every -1"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            run(judged("refused", **given))
+            run(evaluated("refused", **given))
         one_line(error)
     assert not (root / "exps" / "refused").exists()

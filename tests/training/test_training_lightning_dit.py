@@ -52,8 +52,8 @@ def settings(root, name, **options):
 
 @pytest.fixture(scope="module")
 def whole(root):
-    judged = {"eval_reference": str(root / "ref.npz"), "eval_samples": 12, "eval_enc_type": "digits"}
-    more = {"eval_every": 6, "eval_weights": str(root / "encoder.safetensors"), **judged}
+    evaluated = {"eval_reference": str(root / "ref.npz"), "eval_samples": 12, "eval_enc_type": "digits"}
+    more = {"eval_every": 6, "eval_weights": str(root / "encoder.safetensors"), **evaluated}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         return runs.run(settings(root, "whole", **more))
