@@ -169,7 +169,9 @@ class IdentityAutoencoder:
 
     def encode(self, images: Tensor) -> Tensor:
         mean = pixels_to_unit(images[:, : self.latent.shape[0]])
-        return torch.cat([mean, torch.zeros_like(mean)], dim=1)
+        if self.latent.deterministic:
+            return mean
+        return torch.cat([mean, torch.zeros_like(mean)], dim=1)  # as version 0.1 stored them, and the digits are
 
     def decode(self, latents: Tensor) -> Tensor:
         return unit_to_pixels(self.latent.denormalize(latents.float())).expand(-1, 3, -1, -1).cpu()
@@ -244,7 +246,7 @@ def _load_identity(latent: LatentSpec, source: str, recorded: bool, device: torc
 
 
 def _identity_latent(source: str, resolution: int) -> LatentSpec:
-    return LatentSpec(shape=(3, resolution, resolution), scale=1.0, shift=0.0, autoencoder=IDENTITY)
+    return LatentSpec((3, resolution, resolution), scale=1.0, shift=0.0, autoencoder=IDENTITY, deterministic=True)
 
 
 def _load_grey(latent: LatentSpec, source: str, recorded: bool, device: torch.device | str) -> Autoencoder:

@@ -144,6 +144,7 @@ class Trainer:
         owed = told_by_main(self.accelerator, self._tidy)
         if not done and self.cls_encoder is not None:  # its tokens, which the bank holds too, are in a file of the run
             engine.drawer.cls_tokens = class_tokens(self.config, self.dataset, self.cls_encoder, self.accelerator)
+            self.cls_encoder = None  # so that its memory is free when alignment stops
             self._fill_bank()
         if done and not owed:
             self.say(f"{self.config.folder}: already at step {engine.step} of {self.total_steps}")

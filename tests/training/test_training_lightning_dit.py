@@ -67,6 +67,17 @@ def test_it_is_evaluated_and_sampled(root, whole):
     command = ["generate", "--ckpt", str(folder), "--sample-dir", str(root), "--name", "x", "--num-fid-samples", "5"]
     assert cli.main([*command, "--mode", "stablevs", "--num-steps", "4", "--steps-below", "2", "--cfg-scale", "2"]) == 0
     assert (root / "x.npz").is_file()
+    features = ["--no-inception", "--encoder", "digits", "--encoder-weights", str(root / "encoder.safetensors")]
+    command = [
+        "evaluate",
+        str(root / "x.npz"),
+        "--reference",
+        str(root / "ref.npz"),
+        "--cache-dir",
+        str(root / "cache"),
+    ]
+    assert cli.main([*command, *features, "--output", str(root / "numbers.json")]) == 0
+    assert "frechet_distance" in (root / "numbers.json").read_text()
 
 
 def test_killed_and_resumed_it_is_the_same(root, whole):
