@@ -208,6 +208,12 @@ class TestWriter:
         assert not list(tmp_path.glob(".tmp-*"))
 
 
+def changed(path, name, change):
+    """Replace a tensor of a shard."""
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path)
+
+
 class TestFaults:
     def test_missing_folder(self, tmp_path):
         with pytest.raises(UserError, match="absent: no such folder") as error:
@@ -324,10 +330,7 @@ class TestFaults:
         one_line(error)
 
     def test_images_of_other_samples(self, dataset_copy):
-        path = dataset_copy / "images-00001.safetensors"
-        tensors = load_file(path)
-        tensors["index"] = tensors["index"].flip(0).contiguous()
-        save_file(tensors, path)
+        changed(dataset_copy / "images-00001.safetensors", "index", lambda index: index.flip(0))
         data = open_dataset(dataset_copy)
         data.images([0])
         with pytest.raises(UserError, match=r"images-00001.*does not hold the samples of latents-00001") as error:
@@ -335,10 +338,11 @@ class TestFaults:
         one_line(error)
 
     def test_labels_that_the_manifest_does_not_count(self, dataset_copy):
-        path = dataset_copy / "latents-00002.safetensors"
-        tensors = load_file(path)
-        tensors["labels"][-1] = 3
-        save_file(tensors, path)
+        changed(
+            dataset_copy / "latents-00002.safetensors",
+            "labels",
+            lambda labels: labels.index_fill(0, torch.tensor([len(labels) - 1]), 3),
+        )
         with pytest.raises(UserError, match="labels in its shards contradict the counts") as error:
             open_dataset(dataset_copy).labels()
         one_line(error)

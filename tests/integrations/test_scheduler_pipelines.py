@@ -28,43 +28,26 @@ def autoencoder(channels):
     )
 
 
-def stable_diffusion_3(name, scheduler):
+def pipeline(name, transformer, scheduler, channels, encoders, **sizes):
+    """The pipeline called `name` around a transformer of one layer; without text encoders, which prompts replace."""
     import diffusers
 
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=1,
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=PROMPT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-    )
+    common = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_attention_heads": 2}
+    widths = {"joint_attention_dim": PROMPT_WIDTH, "pooled_projection_dim": POOLED_WIDTH}
+    parts = {"transformer": getattr(diffusers, transformer)(**common, **widths, **sizes), "vae": autoencoder(channels)}
+    return getattr(diffusers, name)(**parts, scheduler=scheduler, **dict.fromkeys(encoders))
+
+
+def stable_diffusion_3(name, scheduler):
     encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    options = {"transformer": transformer, "scheduler": scheduler, "vae": autoencoder(16), **dict.fromkeys(encoders)}
-    return getattr(diffusers, name)(**options)
+    sizes = {"sample_size": 32, "out_channels": 16, "attention_head_dim": 8, "caption_projection_dim": 16}
+    return pipeline(name, "SD3Transformer2DModel", scheduler, 16, encoders, **sizes)
 
 
 def flux(name, scheduler):
-    import diffusers
-
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=PROMPT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        axes_dims_rope=[4, 4, 8],
-    )
     encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    options = {"transformer": transformer, "scheduler": scheduler, "vae": autoencoder(4), **dict.fromkeys(encoders)}
-    return getattr(diffusers, name)(**options)
+    sizes = {"num_single_layers": 1, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8]}
+    return pipeline(name, "FluxTransformer2DModel", scheduler, 4, encoders, **sizes)
 
 
 PIPELINES = {

@@ -23,17 +23,25 @@ def store(monkeypatch):
     return server
 
 
-def test_an_error_is_printed_by_the_first_process(store, monkeypatch, capsys):
-    for rank in ("1", "0", "2"):
-        monkeypatch.setenv("RANK", rank)
-        tell("error: the same")
+@pytest.fixture
+def in_processes(monkeypatch):
+    """A function that calls another with each rank, in the place of the process of that rank."""
+
+    def call(ranks, action):
+        for rank in ranks:
+            monkeypatch.setenv("RANK", rank)
+            action(rank)
+
+    return call
+
+
+def test_an_error_is_printed_by_the_first_process(store, in_processes, capsys):
+    in_processes("102", lambda rank: tell("error: the same"))
     assert capsys.readouterr().err == "error: the same (process 1)\n"
 
 
-def test_errors_that_differ_are_all_printed(store, monkeypatch, capsys):
-    for rank in ("2", "0"):
-        monkeypatch.setenv("RANK", rank)
-        tell(f"error: of {rank}")
+def test_errors_that_differ_are_all_printed(store, in_processes, capsys):
+    in_processes("20", lambda rank: tell(f"error: of {rank}"))
     assert capsys.readouterr().err == "error: of 2 (process 2)\nerror: of 0\n"
 
 
@@ -80,18 +88,16 @@ def test_where_the_speaker_was_killed_another_speaks(store, monkeypatch, capsys)
     assert capsys.readouterr().err == "error: x (process 1)\n"
 
 
-def test_without_the_launchers_store_each_speaks_for_itself(store, monkeypatch, capsys):
+def test_without_the_launchers_store_each_speaks_for_itself(store, in_processes, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        tell("error: x")
+    in_processes("01", lambda rank: tell("error: x"))
     assert capsys.readouterr().err == "error: x\nerror: x (process 1)\n"
 
 
-def test_errors_of_the_option_parser_are_printed_once_too(store, monkeypatch, capsys):
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert cli.generate(["--no-such-option"]) == 2
+def test_errors_of_the_option_parser_are_printed_once_too(store, in_processes, capsys):
+    statuses = []
+    in_processes("01", lambda rank: statuses.append(cli.generate(["--no-such-option"])))
+    assert statuses == [2, 2]
     assert capsys.readouterr().err.count("no-such-option") == 1
 
 

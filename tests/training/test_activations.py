@@ -19,14 +19,6 @@ MODELS = ("SiT-XXS/2", "LightningDiT-XXS/2")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("activations")
-    runs.write_data(folder / "data")
-    runs.write_encoder(folder / "encoder.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(root):
     return {model: runs.run(runs.config(root, model.replace("/", "-"), model=model, **OPTIONS)) for model in MODELS}
 

@@ -26,14 +26,6 @@ WHOLE = {**JIT, **runs.ALIGNED, "loss_type": "stablevm", "proj_weight_schedule":
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space")
-    runs.write_data(folder / "data")
-    runs.write_encoder(folder / "encoder.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(root):
     return runs.run(runs.config(root, "whole", sampling_steps=6, **WHOLE))
 

@@ -83,14 +83,6 @@ def test_processes_have_the_others_of_one():
     torch.testing.assert_close(sum(halves), whole)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("terms")
-    runs.write_data(folder / "data")
-    runs.write_encoder(folder / "encoder.safetensors")
-    return folder
-
-
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
