@@ -125,7 +125,7 @@ def _neighbours_figure(
     if images.shape[1:3] != samples.size:
         images = np.stack([_scaled(image, samples.size) for image in images])
     images = images.reshape(*found.shape, *images.shape[1:])
-    names = [f"{distance:.3g}" for distance in distances[0][closest].tolist()]
+    names = [_digits(distance) for distance in distances[0][closest]]
     if labels is not None:
         what, known = "Of each class, of ten at most, the samples", samples.labels is not None
         names = [f"{_class_name(int(labels[index]), reference, known=known)}: {name}"
@@ -135,8 +135,8 @@ def _neighbours_figure(
         f"Nearest reference images, {comparison.extractor}",
         [picture],
         f"{what} that lie nearest to a reference image, nearest first, with their distances. Median over all "
-        f"samples: {float(distances[0].median()):.3g}; between a reference image and its nearest other: "
-        f"{float(distances[1].median()):.3g}, at least {float(distances[1].min()):.3g}. Copies would show here, if the "
+        f"samples: {_digits(distances[0].median())}; between a reference image and its nearest other: "
+        f"{_digits(distances[1].median())}, at least {_digits(distances[1].min())}. Copies would show here, if the "
         "reference holds what the network was trained on.",
     )
 
@@ -146,6 +146,11 @@ def _classes(comparison: FeatureSets, samples: Samples) -> NDArray[np.int64] | N
     if samples.labels is None and "logits" in comparison.samples:
         return comparison.samples["logits"].argmax(1).numpy()
     return samples.labels
+
+
+def _digits(distance: Tensor) -> str:
+    """Three digits, also where the last ones are 0."""
+    return f"{float(distance):#.3g}".removesuffix(".")
 
 
 def _closest(distances: Tensor, labels: NDArray[np.int64] | None) -> Tensor:
@@ -203,7 +208,7 @@ def _class_rows(
             _class_name(int(label), reference, known=samples.labels is not None),
             int(mine.sum()),
             f"{float(members.samples[mine].double().mean()):.3f}",
-            f"{float(distances[0][mine].median()):.3g}",
+            _digits(distances[0][mine].median()),
         )
         if samples.labels is not None and reference.labels is not None:
             theirs = torch.from_numpy(reference.labels == label)

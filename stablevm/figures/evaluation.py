@@ -145,7 +145,8 @@ def plot_metrics(metrics: Sequence[Metric], curves: Mapping[str, Sequence[CurveP
             panel.errorbar(sizes, means, np.stack([below, above]), color=color, marker="o", markersize=4, capsize=3,
                            label=metric.title)  # fmt: skip
         title = " and ".join(metric.title for metric in metrics)
-        panel.set(title=title.capitalize() if shares else title, xlabel="number of samples (log scale)", xscale="log")
+        title = title if title[1:2].isupper() else title[:1].upper() + title[1:]  # but sFID
+        panel.set(title=title, xlabel="number of samples (log scale)", xscale="log")
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
         panel.minorticks_off()
         if shares:

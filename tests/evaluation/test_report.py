@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from stablevm.evaluation.page import Figure, write_page
-from stablevm.evaluation.sample_report import Point, _closest, _command
+from stablevm.evaluation.sample_report import Point, _closest, _command, _digits
 from stablevm.figures.evaluation import plot_class_rows, plot_loss, plot_metrics
 from stablevm.metrics.frechet import FRECHET
 from stablevm.metrics.precision_recall import PRECISION, RECALL
@@ -201,3 +201,7 @@ def test_nearest_samples_are_of_every_class() -> None:
 def test_the_command_that_made_a_report(monkeypatch, program, shown):
     monkeypatch.setattr("sys.argv", [program, "evaluate", "samples.npz"])
     assert _command() == shown
+
+
+def test_distances_have_three_digits():
+    assert [_digits(torch.tensor(value)) for value in (0.35, 4.0, 250.0, 0.02789)] == ["0.350", "4.00", "250", "0.0279"]
