@@ -230,7 +230,7 @@ def test_quiet_draws_no_bar_where_a_process_would_show_one():
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])
 def test_threads_wait_patiently_unless_the_user_says_otherwise(chosen, monkeypatch):
-    """It is set before the command's module is imported, and with it torch."""
+    """The variable is set before the command's module imports torch."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if chosen:
         monkeypatch.setenv("OMP_WAIT_POLICY", chosen)

@@ -1,4 +1,4 @@
-"""Ctrl-C, which reaches every process of the terminal, to commands with workers: one line, nothing swallowed."""
+"""Ctrl-C, which every process of the terminal receives, ends commands with workers in one line, and none ignores it."""
 
 import os
 import signal

@@ -17,7 +17,7 @@ VERSIONS = sorted(folder for folder in (Path(__file__).parents[1] / "earlier").i
 
 @pytest.fixture(params=VERSIONS, ids=lambda folder: folder.name)
 def earlier(request, tmp_path, monkeypatch):
-    """A copy of what the version wrote; the current folder, as it was then."""
+    """A copy of the files that the version wrote, as the current folder."""
     shutil.copytree(request.param, tmp_path / "earlier")
     monkeypatch.chdir(tmp_path / "earlier")
     return Path()

@@ -1,4 +1,4 @@
-"""A small sample of what helpers/kill.py does at length: killed at a file operation and run again, nothing shows."""
+"""A small sample of helpers/kill.py: commands killed at a file operation and run again have the same results."""
 
 import pytest
 

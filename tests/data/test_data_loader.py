@@ -117,7 +117,7 @@ class TestLoader:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_images_of_other_rows(self, dataset_dir, dataset_rows, workers):
-        """They are requested step by step: a plan may be endless, and need not be known before it is due."""
+        """They are requested step by step, as a plan may be endless."""
         data = open_dataset(dataset_dir)
         wanted = ([step, 19_999, 7 * step] for step in count(1))
         batches = read(data, with_images=True, image_rows=wanted, workers=workers)
@@ -178,7 +178,7 @@ class TestLoader:
         one_line(error)
 
     def test_a_worker_that_dies_in_the_midst_of_a_result(self):
-        """Also during a wait for it, and after half a message, for which the parent would wait forever."""
+        """Also while the parent waits for it, and after half a message, for whose end the parent would wait forever."""
         for how in ("at once", "half a message"):
             with pytest.raises(UserError, match="was killed"):
                 list(Calls(_Dies(how), [1, 2, 3], 1))
@@ -213,7 +213,7 @@ class TestLoader:
 
 
 class _Dies:
-    """Work in whose course, or half-way through sending whose result, its process is killed."""
+    """Work during which its process is killed, or while half of the result has been sent."""
 
     def __init__(self, how):
         self.how = how

@@ -1,4 +1,4 @@
-"""The embedded digits: the split, the pixels, and preparing them again and again."""
+"""The embedded digits: the split, the pixels, and preparing them several times."""
 
 import hashlib
 

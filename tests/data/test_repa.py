@@ -239,7 +239,7 @@ def test_an_autoencoder_that_contradicts_the_listing_is_refused(tmp_path):
 
 
 def test_values_beyond_float16_are_refused_by_name(tmp_path):
-    """They became infinite; NaN is left to who reads, as in shards."""
+    """They became infinite before. NaN is read as it is, as in shards."""
     write_repa(tmp_path)
     path = tmp_path / "vae-sd" / latent_name(f"{stem(4)}.png")
     for value, fits in ((65_519.0, True), (-65_520.0, False), (1e30, False), (np.nan, True)):

@@ -1,4 +1,4 @@
-"""The demo without its page: what the controls ask for, and that the command below a picture makes it again."""
+"""The demo without its page: what the controls request, and the command below a picture, which makes it again."""
 
 import shlex
 

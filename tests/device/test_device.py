@@ -1,4 +1,4 @@
-"""On a GPU everything is as on the CPU: draws, bank, targets, guard, average, clock, training, resuming, sampling.
+"""On a GPU all results are those of the CPU: draws, bank, targets, guard, average, clock, training, resuming, sampling.
 
     pytest -m cuda tests/device
 

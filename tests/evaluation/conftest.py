@@ -19,7 +19,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def options(home, tmp_path):
-    """Build a config: FAKE against REAL unless told otherwise."""
+    """Build a config: by default it evaluates FAKE against REAL."""
 
     def build(samples=None, real=None, **given):
         np.savez(tmp_path / "samples.npz", **(samples or {"arr_0": FAKE}))

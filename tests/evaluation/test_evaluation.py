@@ -26,7 +26,7 @@ from tests.helpers.evaluations import COUNT, FAKE, REAL, save_images
 
 
 def test_all_five_numbers_agree_with_torch_fidelity(options, home, capsys):
-    """One run of the peer on the same weights and images; it names the file of random weights as its own."""
+    """torch-fidelity runs once on the same weights and images, and takes the file of random weights for its own."""
     import torch_fidelity
 
     class Images(torch.utils.data.Dataset):
@@ -120,7 +120,7 @@ def test_an_encoder_gives_a_frechet_distance_beside_or_instead(options, tmp_path
 
 
 def test_a_checkpoint_is_evaluated_without_a_file_in_between(options, home, tmp_path, monkeypatch):
-    """The same numbers as from the file that generate writes; and nothing is drawn twice."""
+    """The numbers are those of the file that generate writes, and no image is generated twice."""
     checkpoint_folder = save_checkpoint(tmp_path / "checkpoint", tiny_card())
     sampling = GenerateConfig(
         ckpt=checkpoint_folder, num_fid_samples=9, num_steps=2, sample_dir=tmp_path, name="x", per_proc_batch_size=4
@@ -212,7 +212,7 @@ def test_folders_of_images_are_taken_as_they_are(options, tmp_path):
 
 
 def test_what_costs_nothing_more_is_reported(options, capsys):
-    """Of these distances and features: by their definitions in the units' tests; here that they arrive."""
+    """The metrics themselves are tested in tests/metrics; this test checks that they are in the results."""
     results = evaluate(options(samples={"arr_0": np.concatenate([FAKE[:13], REAL[:13]])}))["inception"]
     assert results["memorisation"] >= 0.5, "half of them are copies"
     assert 0 < results["coverage"] <= 1 and results["density"] > 0 and np.isfinite(results["kernel_distance"])

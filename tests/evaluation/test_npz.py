@@ -1,4 +1,4 @@
-"""evaluation.npz: what others' archives hold is read right, or refused in one line; and needs the memory of a block."""
+"""evaluation.npz: archives of other programs are read correctly or refused in one line, in the memory of one block."""
 
 import io
 import json
@@ -23,7 +23,7 @@ KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZI
 
 
 def npy(array: np.ndarray, **header: object) -> bytes:
-    """The bytes of a .npy file; `header` says other than the truth."""
+    """The bytes of a .npy file; `header` replaces the true header."""
     file = io.BytesIO()
     truth = np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(file, truth | header)

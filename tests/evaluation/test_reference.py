@@ -48,7 +48,7 @@ def test_reference_of_a_folder_is_what_its_images_are(options, home, tmp_path, c
 
 
 def test_stored_statistics_alone_give_distances_alone(options, home):
-    """As published statistics without images; and a report of what there is."""
+    """As with published statistics without images; the report shows the metrics that remain."""
     from stablevm.evaluation.extractors import load_inception
 
     means = {"mu": np.zeros(2048), "mu_s": np.zeros(2023), "sigma": np.eye(2048), "sigma_s": np.eye(2023)}

@@ -1,4 +1,4 @@
-"""figures.evaluation and evaluation.page: pictures are plotted, the page stands alone and escapes what it shows."""
+"""figures.evaluation and evaluation.page: pictures are plotted, the page needs no other file and escapes its texts."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""The figures of the variance and of the toy study: where lines end, and what panels say of their scales and seeds."""
+"""The figures of the variance and of the toy study: where lines end, and how panels name their scales and seeds."""
 
 import dataclasses
 from dataclasses import dataclass, field

@@ -85,7 +85,7 @@ def changed(values, stream):
 
 
 def damaged(content, stream):
-    """The bytes of a file, damaged in one of the ways of disks, editors and strangers."""
+    """The bytes of a file, damaged in one way, as by a disk, an editor or a stranger."""
     position = stream.randrange(len(content))
     match stream.randrange(10):
         case 0:

@@ -1,4 +1,4 @@
-"""Published files, imported, and how far apart what they compute and what the networks here compute are."""
+"""Published files that are imported, and the difference between their outputs and those of our networks."""
 
 import argparse
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Kill a command at its k-th file operation, run it again, and compare all that it leaves with an undisturbed run.
+"""Kill a command at its k-th file operation, run it again, and compare its files with those of an undisturbed run.
 
     python -m tests.helpers.kill --command train --every 7            every seventh operation
     python -m tests.helpers.kill --command all --every 5 --twice      also kill the second run, somewhere
@@ -91,7 +91,7 @@ class Outcome:
 
 
 def harass(case, root, every=1, first=1, limit=10**6, twice=False, processes=1):
-    """Kill a command again and again; returns how often, and how results differed."""
+    """Kill a command repeatedly; returns the number of kills, and how the results differ."""
     os.chdir(root)
     case.prepare(root)
     stream, output = random.Random(0), root / case.output
@@ -228,7 +228,7 @@ def contents(folder):
 
 
 def comparable(path):
-    """What a file says but for the seconds in it."""
+    """The content of a file without the seconds in it."""
     if path.name == "seconds.json":
         return None
     if path.suffix == ".json":

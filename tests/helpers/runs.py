@@ -22,7 +22,7 @@ ALIGNED = {"use_proj_loss": True, "enc_type": "digits", "encoder_depth": 1}
 
 
 def write_data(folder, labels=None, class_names=("zero", "one", "two"), flips=False):
-    """40 grey pictures of 8 x 8: a bright bar at a height that tells the class, on noise."""
+    """40 grey pictures of 8 x 8: a bright bar, whose height depends on the class, on noise."""
     stream = torch.Generator().manual_seed(1)
     labels = torch.arange(SAMPLES) % CLASSES if labels is None else labels
     pixels = torch.randn(len(labels), 1, 8, 8, generator=stream) * 0.2 - 0.5

@@ -1,4 +1,4 @@
-"""Synthetic sources of images: class folders of JPEGs, and the files that go wrong among a million of them.
+"""Synthetic sources of images: class folders of JPEGs, and the unusual files that occur among a million of them.
 
 Run as a script it writes one: python -m tests.helpers.sources FOLDER [--images 2000] [--classes 20] [--hostile]
 """

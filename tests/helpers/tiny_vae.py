@@ -5,7 +5,7 @@ import torch
 
 
 def save_tiny_vae(folder, widths=(4, 4, 4, 8), **options):
-    """Latents of four channels unless told otherwise; each width but the last halves the side."""
+    """By default its latents have four channels; each width but the last halves the side."""
     diffusers = pytest.importorskip("diffusers")
     with torch.random.fork_rng():
         torch.manual_seed(0)

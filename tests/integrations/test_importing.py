@@ -181,7 +181,7 @@ def test_a_file_cut_short(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_with_wrong_bytes(tmp_path, damaged_torch_files):
-    """Most of such files can't be read, whatever error their bytes lead to; what can be is no checkpoint."""
+    """Most such files can't be read, with any kind of error; those that can be are no checkpoints."""
     for path in damaged_torch_files:
         with pytest.raises(UserError) as error:
             import_checkpoint(ImportConfig(path, tmp_path / "ours", **REPA))

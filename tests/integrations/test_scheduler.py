@@ -162,7 +162,7 @@ def test_what_is_thinned():
 
 
 def error_to_the_ode(mixture, scheduler, steps):
-    """Root mean square distance of 500 points from where the exact flow of the mixture takes them, and the steps."""
+    """Root mean square distance of 500 points from the ends of the mixture's exact flow, and the number of steps."""
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(1)).double()
     exact = heun(lambda x, t: mixture.field(LINEAR, x, t), x, ode_times(300))
     scheduler.set_timesteps(steps)

@@ -34,7 +34,7 @@ def pipelines():
 
 
 def begun(module, pipeline, scheduler, strength, sigmas):
-    """The first noise level, the timesteps asked at, and what a velocity of 1 adds up to."""
+    """The first noise level, the network's timesteps, and the sum of the steps for a velocity of 1."""
     timesteps, steps = module.retrieve_timesteps(scheduler, STEPS, "cpu", **sigmas)
     given = {
         "num_inference_steps": steps,

@@ -68,7 +68,7 @@ def test_spatial_normalisation():
     "projected, features", [((4, 9, 5), (4, 9, 6)), ((4, 9, 5), (1, 9, 5)), ((4, 9, 5), (4, 1, 5)), ((4, 5, 3, 3),) * 2]
 )
 def test_tokens_of_other_shapes_are_refused(projected, features):
-    """Three of these would broadcast, or be read as something else, without a word."""
+    """Three of these would broadcast silently, or be read as another shape."""
     with pytest.raises(UserError, match=r"expected the same shape \(B, T, D\)"):
         alignment_loss(torch.ones(projected), torch.ones(features))
 

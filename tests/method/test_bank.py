@@ -1,4 +1,4 @@
-"""The ring against plain queues, and what it promises about memory, copies and the pool."""
+"""The ring against plain queues, and its guarantees about memory, copies and the pool."""
 
 from collections import deque
 

@@ -1,4 +1,4 @@
-"""Words and ranges that options and library share: each word has something behind it, each number is checked once."""
+"""Words and ranges that options and library share: each word works, and each number is checked once."""
 
 import math
 from dataclasses import fields

@@ -199,7 +199,7 @@ def test_squared_error_is_a_mean_per_sample():
 @pytest.mark.parametrize("anchors", ["bank", "batch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_latents_of_any_precision_make_float32_draws(anchors, dtype, batch):
-    """As autoencoders under autocast give them; gradients, which would stay in the bank from step to step, are cut."""
+    """Latents as autoencoders give them under autocast; their gradients, which would stay in the bank, are cut."""
     latents, labels = batch[0].to(dtype), batch[1]
     objective = StableVM(ClassBank(CLASSES, 4, SHAPE), anchors=anchors)
     draw = objective.draw(latents.requires_grad_(), labels, same_stream())
@@ -233,7 +233,7 @@ def test_below_the_time_the_target_is_plain_and_above_it_the_same_as_ever(dropou
 
 
 def test_rows_below_the_time_are_not_weighed_at_all(monkeypatch):
-    """No posterior is asked for where no time is late enough, and none of the earlier rows where some are."""
+    """No posterior is computed if all times are earlier, and otherwise only for the later rows."""
     seen, weigh = [], module.posterior
 
     def watched(path, x0, *rest, **more):

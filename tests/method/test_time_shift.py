@@ -74,7 +74,7 @@ def test_the_target_at_a_time_is_untouched(monkeypatch):
 
 
 def grid(path=LINEAR, **settings):
-    """The times at which the velocity is asked for."""
+    """The times at which the velocity is evaluated."""
     times = []
 
     def velocity(x, t):

@@ -1,4 +1,4 @@
-"""Targets are unbiased: they are held to the closed form of a conditional Gaussian mixture.
+"""Targets are unbiased: they are compared with the closed form of a conditional Gaussian mixture.
 
 Each method draws many batches at six fixed times. For random test functions f, the mean of
 `(target - v(x_t, label)) . u f(x_t)` over independent batches must be zero: z < 4 for 20 functions (seed 0). A method

@@ -1,4 +1,4 @@
-"""The variance of targets: never more with references, falling like 1/(n - 1), and the curve's bookkeeping."""
+"""The variance of targets: never more with references, falling like 1/(n - 1), and the sums of the curve."""
 
 import itertools
 import math

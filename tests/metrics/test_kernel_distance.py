@@ -1,4 +1,4 @@
-"""evaluation.kernel_distance against its formula, torch-fidelity and what is known of it."""
+"""metrics.kernel_distance against its formula, torch-fidelity and its known properties."""
 
 import numpy as np
 import pytest

@@ -98,7 +98,7 @@ def pairwise(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exact(reference: Tensor, samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Who is inside, over (samples,) and (reference,), from all pairs in float64."""
+    """The masks (samples,) and (reference,) of the points that lie inside, from all pairs in float64."""
 
     def squared_radii(points: Tensor) -> Tensor:
         distances = pairwise(points, points).fill_diagonal_(torch.inf)

@@ -1,4 +1,4 @@
-"""evaluation.statistics against scipy, formulas and cases with a known answer."""
+"""metrics.statistics against scipy, formulas and cases with a known answer."""
 
 import numpy as np
 import pytest

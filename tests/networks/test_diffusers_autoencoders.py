@@ -74,7 +74,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders by the name of the class, written when they are first asked for."""
+    """Folders by the name of the class, written when they are first needed."""
     folders = {}
 
     def save(name):
@@ -241,7 +241,7 @@ def test_a_class_that_diffusers_does_not_have_yet(saved, monkeypatch):
 
 
 def test_prepared_latents_of_a_deterministic_encoder_have_no_second_half(saved, tmp_path):
-    """And as they know no noise, every draw of a sample's latent is the same."""
+    """As the latents have no noise, every draw of a sample's latent is the same."""
     from PIL import Image
 
     for number, picture in enumerate(images(count=4)):

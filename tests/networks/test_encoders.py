@@ -82,7 +82,7 @@ def test_images_get_the_published_size(name):
 
 @pytest.mark.parametrize(("antialias", "side"), [(False, 64), (False, 90), (True, 90)])
 def test_images_are_resized_by_the_published_rule(weights, antialias, side):
-    """Of the nearest 4 x 4 pixels, as REPA does: antialiasing is asked for. An image of the right size stays."""
+    """From the nearest 4 x 4 pixels, as REPA does; antialiasing is an option. An image of the right size stays."""
     encoder = load(weights, antialias=antialias)
     images = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     seen = []

@@ -1,4 +1,4 @@
-"""Crops against a re-derivation of their filters in integers, and what becomes of every unusual file."""
+"""Crops against a re-derivation of their filters in integers, and the handling of each kind of unusual file."""
 
 import io
 import struct

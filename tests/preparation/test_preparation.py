@@ -1,4 +1,4 @@
-"""From hostile folders to data sets: both routes, killed, out of space, in several processes, from archives."""
+"""Preparing data in both layouts: unusual files, archives, several processes, kills, a full disk."""
 
 import json
 import os
@@ -140,7 +140,7 @@ def test_two_processes_share_the_work(source, vae, tmp_path):
 
 
 def test_kills_at_random_moments_change_nothing(vae, tmp_path):
-    """Two kills of each step; as a script kills.py does as many as one likes, with more images."""
+    """Two kills of each step; kills.py, run as a script, makes any number of kills, with more images."""
     source = write_source(tmp_path / "source", images=150, classes=3, shortest=40, longest=60)
     clean = steps(tmp_path / "clean", source, vae, SIDE)
     killed = steps(tmp_path / "killed", source, vae, SIDE)

@@ -67,7 +67,7 @@ def test_rows_keep_what_is_theirs_where_others_are_bad(source, tmp_path, monkeyp
 
 
 def write_repa(folder, count=12):
-    """As others may have made it: a leading 1, no facts; everything of number n is filled with n."""
+    """A folder as other programs may have made it: a leading 1, no facts; everything of number n is filled with n."""
     labels = []
     for number in range(count):
         image = folder / "images" / "00000" / f"img{number:08d}.png"

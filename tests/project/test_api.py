@@ -1,4 +1,4 @@
-"""The public names and their signatures, frozen: a change must be made on purpose, with the version.
+"""The public names and their signatures, frozen: a change must be deliberate, with the version.
 
 python -m tests.project.test_api --write
 """

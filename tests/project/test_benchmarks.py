@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/ run, at sizes too small to mean anything: their figures are looked at by people."""
+"""The scripts in benchmarks/ run, at sizes too small for meaningful figures."""
 
 import json
 import runpy

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def options(checkpoint, tmp_path):
-    """Build a config: few cheap steps unless told otherwise."""
+    """Build a config: few cheap steps by default."""
 
     def build(**given):
         return GenerateConfig(

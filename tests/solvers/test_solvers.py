@@ -259,7 +259,7 @@ def test_marginals_are_those_of_the_data(path, sampler):
 
 @PATHS
 def test_marginals_reject_a_wrong_drift(path):
-    """The same test sees the commonest mistake: noise without the score term that pays for it."""
+    """The same test finds the commonest mistake: noise without the score term that compensates for it."""
     stream = torch.Generator().manual_seed(SEED)
     x = torch.randn(COUNT, 2, generator=stream, dtype=torch.float64)
     for t, t_next in SDE_TIMES.unfold(0, 2, 1):

@@ -1,4 +1,4 @@
-"""One voice for many processes, and what their launcher may say of them."""
+"""Messages that many processes print once, and the values that their launcher may set."""
 
 import threading
 from datetime import timedelta
@@ -53,7 +53,7 @@ def test_a_restarted_launch_tells_again(store, monkeypatch, capsys):
 
 
 def test_no_process_ends_before_the_line_is_printed(store, monkeypatch, capsys):
-    """Its end would make the launcher end the speaker, however slow that is."""
+    """If it did, the launcher would end the process that is printing."""
     claimed, may_speak = threading.Event(), threading.Event()
 
     def slow(*arguments, **options):

@@ -1,4 +1,4 @@
-"""Sweeps: the combinations, each of which is evaluated once and kept, and what is told about them."""
+"""Sweeps: the combinations, each of which is evaluated once and kept, and what is printed about them."""
 
 import json
 from dataclasses import replace

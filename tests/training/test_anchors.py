@@ -60,7 +60,7 @@ def drawn(dataset, bank, config, position, *, first, until):
 
 
 def test_the_plan_is_what_is_drawn(tmp_path):
-    """For both processes of two, from the beginning and from a resumed run's bank; told twice, it is the same."""
+    """For both processes of two, from the beginning and from a resumed run's bank; computed twice, it is the same."""
     config = runs.config(tmp_path, batch_size=BATCH, seed=5)
     for position in (range(3), range(3, 6)):
         dataset, bank = start(tmp_path / str(position.start))

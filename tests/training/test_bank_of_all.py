@@ -1,4 +1,4 @@
-"""`--bank-capacity-per-class all`: every latent is a reference, for classes of any size; nothing of it is saved."""
+"""`--bank-capacity-per-class all`: every latent is a reference, for classes of any size; no checkpoint holds it."""
 
 import re
 from collections import namedtuple

@@ -37,7 +37,7 @@ def earlier(root):
 
 
 def tuned(root, name, earlier, **options):
-    """Both sets of weights after one step at a rate of (nearly) zero: those that the run started with."""
+    """Both sets of weights after one step at a rate near zero, which are those that the run started with."""
     settings = runs.config(root, name, init_from=earlier, learning_rate=1e-30, max_train_steps=1, **options)
     folder = runs.run(settings) / "checkpoints" / "0000001"
     return {part: load_file(folder / f"{part}.safetensors") for part in ("ema", "model")}

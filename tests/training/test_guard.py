@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped without a trace, told with their samples, counted in a row."""
+"""Steps that are not finite: skipped without an effect, reported with their samples, and counted."""
 
 from types import SimpleNamespace
 
@@ -92,7 +92,7 @@ def test_a_bad_loss_spreads_over_the_gradient(loss):
 
 
 class Alone(SimpleNamespace):
-    """What the guard wants of an Accelerator: sums over one process."""
+    """The part of an Accelerator that the guard uses: sums over one process."""
 
     scaler = None
 

@@ -1,4 +1,4 @@
-"""A wish to stop: noted once, insisted on twice, and agreed on by all processes at the same step."""
+"""Signals to stop: the first ends the run after a step, the second at once; all processes stop at the same step."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from stablevm.training.launch import Interruption
 
 
 class Processes:
-    """Two of them; the other one was told `other` when asked, and `meanwhile` happens while they talk."""
+    """Two processes: the other one answers `other`, and `meanwhile` runs while they communicate."""
 
     num_processes, device = 2, torch.device("cpu")
 

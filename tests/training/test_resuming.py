@@ -17,7 +17,7 @@ RHYTHM = {"max_train_steps": 12, "checkpointing_steps": 4, "log_steps": 3}
 
 
 def stop_at(monkeypatch, count):
-    """Let the next run be told to stop at its `count`-th step."""
+    """Make the next run receive a signal to stop at its `count`-th step."""
     asked = []
 
     def agreed(interruption, accelerator):
@@ -87,7 +87,7 @@ def test_what_a_course_left_behind_does_not_pass_for_the_new_ones(root):
 
 
 def spoil(folder, part, change):
-    """Change the tensors of a checkpoint, and let its checksums say that all is well."""
+    """Change the tensors of a checkpoint, and update its checksums so that it seems intact."""
     path = folder / f"{part}.safetensors"
     tensors = load_file(path)
     change(tensors)

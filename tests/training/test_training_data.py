@@ -38,7 +38,7 @@ def refusal(settings, capsys):
 
 @pytest.fixture(scope="module")
 def begun(root):
-    """A run of two steps, of six."""
+    """A run of which two of six steps are done."""
     settings = runs.config(root, "begun", **BANK)
     runs.run(replace(settings, max_train_steps=2))
     return settings
@@ -131,7 +131,7 @@ def test_flips_belong_to_a_run(root, capsys):
 
 @pytest.mark.parametrize("fully", [True, False])
 def test_a_latent_that_is_not_finite_never_enters_a_bank(root, tmp_path, fully, capsys):
-    """It made every target of its class NaN, and the rows that were told were others."""
+    """In an earlier version it made every target of its class NaN, and other rows were reported."""
     shard = runs.write_data(tmp_path / "data") / "latents-00000.safetensors"
     tensors = load_file(shard)
     tensors["moments"][20] = torch.nan

@@ -1,4 +1,4 @@
-"""Whatever happens to a run (bad numbers, damage, a full disk, kills), it reaches the same end or says why not."""
+"""Runs with bad numbers, damaged files, a full disk or kills reach the same end, or stop with the reason."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Runs that are killed or told to stop, and then run again: nothing of it shows in the end."""
+"""Runs that are killed or interrupted, and then run again, end like uninterrupted ones."""
 
 import json
 import signal
