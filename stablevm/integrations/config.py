@@ -13,16 +13,16 @@ from stablevm.support.ranges import Count
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Convert a published checkpoint of SiT, REPA, StableVelocity, REPA-E or LightningDiT into a checkpoint folder for
-    `generate` and `train --init-from`. Sizes are inferred from the weights; no code in the file runs."""
+    """Convert a published checkpoint of SiT, REPA, StableVelocity, REPA-E, LightningDiT or REG into a checkpoint folder
+    for `generate` and `train --init-from`. Sizes are inferred from the weights; no code in the file runs."""
 
     checkpoint: tyro.conf.Positional[Path]
     """The .pt file: weights by name, taken as the moving average, or a dictionary with them as ema or model."""
     output: Path
     """New folder for model.json with ema.safetensors and model.safetensors, if the file has both."""
     source: Literal["sit", "repa", "stablevelocity", "repae", "lightningdit"] | None = None
-    """Project that trained it. The times of sit and lightningdit run from noise to data, those of others from data to
-    noise. Default: as the file shows."""
+    """Project that trained it; repa also for REG. The times of sit and lightningdit run from noise to data, those of
+    others from data to noise. Default: as the file shows."""
     path_type: PathName | None = None
     """Path of the training; cosine is SiT's GVP. Required if the file does not record it."""
     prediction: Prediction | None = None

@@ -18,6 +18,7 @@ from stablevm.support.errors import UserError
 LABEL_TABLE = SiTConfig.label_table
 NAMES_SHOWN = 6  # in the message about tensors that don't fit
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.")
+_CLS_TOKEN = "cls_projectors2.weight"  # REG's layer that reads the class token
 _GATED_MLP = "blocks.0.mlp.w12.weight"  # a LightningDiT has it; a SiT has `mlp.fc1` instead
 # The layer that normalises REPA-E's latents, and LightningDiT's tables of rotary positions, which our networks lack.
 MEANS, VARIANCES = "bn.running_mean", "bn.running_var"
@@ -73,8 +74,11 @@ def infer_config(
         return found
 
     hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    cls_token_dim = shape(_CLS_TOKEN, 2)[1] if _CLS_TOKEN in state else 0
+    tokens = shape("pos_embed", 3)[1] - (1 if cls_token_dim else 0)
     options = {
-        "input_size": math.isqrt(shape("pos_embed", 3)[1]) * patch,
+        "input_size": math.isqrt(tokens) * patch,
+        "cls_token_dim": cls_token_dim,
         "in_channels": channels,
         "num_classes": shape(LABEL_TABLE, 2)[0] - 1 if num_classes is None else num_classes,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,

@@ -114,3 +114,38 @@ def built(make, *arguments, **options):
     """Modules draw first values from the global random state, which tests must leave as it is."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of a layer of width 0
         return make(*arguments, **options)
+
+
+class PublishedREG(PublishedSiT):
+    """REG's SiT, which also denoises a class token of width `token`: `forward` gives the image's output and its."""
+
+    def __init__(self, token=9, **options):
+        super().__init__(**options)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (SIDE // PATCH) ** 2 + 1, WIDTH), requires_grad=False)
+        self.cls_projectors2, self.wg_norm = nn.Linear(token, WIDTH), nn.LayerNorm(WIDTH, eps=1e-6)
+        self.final_layer.linear_cls = nn.Linear(WIDTH, token)
+        stream = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            added = (self.pos_embed, self.cls_projectors2, self.wg_norm, self.final_layer.linear_cls)
+            for part in added:
+                for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=stream))
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x, t, y, cls_token):
+        first = normalise(self.cls_projectors2(cls_token), self.wg_norm.weight, self.wg_norm.bias)
+        tokens = torch.cat([first[:, None], self.x_embedder.proj(x).flatten(2).mT], dim=1) + self.pos_embed
+        frequencies = 10000.0 ** (-torch.arange(128) / 128)
+        angles = t[:, None] * frequencies
+        c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], 1)) + self.y_embedder.embedding_table(y)
+        self.seen = []
+        for block in self.blocks:
+            tokens = block(tokens, c)
+            self.seen.append(tokens)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        tokens = normalise(tokens) * (1 + scale) + shift
+        grid = SIDE // PATCH
+        cells = self.final_layer.linear(tokens[:, 1:]).view(len(x), grid, grid, PATCH, PATCH, CHANNELS)
+        image = cells.permute(0, 5, 1, 3, 2, 4).reshape(len(x), CHANNELS, SIDE, SIDE)
+        return image, self.final_layer.linear_cls(tokens[:, 0])
