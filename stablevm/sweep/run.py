@@ -58,7 +58,8 @@ def sweep(config: SweepConfig) -> Sweep:
         missing = sum(not job.file.exists() for job in jobs)
         for number, job in enumerate(jobs, start=1):
             if job.file.exists():
-                known[job.file] = read_object(job.file, "result", remedy=_REMEDY)
+                with owned(job.file.parent, job.file.name):  # which removes the lock of a killed command
+                    known[job.file] = read_object(job.file, "result", remedy=_REMEDY)
                 continue
             evaluation = EvaluateCheckpointConfig(evaluation=config.evaluation(job.file), sampling=job.request)
             known[job.file] = evaluate_checkpoint(evaluation, is_part=True)

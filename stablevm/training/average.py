@@ -23,7 +23,7 @@ from stablevm.networks import snapshot
 from stablevm.networks.snapshot import CARD_FILE, ModelCard, load_card
 from stablevm.support.cards import read_card
 from stablevm.support.errors import UserError, arg
-from stablevm.support.files import write_json
+from stablevm.support.files import remove_temporary, write_json
 from stablevm.support.locks import owned
 from stablevm.support.options import some_of
 from stablevm.training.average_config import WIDTH, AverageConfig
@@ -147,6 +147,7 @@ def average(config: AverageConfig) -> Path:
         raise UserError(f"{arg('step')} {step}: {run} has no snapshot of that step; there are {some_of(steps)}")
     target = averaged_folder(config, step)
     with owned(target.parent, target.name):
+        remove_temporary(target)
         if (target / CARD_FILE).exists():
             _check_result(target, config.width, step)
             print(f"{target} is already complete")

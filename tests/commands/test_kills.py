@@ -7,7 +7,13 @@ from tests.helpers import kill
 
 @pytest.mark.parametrize(
     ("command", "first", "every", "limit"),
-    [("train", 97, 23, 3), ("train-evaluated", 60, 37, 2), ("generate", 19, 11, 3), ("convert", 30, 20, 2)],
+    [
+        ("train", 97, 23, 3),
+        ("train-evaluated", 60, 37, 2),
+        ("average", 3, 3, 2),
+        ("generate", 19, 11, 3),
+        ("convert", 30, 20, 2),
+    ],
 )
 def test_killed_at_a_file_operation(command, first, every, limit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -260,12 +260,25 @@ def _prepare_training(root):
 def _train(**options):
     root = Path.cwd()
     settings = {"max_train_steps": 9, "checkpointing_steps": 3, "log_steps": 2, "checkpoints_kept": 2} | options
-    return cli.train(as_arguments(config(root, "out", **(settings | {"output_dir": root}))))
+    name = settings.pop("exp_name", "out")
+    return cli.train(as_arguments(config(root, name, **(settings | {"output_dir": root}))))
 
 
 def _train_evaluated():
     extractor = {"eval_enc_type": "digits", "eval_weights": str(Path.cwd() / "encoder.safetensors")}
     return _train(eval_every=3, eval_samples=20, eval_reference=str(Path.cwd() / "ref.npz"), **extractor)
+
+
+def _prepare_run(root):
+    _prepare_training(root)
+    with redirect_stdout(None), redirect_stderr(None):
+        _train(exp_name="run", max_train_steps=4, average_every=2)
+
+
+def _sweep():
+    extractor = ["--no-inception", "--enc-type=digits", "--encoder-weights=encoder.safetensors"]
+    few = ["--num-fid-samples=10", "--mode=ode", "--num-steps=2", "--cfg-scale=1,2", "--average=ema,0.1"]
+    return cli.main(["sweep", "--ckpt=run", "--reference=ref.npz", "--output-dir=out", *extractor, *few])
 
 
 def _prepare_checkpoint(root):
@@ -296,10 +309,10 @@ ENCODE = ["--vae=vae", "--batch-size=2"]
 
 
 def _prepare_digits(root):
-    from stablevm.evaluation import digits
+    from stablevm.evaluation import small_extractor
     from stablevm.quickstart import recipe
 
-    digits.train_extractor = functools.partial(digits.train_extractor, steps=5)
+    small_extractor.train_extractor = functools.partial(small_extractor.train_extractor, steps=5)
     recipe.NUM_SAMPLES = 20
     with redirect_stdout(None), redirect_stderr(None):
         cli.prepare(["digits", str(root / "digits")])
@@ -339,6 +352,9 @@ INCEPTION = ["--inception-weights=weights.pth", "--cache-dir=cache"]
 CASES = {
     "train": Case(_prepare_training, lambda: _train(keep_best="loss", sampling_steps=3, loss_type="stablevm")),
     "train-evaluated": Case(_prepare_training, _train_evaluated),
+    "train-averaged": Case(_prepare_training, lambda: _train(average_every=2)),
+    "average": Case(_prepare_run, lambda: cli.main(["average", "run", "--width=0.15", "--output=out"])),
+    "sweep": Case(_prepare_run, _sweep),
     "generate": Case(_prepare_checkpoint, _generate),
     "convert": Case(_prepare_images, lambda: cli.dataset_tools(["convert", *CROP, *COMMON])),
     "encode": Case(
