@@ -71,6 +71,11 @@ def select(config: ConvertConfig) -> Source:
 
 
 def _open_pictures(root: Path) -> Source:
+    if root.is_file() and root.suffix.lower() != ".zip":
+        raise UserError(
+            f"{root}: it is a file of no kind that is read; give a folder, a .zip archive, or a file of IDX "
+            "(...-images-idx3-ubyte), CIFAR (.bin), Parquet (.parquet) or tar (.tar)"
+        )
     storage = open_storage(root)
     if isinstance(storage, FolderStorage) and is_repa_folder(root):
         raise UserError(f"{root}: holds latents already ({LATENTS}); give its folder images, or pack it")

@@ -63,6 +63,13 @@ def test_a_split_is_chosen_and_the_others_are_told(mnist):
     assert "holds the splits qmnist-extra, test; give one as split" in one_line(error)
 
 
+def test_a_file_of_another_kind_is_told_which_are_read(tmp_path):
+    (tmp_path / "pictures.rar").write_bytes(b"Rar!")
+    with pytest.raises(UserError) as error:
+        open_source(tmp_path / "pictures.rar")
+    assert "it is a file of no kind that is read; give a folder, a .zip archive, or a file of IDX" in one_line(error)
+
+
 def test_a_folder_of_classes_has_no_splits(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/x.png").write_bytes(b"")
