@@ -143,7 +143,7 @@ class ReferenceConfig:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The .npz file to write."""
     split: str = "train"
-    """Which split of a prepared data set."""
+    """Which split of a prepared data set, or of a source of several splits, such as MNIST's files."""
     num_images: Count = 10_000
     """Random images of the set that are stored for precision and recall; all of a smaller set."""
     resolution: Count | None = None

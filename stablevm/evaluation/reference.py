@@ -103,7 +103,7 @@ def _open(config: ReferenceConfig) -> tuple[ImageSource, NDArray[np.int64], tupl
         if config.resolution not in (None, dataset.resolution):
             raise UserError(f"--resolution {config.resolution}: {config.source} holds images of {dataset.resolution}")
         return DatasetSource(dataset), dataset.labels().numpy(), dataset.class_names
-    source = open_source(config.source)
+    source = open_source(config.source, None if config.split == ReferenceConfig.split else config.split)
     for line in source.warnings:
         print(f"warning: {line}", file=sys.stderr)
     if config.resolution is None and config.transform != "none":

@@ -13,6 +13,7 @@ from stablevm.evaluation.reference import reference
 from stablevm.support.errors import UserError
 from tests.helpers.data_sets import one_line, source, write
 from tests.helpers.evaluations import FAKE, REAL, SIDE, refusal
+from tests.helpers.packed import pictures_of, write_idx
 
 
 def test_reference_of_a_folder_is_what_its_images_are(options, home, tmp_path, capsys):
@@ -67,6 +68,17 @@ def test_reference_without_statistics_needs_no_network(tmp_path):
         assert made["arr_0"].shape == (30, 4, 4, 3) and "mu" not in made
         names = json.loads(made["protocol"].item())["class_names"]
     assert names == ["cat", "dog", "owl"]
+
+
+def test_reference_of_a_split_of_files_of_many_images(tmp_path):
+    for split, count in (("train", 6), ("t10k", 4)):
+        write_idx(tmp_path / "mnist", split, pictures_of(count, 8, 8), [0] * count, ".gz")
+    shared = {"source": tmp_path / "mnist", "transform": "none", "statistics": False}
+    for split, count in (("train", 6), ("test", 4)):
+        reference(ReferenceConfig(output=tmp_path / f"{split}.npz", split=split, **shared))
+        assert len(np.load(tmp_path / f"{split}.npz")["arr_0"]) == count
+    with pytest.raises(UserError, match=r"split dev: .* has test, train"):
+        reference(ReferenceConfig(output=tmp_path / "dev.npz", split="dev", **shared))
 
 
 def test_reference_refuses_a_folder_of_bad_or_unsized_images(tmp_path):
