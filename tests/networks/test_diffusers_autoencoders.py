@@ -247,7 +247,7 @@ def test_prepared_latents_of_a_deterministic_encoder_have_no_second_half(saved, 
     for number, picture in enumerate(images(count=4)):
         (tmp_path / "source" / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"source/c{number % 2}/{number}.png")
-    shards = ConvertShardsConfig(tmp_path / "source", tmp_path / "data", "32x32", num_workers=0)
+    shards = ConvertShardsConfig(tmp_path / "source", tmp_path / "data", resolution="32x32", num_workers=0)
     assert convert(shards) == 0
     assert encode(EncodeShardsConfig(tmp_path / "data", str(saved("AutoencoderDC")), num_workers=0, flip=True)) == 0
     dataset = open_dataset(tmp_path / "data")
