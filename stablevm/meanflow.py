@@ -31,7 +31,8 @@ ERROR_FLOOR = 1e-3  # c of the adaptive weight (their section 4.3)
 class MeanFlow:
     """The target and the loss of MeanFlow, for draws whose settings have an `instant_share` below 1.
 
-    power: p of the adaptive weight `1 / (|error|^2 + c)^p`, 0 or more; 0 weighs all samples alike.
+    power: p of the adaptive weight `1 / (|error|^2 + c)^p`, 0 or more; 0 weighs all samples alike. The published 1 lets
+    samples with small errors count most, and StableVM's are small near the noise: 0.5 was better with its velocities.
     omega, kappa: guidance inside the target (their appendix), for samples with a label and with t in [guidance_low,
     guidance_high]: v becomes `omega v + kappa u(x_t, t, t | label) + (1 - omega - kappa) u(x_t, t, t |
     no label)`. The network then makes guided samples without a second evaluation; the effective guidance scale is

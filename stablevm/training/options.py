@@ -174,7 +174,8 @@ class MeanFlowOptions:
     meanflow_instants: Chance = 0.75
     """Share of samples whose interval is a single time, as in flow matching, in [0, 1]."""
     meanflow_power: NotNegative = 1.0
-    """Power p of the adaptive weight 1 / (squared error + 0.001)^p, 0 or more."""
+    """Power p of the adaptive weight 1 / (squared error + 0.001)^p, 0 or more: 1 as published. With StableVM's
+    velocities 0.5 was better (docs/results.md)."""
     meanflow_omega: NotNegative = 1.0
     """Guidance inside the target, 0 or more: the weight of the sample's velocity. Images then need no guidance of
     their own; its scale is omega / (1 - kappa), and 1 is none."""
