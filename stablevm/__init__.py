@@ -27,7 +27,13 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test compares it with
     from stablevm.bank import ClassBank as ClassBank
     from stablevm.draw import Draw as Draw
     from stablevm.draw import ObjectiveSettings as ObjectiveSettings
+    from stablevm.integrations.diffusers_scheduler import (
+        StableVSDPMSolverMultistepScheduler as StableVSDPMSolverMultistepScheduler,
+    )
     from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler as StableVSFlowMatchScheduler
+    from stablevm.integrations.diffusers_scheduler import (
+        StableVSUniPCMultistepScheduler as StableVSUniPCMultistepScheduler,
+    )
     from stablevm.interpolant import COSINE as COSINE
     from stablevm.interpolant import LINEAR as LINEAR
     from stablevm.interpolant import Interpolant as Interpolant
@@ -51,12 +57,18 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test compares it with
 
 keep_old_addresses()
 
+# Names that need diffusers, which is optional.
+_OPTIONAL = (
+    "StableVSDPMSolverMultistepScheduler",
+    "StableVSFlowMatchScheduler",
+    "StableVSUniPCMultistepScheduler",
+)
 # The module of each public name.
 _HOMES = {
     "alignment": ("AlignmentSchedule", "alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
     "draw": ("Draw", "ObjectiveSettings"),
-    "integrations.diffusers_scheduler": ("StableVSFlowMatchScheduler",),
+    "integrations.diffusers_scheduler": _OPTIONAL,
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
     "meanflow": ("MeanFlow",),
     "metrics.neighbours": ("coverage", "precision_recall"),
@@ -74,8 +86,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Names that were public: what each is called now, and the version that removes the old name (see CONTRIBUTING.md).
 _MOVED = {"Protocol": ("stablevm.ObjectiveSettings", "0.3")}
 
-# All of them but the one that needs diffusers, which is optional.
-__all__ = sorted(set(_HOME_OF) - {"StableVSFlowMatchScheduler"})
+__all__ = sorted(set(_HOME_OF) - set(_OPTIONAL))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,40 +1,28 @@
-"""StableVS as a scheduler for pipelines of diffusers.
+"""StableVS as schedulers for pipelines of diffusers.
 
     pipe.scheduler = StableVSFlowMatchScheduler.from_config(pipe.scheduler.config)
 
-It needs diffusers (`pip install 'stablevm[vae]'`). No other module imports this one.
+They need diffusers (`pip install 'stablevm[vae]'`). No other module imports this one.
 """
 
-import sys
-from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 # diffusers loads a class of a saved pipeline by a base class that it finds in the class's module, which is this one.
 from diffusers import SchedulerMixin as SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from stablevm.interpolant import LINEAR
-from stablevm.solvers.fixed_steps import ode_times, stable_velocity_step, thinned
-from stablevm.solvers.settings import SAMPLER_RANGES, SamplerOptions
+from stablevm.integrations.stablevs import FLOW_PREDICTION, PUBLISHED_NAMES, StableVSMixin, refuse_other_processes
 
-# The names of arguments in the published scheduler, and ours.
-PUBLISHED_NAMES = {
-    "fast_low_split_point": "split_time",
-    "fast_low_low_substeps": "steps_below",
-    "low_region_noise_factor": "noise_factor",
-}
-_DEFAULTS: dict[str, Any] = {name: getattr(SamplerOptions, name) for name in PUBLISHED_NAMES.values()}
-OWN_NAMES = {*_DEFAULTS, "grid_below", "use_fast_low_schedule"}
-FLOW_PREDICTION = "flow_prediction"  # the name for a velocity in configurations of schedulers for several processes
+Generators = torch.Generator | list[torch.Generator]
 
 
-class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
+class StableVSFlowMatchScheduler(StableVSMixin, FlowMatchEulerDiscreteScheduler):
     """StableVS (Yang et al., 2026) in place of a FlowMatchEulerDiscreteScheduler, with fewer steps.
 
     Down to `split_time` the sigmas and steps are those of the Euler scheduler, including shifts. Below it, only
@@ -54,58 +42,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     configurations of other methods than flow matching; TypeError for an unknown argument.
     """
 
-    sigmas: Tensor  # (steps + 1,), the last one 0
-    timesteps: Tensor  # (steps,), at which the network is evaluated
-
-    def __init__(
-        self,
-        *args: Any,
-        split_time: float = _DEFAULTS["split_time"],
-        steps_below: int = _DEFAULTS["steps_below"],
-        noise_factor: float = _DEFAULTS["noise_factor"],
-        grid_below: Literal["schedule", "even"] = "schedule",
-        use_fast_low_schedule: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        given = {"split_time": split_time, "steps_below": steps_below, "noise_factor": noise_factor}
-        for published, ours in PUBLISHED_NAMES.items():
-            if published in kwargs and given[ours] not in (_DEFAULTS[ours], kwargs[published]):
-                raise TypeError(f"{published}: the published name of {ours}, which is given too; give one of them")
-        given |= {PUBLISHED_NAMES[name]: kwargs.pop(name) for name in PUBLISHED_NAMES if name in kwargs}
-        super().__init__(*args, **kwargs)
-        for name, value in given.items():
-            kind, words = (Integral, "a whole number, ") if name == "steps_below" else (Real, "")
-            if not _is_number(value, kind) or value not in SAMPLER_RANGES[name]:
-                raise ValueError(f"{name} {value!r}: expected {words}{SAMPLER_RANGES[name].words}")
-        if grid_below not in ("schedule", "even"):
-            raise ValueError(f'grid_below {grid_below!r}: expected "schedule" or "even"')
-        if self.config.invert_sigmas:
-            raise ValueError("invert_sigmas True: StableVS expects sigmas that decrease to 0")
-        self.register_to_config(**given, grid_below=grid_below, use_fast_low_schedule=use_fast_low_schedule)
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Make a scheduler from a pipeline's configuration: `from_config(pipe.scheduler.config, split_time=0.8)`.
-
-        A `flow_shift` in it is used as the shift. ValueError if it is not a configuration of flow matching; TypeError
-        for an unknown argument.
-        """
-        unknown = sorted(set(kwargs) - cls._get_init_keys(cls))
-        if unknown:
-            raise TypeError(f"{', '.join(unknown)}: {cls.__name__} has no such argument")
-        if config is not None:
-            given = {PUBLISHED_NAMES.get(name, name) for name in kwargs}
-            config = {name: value for name, value in _of_flow_matching(dict(config)).items() if name not in given}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    @staticmethod
-    def _get_init_keys(input_class: type) -> set[str]:
-        """The entries of a configuration that are arguments, including those that `__init__` passes on."""
-        return (
-            FlowMatchEulerDiscreteScheduler._get_init_keys(FlowMatchEulerDiscreteScheduler)
-            | OWN_NAMES
-            | set(PUBLISHED_NAMES)
-        )
+    _base = FlowMatchEulerDiscreteScheduler
 
     def set_timesteps(
         self,
@@ -117,63 +54,12 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     ) -> None:
         """Set sigmas and timesteps as the Euler scheduler does, then keep fewer of them below the split."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        if not self.config.use_fast_low_schedule:
-            return
-        take = self._published_grid if self.config.grid_below == "schedule" else self._even_grid
-        sigmas_kept, timesteps_kept = take()
-        if len(timesteps_kept) < len(self.timesteps) or not torch.equal(sigmas_kept, self.sigmas):
-            below = (sigmas_kept >= self.sigmas[:, None]).sum(1).tolist()
-            self.sigmas = _Schedule.of(sigmas_kept, self.sigmas, below, anywhere=False)
-            self.timesteps = _Schedule.of(timesteps_kept, self.timesteps, below, anywhere=True)
-        self.num_inference_steps = self.timesteps.shape[0]
-
-    def _published_grid(self) -> tuple[Tensor, Tensor]:
-        """The Euler scheduler's sigmas and timesteps, with some of those below the split left out."""
-        levels = self.sigmas[:-1]
-        above = int((levels >= self.config.split_time).sum())
-        kept = torch.cat([torch.arange(above), above + thinned(len(levels) - above, self.config.steps_below)])
-        kept = kept.to(levels.device)
-        return torch.cat([levels[kept], self.sigmas[-1:]]), self.timesteps[kept]
-
-    def _even_grid(self) -> tuple[Tensor, Tensor]:
-        """Equal steps from the split to 0; timesteps are interpolated from the Euler scheduler's sigmas."""
-        start = self.sigmas[0].clamp(max=self.config.split_time)
-        above = int((self.sigmas[:-1] > start).sum())
-        replaced = len(self.timesteps) - above
-        if replaced == 0:
-            return self.sigmas, self.timesteps
-        below = start * ode_times(min(self.config.steps_below, replaced)).to(self.sigmas)
-        known = [*self.timesteps.tolist(), 0.0]  # no noise is time 0
-        asked = np.interp(below[:-1].tolist(), self.sigmas.tolist()[::-1], known[::-1])
-        timesteps = torch.cat([self.timesteps[:above], torch.as_tensor(asked).to(self.timesteps)])
-        return torch.cat([self.sigmas[:above], below]), timesteps
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at the Euler scheduler's noise level with the index `begin_index`."""
-        self._begin_at(begin_index)
-        super().set_begin_index(begin_index)
+        self._thin()
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """Add noise to the sample up to the noise level of the timestep."""
         self._follow_slice(timestep)
         return super().scale_noise(sample, timestep, noise)
-
-    def _init_step_index(self, timestep: float | Tensor) -> None:
-        self._follow_slice(timestep)
-        super()._init_step_index(timestep)
-
-    def _follow_slice(self, timestep: float | Tensor) -> None:
-        """Start where a pipeline has cut the timesteps, if that is its first timestep and no start index was set."""
-        schedule = self.timesteps
-        if self.begin_index is None and isinstance(schedule, _Schedule) and schedule.cut_at > 0:
-            first = torch.as_tensor(timestep).flatten()[0].item()
-            if first == schedule.euler[schedule.cut_at].item():
-                self._begin_at(schedule.cut_at)
-
-    def _begin_at(self, index: int) -> None:
-        if index > 0 and isinstance(self.timesteps, _Schedule) and isinstance(self.sigmas, _Schedule):
-            self.sigmas, self.timesteps = self.sigmas.begun(index), self.timesteps.begun(index)
-            self.num_inference_steps = len(self.timesteps) - index
 
     def step(
         self,
@@ -184,7 +70,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
@@ -194,11 +80,7 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         Euler scheduler. Pipelines pass no generator to `step`; with a `noise_factor` the noise then comes from torch's
         global generator.
         """
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
-        above = not self.config.use_fast_low_schedule or sigma > self.config.split_time
-        if per_token_timesteps is not None or above:
+        if per_token_timesteps is not None or not self._is_below(timestep):
             return super().step(
                 model_output,
                 timestep,
@@ -211,89 +93,195 @@ class StableVSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 per_token_timesteps,
                 return_dict,
             )
-
-        def noise() -> Tensor:
-            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-
-        velocity, x = model_output.float(), sample.float()
-        ahead = stable_velocity_step(velocity, x, sigma, sigma_next, LINEAR, noise, self.config.noise_factor)
-        self._step_index += 1
-        ahead = ahead.to(model_output.dtype)
+        ahead = self._large_step(model_output, sample, generator).to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=ahead) if return_dict else (ahead,)
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+class _Multistep(StableVSMixin):
+    """What StableVS changes in a multistep scheduler: arguments for flow matching, and the history at the split."""
 
-
-class _Schedule(Tensor):
-    """The sigmas or timesteps of a run, which remembers those of the Euler scheduler from which it was made.
-
-    Image-to-image pipelines start after a share of the requested steps, given by `strength`, with `timesteps[k:]`. With
-    fewer steps this index would mean another noise level, or none. So a slice counts the Euler scheduler's steps: it
-    begins with the Euler scheduler's value k, followed by our values below it. Sigmas are sliced in this way only in a
-    pipeline's `get_timesteps`, and behave like a tensor otherwise, as does everything else.
-    """
-
-    euler: Tensor  # the Euler scheduler's values
-    below: list[int]  # for each of the Euler scheduler's noise levels, the index of our first value below it
-    anywhere: bool  # whether every slice counts in this way, or only those in a pipeline's `get_timesteps`
-    cut_at: int  # the k of the latest slice
-
-    # Results of operations, such as a slice, are plain tensors, so no network receives this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _other_names = PUBLISHED_NAMES | {"shift": "flow_shift"}
+    _other_sigmas: tuple[str, ...] = (
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+    )
 
     @classmethod
-    def of(cls, kept: Tensor, euler: Tensor, below: list[int], anywhere: bool) -> "_Schedule":
-        schedule = kept.as_subclass(cls)
-        schedule.euler, schedule.below, schedule.anywhere, schedule.cut_at = euler, below, anywhere, 0
-        return schedule
+    def _for_base(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs = {"prediction_type": FLOW_PREDICTION, "use_flow_sigmas": True, **kwargs}
+        shift = kwargs.pop("shift", None)
+        if shift is not None and kwargs.setdefault("flow_shift", shift) != shift:
+            raise TypeError("shift: another name of flow_shift, which is given too; give one of them")
+        refuse_other_processes(kwargs)
+        for name in cls._other_sigmas:
+            if kwargs.get(name):
+                raise ValueError(f"{name} True: {cls.__name__} expects the sigmas of flow matching")
+        return kwargs
 
-    def begun(self, index: int) -> Tensor:
-        """The Euler scheduler's values up to `index`, then ours below, so that the steps from `[index:]` are run."""
-        ours = self.as_subclass(Tensor)
-        return torch.cat([self.euler[: index + 1], ours[self.below[min(index, len(self.below) - 1)] :]])
+    @classmethod
+    def _of_flow_matching(cls, config: dict[str, Any]) -> dict[str, Any]:
+        config = super()._of_flow_matching(config)
+        return {**config, "flow_shift": config["shift"]} if "shift" in config else config
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self.as_subclass(Tensor))
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Add noise to the samples up to the noise levels of the timesteps (B,)."""
+        self._follow_slice(timesteps)
+        return super().add_noise(original_samples, noise, timesteps)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Schedule":
-        copy = self.of(self.as_subclass(Tensor).clone(), self.euler.clone(), self.below, self.anywhere)
-        copy.cut_at = self.cut_at
-        return copy
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, under the name that pipelines of flow matching call, with timesteps (B,)."""
+        return self.add_noise(sample, noise, timestep)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        is_cut = isinstance(index, slice) and index.stop is None and index.step is None and (index.start or 0) > 0
-        if is_cut and (self.anywhere or _caller() == "get_timesteps"):
-            self.cut_at = index.start if index.start < len(self.euler) else 0
-            return self.begun(index.start)[index.start :]
-        return self.as_subclass(Tensor)[index]
+    def _forget(self) -> None:
+        """Clear the history, as `set_timesteps` does."""
+        self.model_outputs = [None] * self.config.solver_order
+        self.lower_order_nums = 0
 
-    def __len__(self) -> int:
-        # If a pipeline gives its own sigmas (Flux, Qwen-Image, ...), `retrieve_timesteps` takes this length as the
-        # number of steps of which `strength` is a share.
-        return len(self.euler) if _caller() == "retrieve_timesteps" else self.shape[0]
-
-
-def _caller() -> str:
-    """The name of the function that uses a schedule; each pipeline of diffusers has a copy of the two that matter."""
-    return sys._getframe(2).f_code.co_name
+    def _step_below(
+        self, model_output: Tensor, sample: Tensor, corrected: Tensor, generator: Any, noise: Tensor | None = None
+    ) -> Tensor:
+        """One large step from the corrected sample, with the x0 that the network predicted at `sample`; float32."""
+        x0 = self.convert_model_output(model_output.float(), sample=sample.float())
+        start = corrected.float()
+        ahead = self._large_step((start - x0) / self.sigmas[self.step_index], start, generator, noise)
+        self._forget()
+        return ahead
 
 
-def _of_flow_matching(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, with `flow_shift` as the shift; ValueError if it is not that of a flow-matching scheduler."""
-    name = str(config.get("_class_name", "FlowMatch"))
-    prediction = config.get("prediction_type", FLOW_PREDICTION)
-    if prediction != FLOW_PREDICTION:
-        raise ValueError(f"prediction_type {prediction}: StableVS expects the velocity of flow matching")
-    if config.get("use_flow_sigmas", True) is False:
-        raise ValueError("use_flow_sigmas False: StableVS expects the sigmas of flow matching")
-    known = "FlowMatch" in name or "prediction_type" in config or config.get("use_flow_sigmas")
-    if not known and ("shift" not in config or "beta_start" in config):
-        raise ValueError(f"{name}: not the configuration of a flow-matching scheduler")
-    if "shift" not in config and config.get("flow_shift") is not None:
-        config["shift"] = config["flow_shift"]
-    for published, ours in PUBLISHED_NAMES.items():
-        if published in config:
-            config.setdefault(ours, config.pop(published))
-    return config
+class StableVSDPMSolverMultistepScheduler(_Multistep, DPMSolverMultistepScheduler):
+    """StableVS in place of a DPMSolverMultistepScheduler for flow matching, with fewer steps.
+
+    Above `split_time` sigmas and steps are those of DPM-Solver++ (Lu et al., 2022), of order `solver_order`. Below it,
+    each step is that of `stable_velocity_step`, as in StableVSFlowMatchScheduler, whose arguments this class has too.
+    The other arguments are those of the base class; `shift` is another name of `flow_shift`, and `prediction_type`
+    and `use_flow_sigmas` are those of flow matching.
+
+    The history of predictions ends at the split. The step that crosses it is the base class's, of full order, because
+    it starts from a sigma above and has the base class's size. Steps below use the latest prediction only: fresh noise
+    would make them independent of the earlier ones, and the steps are larger than those from which a difference of
+    predictions was taken. Then the history is empty, as after `set_timesteps`.
+
+    Raises ValueError for values out of range, for other sigmas than those of flow matching (`use_karras_sigmas` and
+    the like) and for configurations of other methods; TypeError for an unknown argument.
+    """
+
+    _base = DPMSolverMultistepScheduler
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> None:
+        """Set sigmas and timesteps as the base class does, then keep fewer of them below the split.
+
+        mu: for `use_dynamic_shifting`, and without effect otherwise. sigmas: the noise levels before shifting, in
+        place of a number of steps. ValueError for `timesteps`, which the base class cannot use with flow matching.
+        """
+        if timesteps is not None:
+            raise ValueError("timesteps: flow matching has sigmas; give `sigmas`, timesteps / num_train_timesteps")
+        if sigmas is None:
+            super().set_timesteps(num_inference_steps, device, mu if self.config.use_dynamic_shifting else None)
+        else:
+            super().set_timesteps(len(sigmas), device)
+            self._take(sigmas, mu)
+        self._thin()
+
+    def _take(self, sigmas: list[float], mu: float | None) -> None:
+        """Shift the sigmas as UniPC's scheduler does, which differs in its steps only; our base class takes none."""
+        names = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
+        given = {name: self.config[name] for name in names}
+        unipc = UniPCMultistepScheduler(
+            prediction_type=FLOW_PREDICTION,
+            use_flow_sigmas=True,
+            flow_shift=self.config["flow_shift"],
+            shift_terminal=self.config.get("shift_terminal"),
+            **given,
+        )
+        unipc.set_timesteps(sigmas=np.array(sigmas, dtype=np.float64), mu=mu)
+        self.sigmas = torch.cat([unipc.sigmas[:-1], self.sigmas[-1:]])
+        self.timesteps = unipc.timesteps.to(self.timesteps.device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take one step: the sample at the next sigma, in the dtype of `model_output`, which is a velocity.
+
+        generator: the source of the noise; `variance_noise`, if given, is the noise.
+        """
+        if self.num_inference_steps is None or not self._is_below(timestep):
+            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
+        ahead = self._step_below(model_output, sample, sample, generator, variance_noise).to(model_output.dtype)
+        return SchedulerOutput(prev_sample=ahead) if return_dict else (ahead,)
+
+
+class StableVSUniPCMultistepScheduler(_Multistep, UniPCMultistepScheduler):
+    """StableVS in place of a UniPCMultistepScheduler for flow matching, such as Wan's, with fewer steps.
+
+    Above `split_time` sigmas and steps are those of UniPC (Zhao et al., 2023), predictor and corrector. The rest is
+    that of StableVSDPMSolverMultistepScheduler, including why the history ends at the split. The corrector acts once
+    more at the first sigma below it, since it completes the last step from above with the prediction made there; after
+    that there is nothing to correct.
+    """
+
+    _base = UniPCMultistepScheduler
+    _other_sigmas = ("use_exponential_sigmas", "use_beta_sigmas")  # Karras's are turned into those of flow matching
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Set sigmas and timesteps as the base class does, then keep fewer of them below the split.
+
+        sigmas: the noise levels before shifting, in place of a number of steps.
+        """
+        given = None if sigmas is None else np.array(sigmas, dtype=np.float64)
+        super().set_timesteps(num_inference_steps, device, given, mu)
+        self._thin()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: Generators | None = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take one step: the sample at the next sigma, in its dtype; `model_output` is a velocity.
+
+        generator: the source of the noise below the split.
+        """
+        if self.num_inference_steps is None or not self._is_below(timestep):
+            return super().step(model_output, timestep, sample, return_dict)
+        corrected = self._corrected(model_output, sample)
+        ahead = self._step_below(model_output, sample, corrected, generator).to(sample.dtype)
+        return SchedulerOutput(prev_sample=ahead) if return_dict else (ahead,)
+
+    def _corrected(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The sample, corrected by the new prediction if a step of UniPC led to it."""
+        if self.last_sample is None or self.step_index - 1 in self.disable_corrector:
+            return sample
+        return self.multistep_uni_c_bh_update(
+            this_model_output=self.convert_model_output(model_output, sample=sample),
+            last_sample=self.last_sample,
+            this_sample=sample,
+            order=self.this_order,
+        )
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.timestep_list = [None] * self.config.solver_order
+        self.last_sample = None

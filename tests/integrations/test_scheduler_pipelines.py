@@ -6,7 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from stablevm.integrations.diffusers_scheduler import StableVSFlowMatchScheduler
+from stablevm.integrations.diffusers_scheduler import (
+    StableVSDPMSolverMultistepScheduler,
+    StableVSFlowMatchScheduler,
+    StableVSUniPCMultistepScheduler,
+)
 
 pytest.importorskip("transformers", reason="diffusers has these pipelines where transformers is installed")
 
@@ -96,3 +100,14 @@ def test_a_strength_is_the_euler_schedulers(name):
         assert len(by_euler) == round(strength * STEPS) and len(by_stablevs) < len(by_euler)
         assert all(t > after for t, after in itertools.pairwise(by_stablevs))
         assert (latents - expected).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("kind", [StableVSDPMSolverMultistepScheduler, StableVSUniPCMultistepScheduler])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_multistep_schedulers_begin_where_their_base_class_would(name, kind):
+    for strength in (0.6, 0.3):
+        by_base, expected = run(name, lambda **given: kind(use_fast_low_schedule=False, **given), strength)
+        by_stablevs, latents = run(name, kind, strength)
+        assert by_stablevs[0] == by_base[0] and len(by_base) == round(strength * STEPS) > len(by_stablevs)
+        assert all(t > after for t, after in itertools.pairwise(by_stablevs))
+        assert (latents - expected).abs().max() < 0.2 * expected.std()  # 7 steps of order 1 for 18 of order 2

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from stablevm import AlignmentSchedule, ObjectiveSettings, SamplerSettings, UserError, choices
-from stablevm.integrations.diffusers_scheduler import _DEFAULTS
+from stablevm.integrations.stablevs import DEFAULTS
 from stablevm.interpolant import INTERPOLANTS
 from stablevm.preparation.pictures import TRANSFORMS
 from stablevm.sampling.config import GenerateConfig
@@ -67,7 +67,7 @@ def test_the_sampler_is_a_part_of_the_options_of_generate():
     assert settings_of(given) == SamplerSettings("ode", num_steps=7, solver="heun")
     with pytest.raises(UserError, match=r"rtol 1\.0 has no effect"):
         settings_of(GenerateConfig(ckpt=Path("x"), rtol=1.0))
-    assert {name: getattr(SamplerSettings(), name) for name in _DEFAULTS} == _DEFAULTS and _DEFAULTS
+    assert {name: getattr(SamplerSettings(), name) for name in DEFAULTS} == DEFAULTS and DEFAULTS
     numbers = {f.name for f in fields(SamplerOptions) if type(f.default) in (int, float)}
     assert set(SAMPLER_RANGES) == numbers | {"time_shift"}, "whose default is the network's"
 
