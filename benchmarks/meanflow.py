@@ -15,8 +15,8 @@ from typing import Any
 import tyro
 
 from stablevm.data.digits import prepare_digits
-from stablevm.evaluation.digits import extractor
 from stablevm.evaluation.evaluate import evaluate
+from stablevm.evaluation.small_extractor import extractor
 from stablevm.quickstart import recipe
 from stablevm.quickstart.config import QuickstartConfig
 from stablevm.sampling.config import GenerateConfig

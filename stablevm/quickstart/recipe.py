@@ -18,6 +18,7 @@ def _options(command: str) -> dict[str, Any]:
 
 _SAMPLING = _options("generate")
 NUM_SAMPLES: int = _SAMPLING["num_fid_samples"]
+EXTRACTOR_STEPS = ExtractorConfig.steps
 EULER_STEPS: int = _SAMPLING["num_steps"]
 
 
@@ -66,7 +67,7 @@ def extractor_folder(config: QuickstartConfig) -> Path:
 
 
 def extractor_config(config: QuickstartConfig) -> ExtractorConfig:
-    return ExtractorConfig(data_folder(config), extractor_folder(config), config.seed)
+    return ExtractorConfig(data_folder(config), extractor_folder(config), config.seed, EXTRACTOR_STEPS)
 
 
 def train_config(config: QuickstartConfig) -> TrainConfig:

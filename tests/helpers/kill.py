@@ -13,7 +13,6 @@ nothing may be left over.
 """
 
 import argparse
-import functools
 import json
 import os
 import random
@@ -309,11 +308,9 @@ ENCODE = ["--vae=vae", "--batch-size=2"]
 
 
 def _prepare_digits(root):
-    from stablevm.evaluation import small_extractor
     from stablevm.quickstart import recipe
 
-    small_extractor.train_extractor = functools.partial(small_extractor.train_extractor, steps=5)
-    recipe.NUM_SAMPLES = 20
+    recipe.NUM_SAMPLES, recipe.EXTRACTOR_STEPS = 20, 5
     with redirect_stdout(None), redirect_stderr(None):
         cli.prepare(["digits", str(root / "digits")])
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
@@ -366,7 +363,7 @@ CASES = {
     ),
     "pack": Case(_prepare_images, lambda: cli.prepare(["pack", "--source=repa", "--dest=out", *COMMON])),
     "digits": Case(lambda root: None, lambda: cli.prepare(["digits", "out"])),
-    "extractor": Case(_prepare_digits, lambda: cli.extractor(["--data-dir=digits", "--output-dir=out"])),
+    "extractor": Case(_prepare_digits, lambda: cli.extractor(["--data-dir=digits", "--output-dir=out", "--steps=5"])),
     "quickstart": Case(_prepare_digits, lambda: cli.quickstart(["--output-dir=out", "--steps=4"])),
     "toy": Case(_prepare_toy, lambda: cli.toy([*TOY, "--enable-visualization"])),
     "evaluate": Case(

@@ -25,12 +25,10 @@ sys.exit([home for home in homes if not home.startswith(sys.argv[1])] or None)
 """
 # As small as in test_quickstart.py.
 QUICKSTART = """
-import functools, sys
+import sys
 from stablevm import cli
-from stablevm.evaluation import digits
 from stablevm.quickstart import recipe
-digits.train_extractor = functools.partial(digits.train_extractor, steps=40)
-recipe.NUM_SAMPLES = 40
+recipe.NUM_SAMPLES, recipe.EXTRACTOR_STEPS = 40, 40
 sys.exit(cli.main(["quickstart", "--output-dir", sys.argv[1], "--steps", "4", "--no-compare"]))
 """
 

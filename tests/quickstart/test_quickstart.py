@@ -1,6 +1,5 @@
 """The whole quickstart at small size: its files, resuming, and what it refuses."""
 
-import functools
 import html
 import json
 import os
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from stablevm import cli
-from stablevm.evaluation import digits
 from stablevm.quickstart import recipe
 
 pytestmark = pytest.mark.slow
@@ -25,7 +23,7 @@ FEW_SAMPLES = """
 import sys
 from stablevm import cli
 from stablevm.quickstart import recipe
-recipe.NUM_SAMPLES = 40
+recipe.NUM_SAMPLES, recipe.EXTRACTOR_STEPS = 40, 40
 sys.exit(cli.quickstart())
 """
 
@@ -34,7 +32,7 @@ sys.exit(cli.quickstart())
 def smaller():
     """A short extractor training and few samples: what is tested here is the staircase, not the quality."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "train_extractor", functools.partial(digits.train_extractor, steps=40))
+        patch.setattr(recipe, "EXTRACTOR_STEPS", 40)
         patch.setattr(recipe, "NUM_SAMPLES", 40)
         yield
 
