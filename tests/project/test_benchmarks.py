@@ -41,9 +41,17 @@ def test_it_says_how_it_is_run(name):
         assert f"python benchmarks/{name}.py" in text.split('"""')[1]
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
-def test_it_runs(name, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def fresh_accelerator():
+    """No precision of an Accelerator stays in the process, before or after."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_it_runs(name, tmp_path, monkeypatch, capsys):
     script = BENCHMARKS / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(script), *(part.format(folder=tmp_path) for part in RUNS[name])])
     monkeypatch.syspath_prepend(str(BENCHMARKS))
