@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from stablevm import cli
 from stablevm.networks import snapshot
 from stablevm.support import tensor_files
-from stablevm.training import step
+from stablevm.training import terms
 from stablevm.training.checkpoint import Record, best_record, damage, saved_steps
 from tests.helpers import runs
 
@@ -120,8 +120,8 @@ def test_too_many_bad_steps_end_the_run(root, capsys, monkeypatch):
         calls.append(1)
         return measure(prediction, target) * (1 if len(calls) <= 3 else torch.inf)
 
-    calls, measure = [], step.squared_error
-    monkeypatch.setattr(step, "squared_error", squared_error)
+    calls, measure = [], terms.squared_error
+    monkeypatch.setattr(terms, "squared_error", squared_error)
     settings = runs.config(root, "hopeless", max_bad_steps=3, checkpointing_steps=1, checkpoints_kept=1)
     error, warnings = refused(settings, capsys)
     assert "3 steps in a row (--max-bad-steps): 4, 5, 6; the newest checkpoint is of step 5" in error
