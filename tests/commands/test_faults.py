@@ -44,7 +44,7 @@ UNPARSED = {
     "encode --data-dir x": "encode: stablevm has no such command; did you mean prepare encode?",
     "--batch-size 3": f"--batch-size: expected first one of {WORDS}",
     "prepare cnvert": "cnvert: stablevm prepare has no such step; did you mean convert?",
-    "prepare zzz": "zzz: stablevm prepare has no such step; expected one of convert, encode, pack, digits",
+    "prepare zzz": "zzz: stablevm prepare has no such step; expected one of convert, encode, pack, features, digits",
     "data verfy x": "verfy: stablevm data has no such action; did you mean verify?",
 }  # fmt: skip
 
