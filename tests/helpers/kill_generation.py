@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads would not survive the fork
 
 import numpy as np
+from tqdm import tqdm
 
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
@@ -31,6 +33,7 @@ def start(config, rank, world_size):
     if child:
         return child
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    tqdm.set_lock(threading.RLock())  # the inherited one is shared, and stays taken if a process is killed in it
     status = 1
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
