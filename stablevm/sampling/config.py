@@ -184,6 +184,11 @@ class GenerateConfig(
             *self.expectations(as_typed),
             ("heun", not self.heun or self.solver != "dopri5", "no --solver dopri5 with it"),
             (
+                "heun",
+                not self.heun or self.mode != "meanflow",
+                "no --mode meanflow with it, whose steps have one evaluation",
+            ),
+            (
                 "trajectory",
                 not self.trajectory or self.solver != "dopri5",
                 "no --solver dopri5 with it: each image has steps of its own",

@@ -205,15 +205,7 @@ def sample_latents(
     the latent, guided alike, and it is dropped. UserError for labels or guidance that were never trained, according to
     the card, and for a guide that does not fit.
     """
-    _check_trained(card, labels, guidance.cfg_scale)
-    if settings.mode == "meanflow" and not card.model.intervals:
-        raise UserError(f"{arg('mode')} meanflow: the network was trained without meanflow, so it knows no intervals")
-    _check_legacy(card, guidance)
-    if guide is not None:
-        if settings.mode == "meanflow":
-            raise UserError(f"{arg('mode')} meanflow: expected no guide, which guides velocities and not their means")
-        check_guide(guide.card, card)
-        _check_trained(guide.card, guide.labels(labels), 1.0)
+    _check_request(card, labels, settings, guidance, guide)
     shape = (len(labels), *card.model.state_shape)
     path = get_interpolant(card.path_type)
     velocity = GuidedVelocity(
@@ -230,17 +222,14 @@ def sample_latents(
         guide=guide,
     )
 
-    def watched(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        v = velocity(x, t, rows)
-        if watch is not None and rows is None:
+    takes_intervals = settings.mode == "meanflow"
+
+    def watched(x: Tensor, t: Tensor, third: Tensor | None = None) -> Tensor:
+        """The third argument is the time r of the next state for MeanFlow, the rows of x for dopri5."""
+        v = velocity(x, t, r=third) if takes_intervals else velocity(x, t, third)
+        if watch is not None and (takes_intervals or third is None):
             watch(latents_of(x), t, latents_of(v))
         return v
-
-    def watched_mean(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u = velocity(x, t, r=r)
-        if watch is not None:
-            watch(latents_of(x), t, latents_of(u))
-        return u
 
     def latents_of(states: Tensor) -> Tensor:
         return parted(states, card.latent.shape)[0] if card.model.cls_token_dim else states
@@ -250,14 +239,25 @@ def sample_latents(
 
     if settings.time_shift is None and "time_shift" not in settings.without_effect(spelt_in_python):
         settings = replace(settings, time_shift=card.time_shift)
-    called = watched_mean if settings.mode == "meanflow" else watched
-    latents = latents_of(integrate(called, noise, path, settings))
+    latents = latents_of(integrate(watched, noise, path, settings))
     return latents.float(), round(velocity.evaluations)
 
 
-def _check_legacy(card: ModelCard, guidance: GuidanceSettings) -> None:
+def _check_request(
+    card: ModelCard, labels: Tensor, settings: SamplerSettings, guidance: GuidanceSettings, guide: Guide | None
+) -> None:
+    """Raise UserError for what the network, or its guide, was not trained for."""
+    _check_trained(card, labels, guidance.cfg_scale)
+    takes_intervals = settings.mode == "meanflow"
+    if takes_intervals and not card.model.intervals:
+        raise UserError(f"{arg('mode')} meanflow: the network was trained without meanflow, so it knows no intervals")
     if guidance.legacy and card.model.cls_token_dim:
         raise UserError(f"{arg('legacy')}: the network has a class token, whose states have no channels; leave it out")
+    if guide is not None:
+        if takes_intervals:
+            raise UserError(f"{arg('mode')} meanflow: expected no guide, which guides velocities and not their means")
+        check_guide(guide.card, card)
+        _check_trained(guide.card, guide.labels(labels), 1.0)
 
 
 def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:

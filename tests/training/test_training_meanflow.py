@@ -50,6 +50,10 @@ def test_images_take_one_evaluation_for_each_step(root, whole, tmp_path, capsys)
         assert cli.generate([*arguments, "--mode", "meanflow", "--num-steps", steps]) == 0
         assert f"{steps} network evaluations per image" in capsys.readouterr().out
     assert cli.generate([*arguments, "--mode", "ode", "--num-steps", "2"]) == 0, "its velocities work too"
+    for solver in ("--solver=heun", "--heun"):
+        assert cli.generate([*arguments, "--mode", "meanflow", solver]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {solver.replace('=', ' ')}") and "--mode meanflow" in error
 
 
 def test_networks_without_intervals_have_no_such_mode(root, tmp_path, capsys):
