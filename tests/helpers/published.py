@@ -92,9 +92,8 @@ class PublishedSiT(nn.Module):
         layers = nn.Linear(WIDTH, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, width)
         return nn.Sequential(*layers)
 
-    @torch.no_grad()
-    def forward(self, x, t, y):
-        tokens = self.x_embedder.proj(x).flatten(2).mT + self.pos_embed
+    def _through_blocks(self, tokens, t, y):
+        """The inputs of the last linear layer; `seen` holds the tokens after each block."""
         frequencies = 10000.0 ** (-torch.arange(128) / 128)
         angles = t[:, None] * frequencies
         c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], 1)) + self.y_embedder.embedding_table(y)
@@ -103,7 +102,12 @@ class PublishedSiT(nn.Module):
             tokens = block(tokens, c)
             self.seen.append(tokens)
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        patches = self.final_layer.linear(normalise(tokens) * (1 + scale) + shift)
+        return normalise(tokens) * (1 + scale) + shift
+
+    @torch.no_grad()
+    def forward(self, x, t, y):
+        tokens = self._through_blocks(self.x_embedder.proj(x).flatten(2).mT + self.pos_embed, t, y)
+        patches = self.final_layer.linear(tokens)
         grid = SIDE // PATCH
         cells = patches.view(len(x), grid, grid, PATCH, PATCH, self.out_channels)
         image = cells.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, SIDE, SIDE)
@@ -136,15 +140,7 @@ class PublishedREG(PublishedSiT):
     def forward(self, x, t, y, cls_token):
         first = normalise(self.cls_projectors2(cls_token), self.wg_norm.weight, self.wg_norm.bias)
         tokens = torch.cat([first[:, None], self.x_embedder.proj(x).flatten(2).mT], dim=1) + self.pos_embed
-        frequencies = 10000.0 ** (-torch.arange(128) / 128)
-        angles = t[:, None] * frequencies
-        c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], 1)) + self.y_embedder.embedding_table(y)
-        self.seen = []
-        for block in self.blocks:
-            tokens = block(tokens, c)
-            self.seen.append(tokens)
-        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        tokens = normalise(tokens) * (1 + scale) + shift
+        tokens = self._through_blocks(tokens, t, y)
         grid = SIDE // PATCH
         cells = self.final_layer.linear(tokens[:, 1:]).view(len(x), grid, grid, PATCH, PATCH, CHANNELS)
         image = cells.permute(0, 5, 1, 3, 2, 4).reshape(len(x), CHANNELS, SIDE, SIDE)
