@@ -42,17 +42,11 @@ def stream():
 @pytest.fixture
 def silent_hub(monkeypatch, tmp_path):
     """The hub's client asks an address of this machine where no server listens, and its cache is empty."""
-    from huggingface_hub import constants, file_download
+    from tests.helpers.hub import use
 
     with socket.socket() as closed:  # bound, but it does not listen
         closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        use(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path / "hub")
         yield
 
 

@@ -16,7 +16,8 @@ class DemoConfig:
     """
 
     ckpt: Path
-    """Checkpoint folder: model.json with ema.safetensors and model.safetensors. Or a run's folder, for its newest."""
+    """Checkpoint folder: model.json with ema.safetensors and model.safetensors. Or a run's folder, for its newest; or
+    hf:OWNER/NAME[@REVISION], on the Hugging Face Hub."""
     weights: Weights = "ema"
     """ema: the moving average of the weights. model: the weights of the last training step."""
     precision: Precision = "fp32"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from stablevm.demo.config import DemoConfig
 from stablevm.figures import sheets
-from stablevm.networks.snapshot import checkpoint_in, load_card
+from stablevm.networks.snapshot import checkpoint_in, load_card, title_of
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.provenance import check_claims, labels_of
@@ -59,7 +60,8 @@ class Studio:
 
     def __init__(self, config: DemoConfig, device: torch.device) -> None:
         """UserError where `config.ckpt` holds no checkpoint, or its weights or its autoencoder can't be loaded."""
-        ckpt = checkpoint_in(config.ckpt)
+        ckpt = checkpoint_in(config.ckpt, config.weights)
+        self.title = Path(title_of(config.ckpt, ckpt))
         self.base = GenerateConfig(ckpt=ckpt, weights=config.weights, precision=config.precision, vae=config.vae)
         self.card = load_card(ckpt)
         check_claims(replace(self.base, unconditional=not self.card.classes_are_trained), self.card)
@@ -123,5 +125,5 @@ class Studio:
         return Generated(
             sheets.plot_sheet(np.concatenate(parts), columns, captions),
             f"{len(indices)} images, {evaluations} network evaluations each, {time.monotonic() - started:.1f} s",
-            command_line("stablevm generate", request),
+            command_line("stablevm generate", replace(request, ckpt=self.title)),
         )

@@ -35,7 +35,7 @@ from stablevm.evaluation.samples import Reference, Samples, check_comparable, op
 from stablevm.evaluation.small_extractor import digits_splits, load_extractor
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import result_rows, results_of
-from stablevm.networks.snapshot import ModelCard
+from stablevm.networks.snapshot import ModelCard, title_of
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.provenance import (
@@ -284,14 +284,13 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig, *, is_part: bool = Fal
     name = sampling.name or default_name(source.provenance)
     output = config.evaluation.output or sampling.sample_dir / f"{name}.json"
     check_outputs(outputs_of(output, config.evaluation), {"--ckpt": sampling.ckpt} | inputs_of(config.evaluation))
+    title = title_of(config.sampling.ckpt, sampling.ckpt)
     with _results_owned(output, process):
         if config.evaluation.extractor is not None:
             if not process.is_first:
                 return {}
             images = torch.from_numpy(source.images(range(len(source))))
-            return _finish_digits(
-                images, source.labels, str(sampling.ckpt), config.evaluation, output, show=not is_part
-            )
+            return _finish_digits(images, source.labels, title, config.evaluation, output, show=not is_part)
         labels = None if sampling.unconditional else source.labels.numpy()
-        samples = Samples(str(sampling.ckpt), source, (source.side, source.side), labels)
+        samples = Samples(title, source, (source.side, source.side), labels)
         return _evaluate_samples(samples, config.evaluation, process, output, show=not is_part)

@@ -17,7 +17,9 @@ class ImportConfig:
     for `generate` and `train --init-from`. Sizes are inferred from the weights; no code in the file runs."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """The .pt file: weights by name, taken as the moving average, or a dictionary with them as ema or model."""
+    """The .pt file: weights by name, taken as the moving average, or a dictionary with them as ema or model; or weights
+    in .safetensors. hf:OWNER/NAME/FILE[@REVISION] is fetched from the Hugging Face Hub; FILE may be left out if there
+    is only one."""
     output: Path
     """New folder for model.json with ema.safetensors and model.safetensors, if the file has both."""
     source: Literal["sit", "repa", "stablevelocity", "repae", "lightningdit"] | None = None

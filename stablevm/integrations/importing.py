@@ -11,7 +11,7 @@ from torch import Tensor
 from stablevm.data.lightning_dit import read_statistics
 from stablevm.integrations import conversion
 from stablevm.integrations.config import ImportConfig
-from stablevm.integrations.reader import PublishedCheckpoint, read_published
+from stablevm.integrations.reader import ENDINGS, PublishedCheckpoint, read_published
 from stablevm.networks import snapshot
 from stablevm.networks.autoencoder import (
     SD_AUTOENCODERS,
@@ -27,6 +27,7 @@ from stablevm.networks.snapshot import CARD_FILE, ModelCard, Weights
 from stablevm.networks.transformer_config import TransformerConfig
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary
+from stablevm.support.hub import fetched_file, is_on_hub
 from stablevm.support.locks import is_foreign, owned
 from stablevm.support.options import as_typed
 from stablevm.support.text import shown
@@ -55,7 +56,7 @@ def import_checkpoint(config: ImportConfig) -> Path:
 
 
 def _import(config: ImportConfig) -> Path:
-    published = read_published(config.checkpoint)
+    published = read_published(_local(config.checkpoint))
     source = _source(config, published)
     vae = _vae(config, source)
     sets = {name: conversion.our_names(state) for name, state in published.weights.items()}
@@ -84,6 +85,11 @@ def _import(config: ImportConfig) -> Path:
         f"weights: {' and '.join(converted)}"
     )
     return config.output
+
+
+def _local(checkpoint: Path) -> Path:
+    """The file itself, or the one of that name on the hub."""
+    return fetched_file(checkpoint, ENDINGS) if is_on_hub(checkpoint) else checkpoint
 
 
 def _check_free(folder: Path) -> None:

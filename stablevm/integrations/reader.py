@@ -1,4 +1,4 @@
-"""Reading an untrusted `.pt` file, of which only tensors and plain values are loaded; no code in it runs."""
+"""Reading an untrusted file, `.pt` or safetensors: only tensors and plain values are loaded; no code in it runs."""
 
 import argparse
 import math
@@ -13,9 +13,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from stablevm.networks.snapshot import Weights
 from stablevm.support.errors import UserError
-from stablevm.support.foreign_weights import UNREADABLE
+from stablevm.support.foreign_weights import UNREADABLE, read_weights
 from stablevm.support.text import shown
 
+SAFE = ".safetensors"
+ENDINGS = (".pt", ".pth", ".ckpt", SAFE)  # of such files
 COUNTERS = "num_batches_tracked"  # integers of batch normalisations, which are not weights
 LATENT_OPTIONS = ("latent_norm", "latent_multiplier")  # of LightningDiT's data: (z - mean) / std * multiplier
 # Prefixes that torch's wrappers for several processes and for compilation add to the names of parameters.
@@ -108,7 +110,9 @@ def _fault(key: object, value: Tensor) -> str | None:
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a published checkpoint (.pt)")
+        raise UserError(f"{path}: no such file; give a published checkpoint (.pt or .safetensors)")
+    if path.suffix == SAFE:
+        return read_weights(path, "checkpoint")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a torch checkpoint (torch 1.6 or later), or truncated; download it again")
     try:

@@ -18,6 +18,7 @@ from stablevm.networks.registry import DEFAULT_KIND, build_network, config_class
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import CHECKPOINTS, write_json
+from stablevm.support.hub import fetched_folder, hub_name, is_on_hub
 from stablevm.support.options import some_of
 from stablevm.support.ranges import ABOVE_0, CHANCE
 from stablevm.support.tensor_files import save_tensors
@@ -125,13 +126,37 @@ def save(
     write_json(folder / CARD_FILE, card.to_dict())
 
 
-def checkpoint_in(folder: str | Path) -> Path:
-    """The folder itself where it is a checkpoint; the newest checkpoint where it is a run's folder."""
+def checkpoint_in(folder: str | Path, weights: Weights = "ema") -> Path:
+    """The folder itself where it is a checkpoint; the newest checkpoint where it is a run's folder.
+
+    hf:OWNER/NAME[@REVISION] is fetched from the Hugging Face Hub: the card and these weights, nothing else. UserError
+    where it holds no such checkpoint.
+    """
+    if is_on_hub(folder):
+        return _fetched(folder, weights)
     folder = Path(folder)
     found = _checkpoints(folder)
     if (folder / CARD_FILE).is_file() or not found:
         return folder
     return max(found, key=lambda checkpoint: int(checkpoint.name))
+
+
+def _fetched(name: str | Path, weights: Weights) -> Path:
+    file = f"{weights}.safetensors"
+    folder = fetched_folder(name, [CARD_FILE, file])
+    if not (folder / CARD_FILE).is_file():
+        raise UserError(
+            f"{name}: holds no {CARD_FILE}, so it is no checkpoint that was pushed from here; stablevm import converts "
+            "published files"
+        )
+    if not (folder / file).is_file():
+        raise UserError(f"{name}: holds no {file}; choose the other weights")
+    return folder
+
+
+def title_of(given: str | Path, folder: Path) -> str:
+    """The name of a checkpoint in `folder` for people: one of the hub with its commit, else the folder."""
+    return str(replace(hub_name(given), revision=folder.name)) if is_on_hub(given) else str(folder)
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -42,7 +42,8 @@ class AutoguidanceOptions:
     GROUP: ClassVar[str] = "autoguidance"
 
     guide_ckpt: Path | None = None
-    """Checkpoint folder, or run's folder, of the weaker network: samples are driven away from what it predicts."""
+    """Checkpoint folder, run's folder, or hf:OWNER/NAME[@REVISION] of the weaker network: samples are driven away from
+    what it predicts."""
     guide_weights: Weights = "ema"
     """Which of its weights: ema, the moving average; model, those of the last step."""
     guide_scale: Annotated[float, CFG_SCALE] = 1.0
@@ -141,7 +142,8 @@ class GenerateConfig(
     GROUP: ClassVar[str] = "run"
 
     ckpt: Path
-    """Checkpoint folder: model.json with ema.safetensors and model.safetensors. Or a run's folder, for its newest."""
+    """Checkpoint folder: model.json with ema.safetensors and model.safetensors. Or a run's folder, for its newest; or
+    hf:OWNER/NAME[@REVISION], on the Hugging Face Hub."""
     weights: Weights = "ema"
     """ema: the moving average of the weights. model: the weights of the last training step."""
     vae: str | None = None

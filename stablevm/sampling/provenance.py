@@ -26,6 +26,7 @@ from stablevm.sampling.labels import balanced_labels, random_labels
 from stablevm.solvers.settings import settings_of
 from stablevm.support import files
 from stablevm.support.errors import UserError
+from stablevm.support.hub import is_on_hub
 from stablevm.support.options import as_typed, distinct_indices, some_of
 from stablevm.support.text import brief
 
@@ -36,11 +37,12 @@ _HASH_DIGITS = 8
 def resolved(config: GenerateConfig) -> tuple[GenerateConfig, ModelCard]:
     """The request with what the checkpoint knows, and the checkpoint's card, with the attention kernel of the options.
 
-    A run's folder becomes its newest checkpoint, and names of classes their numbers. UserError as in `check_claims`.
+    A run's folder becomes its newest checkpoint, a name of the hub the folder of its files, and names of classes their
+    numbers. UserError as in `check_claims`.
     """
-    config = replace(config, ckpt=checkpoint_in(config.ckpt))
+    config = replace(config, ckpt=checkpoint_in(config.ckpt, config.weights))
     if config.guide_ckpt is not None:
-        config = replace(config, guide_ckpt=checkpoint_in(config.guide_ckpt))
+        config = replace(config, guide_ckpt=checkpoint_in(config.guide_ckpt, config.guide_weights))
     card = load_card(config.ckpt)
     if config.fused_attn is not None:  # any kernel computes the same function
         card = replace(card, model=replace(card.model, fused_attn=config.fused_attn))
@@ -66,9 +68,13 @@ def guide_card(config: GenerateConfig, card: ModelCard) -> ModelCard | None:
 
 
 def newest_notes(given: GenerateConfig, taken: GenerateConfig) -> list[str]:
-    """A line for each run's folder that stands for its newest checkpoint."""
+    """A line for each run's folder, or name of the hub, that stands for a checkpoint in it."""
     pairs = [(given.ckpt, taken.ckpt), (given.guide_ckpt, taken.guide_ckpt)]
-    return [f"{one}: its newest checkpoint is {two.name}" for one, two in pairs if two is not None and one != two]
+    return [
+        f"{one}: its {'commit' if is_on_hub(one) else 'newest checkpoint'} is {two.name}"
+        for one, two in pairs
+        if one is not None and two is not None and one != two
+    ]
 
 
 def _numbers_of(names: str, card: ModelCard) -> list[int]:

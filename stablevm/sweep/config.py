@@ -54,7 +54,7 @@ class SweepConfig(GridOptions, ImageOptions, SamplerOptions, HardwareOptions, Me
     GROUP: ClassVar[str] = "run"
 
     ckpt: Path
-    """Checkpoint folder, or a run's folder, for its newest."""
+    """Checkpoint folder; a run's folder, for its newest; or hf:OWNER/NAME[@REVISION], on the Hugging Face Hub."""
     output_dir: Path = Path("sweep")
     """Folder for sweep.txt, sweep.json, sweep.png and the results of each combination."""
     precision: Precision = "fp32"
@@ -62,7 +62,7 @@ class SweepConfig(GridOptions, ImageOptions, SamplerOptions, HardwareOptions, Me
     vae: str | None = None
     """Autoencoder: ema, mse, or the folder of one to decode with. Default: the one that the checkpoint records."""
     guide_ckpt: Path | None = None
-    """Checkpoint folder, or run's folder, of a weaker network for guidance (see generate)."""
+    """Checkpoint folder, run's folder, or hf:OWNER/NAME[@REVISION] of a weaker network for guidance (see generate)."""
     guide_weights: Weights = "ema"
     """Which of its weights: ema, the moving average; model, those of the last step."""
     guide_low: Time = 0.0

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def sweep(config: SweepConfig) -> Sweep:
     """
     config.validate()
     process = Process.from_environment()
+    if config.guide_ckpt is not None:  # once, as a name of the hub is a question to it
+        config = replace(config, guide_ckpt=checkpoint_in(config.guide_ckpt, config.guide_weights))
     jobs = list(_jobs(config, process))
     with owned(config.output_dir):
         if process.is_first:
@@ -121,9 +123,9 @@ def _identity(value: Any) -> Any:
 
 def _weights_folder(config: SweepConfig, value: Value, process: Process) -> Path:
     """The checkpoint folder with the weights that a value of `average` means; an average is made if it is missing."""
-    ckpt = checkpoint_in(config.ckpt)
     if value in WEIGHTS:
-        return ckpt
+        return checkpoint_in(config.ckpt, "model" if value == "model" else "ema")
+    ckpt = checkpoint_in(config.ckpt)
     card, run = load_card(ckpt), ckpt.parent.parent
     if ckpt.parent.name != CHECKPOINTS:
         raise UserError(

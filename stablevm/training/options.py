@@ -64,8 +64,8 @@ class NetworkOptions:
     cls_coeff: NotNegative = 0.03
     """Weight of the class token's loss, 0 or more."""
     init_from: Path | None = None
-    """Start from the weights of this checkpoint folder, or of the newest one of this run's folder, instead of random
-    ones: fine-tuning, also after an import."""
+    """Start from the weights of this checkpoint folder, of the newest one of this run's folder, or of
+    hf:OWNER/NAME[@REVISION] on the Hugging Face Hub, instead of random ones: fine-tuning, also after an import."""
     init_weights: Weights = "ema"
     """Which of its weights: ema, the moving average; model, those of the last step."""
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from stablevm.networks.network_config import PROJECTOR_FACTS
-from stablevm.networks.snapshot import ModelCard, Weights, checkpoint_in, load_card, load_weights
+from stablevm.networks.snapshot import ModelCard, Weights, checkpoint_in, load_card, load_weights, title_of
 from stablevm.support.errors import UserError
 from stablevm.training.average import decay_of, exponent_of
 
@@ -107,16 +107,17 @@ def initial_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of the checkpoint in `folder` for the network of `card`, and lines that say what they leave out.
 
-    Labels' rows are those of the classes of the same name, and `fresh` for others; the null class's is taken over.
-    Projectors are `fresh` unless the checkpoint's read the same block for encoders of the same widths. UserError for a
-    checkpoint that can't be read, and naming both values where it differs in anything else.
+    folder: as `checkpoint_in` takes it. Labels' rows are those of the classes of the same name, and `fresh` for others;
+    the null class's is taken over. Projectors are `fresh` unless the checkpoint's read the same block for encoders of
+    the same widths. UserError for a checkpoint that can't be read, and naming both values where it differs in anything
+    else.
     """
-    folder = checkpoint_in(folder)
-    theirs = load_card(folder)
-    _check_same(folder, theirs, card)
+    given, folder = folder, checkpoint_in(folder, weights)
+    title, theirs = title_of(given, folder), load_card(folder)
+    _check_same(title, theirs, card)
     found = load_weights(folder, weights)
     start = {name: found.get(name, value) for name, value in fresh.items()}
-    lines = [f"starts from the weights {weights} of {folder}, step {theirs.step:,}"]
+    lines = [f"starts from the weights {weights} of {title}, step {theirs.step:,}"]
     if not theirs.latent.has_autoencoder_of(card.latent):
         lines.append(f"its autoencoder was {theirs.latent.autoencoder}, this run's is {card.latent.autoencoder}")
     if _names(theirs) != _names(card):
@@ -173,19 +174,19 @@ def _listed(card: ModelCard, labels: list[int]) -> str:
     return f"{len(labels):,} of {card.model.num_classes:,} ({shown}{', ...' if len(labels) > NAMES_SHOWN else ''})"
 
 
-def _check_same(folder: Path, theirs: ModelCard, ours: ModelCard) -> None:
-    _check_equal(folder, theirs.model.weight_facts(), ours.model.weight_facts())
+def _check_same(title: str, theirs: ModelCard, ours: ModelCard) -> None:
+    _check_equal(title, theirs.model.weight_facts(), ours.model.weight_facts())
     for facts, one, other, of in (
         (LATENT_FACTS, theirs.latent, ours.latent, "latent's "),
         (RUN_FACTS, theirs, ours, ""),
     ):
-        _check_equal(folder, *({of + fact: getattr(card, fact) for fact in facts} for card in (one, other)))
+        _check_equal(title, *({of + fact: getattr(card, fact) for fact in facts} for card in (one, other)))
 
 
-def _check_equal(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def _check_equal(title: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for fact, value in ours.items():
         if theirs[fact] != value:
             raise UserError(
-                f"--init-from {folder}: its {fact.replace('_', ' ')} is {theirs[fact]}, this run's is {value}; "
+                f"--init-from {title}: its {fact.replace('_', ' ')} is {theirs[fact]}, this run's is {value}; "
                 "give the model, data and options of that checkpoint"
             )
