@@ -173,6 +173,12 @@ def _extractor() -> Use[Any]:
     return Use(ExtractorConfig, work.extractor)
 
 
+def _encoder() -> Use[Any]:
+    from stablevm.preparation.config import EncoderConfig
+
+    return Use(EncoderConfig, work.encoder)
+
+
 def _evaluate() -> Use[Any]:
     from stablevm.evaluation.config import EvaluateConfig
 
@@ -275,6 +281,7 @@ COMMANDS = (
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
     Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),
     Command("extractor", "train the network that evaluates digits and other small images", (_extractor,)),
+    Command("encoder", "train an encoder for alignment on your images, without labels", (_encoder,)),
     Command(
         "evaluate",
         "evaluate a file of generated images, or a checkpoint",

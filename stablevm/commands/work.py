@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ConvertShardsConfig,
         DigitsConfig,
         EncodeConfig,
+        EncoderConfig,
         EncodeShardsConfig,
         FeaturesConfig,
         InfoConfig,
@@ -109,6 +110,13 @@ def extractor(config: "ExtractorConfig") -> None:
     from stablevm.evaluation.small_extractor import extractor
 
     extractor(config)
+
+
+def encoder(config: "EncoderConfig") -> None:
+    need("stablevm encoder", "timm")
+    from stablevm.preparation.masked_encoder import encoder
+
+    encoder(config)
 
 
 def variance(config: "VarianceConfig") -> None:

@@ -42,6 +42,8 @@ _OF_THE_STUDY = frozenset(
         "learning_rate", "ema_decay", "resume_step", "checkpointing_steps", "checkpoints_kept", "lr_schedule",
     }
 )  # fmt: skip
+# Options of training that name a file or a folder, which a file of arms gives as text.
+_PATHS = frozenset(field.name for field in fields(TrainConfig) if field.type in (Path, Path | None))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class StudyConfig:
     """Encoder of the arms with alignment."""
     encoder_weights: str | None = None
     """File of the encoder's weights. Default: with extractor, those of --extractor, which then evaluates its own
-    features; better ones are of another seed."""
+    features; better are those of another seed, or of stablevm encoder, which learns without labels."""
+    features_dir: Path | None = None
+    """Folder of the encoder's tokens (stablevm prepare features), which are read instead of running the encoder."""
     encoder_depth: Count = 2
     """Block, from 1, whose tokens are aligned."""
     num_fid_samples: Count = 2000
@@ -139,6 +143,7 @@ def _arms_in(path: Path) -> Arms:
         if not isinstance(options, Mapping) or Path(name).name != name:
             raise UserError(f"--arms {path}: {name}: expected a table of options with the name of a file")
         arms[name] = {option.replace("-", "_"): value for option, value in options.items()}
+        arms[name] |= {option: Path(value) for option, value in arms[name].items() if option in _PATHS}
         wrong = [option for option in arms[name] if option not in known]
         if wrong:
             raise UserError(f"--arms {path}: {name}: {some_of(wrong)}: expected options of train that arms may have")

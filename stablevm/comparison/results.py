@@ -33,6 +33,7 @@ class Result:
     # Processor seconds of the training since its beginning; None where it was interrupted, so that they are not known.
     seconds: float | None = None
     study: dict[str, Any] = field(default_factory=dict)  # the options that all arms share
+    seconds_per_step: float | None = None  # processor seconds since the point before; None as above
 
     def write(self, folder: Path) -> None:
         write_json(path_of(folder, self.arm, self.seed, self.step), asdict(self))
@@ -90,9 +91,32 @@ class Comparison:
         With one seed, arms start from the same weights and see the same noise, so that differences vary less than the
         values do.
         """
-        first, other = (self.values(name, step, metric) for name in (self.arms[0], arm))
-        common = sorted(first.keys() & other.keys())
-        return Estimate.of([first[seed] - other[seed] for seed in common]) if common else None
+        return _difference(self.values(self.arms[0], step, metric), self.values(arm, step, metric))
+
+    def step_seconds(self, arm: str) -> float | None:
+        """Processor seconds of a step: the least of all seeds and points, which other work disturbed least."""
+        found = [each.seconds_per_step for (name, *_), each in self._results.items() if name == arm]
+        return min((each for each in found if each is not None), default=None)
+
+    def equal_time(self) -> "EqualTime | None":
+        """The arms after the processor time that the quickest one needs for all its steps; None before one is timed."""
+        seconds = {arm: self.step_seconds(arm) for arm in self.arms}
+        timed = {arm: each for arm, each in seconds.items() if each is not None}
+        if not timed or len(self.steps) < 2:
+            return None
+        return EqualTime(timed, budget=min(timed.values()) * self.steps[-1])
+
+    def values_after(self, arm: str, steps: float, metric: str) -> dict[int, float]:
+        """The values by seed after any number of steps between the first and the last point.
+
+        Between two points the logarithm of the metric is a line over the logarithm of the step. Only seeds that have
+        both points are in it.
+        """
+        later = next((step for step in self.steps if step >= steps), self.steps[-1])
+        earlier = max((step for step in self.steps if step < later), default=later)
+        high, low = self.values(arm, later, metric), self.values(arm, earlier, metric)
+        share = math.log(steps / earlier) / math.log(later / earlier) if later > earlier else 1.0
+        return {seed: low[seed] ** (1 - share) * high[seed] ** share for seed in sorted(high.keys() & low.keys())}
 
     def seconds(self, arm: str, step: int) -> float | None:
         """The mean processor seconds of training up to a point, over the seeds for which they are known."""
@@ -120,21 +144,63 @@ class Comparison:
                 if first is None:
                     continue
                 numbers = [each.text(2 if metric == distance else 3) for metric, each in means.items() if each]
+                gain = self.gain(arm, step, distance) if arm != self.arms[0] else None
                 seconds = self.seconds(arm, step)
                 spent = "" if seconds is None else f"{seconds:,.0f}"
-                yield _row([arm, str(first.count), *numbers, *self._gain_cells(arm, step, distance), spent])
+                yield _row([arm, str(first.count), *numbers, *_gain_cells(gain), spent])
 
-    def _gain_cells(self, arm: str, step: int, metric: str) -> tuple[str, str]:
-        gain = self.gain(arm, step, metric)
-        if gain is None or arm == self.arms[0]:
-            return "", ""
-        return gain.text(2), f"{gain.mean / gain.error:.1f}" if gain.error else ""
+    def equal_time_table(self) -> Iterator[str]:
+        """The lines of a table of the distance at equal time; none before an arm is timed at two points."""
+        equal, metric = self.equal_time(), next(iter(METRICS))
+        if equal is None:
+            return
+        yield f"\nAt equal processor time, {equal.budget:,.0f} s (the distance between points is interpolated):\n"
+        titles = ["arm", "seconds per step", "steps", METRICS[metric], f"below {self.arms[0]}", "standard errors"]
+        yield from (_row(titles), _row(["---"] * len(titles)))
+        first = self._after(equal, self.arms[0], metric)
+        for arm, seconds in equal.step_seconds.items():
+            values = self._after(equal, arm, metric)
+            if values:
+                gain = _difference(first, values) if arm != self.arms[0] else None
+                steps = f"{equal.steps(arm):,.0f}"
+                mean = Estimate.of(list(values.values())).text(2)
+                yield _row([arm, f"{seconds:.3f}", steps, mean, *_gain_cells(gain)])
+
+    def _after(self, equal: "EqualTime", arm: str, metric: str) -> dict[int, float]:
+        """The values by seed at equal time; none for an arm that is not timed, or that reaches no point by then."""
+        if arm not in equal.step_seconds or equal.steps(arm) < self.steps[0]:
+            return {}
+        return self.values_after(arm, equal.steps(arm), metric)
 
     def curves(self) -> Mapping[str, list[tuple[int, Estimate]]]:
         """The distance of each arm over the steps."""
         metric = next(iter(METRICS))
         found = {arm: [(step, self.estimate(arm, step, metric)) for step in self.steps] for arm in self.arms}
         return {arm: [(step, each) for step, each in points if each is not None] for arm, points in found.items()}
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """A time that each timed arm has for its training."""
+
+    step_seconds: dict[str, float]  # by arm
+    budget: float  # processor seconds
+
+    def steps(self, arm: str) -> float:
+        """The steps that an arm makes in this time."""
+        return self.budget / self.step_seconds[arm]
+
+
+def _difference(first: Mapping[int, float], other: Mapping[int, float]) -> Estimate | None:
+    """How much lower the second values are, seed by seed; None without a common seed."""
+    common = sorted(first.keys() & other.keys())
+    return Estimate.of([first[seed] - other[seed] for seed in common]) if common else None
+
+
+def _gain_cells(gain: Estimate | None) -> tuple[str, str]:
+    if gain is None:
+        return "", ""
+    return gain.text(2), f"{gain.mean / gain.error:.1f}" if gain.error else ""
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -52,8 +52,8 @@ def summarise(config: StudyConfig) -> Comparison:
     ]
     results = [read(path) for path in paths if path.exists()]
     comparison = Comparison(results, list(arms))
-    table = "\n".join([f"# {len(results)} of {len(paths)} results", *_told(config), *comparison.table()]) + "\n"
-    write_text(config.output_dir / TABLE_FILE, table)
+    lines = [f"# {len(results)} of {len(paths)} results", *_told(config), *comparison.table()]
+    write_text(config.output_dir / TABLE_FILE, "\n".join([*lines, *comparison.equal_time_table()]) + "\n")
     if results:
         plot_comparison(comparison.curves(), config.output_dir / FIGURE_FILE)
     return comparison
@@ -73,16 +73,19 @@ class _Run:
             path = path_of(self.config.output_dir, self.arm, self.seed, step)
             if not path.exists():
                 print(f"\n{self.name}, step {step:,}", flush=True)
-                seconds = self._train(before, step)
+                seconds, per_step = self._train(before, step)
                 metrics = self._evaluate(step)
-                Result(self.arm, self.seed, step, self.options, metrics, seconds, self.config.fixed).write(
-                    self.config.output_dir
-                )
+                shared = self.config.fixed
+                result = Result(self.arm, self.seed, step, self.options, metrics, seconds, shared, per_step)
+                result.write(self.config.output_dir)
                 summarise(self.config)
             before = step
 
-    def _train(self, before: int, step: int) -> float | None:
-        """Train from the point `before` to `step`; the processor seconds since step 0, if nothing interrupted it."""
+    def _train(self, before: int, step: int) -> tuple[float | None, float | None]:
+        """Train from the point `before` to `step`; the processor seconds since step 0, and of each step since `before`.
+
+        None where an interruption hides them.
+        """
         config = self._train_config(step)
         saved = saved_steps(config.folder)
         earlier = 0.0 if before == 0 else read(path_of(self.config.output_dir, self.arm, self.seed, before)).seconds
@@ -90,7 +93,9 @@ class _Run:
         start = time.process_time()
         train(config, is_part=True)
         spent = time.process_time() - start
-        return earlier + spent if begins_here and earlier is not None else None
+        if not begins_here:
+            return None, None
+        return None if earlier is None else earlier + spent, spent / (step - before)
 
     def _train_config(self, step: int) -> TrainConfig:
         config = self.config
@@ -101,6 +106,7 @@ class _Run:
             "enc_type": config.enc_type,
             "encoder_weights": weights,
             "encoder_depth": config.encoder_depth,
+            "features_dir": config.features_dir,
         }
         shared: dict[str, Any] = {
             "exp_name": self.name,

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablevm.networks.autoencoder import pixels_to_unit
-from stablevm.networks.small_net import FEATURE_DIM, SmallNet, net_for
+from stablevm.networks.masked_net import MaskedNet, masked_net_for
+from stablevm.networks.small_net import SmallNet, net_for
 from stablevm.support.errors import UserError, arg
 from stablevm.support.extras import need
 from stablevm.support.foreign_weights import read_weights
@@ -22,6 +23,7 @@ from stablevm.support.precision import without_autocast
 
 # The network of `stablevm extractor`: for digits of 8 pixels, or of any size that its weights have.
 DIGITS, EXTRACTOR = "digits", "extractor"
+MASKED = "masked"  # the network of `stablevm encoder`
 MOCO_PREFIX = "module.base_encoder."  # of the encoder's parameters in a MoCo v3 checkpoint
 # Layers with wrong names in MoCo v3 checkpoints, which REPA's loader renames too.
 MOCO_MISSPELT = {
@@ -71,7 +73,7 @@ SHORT_NAMES = {
 class Encoder(nn.Module, ABC):
     """A frozen network that maps images to tokens, without gradients and always in evaluation mode."""
 
-    network: Any  # the frozen network: SmallNet, or a timm model, which has no useful static type
+    network: Any  # the frozen network: SmallNet, MaskedNet, or a timm model, which has no useful static type
 
     def __init__(self, network: nn.Module, *, dim: int, grid_size: int) -> None:
         """Freeze `network`, whose tokens have width `dim` and form a grid of grid_size x grid_size."""
@@ -116,10 +118,10 @@ class Encoder(nn.Module, ABC):
 
 
 class SmallEncoder(Encoder):
-    """The patch tokens of SmallNet, for images of its size: grey ones by their first channel, or in colour."""
+    """The patch tokens of a network of this library, for images of its size: grey ones by their first channel."""
 
-    def __init__(self, network: SmallNet, dtype: torch.dtype, name: str = EXTRACTOR) -> None:
-        super().__init__(network.to(dtype), dim=FEATURE_DIM, grid_size=network.grid_size)
+    def __init__(self, network: SmallNet | MaskedNet, dtype: torch.dtype, name: str = EXTRACTOR) -> None:
+        super().__init__(network.to(dtype), dim=network.dim, grid_size=network.grid_size)
         self.dtype, self.name = dtype, name
 
     def _tokens(self, images: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def load_encoder(
 ) -> Encoder:
     """Load the frozen encoder called `name`, which gives grid_size x grid_size tokens and runs in `dtype` on `device`.
 
-    name: "digits" or "extractor", one of REPA's short names (`SHORT_NAMES`), or a vision transformer's name in timm.
+    name: "digits", "extractor", "masked", one of REPA's short names (`SHORT_NAMES`), or a vision transformer's in timm.
     grid_size: if None, an image has as many tokens as one of 224 x 224 pixels.
     weights: a safetensors or torch file in timm's or the authors' layout; if None, timm downloads the pretrained ones.
     antialias: images are resized by bicubic interpolation to the size that gives this many tokens, as in REPA without
@@ -187,7 +189,7 @@ def load_encoder(
 
     Raises UserError for an unknown name, a file that does not fit, or weights that can't be downloaded.
     """
-    if name in (DIGITS, EXTRACTOR):
+    if name in (DIGITS, EXTRACTOR, MASKED):
         return _load_small(name, grid_size, weights, dtype).to(device)
     return _load_timm(name, grid_size, weights, dtype, antialias).to(device)
 
@@ -204,7 +206,7 @@ def untrained_encoder(name: str, *, grid_size: int, device: torch.device | str, 
     return TimmEncoder(_create(name, _spec_of(name), grid_size, pretrained=False), dtype).to(device)
 
 
-def _check_grid(name: str, network: SmallNet, grid_size: int | None) -> None:
+def _check_grid(name: str, network: SmallNet | MaskedNet, grid_size: int | None) -> None:
     own = network.grid_size
     if grid_size not in (None, own):
         raise UserError(
@@ -219,9 +221,10 @@ def _load_small(name: str, grid_size: int | None, weights: Path | None, dtype: t
             _check_grid(name, SmallNet(), grid_size)
         raise UserError(f"{arg('encoder')} {name}: give a file (.safetensors) as {arg('weights')}")
     state = read_weights(weights, arg("weights"))
-    network = net_for(state) if name == EXTRACTOR else SmallNet()
+    network = {EXTRACTOR: net_for, MASKED: masked_net_for}.get(name, lambda _: SmallNet())(state)
     if network is None:
-        raise UserError(f"{arg('weights')} {weights}: not the weights of a network that stablevm extractor trains")
+        trained_by = "stablevm encoder" if name == MASKED else "stablevm extractor"
+        raise UserError(f"{arg('weights')} {weights}: not the weights of a network that {trained_by} trains")
     _check_grid(name, network, grid_size)
     _load_strictly(network, state, name, weights)
     return SmallEncoder(network, dtype, name)
@@ -255,7 +258,7 @@ def _spec_of(name: str) -> TimmEncoderSpec:
     except RuntimeError:  # a known architecture with an unknown tag after the dot
         pretrained = None
     if pretrained is None:
-        names = ", ".join((DIGITS, EXTRACTOR, *SHORT_NAMES))
+        names = ", ".join((DIGITS, EXTRACTOR, MASKED, *SHORT_NAMES))
         raise UserError(f"{arg('encoder')} {name}: expected one of {names}, or the name of a timm vision transformer")
     return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
 

@@ -38,7 +38,7 @@ class SmallNet(nn.Module):
                 f"images of {side} pixels, expected {DIGITS_SIDE}, or {SMALLEST} to {LARGEST} in steps of 4; larger "
                 "ones are evaluated by Inception or a pretrained encoder"
             )
-        self.side, self.channels, self.classes = side, channels, classes
+        self.side, self.channels, self.classes, self.dim = side, channels, classes, FEATURE_DIM
         first = 1 if side == DIGITS_SIDE else 2
         self.grid_size = side // (2 * first)
         with torch.device("meta"):

@@ -11,7 +11,7 @@ from stablevm.choices import EncoderPrecision, Resize, Transform
 from stablevm.support.errors import UserError
 from stablevm.support.files import check_output
 from stablevm.support.options import require, writable
-from stablevm.support.ranges import Count, Natural
+from stablevm.support.ranges import Chance, Count, Natural
 
 MAX_SIDE = 16_384  # pixels of a result
 
@@ -214,6 +214,38 @@ class FeaturesConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         require(self, [writable("dest", self.dest)])
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Train an encoder for alignment on the images of a data set, without their labels: a masked autoencoder.
+
+    A small vision transformer learns to predict most patches of an image from the others. Use it as --enc-type masked
+    with the file that this writes as --encoder-weights.
+    """
+
+    data_dir: Path
+    """Prepared data set with images; with a split test, the encoder is tried on it."""
+    output_dir: Path
+    """Folder for encoder.safetensors and encoder.json."""
+    patch_size: Count = 4
+    """Side of a patch in pixels: one that gives as many tokens as the network has that is to be aligned."""
+    mask_share: Chance = 0.75
+    """Share of patches that are to be predicted, in (0, 1)."""
+    steps: Count = 2000
+    """Steps of training, each on 64 images."""
+    seed: Natural = 0
+    """Seed of weights, batches and masks."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(
+            self,
+            [
+                writable("output_dir", self.output_dir),
+                ("mask_share", 0 < self.mask_share < 1, "a share in (0, 1)"),
+            ],
+        )
 
 
 @dataclass(frozen=True)

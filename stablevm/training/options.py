@@ -210,7 +210,7 @@ class AlignmentOptions:
     """Block, counted from 1, whose tokens are aligned."""
     enc_type: str = "dinov2-vit-b"
     """Frozen encoders separated by commas: dinov2-vit-b and the other published names, any timm name,
-    digits, or extractor (the network of stablevm extractor)."""
+    digits, extractor (the network of stablevm extractor), or masked (that of stablevm encoder)."""
     encoder_weights: str | None = None
     """Files of the encoders' weights separated by commas, for machines without a network connection."""
     features_dir: Path | None = None

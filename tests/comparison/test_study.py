@@ -12,6 +12,9 @@ from stablevm.comparison.run import FIGURE_FILE, TABLE_FILE, study
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.evaluation.small_extractor import save_extractor, train_extractor
+from stablevm.preparation.config import EncoderConfig, FeaturesConfig
+from stablevm.preparation.features import features
+from stablevm.preparation.masked_encoder import encoder
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 from tests.helpers.data_sets import one_line
@@ -47,6 +50,8 @@ def test_each_arm_and_point_has_a_result(done):
         assert math.isfinite(each["metrics"]["frechet_test"]) and each["metrics"]["num_samples"] == 20
         assert each["seconds"] > 0 and each["study"]["model"] == "SiT-XXS/2"
     early, late = (found[f"cfm-seed0-000000{step}.json"] for step in (2, 4))
+    assert early["seconds"] == pytest.approx(2 * early["seconds_per_step"])
+    assert late["seconds"] == pytest.approx(early["seconds"] + 2 * late["seconds_per_step"])
     assert early["seconds"] < late["seconds"] and early["metrics"] != late["metrics"]
     run = TrainConfig.read(done.output_dir / "runs/stablevm-va-repa-seed0")
     assert (run.loss_type, run.bank_anchors, run.use_proj_loss, run.enc_type) == (
@@ -60,6 +65,7 @@ def test_each_arm_and_point_has_a_result(done):
 def test_the_table_and_the_figure(done):
     table = (done.output_dir / TABLE_FILE).read_text()
     assert table.startswith("# 4 of 4 results") and "After 2 steps:" in table and "After 4 steps:" in table
+    assert "At equal processor time" in table
     assert (done.output_dir / FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
 
 
@@ -93,7 +99,8 @@ def test_an_interrupted_study_has_the_same_numbers(done, tmp_path, monkeypatch):
     for name, each in results_in(again).items():
         assert each["metrics"] == results_in(done)[name]["metrics"]
     # the point was trained before the interruption, so that the time of the whole training is not known
-    assert results_in(again)["cfm-seed0-0000004.json"]["seconds"] is None
+    late = results_in(again)["cfm-seed0-0000004.json"]
+    assert late["seconds"] is None and late["seconds_per_step"] is None
 
 
 def test_a_study_with_other_options_is_refused(done):
@@ -117,6 +124,23 @@ def test_bad_options_are_one_clear_line(tiny, options, message):
     with pytest.raises(UserError) as error:
         study(dataclasses.replace(tiny, **options))
     assert message in one_line(error)
+
+
+def test_arms_with_stored_tokens_of_an_encoder_without_labels(tiny, tmp_path):
+    encoder(EncoderConfig(tiny.data_dir, tmp_path / "encoder", patch_size=2, steps=2))
+    weights = tmp_path / "encoder/encoder.safetensors"
+    features(FeaturesConfig(tiny.data_dir, tmp_path / "tokens", 4, "masked", weights, num_workers=0))
+    shared = {"arms": "va-repa", "points": "2", "output_dir": tmp_path / "study"}
+    study(
+        dataclasses.replace(
+            tiny, enc_type="masked", encoder_weights=str(weights), features_dir=tmp_path / "tokens", **shared
+        )
+    )
+    run = TrainConfig.read(tmp_path / "study/runs/va-repa-seed0")
+    assert (run.enc_type, run.features_dir) == ("masked", tmp_path / "tokens")
+    file = tmp_path / "arms.toml"
+    file.write_text(f'[own]\nuse_proj_loss = true\nfeatures_dir = "{tmp_path / "tokens"}"\nenc_type = "masked"\n')
+    assert dataclasses.replace(tiny, arms=str(file)).arms_by_name()["own"]["features_dir"] == tmp_path / "tokens"
 
 
 def test_arms_in_a_file(tiny, tmp_path):
@@ -159,3 +183,25 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert comparison.seconds("cfm", 10) == 3.0 and comparison.estimate("cfm", 99, "frechet_test") is None
     results[0].write(tmp_path)
     assert path_of(tmp_path, "cfm", 0, 10).is_file()
+
+
+def test_equal_time_lies_between_the_points_of_slower_arms():
+    def result(arm, seed, step, value, seconds):
+        return Result(arm, seed, step, {}, {"frechet_test": value}, None, seconds_per_step=seconds)
+
+    values = {"cfm": (16.0, 4.0), "slow": (12.0, 3.0)}  # at 100 and 400 steps: the distance falls as 1 / steps
+    results = [
+        result(arm, seed, step, value * (1 + seed), seconds)
+        for arm, pair in values.items()
+        for seed in (0, 1)
+        for step, value, seconds in zip((100, 400), pair, {"cfm": (0.3, 0.1), "slow": (None, 0.2)}[arm], strict=True)
+    ]
+    comparison = Comparison(results, ["cfm", "slow"])
+    equal = comparison.equal_time()
+    assert equal.budget == pytest.approx(40.0) and equal.steps("slow") == pytest.approx(200.0)
+    assert comparison.values_after("slow", 200.0, "frechet_test") == pytest.approx({0: 6.0, 1: 12.0})
+    assert comparison.values_after("cfm", 400.0, "frechet_test") == pytest.approx({0: 4.0, 1: 8.0})
+    table = "\n".join(comparison.equal_time_table())
+    assert "At equal processor time, 40 s" in table
+    assert "| slow | 0.200 | 200 | 9.00 ± 3.00 | -3.00 ± 1.00 | -3.0 |" in table
+    assert Comparison(results[:1], ["cfm"]).equal_time() is None  # one point is no curve
