@@ -37,6 +37,7 @@ class StableVSMixin(SchedulerMixin, ConfigMixin):
     """
 
     _base: ClassVar[Any]  # the scheduler of diffusers
+    _own_names: ClassVar[set[str]] = OWN_NAMES  # arguments that the base class does not have
     _other_names: ClassVar[dict[str, str]] = PUBLISHED_NAMES  # further names of arguments, and the names they are for
 
     sigmas: Tensor  # (steps + 1,), the last one 0
@@ -115,7 +116,7 @@ class StableVSMixin(SchedulerMixin, ConfigMixin):
         if not issubclass(input_class, StableVSMixin):  # another scheduler whose configuration the base class accepts
             return ConfigMixin._get_init_keys(input_class)
         base = input_class._base
-        return base._get_init_keys(base) | OWN_NAMES | set(input_class._other_names)
+        return base._get_init_keys(base) | input_class._own_names | set(input_class._other_names)
 
     # --- noise levels ---
 
@@ -140,12 +141,18 @@ class StableVSMixin(SchedulerMixin, ConfigMixin):
         return torch.cat([levels[kept], self.sigmas[-1:]]), self.timesteps[kept]
 
     def _even_grid(self) -> tuple[Tensor, Tensor]:
-        """Equal steps from the split to the end; timesteps are interpolated from the base class's sigmas."""
+        """Equal steps from the split to the end; timesteps are interpolated from the base class's sigmas.
+
+        The base class's last sigma above the split is left out if less than half a step lies between: such a step
+        would spend an evaluation on nothing, and a multistep solver would divide by it.
+        """
         start, end = self.sigmas[0].clamp(max=self.config.split_time), self.sigmas[-1]
         above = int((self.sigmas[:-1] > start).sum())
         replaced = len(self.timesteps) - above
         if replaced == 0:
             return self.sigmas, self.timesteps
+        if above > 1 and self.sigmas[above - 1] - start < (self.sigmas[above - 2] - self.sigmas[above - 1]) / 2:
+            above -= 1
         below = end + (start - end) * ode_times(min(self.config.steps_below, replaced)).to(self.sigmas)
         known = [*self.timesteps.tolist(), end.item() * self.config.num_train_timesteps]
         asked = np.interp(below[:-1].tolist(), self.sigmas.tolist()[::-1], known[::-1])

@@ -147,8 +147,9 @@ def test_few_sigmas_all_below_the_split_stay(grid_below):
 
 def test_the_even_grid_starts_from_exactly_the_split():
     scheduler = StableVSFlowMatchScheduler(shift=3.0, grid_below="even")
-    scheduler.set_timesteps(30)
-    assert torch.allclose(scheduler.sigmas[11:], SPLIT * torch.linspace(1, 0, BELOW + 1), atol=1e-6)
+    scheduler.set_timesteps(30)  # Euler: ... .8701 .8513, of which the latter is left out
+    assert scheduler.sigmas[9] == pytest.approx(0.8701, abs=1e-4)
+    assert torch.allclose(scheduler.sigmas[10:], SPLIT * torch.linspace(1, 0, BELOW + 1), atol=1e-6)
     assert torch.allclose(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
 
 
@@ -183,7 +184,7 @@ def test_neither_grid_is_always_nearer_to_the_ode():
                 mixture, StableVSFlowMatchScheduler(shift=3.0, grid_below=grid), steps=30
             )
         errors[name, "euler"] = error_to_the_ode(mixture, FlowMatchEulerDiscreteScheduler(shift=3.0), steps=30)
-    assert {taken for _, taken in errors.values()} == {20, 30}
+    assert {taken for _, taken in errors.values()} == {19, 20, 30}
     assert errors["narrow", "even"] < errors["narrow", "schedule"]
     assert errors["wide", "schedule"] < errors["wide", "even"]
 
