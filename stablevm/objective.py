@@ -123,16 +123,17 @@ class StableTargetField(_Objective):
         count, device = references.shape[0], references.device
         chosen = torch.arange(count, device=device) if anchors is None else anchors
         noisy = perturb(self.settings, references[chosen], generator)
+        keep = None
         if labels is None:
             own_labels = torch.zeros_like(chosen)
-            keep = torch.ones(len(chosen), count, dtype=torch.bool, device=device)
         else:
             own_labels, dropped = drop_labels(self.settings, labels[chosen], generator)
             keep = (labels[chosen, None] == labels) | to_device(dropped, device)[:, None]
-        keep[torch.arange(len(chosen), device=device), chosen] = False
+            keep[torch.arange(len(chosen), device=device), chosen] = False
 
         def weigh(rows: Tensor | slice) -> Posterior:
-            return posterior(self.settings.path, *noisy.part(rows), references, keep=keep[rows])
+            mask = {"omit": chosen[rows]} if keep is None else {"keep": keep[rows]}
+            return posterior(self.settings.path, *noisy.part(rows), references, **mask)
 
         own_ids = known_ids(None if ids is None else ids[chosen], own_labels)
         return with_target(self.settings, noisy, own_labels, own_ids, _weigh_from(self.references_from, noisy, weigh))
@@ -143,8 +144,9 @@ class StableTargetField(_Objective):
     ) -> Draw:
         """Like `draw`, for anchors (B, *shape) without labels and a set read in blocks, one in memory at a time.
 
-        blocks: pairs of references (n, *shape) and keep (B, n) bool, which is False where a reference is the row's own
-        anchor; keep may be None where the block holds no anchor. generator: the source of times and noise.
+        blocks: pairs of references (n, *shape) and the position in them of each row's own anchor, (B,) int64, outside
+        0 to n - 1 where it lies in another block; or, in place of the positions, a mask (B, n), False at the anchor; or
+        None where the block holds no anchor. generator: the source of times and noise.
         """
         self._begin(anchors, None, generator)
         noisy = perturb(self.settings, anchors, generator)

@@ -45,30 +45,27 @@ AnyGenerator = torch.Generator | RowGenerators
 
 def randn(shape: Sequence[int], generator: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal values of `shape` (B, ...), float32."""
-    return _fill(torch.randn, shape, generator, device)
+    return _fill(Tensor.normal_, shape, generator, device)
 
 
 def rand(shape: Sequence[int], generator: AnyGenerator, device: torch.device | str = "cpu") -> Tensor:
     """Uniform values in [0, 1) of `shape` (B, ...), float32."""
-    return _fill(torch.rand, shape, generator, device)
+    return _fill(Tensor.uniform_, shape, generator, device)
 
 
 def _fill(
-    sample: Callable[..., Tensor], shape: Sequence[int], generator: AnyGenerator, device: torch.device | str
+    fill: Callable[..., Tensor], shape: Sequence[int], generator: AnyGenerator, device: torch.device | str
 ) -> Tensor:
     pinned = torch.device(device).type == "cuda"
     if isinstance(generator, torch.Generator):
         pinned = pinned and generator.device.type == "cpu"
-        values = sample(
-            tuple(shape), generator=generator, dtype=torch.float32, device=generator.device, pin_memory=pinned
-        )
-        return to_device(values, device)
-    rows, *rest = shape
-    if rows != len(generator.generators):
-        raise ValueError(f"{rows} rows requested from {len(generator.generators)} row generators")
+        values = torch.empty(tuple(shape), dtype=torch.float32, device=generator.device, pin_memory=pinned)
+        return to_device(fill(values, generator=generator), device)
+    if shape[0] != len(generator.generators):
+        raise ValueError(f"{shape[0]} rows requested from {len(generator.generators)} row generators")
     values = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=pinned)
     for row, row_generator in zip(values, generator.generators, strict=True):
-        row.copy_(sample(tuple(rest), generator=row_generator, dtype=torch.float32))
+        fill(row, generator=row_generator)
     return to_device(values, device)
 
 

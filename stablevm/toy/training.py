@@ -91,7 +91,8 @@ class Draws:
             chosen = torch.randint(config.references, (config.batch_size,), generator=self.generator)
         if self.method == "stable_vm_efficient":
             return field.draw_over_blocks(self._pick(chosen), self._blocks(chosen), self.generator)
-        references = torch.cat([self._block(number) for number in range(self._num_blocks)])
+        blocks = [self._block(number) for number in range(self._num_blocks)]
+        references = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return field.draw(references, None, self.generator, anchors=chosen)
 
     @property
@@ -113,11 +114,7 @@ class Draws:
 
     def _blocks(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(self._num_blocks):
-            block = self._block(number)
-            keep = torch.ones(len(chosen), len(block), dtype=torch.bool)
-            here = (chosen // BLOCK == number).nonzero().squeeze(1)
-            keep[here, chosen[here] % BLOCK] = False
-            yield block, keep
+            yield self._block(number), chosen - number * BLOCK
 
 
 def train_method(

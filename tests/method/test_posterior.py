@@ -5,7 +5,7 @@ import torch
 
 from stablevm import posterior as kernel
 from stablevm.interpolant import COSINE, INTERPOLANTS, LINEAR
-from stablevm.posterior import posterior
+from stablevm.posterior import posterior, posterior_over_blocks
 
 TIMES = (0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 1.0)
 ROWS, SET = 5, 20
@@ -93,6 +93,51 @@ def test_masked_references_do_not_exist(stream):
     assert torch.equal(empty.offset, torch.zeros_like(x0)) and torch.equal(empty.ess, torch.ones(2))
     nothing = posterior(LINEAR, x0, noise, t, references, keep=torch.zeros(2, SET, dtype=torch.bool))
     assert torch.equal(nothing.offset, torch.zeros_like(x0)) and torch.equal(nothing.ess, torch.ones(2))
+
+
+@pytest.mark.parametrize("arrangement", ["shared", "per row", "bank", "blocks"])
+@pytest.mark.parametrize("d", [6, 200])
+def test_omitting_a_position_is_masking_it(d, arrangement, monkeypatch, stream):
+    """Also where references are read in several blocks, of which one has the position; position -1 omits none."""
+    monkeypatch.setattr(kernel, "_CPU", kernel._Limits(values=2**21, logits=7 * ROWS))
+    bank, x0, noise = (torch.randn(*size, d, generator=stream) for size in ((2, SET), (ROWS,), (ROWS,)))
+    omit, t, groups = torch.tensor([0, -1, 19, 7, 3]), torch.linspace(0.5, 1, ROWS), torch.tensor([0, 1, 1, 1, 1])
+    keep = omit[:, None] != torch.arange(SET)
+    if arrangement == "blocks":
+        parts = [range(13), range(13, SET)]
+        found = posterior_over_blocks(LINEAR, x0, noise, t, [(bank[0, part], omit - part.start) for part in parts])
+        expected = posterior(LINEAR, x0, noise, t, bank[0], keep=keep)
+    else:
+        references = {"shared": bank[0], "per row": bank[groups], "bank": bank}[arrangement]
+        given = {"groups": groups} if arrangement == "bank" else {}
+        found = posterior(LINEAR, x0, noise, t, references, **given, omit=omit)
+        expected = posterior(LINEAR, x0, noise, t, references, **given, keep=keep)
+    torch.testing.assert_close(found.offset, expected.offset, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.ess, expected.ess, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mask_and_a_position_are_too_much():
+    values, t = torch.zeros(2, 3), torch.ones(2)
+    with pytest.raises(ValueError, match="not both"):
+        posterior(LINEAR, values, values, t, values, keep=torch.ones(2, 2, dtype=torch.bool), omit=torch.arange(2))
+
+
+@pytest.mark.parametrize("together", [1, 2, 100])
+def test_groups_of_any_size_are_computed_together(together, monkeypatch, stream):
+    sizes, n, d = (1, 30, 0, 3, 9, 17), 11, 5
+    monkeypatch.setattr(kernel, "_TOGETHER_VALUES", together * n * d)
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    groups = groups[torch.randperm(len(groups), generator=stream)]
+    bank = torch.randn(len(sizes), n, d, generator=stream)
+    x0, noise = torch.randn(len(groups), d, generator=stream), torch.randn(len(groups), d, generator=stream)
+    t, keep = torch.linspace(0, 1, len(groups)), torch.rand(len(groups), n, generator=stream) < 0.7
+    found = posterior(LINEAR, x0, noise, t, bank, groups=groups, keep=keep)
+    expected = posterior(LINEAR, x0, noise, t, bank[groups], keep=keep)
+    torch.testing.assert_close(found.offset, expected.offset, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.ess, expected.ess, atol=1e-6, rtol=1e-5)
+    batches = list(kernel._batches(groups, together))
+    assert max(len(sets) for sets, _ in batches) <= together and sum(len(sets) for sets, _ in batches) == 5
+    assert together < 100 or [[len(rows) for rows in each] for _, each in batches] == [[1, 3], [30, 17], [9]]
 
 
 def test_images_keep_their_shape(stream):
