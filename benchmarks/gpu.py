@@ -70,12 +70,15 @@ PARTS = (
     ),
     Part("step-si", "flow matching without alignment", 60, _benchmark("--objectives", "si", *_FEW), _TINY_STEPS),
     Part(
-        "target", "the target with references, against its floor of memory traffic", 45,
+        "target", "the target with references, as is and by the Triton kernel, against its floor of memory traffic", 45,
         (
             "{root}/benchmarks/posterior.py", "--samples", "256", "--references", "256", "--dimensions", "4096",
             "--classes", "1000", "--memory-limit", "40",
         ),
-        ("--samples", "4", "--references", "8", "--dimensions", "16", "--classes", "2", "--repeats", "1"),
+        (
+            "--samples", "4", "--references", "8", "--dimensions", "16", "--classes", "2", "--close", "8", "16",
+            "--repeats", "1",
+        ),
     ),
     Part(
         "sampling", "250 steps of the SDE with guidance to 0.7", 60,

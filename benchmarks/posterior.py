@@ -1,10 +1,11 @@
-"""The posterior mean over a class's references: time, memory and error of stablevm and of three other methods.
+"""The posterior mean over a class's references: time, memory and error of stablevm and of three or four other methods.
 
 python benchmarks/posterior.py [--samples 16 64 256] [--references 256 2048] [--dimensions 4096 16384] [--device auto]
 
     broadcast   the plain formula, over gathered (batch, references, dimensions) tensors
     per class   the same for the rows of each class in turn, as in the published code
     attention   torch's scaled_dot_product_attention for the rows of each class in turn, with the squares as its bias
+    triton      the kernel of target_kernel.py, on a GPU (or with TRITON_INTERPRET=1, which says nothing about its time)
 
 The error is the largest relative error of the velocity target over 16 rows at late times (where references other than
 the anchor matter), compared with float64. The floor is the time to read the references of each class in the batch once,
@@ -41,7 +42,7 @@ CHECKED_ROWS = 16
 
 @dataclass(frozen=True)
 class Grid:
-    """Compare four methods over all combinations of sizes."""
+    """Compare the methods over all combinations of sizes."""
 
     samples: tuple[int, ...] = (16, 64, 256)
     references: tuple[int, ...] = (256, 2048)
@@ -53,6 +54,8 @@ class Grid:
     """Classes in the bank, if the memory limit allows them."""
     memory_limit: float = 4.0
     """The limit in GiB for the bank, and for the allocations of a method; one that needs more is left out."""
+    close: tuple[int, int] = (256, 4096)
+    """References and dimensions of the comparison of errors with references that nearly coincide."""
     repeats: int = 5
     device: DeviceName = "auto"
 
@@ -136,6 +139,27 @@ WAYS: dict[str, Callable[[Batch], Tensor]] = {
     "per class": per_class,
     "attention": attention,
 }
+CHECKED = ("stablevm", "per class", "attention", "triton")  # broadcast is per class
+
+
+def add_triton(device: torch.device) -> None:
+    """Let the kernel take part where Triton is installed and can run."""
+    try:
+        import target_kernel
+    except ImportError as error:
+        print(f"without the kernel: {error}")
+        return
+    if not target_kernel.can_run(device):
+        return
+
+    def in_triton(batch: Batch) -> Tensor:
+        keep = batch.slots[:, None] != torch.arange(batch.bank.shape[1], device=batch.bank.device)
+        found = target_kernel.kernel_posterior(
+            LINEAR, batch.x0, batch.noise, batch.t, batch.bank, groups=batch.groups, keep=keep
+        )
+        return found.offset
+
+    WAYS["triton"] = in_triton
 
 
 def exact(batch: Batch) -> Tensor:
@@ -181,7 +205,7 @@ def measure(batch: Batch, grid: Grid, bandwidth: float, device: torch.device) ->
     return (
         f"{rows:5}{n:6}{d:7} {str(batch.bank.dtype)[6:]:8}{classes:7} |{ours * 1e3:9.1f}{ratios(times)} |"
         f"{memory['stablevm'] / MEBIBYTE:8.1f}{ratios(memory)} |"
-        f"{error(stablevm, few):9.0e}{error(per_class, few):10.0e}{error(attention, few):10.0e} |"
+        f"{''.join(f'{error(WAYS[name], few):11.0e}' for name in CHECKED if name in WAYS)} |"
         f"{needed / MEBIBYTE:9.0f}{floor * 1e3:9.2f}{ours / floor:7.1f}x"
     )
 
@@ -190,10 +214,12 @@ def compare(grid: Grid, device: torch.device) -> None:
     stream, bandwidth = torch.Generator(device).manual_seed(0), copy_bandwidth(device)
     print(f"{describe_machine(device)}; copies at {bandwidth / 1e9:,.0f} GB/s, read and written\n")
     others = "".join(f"{name:>11}" for name in list(WAYS)[1:])
-    print(f"{'':34}|{'time':>9}{'':33} |{'memory':>8}{'':33} |{'error':>9}{'':20} |{'rows':>9}{'floor':>9}")
+    checked = "".join(f"{name:>11}" for name in CHECKED if name in WAYS)
+    time_, memory, errors = f"{'time':>9}{'':{len(others)}}", f"{'memory':>8}{'':{len(others)}}", f"{'error':>11}"
+    print(f"{'':34}|{time_} |{memory} |{errors:{len(checked)}} |{'rows':>9}{'floor':>9}")
     print(
         f"batch  refs   dims bank    classes |{'ms':>9}{others} |{'MiB':>8}{others} |"
-        f"{'stablevm':>9}{'plain':>10}{'attention':>10} |{'MiB':>9}{'ms':>9}{'to it':>8}"
+        f"{checked} |{'MiB':>9}{'ms':>9}{'to it':>8}"
     )
     for d, n, dtype in product(grid.dimensions, grid.references, grid.dtypes):
         size = n * d * getattr(torch, dtype).itemsize
@@ -209,7 +235,7 @@ def compare(grid: Grid, device: torch.device) -> None:
     print(f"-: over the limit of {grid.memory_limit:g} GiB")
 
 
-def compare_accuracy(device: torch.device, n: int = 256, d: int = 4096) -> None:
+def compare_accuracy(device: torch.device, n: int, d: int) -> None:
     """Measure errors with references in clusters of five that are 0.014 apart, such as crops of one picture.
 
     This is the case for which the anchored form was made.
@@ -218,7 +244,7 @@ def compare_accuracy(device: torch.device, n: int = 256, d: int = 4096) -> None:
     base = torch.randn(n // 5 + 1, d, generator=stream, device=device).repeat_interleave(5, 0)[:n]
     direction = torch.randn(n, d, generator=stream, device=device)
     bank = (base + 0.01 * torch.nn.functional.normalize(direction, dim=-1))[None]
-    names = ("stablevm", "per class", "attention")
+    names = [name for name in CHECKED if name in WAYS]
     print(
         f"\nerror with {n} references of {d} values that nearly coincide"
         + "\n     t"
@@ -231,8 +257,9 @@ def compare_accuracy(device: torch.device, n: int = 256, d: int = 4096) -> None:
 
 def main(grid: Grid) -> None:
     device = choose_device(grid.device)
+    add_triton(device)
     compare(grid, device)
-    compare_accuracy(device)
+    compare_accuracy(device, *grid.close)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,15 @@ def test_weights_of_references_are_float32_whatever_tf32_says(allowed, device):
     torch.testing.assert_close(found.ess.cpu().double(), exact.ess.double(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.cuda
+@NO_GPU
+def test_the_kernel_of_the_target_agrees_with_float64():
+    pytest.importorskip("triton")
+    command = [sys.executable, ROOT / "benchmarks" / "target_kernel.py", "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, env=runs.ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def network(device, **options):
     config = network_config("SiT-XXS/2", input_size=8, in_channels=4, num_classes=CLASSES, **options)
     return build_network(config, torch.Generator().manual_seed(2)).to(device)

@@ -22,7 +22,7 @@ RUNS = {
     "meanflow_mixture": ("--seeds=1", "--updates=2", "--powers", "0.5", "--batches=2", "--output={folder}/all.json"),
     "posterior": (
         *("--samples", "4", "--references", "8", "--dimensions", "16", "--dtypes", "float32", "--classes=2"),
-        "--repeats=1",
+        *("--close", "8", "16", "--repeats=1"),
     ),
     "preparation": ("--images=8", "--classes=2"),
     "sampling": ("--model=SiT-XXS/2", "--side=8", "--images=2", "--num-steps=4"),
@@ -57,6 +57,17 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     runpy.run_path(str(script), run_name="__main__")
     assert "torch " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_kernel_of_the_target_agrees_with_float64_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    environment = runs.ENVIRONMENT | {"TRITON_INTERPRET": "1"}
+    for script, *options in (("target_kernel", "--device=cpu"), ("posterior", *RUNS["posterior"], "--device=cpu")):
+        command = [sys.executable, BENCHMARKS / f"{script}.py", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("agrees" if script == "target_kernel" else " triton") in done.stdout
 
 
 @pytest.mark.slow
