@@ -155,6 +155,12 @@ def _import_checkpoint() -> Use[Any]:
     return Use(ImportConfig, work.import_checkpoint)
 
 
+def _push() -> Use[Any]:
+    from stablevm.integrations.config import PushConfig
+
+    return Use(PushConfig, work.push)
+
+
 def _generate() -> Use[Any]:
     from stablevm.sampling.config import GenerateConfig
 
@@ -278,6 +284,7 @@ COMMANDS = (
     Command("train", "train a network", (_train,), script="train.py"),
     Command("average", "make the moving average of any width from a run's snapshots", (_average,)),
     Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
+    Command("push", "upload a checkpoint, with a page about it, to the Hugging Face Hub", (_push,)),
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
     Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),
     Command("extractor", "train the network that evaluates digits and other small images", (_extractor,)),

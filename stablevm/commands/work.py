@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from stablevm.comparison.config import StudyConfig
     from stablevm.demo.config import DemoConfig
     from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
-    from stablevm.integrations.config import ImportConfig
+    from stablevm.integrations.config import ImportConfig, PushConfig
     from stablevm.preparation.config import (
         ConvertConfig,
         ConvertShardsConfig,
@@ -97,6 +97,14 @@ def import_checkpoint(config: "ImportConfig") -> None:
     from stablevm.integrations.importing import import_checkpoint
 
     import_checkpoint(config)
+
+
+def push(config: "PushConfig") -> None:
+    need("stablevm push", "huggingface_hub")
+    need("stablevm push", *TRAINER, *FIGURES)
+    from stablevm.integrations.pushing import push
+
+    push(config)
 
 
 def quickstart(config: "QuickstartConfig") -> None:

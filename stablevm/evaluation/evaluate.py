@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from stablevm.evaluation.small_extractor import digits_splits, load_extractor
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import result_rows, results_of
 from stablevm.networks.snapshot import ModelCard, title_of
+from stablevm.sampling.archive import read_provenance
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.image_sampler import ImageSampler
 from stablevm.sampling.provenance import (
@@ -51,6 +53,7 @@ from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
+from stablevm.support.npz import NpzFile
 from stablevm.support.processes import Process
 
 Results = dict[str, Any]
@@ -67,10 +70,12 @@ def evaluate(config: EvaluateConfig) -> Results:
     check_outputs(outputs_of(output, config), {"SAMPLES": config.samples} | inputs_of(config))
     with _results_owned(output, process):
         if config.extractor is None:
-            return _evaluate_samples(open_samples(config.samples), config, process, output)
+            samples = replace(open_samples(config.samples), protocol=protocol_in(config.samples))
+            return _evaluate_samples(samples, config, process, output)
         if not process.is_first:
             return {}
-        return _finish_digits(*read_samples(config.samples), str(config.samples), config, output)
+        arrays, protocol = read_samples(config.samples), protocol_in(config.samples)
+        return _finish_digits(*arrays, str(config.samples), config, output, protocol=protocol)
 
 
 @contextmanager
@@ -116,18 +121,36 @@ def _evaluate_samples(
         from stablevm.evaluation.sample_report import write_sample_report
 
         write_sample_report(output.with_suffix(".html"), samples, reference, comparisons, results, rows)
-    return _finish(results, rows, output, show)
+    return _finish(results | _under_protocol(samples.protocol), rows, output, show)
 
 
 def _finish_digits(
-    images: Tensor, labels: Tensor, title: str, config: EvaluationOptions, output: Path, *, show: bool = True
+    images: Tensor,
+    labels: Tensor,
+    title: str,
+    config: EvaluationOptions,
+    output: Path,
+    *,
+    show: bool = True,
+    protocol: Provenance | None = None,
 ) -> Results:
     """Evaluate images of digits uint8 (N, 8, 8, 3) with classes (N,), and write the results."""
     assert config.extractor is not None
     train, test = digits_splits(config.reference)
     results = evaluate_digits(images, labels, test, train, load_extractor(config.extractor))
     rows = digits_rows(results)
-    return _finish({"samples": title, "reference": str(config.reference), **results}, rows, output, show)
+    named = {"samples": title, "reference": str(config.reference), **results, **_under_protocol(protocol)}
+    return _finish(named, rows, output, show)
+
+
+def _under_protocol(protocol: Provenance | None) -> Results:
+    """What the images were made with, for the results; nothing where that isn't recorded."""
+    return {} if protocol is None else {"protocol": protocol}
+
+
+def protocol_in(path: Path) -> Provenance | None:
+    """What the images in a file of `generate` were made with; None for images from elsewhere."""
+    return read_provenance(path) if path.is_file() and is_zipfile(path) and "protocol" in NpzFile(path) else None
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
@@ -290,7 +313,9 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig, *, is_part: bool = Fal
             if not process.is_first:
                 return {}
             images = torch.from_numpy(source.images(range(len(source))))
-            return _finish_digits(images, source.labels, title, config.evaluation, output, show=not is_part)
+            return _finish_digits(
+                images, source.labels, title, config.evaluation, output, show=not is_part, protocol=source.provenance
+            )
         labels = None if sampling.unconditional else source.labels.numpy()
-        samples = Samples(title, source, (source.side, source.side), labels)
+        samples = Samples(title, source, (source.side, source.side), labels, source.provenance)
         return _evaluate_samples(samples, config.evaluation, process, output, show=not is_part)

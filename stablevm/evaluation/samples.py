@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,13 @@ SORTED_EXCESS, SORTED_DEVIATIONS = 0.1, 6.0
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images; labels: their classes (N,) int64, if known."""
+    """Generated images; labels: their classes (N,) int64, and protocol: what they were made with, if known."""
 
     title: str
     source: ImageSource
     size: tuple[int, int]  # height and width in pixels
     labels: NDArray[np.int64] | None
+    protocol: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.source)

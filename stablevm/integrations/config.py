@@ -1,4 +1,4 @@
-"""The options of `stablevm import`. Free of torch, so that `--help` stays quick."""
+"""The options of `stablevm import` and `stablevm push`. Free of torch, so that `--help` stays quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,11 @@ from typing import Literal
 import tyro
 
 from stablevm.choices import PathName, Prediction
+from stablevm.support.errors import UserError
+from stablevm.support.hub import PREFIX, HubName, hub_name
 from stablevm.support.options import require, writable
 from stablevm.support.ranges import Count
+from stablevm.support.text import printable
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,47 @@ class ImportConfig:
     def validate(self) -> None:
         """Raise UserError for the first option outside its range."""
         require(self, [writable("output", self.output)])
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload a checkpoint to the Hugging Face Hub: safetensors, model.json, and a page with its recipe, numbers and
+    pictures. `generate --ckpt hf:OWNER/NAME` then takes it from there."""
+
+    run: tyro.conf.Positional[Path]
+    """Checkpoint folder, or a run's folder, for its newest."""
+    name: tyro.conf.Positional[str]
+    """OWNER/NAME of the repository, which is made if it is missing; OWNER/NAME@BRANCH for another branch than main."""
+    weights: Literal["ema", "model", "both"] = "ema"
+    """Which weights: ema, the moving average; model, those of the last step."""
+    evaluations: tuple[Path, ...] = ()
+    """Results of stablevm evaluate (JSON) for the page. The run's own evaluation at that step is there anyway."""
+    pictures: tuple[Path, ...] = ()
+    """Pictures (PNG) for the page, such as those of generate. The run's own grid of that step is there anyway."""
+    license: str | None = None
+    """Licence of the weights, as the hub abbreviates it, such as apache-2.0."""
+    private: bool = False
+    """Make a new repository private."""
+    message: str | None = None
+    """Message of the commit. Default: the network and the step."""
+    readme: bool = True
+    """Write the page, README.md; otherwise the one that is there stays."""
+    output: Path | None = None
+    """Write the files into this folder, to look at them, and upload nothing."""
+
+    @property
+    def repository(self) -> HubName:
+        """The repository, and the branch as its revision; UserError for a name of another form."""
+        found = hub_name(PREFIX + self.name.removeprefix(PREFIX))
+        if found.file is not None:
+            raise UserError(f"NAME {printable(self.name)}: expected OWNER/NAME, or OWNER/NAME@BRANCH")
+        return found
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        require(self, [writable("output", self.output), ("message", self.message != "", "some words")])
+        _ = self.repository
+        names = [path.name for path in self.pictures]
+        for path in self.pictures:
+            if path.suffix != ".png" or names.count(path.name) > 1:
+                raise UserError(f"--pictures {printable(str(path))}: expected PNG files (.png) of different names")

@@ -200,10 +200,12 @@ def answered(asked: HubName) -> Iterator[None]:
             yield
     except errors.HTTPError as error:
         raise UserError(_fault(asked, error)) from None
-    except errors.LocalEntryNotFoundError as error:  # the connection broke
-        raise UserError(f"{asked}: {_reason(error)}; run the command again, which continues the download") from None
     except errors.HFValidationError as error:
         raise UserError(f"{asked}: {_reason(error)}") from None
+    except (RuntimeError, OSError) as error:  # the transfer of a file; a number says that the disk is at fault
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise
+        raise UserError(f"{asked}: the transfer broke off ({_reason(error)}); run the command again") from None
     finally:
         logging.set_verbosity(verbosity)
         if hide:

@@ -61,7 +61,7 @@ class Previews:
         guided = card.null_is_trained and card.classes_are_trained and not card.model.intervals
         guidance = GUIDANCE if guided else UNGUIDED
         shown = trained_labels(labels, card)
-        latents, _ = sample_latents(model, card, shown, streams, _settings_for(card), device, guidance=guidance)
+        latents, _ = sample_latents(model, card, shown, streams, settings_for(card), device, guidance=guidance)
         images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).numpy()
         grid = plot_sheet(images, PER_CLASS, captions_of(shown.tolist(), card))
         save_png(self.path(card.step), grid)
@@ -91,12 +91,13 @@ class Evaluation:
         for rows in torch.arange(len(labels)).split(BATCH):
             streams = RowGenerators.for_keys("evaluation", self._config.seed, positions=rows.tolist())
             asked = trained_labels(labels[rows], card)
-            latents, _ = sample_latents(model, card, asked, streams, _settings_for(card), self._device)
+            latents, _ = sample_latents(model, card, asked, streams, settings_for(card), self._device)
             images.append(self._autoencoder.decode(latents))
         return self._measure(torch.cat(images), labels)
 
 
-def _settings_for(card: ModelCard) -> SamplerSettings:
+def settings_for(card: ModelCard) -> SamplerSettings:
+    """How the samples of grids and evaluations are made."""
     return ONE_STEP if card.model.intervals else SETTINGS
 
 

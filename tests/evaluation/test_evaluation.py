@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stablevm import cli
 from stablevm.evaluation import evaluate as command
 from stablevm.evaluation import features
 from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, EvaluationOptions
@@ -134,6 +135,11 @@ def test_a_checkpoint_is_evaluated_without_a_file_in_between(options, home, tmp_
     from_file = evaluate(EvaluateConfig(samples=generate(sampling), **vars(compared)))
     for key, value in from_file["inception"].items():
         assert results["inception"][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
+    assert results["protocol"] == from_file["protocol"] and results["protocol"]["num_steps"] == 2
+    pushed = ["push", str(checkpoint_folder), "me/net", "--evaluations", str(tmp_path / "x.json")]
+    assert cli.main([*pushed, "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert f"| {results['inception']['frechet_distance']:.2f} | to the statistics of 9 reference images;" in page
     monkeypatch.setattr(CheckpointSource, "images", lambda self, indices: np.zeros((len(indices), 8, 8, 3), np.uint8))
     assert evaluate_checkpoint(EvaluateCheckpointConfig(compared, sampling)) == results, "features from the cache"
 

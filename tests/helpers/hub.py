@@ -113,7 +113,7 @@ class _Answers(BaseHTTPRequestHandler):
         if self.token == READS:
             return self._send(403, {"error": "You don't have the rights to create a model under this namespace"})
         status = 409 if name in self.hub.repositories else 200
-        repository = self.hub.repositories.setdefault(name, Repository(private=bool(asked.get("private"))))
+        repository = self.hub.repositories.setdefault(name, Repository(private=_is_private(asked)))
         if not repository.commits:
             repository.commit({".gitattributes": b""})
         return self._send(status, {"url": f"{self.hub.address}/{name}"})
@@ -187,6 +187,11 @@ class _Answers(BaseHTTPRequestHandler):
         return True
 
 
+def _is_private(asked):
+    """As the client says it today, and as it did before 2.0."""
+    return bool(asked.get("private")) or asked.get("visibility") == "private"
+
+
 def _oid(content):
     return hashlib.sha1(content).hexdigest()
 
@@ -216,6 +221,7 @@ def use(monkeypatch, address, cache):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files by plain HTTP
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -30,7 +30,7 @@ COMMANDS = (
     "toy",
     "training",
 )
-OF_A_COMMAND = ("integrations/config.py", "integrations/importing.py")
+OF_A_COMMAND = ("integrations/config.py", "integrations/importing.py", "integrations/pushing.py")
 # A remedy may be a whole command: then its options stand behind its name.
 WHOLE_COMMAND = re.compile(r"(stablevm (prepare|data|train|generate) |docker run |dataset_tools\.py )[^;:()]*")
 LIBRARY = sorted(
