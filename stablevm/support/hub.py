@@ -198,10 +198,12 @@ def answered(asked: HubName) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except UserError:
+        raise
     except errors.HTTPError as error:
         raise UserError(_fault(asked, error)) from None
-    except errors.HFValidationError as error:
-        raise UserError(f"{asked}: {_reason(error)}") from None
+    except ValueError as error:  # its client refuses a name, or the hub the metadata of a page
+        raise UserError(f"{asked}: {brief(' '.join(str(error).split()))}") from None
     except (RuntimeError, OSError) as error:  # the transfer of a file; a number says that the disk is at fault
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise

@@ -77,7 +77,8 @@ class _Answers(BaseHTTPRequestHandler):
         if path == "/":
             return self._send(200, {})
         if path == "/api/validate-yaml":
-            return self._send(200, {"errors": [], "warnings": []})
+            wrong = b"license: nonsense" in body
+            return self._send(400 if wrong else 200, {"errors": [{"message": '"license" must be known'}] * wrong})
         if path.startswith("/large/"):
             self.hub.large[path.removeprefix("/large/")] = body
             return self._send(200, {})

@@ -217,6 +217,8 @@ def test_every_refusal_is_one_line(hub, monkeypatch, capsys):
     hub.failing = ("/large/", 500)
     assert "hf:me/net: the transfer broke off" in told("one", "me/net")
     assert "model.json" not in hub.repositories["me/net"].files("main")[1], "no commit without the weights"
+    hub.failing = None
+    assert 'Invalid metadata in README.md. - "license" must be known' in told("one", "me/net", "--license", "nonsense")
     hub.failing = ("/commit/", 404)
     assert told("one", "me/net").startswith("error: hf:me/net: ")
     hub.failing = None
