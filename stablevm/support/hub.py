@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from stablevm.support.bars import hidden
@@ -87,8 +88,8 @@ def _silence(address: str) -> str | None:
         return None
     except urllib.error.URLError as error:
         return None if isinstance(error.reason, ssl.SSLError) else f"the hub does not answer: {error.reason}"
-    except OSError as error:  # it accepts the connection and says nothing
-        return f"the hub does not answer: {error}"
+    except (OSError, HTTPException) as error:  # it accepts the connection and says nothing, or nothing of HTTP
+        return f"the hub does not answer: {_reason(error)}"
     return None
 
 
