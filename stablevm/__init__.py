@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test compares it with
     from stablevm.bank import ClassBank as ClassBank
     from stablevm.draw import Draw as Draw
     from stablevm.draw import ObjectiveSettings as ObjectiveSettings
+    from stablevm.integrations.diffusers_pipeline import StableVMPipeline as StableVMPipeline
     from stablevm.integrations.diffusers_scheduler import (
         StableVSDPMSolverMultistepScheduler as StableVSDPMSolverMultistepScheduler,
     )
@@ -58,17 +59,19 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test compares it with
 keep_old_addresses()
 
 # Names that need diffusers, which is optional.
-_OPTIONAL = (
+_SCHEDULERS = (
     "StableVSDPMSolverMultistepScheduler",
     "StableVSFlowMatchScheduler",
     "StableVSUniPCMultistepScheduler",
 )
+_OPTIONAL = ("StableVMPipeline", *_SCHEDULERS)
 # The module of each public name.
 _HOMES = {
     "alignment": ("AlignmentSchedule", "alignment_loss", "normalize_over_space", "weighted_alignment"),
     "bank": ("ClassBank",),
     "draw": ("Draw", "ObjectiveSettings"),
-    "integrations.diffusers_scheduler": _OPTIONAL,
+    "integrations.diffusers_pipeline": ("StableVMPipeline",),
+    "integrations.diffusers_scheduler": _SCHEDULERS,
     "interpolant": ("COSINE", "LINEAR", "Interpolant"),
     "meanflow": ("MeanFlow",),
     "metrics.neighbours": ("coverage", "precision_recall"),

@@ -161,6 +161,12 @@ def _push() -> Use[Any]:
     return Use(PushConfig, work.push)
 
 
+def _export() -> Use[Any]:
+    from stablevm.integrations.config import ExportConfig
+
+    return Use(ExportConfig, work.export)
+
+
 def _generate() -> Use[Any]:
     from stablevm.sampling.config import GenerateConfig
 
@@ -285,6 +291,7 @@ COMMANDS = (
     Command("average", "make the moving average of any width from a run's snapshots", (_average,)),
     Command("import", "convert a published checkpoint of SiT, REPA, LightningDiT and others", (_import_checkpoint,)),
     Command("push", "upload a checkpoint, with a page about it, to the Hugging Face Hub", (_push,)),
+    Command("export", "write a checkpoint as a pipeline of diffusers", (_export,)),
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
     Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),
     Command("extractor", "train the network that evaluates digits and other small images", (_extractor,)),

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from stablevm.comparison.config import StudyConfig
     from stablevm.demo.config import DemoConfig
     from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
-    from stablevm.integrations.config import ImportConfig, PushConfig
+    from stablevm.integrations.config import ExportConfig, ImportConfig, PushConfig
     from stablevm.preparation.config import (
         ConvertConfig,
         ConvertShardsConfig,
@@ -105,6 +105,13 @@ def push(config: "PushConfig") -> None:
     from stablevm.integrations.pushing import push
 
     push(config)
+
+
+def export(config: "ExportConfig") -> None:
+    need("stablevm export", "diffusers", "timm")
+    from stablevm.integrations.exporting import export
+
+    export(config)
 
 
 def quickstart(config: "QuickstartConfig") -> None:

@@ -1,1 +1,1 @@
-"""Integrations: a scheduler for diffusers, and the import of published checkpoints of SiT and its successors."""
+"""Integrations: schedulers and a pipeline for diffusers, and the import of published checkpoints of SiT and others."""

@@ -1,4 +1,4 @@
-"""The options of `stablevm import` and `stablevm push`. Free of torch, so that `--help` stays quick."""
+"""The options of `stablevm import`, `push` and `export`. Free of torch, so that `--help` stays quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Literal
 
 import tyro
 
-from stablevm.choices import PathName, Prediction
+from stablevm.choices import PathName, Prediction, Weights
 from stablevm.support.errors import UserError
+from stablevm.support.files import check_output
 from stablevm.support.hub import PREFIX, HubName, hub_name
 from stablevm.support.options import require, writable
 from stablevm.support.ranges import Count
@@ -94,3 +95,24 @@ class PushConfig:
         for path in self.pictures:
             if path.suffix != ".png" or names.count(path.name) > 1:
                 raise UserError(f"--pictures {printable(str(path))}: expected PNG files (.png) of different names")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as a pipeline of diffusers: network, scheduler and autoencoder, in one folder.
+
+    `StableVMPipeline.from_pretrained(FOLDER)` loads it. To complete it after an interruption, run it again.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Checkpoint folder, a run's folder, for its newest, or hf:OWNER/NAME[@REVISION], on the Hugging Face Hub."""
+    folder: tyro.conf.Positional[Path]
+    """New folder for the pipeline."""
+    weights: Weights = "ema"
+    """ema: the moving average of the weights. model: the weights of the last training step."""
+    vae: str | None = None
+    """Autoencoder for the pipeline: ema, mse, or the folder of one. Default: the one that the checkpoint records."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first option outside its range."""
+        check_output(f"FOLDER {self.folder}", self.folder, is_folder=True)

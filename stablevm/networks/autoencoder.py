@@ -280,6 +280,11 @@ def _load_by_diffusers(latent: LatentSpec, source: str, recorded: bool, device: 
     return load(latent, source, device)
 
 
+def is_of_diffusers(name: str) -> bool:
+    """Whether the autoencoder called `name` is one of diffusers, instead of a kind with a name of its own."""
+    return _kind_of(full_name(name)) is _OF_DIFFUSERS
+
+
 # Kinds that have names of their own; any other name is the folder or the hub name of one of diffusers.
 AUTOENCODERS = [
     AutoencoderKind(lambda source: source == IDENTITY, _identity_latent, lambda source: 1, _load_identity),

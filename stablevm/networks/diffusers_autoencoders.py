@@ -57,18 +57,33 @@ class Form:
 class DiffusersAutoencoder:
     """An autoencoder of diffusers, such as Stable Diffusion's AutoencoderKL (Rombach et al., 2022)."""
 
-    def __init__(self, latent: LatentSpec, model: Any, form: Form) -> None:
-        self.latent, self.form = latent, form
-        self.model = model.float().eval().requires_grad_(False)
+    def __init__(self, latent: LatentSpec, model: Any, form: Form, device: torch.device | str | None = None) -> None:
+        """device: where it computes, if its weights come there only then (offloading); otherwise where they are."""
+        self.latent, self.form, self.model, self._device = latent, form, model, device
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        return self.form.moments(self.model, pixels_to_unit(images.to(self.model.device)))
+        return self.form.moments(self.model, pixels_to_unit(images.to(self.device)).to(self.model.dtype)).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        raw = self.latent.denormalize(latents.to(self.model.device, torch.float32))
-        return unit_to_pixels(self.form.images(self.model, raw)).cpu()
+        raw = self.latent.denormalize(latents.to(self.device, torch.float32))
+        return unit_to_pixels(self.form.images(self.model, raw.to(self.model.dtype))).cpu()
+
+    @property
+    def device(self) -> torch.device | str:
+        return self._device or self.model.device
+
+
+def around(latent: LatentSpec, model: Any, device: torch.device | str) -> DiffusersAutoencoder:
+    """The autoencoder of a model of diffusers, which computes on `device` in the model's dtype.
+
+    UserError for a class without a line in `FORMS`.
+    """
+    form = FORMS.get(type(model).__name__)
+    if form is None:
+        raise UserError(f"{arg('vae')} {type(model).__name__}: expected one of {', '.join(FORMS)}")
+    return DiffusersAutoencoder(latent, model, form, device)
 
 
 def latent_of(source: str, resolution: int) -> LatentSpec:
@@ -113,7 +128,7 @@ def load(latent: LatentSpec, source: str, device: torch.device | str) -> Autoenc
             f"autoencoder {source}: decodes latents with a side of {facts.resolution // facts.factor}, but these have "
             f"{latent.shape[1]}; give the autoencoder of the data"
         )
-    return DiffusersAutoencoder(latent, model.to(device), form)
+    return DiffusersAutoencoder(latent, model.to(device).float().eval().requires_grad_(False), form)
 
 
 # The classes

@@ -1,6 +1,7 @@
 """Initial values of parameters, drawn from a CPU generator, so that they are the same on every device.
 
-The global random state is neither used nor changed. Parameters on the meta device are skipped.
+The global random state is neither used nor changed. Parameters on the meta device are skipped. Results of functions in
+`nn.init` are not used: diffusers replaces them by functions without a result before it loads weights.
 """
 
 import torch
@@ -26,13 +27,16 @@ def xavier_uniform(network: nn.Module, generator: torch.Generator) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
             matrix = _on_cpu(module.weight).flatten(1)
-            _copy(nn.init.xavier_uniform_(matrix, generator=generator), module.weight)
+            nn.init.xavier_uniform_(matrix, generator=generator)
+            _copy(matrix, module.weight)
 
 
 def normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
     """Draw `weight` from N(0, std^2)."""
     if not weight.is_meta:
-        _copy(nn.init.normal_(_on_cpu(weight), std=std, generator=generator), weight)
+        values = _on_cpu(weight)
+        nn.init.normal_(values, std=std, generator=generator)
+        _copy(values, weight)
 
 
 def _on_cpu(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Both previews during training and `generate` use it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class GuidedVelocity:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[..., Any],
         path: Interpolant,
         prediction: Prediction,
         labels: Tensor,
@@ -247,7 +247,7 @@ def _check_request(
     card: ModelCard, labels: Tensor, settings: SamplerSettings, guidance: GuidanceSettings, guide: Guide | None
 ) -> None:
     """Raise UserError for what the network, or its guide, was not trained for."""
-    _check_trained(card, labels, guidance.cfg_scale)
+    check_trained(card, labels, guidance.cfg_scale)
     takes_intervals = settings.mode == "meanflow"
     if takes_intervals and not card.model.intervals:
         raise UserError(f"{arg('mode')} meanflow: the network was trained without meanflow, so it knows no intervals")
@@ -257,17 +257,17 @@ def _check_request(
         if takes_intervals:
             raise UserError(f"{arg('mode')} meanflow: expected no guide, which guides velocities and not their means")
         check_guide(guide.card, card)
-        _check_trained(guide.card, guide.labels(labels), 1.0)
+        check_trained(guide.card, guide.labels(labels), 1.0)
 
 
-def _check_trained(card: ModelCard, labels: Tensor, cfg_scale: float) -> None:
-    """Raise UserError if sampling needs labels that were never trained."""
+def check_trained(card: ModelCard, labels: Tensor, cfg_scale: float, *, called: str = "cfg_scale") -> None:
+    """Raise UserError if sampling needs labels that were never trained; called: the argument for the scale."""
     null = labels == card.model.null_class
     if not card.null_is_trained and (cfg_scale != 1 or null.any()):
-        asked = "labels of the null class" if null.any() else f"cfg_scale {cfg_scale:g}"
+        asked = "labels of the null class" if null.any() else f"{called} {cfg_scale:g}"
         raise UserError(
             f"{asked}: the network was trained with label_dropout 0, so its null class is untrained; "
-            "sample classes with cfg_scale 1"
+            f"sample classes with {called} 1"
         )
     if not card.classes_are_trained and not null.all():
         raise UserError(

@@ -20,6 +20,11 @@ from stablevm.support.precision import tf32
 from stablevm.support.rng import RowGenerators
 
 
+def streams_of(seed: int, indices: Sequence[int]) -> RowGenerators:
+    """The generators of the images with these indices, from which all their noise comes."""
+    return RowGenerators.for_keys("generate", seed, positions=indices)
+
+
 def load_guide(config: GenerateConfig, card: ModelCard, device: torch.device) -> Guide | None:
     """The weaker network of the options, if they name one; UserError if it does not fit the one with `card`."""
     theirs = guide_card(config, card)
@@ -61,7 +66,7 @@ class ImageSampler:
 
         watch: as in `sample_latents`. Raises UserError for values that are not finite.
         """
-        streams = RowGenerators.for_keys("generate", self.config.global_seed, positions=indices)
+        streams = streams_of(self.config.global_seed, indices)
         settings, guidance = settings_of(self.config), guidance_of(self.config)
         with tf32(self.config.tf32):
             latents, evaluations = sample_latents(

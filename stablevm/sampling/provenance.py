@@ -1,6 +1,5 @@
 """Provenance: all that generated images depend on, recorded with them, so that different images never mix."""
 
-import difflib
 import hashlib
 import json
 from dataclasses import asdict, replace
@@ -22,7 +21,7 @@ from stablevm.networks.autoencoder import (
 from stablevm.networks.snapshot import ModelCard, checkpoint_in, load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.guidance import check_guide, guidance_of
-from stablevm.sampling.labels import balanced_labels, random_labels
+from stablevm.sampling.labels import balanced_labels, nearest_names, numbers_by_name, random_labels
 from stablevm.solvers.settings import settings_of
 from stablevm.support import files
 from stablevm.support.errors import UserError
@@ -79,15 +78,13 @@ def newest_notes(given: GenerateConfig, taken: GenerateConfig) -> list[str]:
 
 def _numbers_of(names: str, card: ModelCard) -> list[int]:
     """The classes of "cat, dog"; a name may hold commas itself. UserError for a name that is not known."""
-    known = {" ".join(name.split()): number for number, name in enumerate(card.class_names)}
+    known = numbers_by_name(card)
     words, numbers = [" ".join(word.split()) for word in names.split(",")], []
     while words:
         fitting = [count for count in range(len(words), 0, -1) if ", ".join(words[:count]) in known]
         if not fitting:
-            near = difflib.get_close_matches(words[0], known, n=3, cutoff=0.0)
             raise UserError(
-                f"--classes {names}: the checkpoint knows no class {words[0]}; the nearest are "
-                f"{some_of(near)}, or give numbers from 0 to {card.model.num_classes - 1}"
+                f"--classes {names}: the checkpoint knows no class {words[0]}; {nearest_names(words[0], card)}"
             )
         numbers.append(known[", ".join(words[: fitting[0]])])
         del words[: fitting[0]]

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": (cli.train, ["--exp-name", "run", "--data-dir", "data"], "--output-dir"),
     "import": (cli.import_checkpoint, ["x.pt"], "--output"),
     "push": (lambda words: cli.main(["push", *words]), ["x", "me/net"], "--output"),
+    "export": (lambda words: cli.main(["export", *words]), ["x"], ""),
     "generate": (cli.generate, ["--ckpt", "x"], "--sample-dir"),
     "extractor": (cli.extractor, ["--data-dir", "x"], "--output-dir"),
     "variance": (cli.variance, ["--data-dir", "x"], "--output-dir"),

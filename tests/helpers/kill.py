@@ -284,6 +284,12 @@ def _prepare_checkpoint(root):
     save_checkpoint(root / "checkpoint", tiny_card())
 
 
+def _prepare_export(root):
+    from stablevm.integrations import exporting as exporting  # diffusers with it, once for all runs
+
+    _prepare_checkpoint(root)
+
+
 def _generate():
     return cli.generate(["--ckpt=checkpoint", "--num-fid-samples=50", "--num-steps=2", "--sample-dir=out",
                          "--trajectory"])  # fmt: skip
@@ -383,6 +389,7 @@ CASES = {
             ["published.pt", "--output=out", "--source=sit", "--path-type=linear", "--prediction=v"]
         ),
     ),
+    "export": Case(_prepare_export, lambda: cli.main(["export", "checkpoint", "out"])),
 }
 
 if __name__ == "__main__":
