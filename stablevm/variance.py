@@ -17,6 +17,7 @@ BAND = (0.15, 0.85)  # quantiles over samples, as published
 # Below the split point the mean effective sample size is less than this: x_t still tells which sample it came from.
 SPLIT_ESS = 2.0
 OPEN_SHARE = 0.5  # of the data's variance is unexplained by x_t at tau, where w(tau) = 1/2 for sigmoid and snr
+LOST_SHARE = 0.02  # of what references remove, which training without them at early times may lose
 PASS_ROWS = 100  # anchors that share one pass over a class's data, each at all times
 
 
@@ -80,6 +81,40 @@ class VarianceCurve:
         below = itertools.takewhile(lambda point: point[1] < SPLIT_ESS, zip(self.t, self.ess, strict=True))
         return max((time for time, _ in below), default=0.0)
 
+    def removed_share(self, times: Tensor) -> float:
+        """The share of CFM's variance at training times (N,) that averaging takes away, in [0, 1].
+
+        A mean over an effective number of n references has about 1 / n of the variance of one. So the share is told
+        without the error of StableVM's target, which is 0 where all of the data are references.
+        """
+        removed, total = self._removed(times)
+        return float(removed.sum() / total.sum()) if total.sum() > 0 else 0.0
+
+    def active_share(self, times: Tensor) -> float:
+        """The share of training times (N,) at which the mean effective sample size is 2 or more.
+
+        At the others a sample is nearly its own only reference.
+        """
+        return float((_interpolated(times.double(), self.t, self.ess) >= SPLIT_ESS).double().mean())
+
+    def references_start(self, times: Tensor) -> float:
+        """The latest time below which references take away nearly nothing at training times (N,); 1 if at no time.
+
+        With targets of one sample below it, training loses at most 2 % of what references remove. It is 0 or a time of
+        the curve.
+        """
+        removed, _ = self._removed(times)
+        if not removed.sum() > 0:
+            return 1.0
+        lost = [float(removed[times < start].sum() / removed.sum()) for start in self.t]
+        return max((start for start, share in zip(self.t, lost, strict=True) if share <= LOST_SHARE), default=0.0)
+
+    def _removed(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """What averaging removes of the variance at each time (N,), and this variance, by lines between times."""
+        gains = [variance * (1 - 1 / size) for variance, size in zip(self.cfm, self.ess, strict=True)]
+        removed, total = (_interpolated(times.double(), self.t, values) for values in (gains, self.cfm))
+        return removed, total
+
     def recommended_tau(self, path: Interpolant) -> float:
         """The time at which x_t leaves half of the data's variance unexplained; the curve must end at t = 1.
 
@@ -95,6 +130,15 @@ class VarianceCurve:
             if share1 >= OPEN_SHARE:
                 return t0 + (t1 - t0) * (OPEN_SHARE - share0) / (share1 - share0)
         raise AssertionError("the share at t = 1 is 1")
+
+
+def _interpolated(x: Tensor, places: Sequence[float], values: Sequence[float]) -> Tensor:
+    """The values (N,) at x (N,), float64, on lines from (0, 0) through `values` at `places`; constant after them."""
+    grid = torch.tensor([0.0, *places], dtype=torch.float64)
+    heights = torch.tensor([0.0, *values], dtype=torch.float64)
+    right = torch.searchsorted(grid, x).clamp(1, len(grid) - 1)
+    share = ((x - grid[right - 1]) / (grid[right] - grid[right - 1])).clamp(0, 1)
+    return heights[right - 1] + share * (heights[right] - heights[right - 1])
 
 
 @renamed(stream="generator")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stablevm.choices import PathName
+from stablevm.choices import PathName, TimeName
 from stablevm.support.errors import UserError
 from stablevm.support.options import distinct_indices, require, writable
 from stablevm.support.ranges import Natural, Time
@@ -11,7 +11,8 @@ from stablevm.support.ranges import Natural, Time
 
 @dataclass(frozen=True)
 class VarianceConfig:
-    """Measure the variance of the training targets on a data set, and recommend --proj-tau and the split point xi.
+    """Measure the variance of the training targets on a data set, and say whether StableVM can help, and with which
+    options: --references-from, --proj-tau and the split point xi.
 
     It is the variance of the targets of CFM and StableVM about the exact velocity of each class's samples, over time,
     with the effective number of references. Writes variance.png and variance.json.
@@ -29,6 +30,8 @@ class VarianceConfig:
     """Classes to measure: indices separated by commas, such as 3,5, or all. Default: 10 chosen by the seed."""
     references_from: Time = 0.0
     """Time in [0, 1] below which StableVM uses no references, as in training."""
+    weighting: TimeName = "uniform"
+    """Distribution of training times, over which the advice averages."""
     horizontal_flips: bool = False
     """Count mirrored samples too; the data must have been encoded with --flip."""
     rows: int = 100

@@ -11,9 +11,13 @@ from stablevm import cli, draw
 from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
+from stablevm.interpolant import LINEAR
 from stablevm.networks.autoencoder import LatentSpec
+from stablevm.study.config import VarianceConfig
+from stablevm.study.variance import Advice
 from stablevm.training.engine import model_config
 from stablevm.training.objectives import make_objective, prefill
+from stablevm.variance import VarianceCurve
 from tests.helpers import runs
 
 
@@ -127,3 +131,39 @@ def test_mistakes_are_one_line(options, expected, data, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(expected, line), line
     assert not (tmp_path / "out").exists()
+
+
+def advice_of(folder):
+    found = json.loads((folder / "variance.json").read_text())
+    return {name: found[name] for name in ("worth", "active_share", "removed_share", "references_from", "idle_share")}
+
+
+def test_the_advice_follows_from_the_effective_number_of_references(data, tmp_path, capsys):
+    assert run(data, tmp_path, "--references=12", "--times=10") == 0
+    found, said = advice_of(tmp_path), capsys.readouterr().out
+    assert 0 < found["active_share"] < 1 and 0 < found["removed_share"] < 1
+    assert found["idle_share"] == pytest.approx(found["references_from"], abs=0.01)  # of uniform times
+    assert f"--references-from {found['references_from']:.2f}: {found['idle_share']:.0%} of the samples" in said
+    assert f"take part in {found['active_share']:.0%} of the samples" in said and "StableVM: " in said
+    # with references from the recommended time on, the variance is the same but for a few percent of what is removed
+    late = ["--references=12", "--times=10", f"--references-from={found['references_from']}"]
+    assert run(data, tmp_path / "late", *late) == 0
+    assert advice_of(tmp_path / "late")["removed_share"] > 0.95 * found["removed_share"]
+    # nearly all times of EDM's are early
+    assert run(data, tmp_path / "edm", "--references=12", "--times=10", "--weighting=lognormal") == 0
+    assert advice_of(tmp_path / "edm")["active_share"] < found["active_share"]
+
+
+@pytest.mark.parametrize(
+    ("ess", "worth", "start"),
+    [([1, 1, 1, 1], "no", 1.0), ([1, 1, 1, 200], "unclear", 0.75), ([5, 20, 50, 200], "yes", 0.25)],
+)
+def test_the_verdict(ess, worth, start):
+    band = [(0.0, 0.0)] * 4
+    curve = VarianceCurve([0.25, 0.5, 0.75, 1.0], [0.0, 0.1, 0.2, 0.2], [0.0] * 4, band, band, ess, 256)
+    advice = Advice.of(curve, LINEAR, VarianceConfig(data_dir="x"))
+    assert (advice.worth, advice.references_from) == (worth, start)
+    if worth == "unclear":
+        # a quarter of the times have references; they remove 99.5 % of 0.2 at 1, and nothing at 0.75
+        assert advice.active_share == pytest.approx(0.25, abs=0.01)
+        assert advice.removed_share == pytest.approx(0.125 * 0.199 / (0.0125 + 0.0375 + 0.05), abs=0.005)
