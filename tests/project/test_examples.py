@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
+from stablevm import cli
+from stablevm.data.opening import open_dataset
 from stablevm.networks import registry
 from stablevm.networks.snapshot import load_card
 from tests.helpers import runs
@@ -121,3 +124,33 @@ def test_stablevs_in_a_pipeline(example):
     errors = example("diffusers_stablevs").main(training_steps=2, reference_steps=60)
     assert list(errors) == ["Euler, 30 steps", "Euler, 20 steps", "StableVS, 20 steps"]
     assert all(math.isfinite(error) for error in errors.values())
+
+
+@pytest.mark.slow
+def test_tiny_autoencoder(example, tmp_path, monkeypatch):
+    """The path through latents: convert, encode, train, sample, decode and evaluate, as a study of three arms."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "digits", "digits"]) == 0
+    for split, count in (("train", 120), ("test", 60)):
+        digits = open_dataset(Path("digits"), split)
+        rows, labels = range(count), digits.labels()
+        for row, image in zip(rows, digits.images(rows), strict=True):
+            file = Path("pictures", split, str(int(labels[row])), f"{row}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    errors = example("tiny_autoencoder").main(Path("digits"), Path("vae"), latent_side=4, steps=40)
+    assert sum(errors[-5:]) < 0.8 * sum(errors[:5])
+    with pytest.raises(SystemExit, match="exists already"):
+        example("tiny_autoencoder").main(Path("digits"), Path("vae"))
+    for split in ("train", "test"):
+        part = f"latents/{split}"
+        convert = ["--source", f"pictures/{split}", "--dest", part, "--resolution", "8x8", "--num-workers", "0"]
+        assert cli.main(["prepare", "convert", *convert]) == 0
+        assert cli.main(["prepare", "encode", "--data-dir", part, "--vae", "vae", "--num-workers", "0"]) == 0
+    latents = open_dataset(Path("latents")).latent
+    assert latents.shape == (4, 4, 4) and latents.autoencoder.endswith("vae")
+    assert cli.extractor(["--data-dir", "latents", "--output-dir", "judge", "--steps", "5"]) == 0
+    arms = ["--arms", "cfm,stablevm-class,stablevm-va-repa", "--seeds", "1", "--points", "2,3", "--num-steps", "2"]
+    options = ["--model", "SiT-XXS/1", "--batch-size", "8", "--num-fid-samples", "20", "--encoder-depth", "1", *arms]
+    assert cli.main(["study", "--data-dir", "latents", "--extractor", "judge", *options]) == 0
+    assert len(list(Path("study/results").iterdir())) == 6
