@@ -44,7 +44,8 @@ class ConvertConfig:
     transform: Transform = "scale"
     """scale: bring the whole image to --resolution by Lanczos; center-crop-dhariwal: halve by a box filter, then
     bicubic, then crop, as ADM; center-crop: the middle square, then Lanczos; center-crop-wide: the middle rows, then
-    Lanczos, black bars above and below; pad: the whole image in the middle of black; none: no change of size."""
+    Lanczos, black bars above and below; pad: the whole image in the middle of black, scaled down if it is larger;
+    none: no change of size."""
     part: str = "1/1"
     """Only a part of the images: 2/3 is every third image by name, beginning with the second."""
     max_images: Count | None = None
@@ -117,7 +118,8 @@ class ConvertShardsConfig(ConvertConfig):
     transform: Transform = "center-crop-dhariwal"
     """center-crop-dhariwal: halve by a box filter, then bicubic, then crop, as ADM; center-crop: the middle square,
     then Lanczos; center-crop-wide: the middle rows, then Lanczos, black bars above and below; scale: bring the whole
-    image to --resolution by Lanczos; pad: the whole image in the middle of black; none: no change of size."""
+    image to --resolution by Lanczos; pad: the whole image in the middle of black, scaled down
+    if it is larger; none: no change of size."""
     compress: bool = False
     """Store the images losslessly compressed (PNG): about 60 % of the space, and slower to read."""
 

@@ -130,13 +130,15 @@ def center_crop_wide(picture: Image.Image, size: Size) -> Image.Image:
 
 
 def pad(picture: Image.Image, size: Size) -> Image.Image:
-    """Place the whole image, unchanged, in the middle of black; BadPictureError if it is larger than `size`.
+    """Place the whole image in the middle of black; a larger one is scaled down first, in proportion, by Lanczos.
 
     Odd pixels are added on the right and below.
     """
     width, height = size
-    if picture.width > width or picture.height > height:
-        raise BadPictureError(f"{picture.width} x {picture.height} pixels, larger than {width} x {height}")
+    ratio = max(picture.width / width, picture.height / height)
+    if ratio > 1:
+        smaller = max(1, round(picture.width / ratio)), max(1, round(picture.height / ratio))
+        picture = picture.resize(smaller, Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", size)
     canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
     return canvas

@@ -8,11 +8,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stablevm.data.opening import open_dataset
 from stablevm.preparation.config import ConvertConfig, ConvertShardsConfig, EncodeShardsConfig
 from stablevm.preparation.folders import convert as convert_to_folder
-from stablevm.preparation.pictures import BadPictureError, pad, read_picture
+from stablevm.preparation.pictures import pad, read_picture
 from stablevm.preparation.shards import convert, encode
 from stablevm.preparation.sources import ONE_CLASS, open_source
 from stablevm.support.errors import UserError
@@ -257,5 +258,6 @@ def test_padding_keeps_the_image_whole():
     picture, _ = read_picture(lambda: __import__("io").BytesIO(b"P5 3 2 255\n" + bytes([1, 2, 3, 4, 5, 6])))
     padded = np.asarray(pad(picture, (6, 4)))[..., 0]
     assert padded.tolist() == [[0] * 6, [0, 1, 2, 3, 0, 0], [0, 4, 5, 6, 0, 0], [0] * 6]
-    with pytest.raises(BadPictureError, match="3 x 2 pixels, larger than 2 x 2"):
-        pad(picture, (2, 2))
+    wide = Image.new("RGB", (400, 2), "white")
+    made = np.asarray(pad(wide, (8, 6)))[..., 0]
+    assert made.shape == (6, 8) and (made == 255).all(1).tolist() == [False, False, True, False, False, False]
