@@ -10,7 +10,7 @@ from stablevm.networks.autoencoder import LatentSpec
 from stablevm.support import files
 from stablevm.support.cards import card_of, check_version, read_object
 from stablevm.support.errors import UserError, arg
-from stablevm.support.text import shown
+from stablevm.support.text import meant, shown
 
 MANIFEST_FILE = "dataset.json"
 FORMAT_VERSION = 1
@@ -97,7 +97,9 @@ class Manifest:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"{arg('folder')} {folder}: no such folder; give the folder of a prepared data set")
+            raise UserError(
+                f"{arg('folder')} {folder}: no such folder{meant(folder)}; give the folder of a prepared data set"
+            )
         if not (folder / MANIFEST_FILE).is_file():
             raise UserError(
                 f"{arg('folder')} {folder}: it has no {MANIFEST_FILE}, so it is not a prepared data set, or its "

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from stablevm.support.errors import UserError
-from stablevm.support.text import printable
+from stablevm.support.text import meant, printable
 
 # Errors due to one file. Others, such as too many open files, are due to the machine; no file is damaged then.
 _FILE_FAULTS = {
@@ -43,7 +43,7 @@ def open_storage(root: str | Path) -> "Storage":
         return FolderStorage(root)
     if root.is_file() and root.suffix.lower() == ".zip":
         return ZipStorage(root)
-    found = "it is a file" if root.exists() else "it does not exist"
+    found = "it is a file" if root.exists() else f"it does not exist{meant(root)}"
     raise UserError(f"{root}: expected a folder or a .zip archive, but {found}; check the path")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset, digest
@@ -19,6 +20,9 @@ from stablevm.evaluation.small_extractor import (
     data_checksum,
     to_grey,
 )
+from stablevm.metrics.density_coverage import COVERAGE, DENSITY
+from stablevm.metrics.memorisation import MEMORISATION
+from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.neighbours import (
     COVERAGE_K,
     PRECISION_RECALL_K,
@@ -26,9 +30,14 @@ from stablevm.metrics.neighbours import (
     nearest_distance,
     neighbourhood,
 )
+from stablevm.metrics.precision_recall import PRECISION, RECALL
 from stablevm.metrics.statistics import FeatureStatistics, frechet_distance
+from stablevm.metrics.table import further_results, metrics_in
 from stablevm.networks.small_net import SmallNet
 from stablevm.support.errors import UserError
+
+# Names of metrics of the table that this evaluation computes itself and has rows for.
+_OWN = {PRECISION.name, RECALL.name, DENSITY.name, COVERAGE.name, MEMORISATION.name}
 
 
 def evaluate_digits(
@@ -51,6 +60,7 @@ def evaluate_digits(
     - `memorisation`: share of the images that are nearer to one of `train` than 99 of 100 of the reference's images are
       (`neighbours.memorised_share`)
     - `extractor`, `extractor_test_accuracy`, `num_samples`
+    - those of other metrics for features of any network, such as the caller's own, in `metrics.table`
 
     UserError for images or labels of another type, shape or range, for too few of them, and for data sets that the
     extractor is not made for.
@@ -61,7 +71,7 @@ def evaluate_digits(
     features, classes = extractor.read(samples)
     found = neighbourhood(real.features, features)
     copies = _to_nearest(samples, real.train_images)
-    return {
+    results = {
         "num_samples": len(images),
         "accuracy": float((classes == labels).double().mean()),
         "frechet_test": frechet_distance(FeatureStatistics.from_features(features), real.statistics),
@@ -76,6 +86,10 @@ def evaluate_digits(
         "extractor": extractor.name,
         "extractor_test_accuracy": extractor.test_accuracy,
     }
+    sets = FeatureSets(
+        extractor.name, False, {"pool": features}, {"pool": real.features}, {}, "exact", torch.device("cpu")
+    )
+    return results | further_results(sets, results)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,7 @@ def digits_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("measure", "value", "meaning"),
         ("samples", f"{results['num_samples']:,}", "generated images"),
         *((measure, f"{value:.{decimals}f}", meaning) for measure, value, decimals, meaning in rows),
+        *(each.row(results, f"the test {many}", f"the test {many}") for each in metrics_in(results.keys() - _OWN)),
         ("extractor", results["extractor"], f"test accuracy {results['extractor_test_accuracy']:.4f}"),
     ]
 

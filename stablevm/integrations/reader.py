@@ -14,7 +14,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from stablevm.networks.snapshot import Weights
 from stablevm.support.errors import UserError
 from stablevm.support.foreign_weights import UNREADABLE, read_weights
-from stablevm.support.text import shown
+from stablevm.support.text import meant, shown
 
 SAFE = ".safetensors"
 ENDINGS = (".pt", ".pth", ".ckpt", SAFE)  # of such files
@@ -110,7 +110,7 @@ def _fault(key: object, value: Tensor) -> str | None:
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a published checkpoint (.pt or .safetensors)")
+        raise UserError(f"{path}: no such file{meant(path)}; give a published checkpoint (.pt or .safetensors)")
     if path.suffix == SAFE:
         return read_weights(path, "checkpoint")
     if not zipfile.is_zipfile(path):

@@ -37,6 +37,15 @@ def results_of(sets: FeatureSets, *, subset: bool = False) -> dict[str, Any]:
     return values
 
 
+def further_results(sets: FeatureSets, known: Iterable[str]) -> dict[str, Any]:
+    """The results of the metrics for features of any network whose names are not among `known`."""
+    found: dict[str, Any] = {}
+    for metric in METRICS:
+        if metric.published is None and metric.name not in known:
+            found |= metric.values(sets)
+    return found
+
+
 def metrics_in(values: Iterable[str]) -> list[Metric]:
     """The metrics whose names are among `values`, in the order of the table."""
     names = set(values)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stablevm.support.errors import UserError
+from stablevm.support.text import meant
 
 # Exceptions that the readers of safetensors and torch files raise for damaged files. A damaged pickle can raise nearly
 # anything.
@@ -26,7 +27,7 @@ def read_weights(path: Path, option: str) -> dict[str, Any]:
     option: the argument that gave the file, for error messages. UserError if the file is missing or of another kind.
     """
     if not path.is_file():
-        raise UserError(f"{option} {path}: no such file")
+        raise UserError(f"{option} {path}: no such file{meant(path)}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

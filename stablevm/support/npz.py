@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablevm.support.errors import UserError
-from stablevm.support.text import printable
+from stablevm.support.text import meant, printable
 
 GENERATED = "give the .npz that generation wrote"
 WHOLE_BYTES = 2**30  # maximum size of an array that is read as a whole, which images are not
@@ -59,7 +59,7 @@ class NpzFile:
         if path.is_dir():
             raise UserError(f"{path}: a folder, not an .npz file; {remedy}")
         if not path.is_file():
-            raise UserError(f"{path}: no such file; {remedy}")
+            raise UserError(f"{path}: no such file{meant(path)}; {remedy}")
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not an .npz file, or cut short; {remedy}")
         self.path, self._repair = path, repair

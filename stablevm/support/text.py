@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 _ALIKE = 0.6  # the least likeness, from 0 to 1, of a word that may have been meant
@@ -51,6 +52,15 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is most like the one given; None if none is."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=_ALIKE)
     return found[0] if found else None
+
+
+def meant(path: Path) -> str:
+    """The path beside a missing one that is most like it, as a question in brackets; nothing if none is."""
+    try:
+        near = nearest(path.name, [each.name for each in path.parent.iterdir()])
+    except OSError:
+        return ""
+    return f" (did you mean {printable(str(path.with_name(near)))}?)" if near else ""
 
 
 def caption(text: str, longest: int = 80) -> str:

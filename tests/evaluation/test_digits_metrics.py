@@ -30,6 +30,8 @@ from stablevm.evaluation.small_extractor import (
     save_extractor,
     train_extractor,
 )
+from stablevm.metrics import table
+from stablevm.metrics.metric import FeatureSets, Metric
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.networks.encoders import load_encoder
 from stablevm.networks.small_net import SmallNet
@@ -239,6 +241,19 @@ def test_evaluate_prints_a_table_and_writes_json(
     elsewhere = tmp_path / "elsewhere" / "results.json"
     evaluate(dataclasses.replace(config, output=elsewhere))
     assert json.loads(elsewhere.read_text()) == written
+
+
+def test_a_metric_of_ones_own_is_in_results_and_table(
+    train: PreparedDataset, test: PreparedDataset, extractor: DigitsExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spread(sets: FeatureSets) -> dict[str, float]:
+        return {"spread": float(sets.samples["pool"].std() / sets.reference["pool"].std())}
+
+    own = Metric("spread", "spread", "of features, over that of {images}", None, "spread", spread)
+    monkeypatch.setattr(table, "METRICS", [*table.METRICS, own])
+    results = evaluate_digits(channels_last(test), test.labels(), test, train, extractor)
+    assert results["spread"] == 1
+    assert digits_rows(results)[-2] == ("spread", "1.000", "of features, over that of the test digits")
 
 
 IMAGES = np.zeros((20, 8, 8, 3), np.uint8)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stablevm.support.text import caption, printable, printable_streams, shown, usable_streams
+from stablevm.support.text import caption, meant, printable, printable_streams, shown, usable_streams
 
 FOREIGN = [
     ("\x1b[31mred", r"\x1b[31mred"),
@@ -93,6 +93,12 @@ def test_a_service_without_streams_has_its_status():
 )
 def test_captions_are_one_clean_line(text, expected):
     assert caption(text) == expected
+
+
+def test_a_missing_path_is_compared_with_those_beside_it(tmp_path):
+    (tmp_path / "pets").mkdir()
+    assert meant(tmp_path / "pest") == f" (did you mean {tmp_path}/pets?)"
+    assert meant(tmp_path / "imagenet256") == meant(tmp_path / "absent" / "pest") == ""
 
 
 def test_values_of_json_in_a_message():
