@@ -10,6 +10,7 @@ EXTRAS = {
     "plots": _PLOTS,
     "vae": frozenset({"diffusers"}),
     "rae": frozenset({"diffusers", "transformers"}),
+    "pipelines": frozenset({"diffusers", "transformers", "ftfy", "imageio", "imageio_ffmpeg", "PIL"}),
     "hub": frozenset({"huggingface_hub"}),
     "wandb": frozenset({"wandb"}),
     "eval": _PLOTS | {"torch_fidelity"},

@@ -21,7 +21,7 @@ EXTRAS_OF_ROOM = {
     "networks": {"train", "vae"},
     "data": {"data"},
     "figures": {"plots"},
-    "integrations": {"vae", "hub"},
+    "integrations": {"vae", "hub", "pipelines"},
     "preparation": {"data"},
     "evaluation": {"eval"},
     "training": {"train", "wandb"},
@@ -64,7 +64,8 @@ def test_every_package_is_in_the_base_or_in_an_extra_of_its_room(module):
 def test_no_package_is_installed_that_nothing_imports():
     imported = set().union(*map(third_party, MODULES))
     every = BASE | brought("all") | brought("demo")
-    assert every == imported | {"tensorboard", "transformers"}, "accelerate's tracker, diffusers' RAE"
+    others = {"tensorboard", "transformers", "ftfy", "imageio", "imageio-ffmpeg"}
+    assert every == imported | others, "accelerate's tracker, diffusers' RAE, its pipelines and its files of videos"
 
 
 def test_the_table_is_that_of_the_project():
