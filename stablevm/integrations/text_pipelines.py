@@ -165,7 +165,7 @@ class SamplingOptions:
             return [Sampler(name, self.num_steps, *numbers)]
         sampler = Sampler(stablevs, self.num_steps, *numbers)
         base, taken = stablevs.removeprefix(CUSTOM), len(sampler.noise_levels(pipeline, height, width)) - 1
-        return [Sampler(base, self.num_steps), Sampler(base, taken), sampler]
+        return [*dict.fromkeys([Sampler(base, self.num_steps), Sampler(base, taken)]), sampler]  # one if none is saved
 
 
 def show_noise_levels(samplers: Iterable[Sampler], pipeline: TextPipeline, height: int, width: int) -> None:

@@ -162,6 +162,9 @@ def test_prompts_and_samplers_are_checked(tmp_path):
         text_pipelines.Sampler("custom_dpm", 4, split_time=1.5).scheduler({"shift": 3.0})
     with pytest.raises(UserError, match=r"no model_index\.json; expected the folder of a pipeline of diffusers"):
         text_pipelines.load_pipeline(str(tmp_path), Process(0, 1, torch.device("cpu")))
+    known = text_pipelines.PIPELINES["sd35"]
+    few, many = (text_pipelines.SamplingOptions(num_steps=n).samplers("custom_euler", known, 16, 16) for n in (4, 30))
+    assert [sampler.steps for sampler in few] == [4, 4] and [sampler.steps for sampler in many] == [30, 20, 30]
     samples = benchmark_prompts.geneval_samples([{"prompt": "a"}, {"prompt": "b"}], 2, 7)
     assert [sample.seed for sample in samples] == [7, 1007, 7, 1007]
     assert benchmark_prompts.missing(samples, tmp_path, Place(1, 2)) == samples[1::2]
