@@ -1,9 +1,11 @@
 """A checkpoint's network as a model of diffusers, whose configuration is the checkpoint's card."""
 
 import json
+import sys
 from contextlib import nullcontext
 from typing import Any
 
+import diffusers
 import torch
 
 # diffusers loads a class of a saved pipeline by a base class that it finds in the class's module, which is this one.
@@ -74,3 +76,7 @@ class StableVMModel(ModelMixin, ConfigMixin):
 def _builds_empty() -> bool:
     """Whether modules are being built without values, as diffusers does before it loads weights."""
     return nn.LayerNorm(1).weight.is_meta
+
+
+# diffusers takes the parts of a pipeline on the hub from modules that are attributes of its own, as this one is now.
+setattr(diffusers.pipelines, __name__, sys.modules[__name__])

@@ -4,8 +4,8 @@
     pipe.save_pretrained("digits-pipeline")
     images = pipe(class_labels=["3", "7"], guidance_scale=1.5).images
 
-diffusers has no list of classes of other packages; it finds the classes that a saved pipeline names among the
-attributes of its own modules. This module adds ours when it is imported, after which
+diffusers has no list of classes of other packages; it finds the class that a saved pipeline names among its own
+attributes. This module adds ours when it is imported, and the modules of the parts add themselves, after which
 `DiffusionPipeline.from_pretrained` knows the pipelines that were saved. No code of a saved pipeline runs.
 """
 
@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stablevm.choices import Weights
-from stablevm.integrations import diffusers_model, diffusers_scheduler
+from stablevm.integrations import diffusers_scheduler as _schedulers  # noqa: F401  for pipelines that name them
 from stablevm.integrations.diffusers_model import StableVMModel
 from stablevm.interpolant import LINEAR, Interpolant, get_interpolant
 from stablevm.networks.autoencoder import is_folder, is_of_diffusers, load_autoencoder
@@ -43,6 +44,7 @@ from stablevm.sampling.image_sampler import streams_of
 from stablevm.sampling.labels import class_named
 from stablevm.solvers.fixed_steps import Velocity, ode_times
 from stablevm.support.errors import UserError
+from stablevm.support.precision import tf32
 from stablevm.support.ranges import AT_LEAST_1, TIME
 
 VAE = "vae"  # the component's name, and in cards that of an autoencoder whose folder is not the user's
@@ -143,7 +145,8 @@ class StableVMPipeline(DiffusionPipeline):
         (B, *card.model.state_shape). output_type: "pil" images, "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or
         "latent" (B, C, h, w), in the scale of `card.latent`. callback_on_step_end: called as
         callback(pipe, step, timestep, {"latents": ...}) with the scheduler's state; it returns a dictionary, whose
-        latents, if any, are used.
+        latents, if any, are used. On a GPU float32 products are rounded to TF32, those of convolutions too, only if
+        torch.backends.cuda.matmul.allow_tf32 is set.
 
         Returns an ImagePipelineOutput, or without `return_dict` a tuple of the images. UserError for what is out of
         range, was never trained or does not fit.
@@ -156,20 +159,33 @@ class StableVMPipeline(DiffusionPipeline):
         self._set_noise_levels(num_inference_steps, sigmas, device)
         state = self._initial(len(labels), generator, latents, device)
         velocity = self._velocity(labels.to(device), guidance_scale, guidance_interval)
+        callback = callback_on_step_end, ("latents",) if callback_on_step_end_tensor_inputs else ()
+        with tf32(torch.backends.cuda.matmul.allow_tf32):
+            images = self._images(self._integrate(velocity, state, generator, *callback), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _integrate(
+        self,
+        velocity: Velocity,
+        state: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callback | None,
+        tensors: Sequence[str],
+    ) -> Tensor:
+        """The state after all steps of the scheduler."""
         options = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
         self._interrupt = False
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
                 continue
-            sigma = self.scheduler.sigmas[step].to(device, torch.float64)
+            sigma = self.scheduler.sigmas[step].to(state.device, torch.float64)
             prediction = velocity(state.double(), sigma).float()
             state = self.scheduler.step(prediction, timestep, state, **options, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                values = {"latents": state} if callback_on_step_end_tensor_inputs else {}
-                state = (callback_on_step_end(self, step, timestep, values) or {}).get("latents", state)
-        images = self._images(state, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+            if callback is not None:
+                found = callback(self, step, timestep, dict.fromkeys(tensors, state))
+                state = (found or {}).get("latents", state)
+        return state
 
     def _labels(self, given: Label | Sequence[Label] | Tensor) -> Tensor:
         """The classes' numbers (B,) int64, with the null class for None."""
@@ -179,11 +195,12 @@ class StableVMPipeline(DiffusionPipeline):
         null, numbers = self.card.model.null_class, []
         for label in labels:
             number = class_named(label, self.card) if isinstance(label, str) else null if label is None else label
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= null:
+            is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if not is_whole or int(number) not in range(null + 1):
                 raise UserError(
                     f"class_labels {number!r}: expected a class's name or its number, 0 to {null - 1}, or None for none"
                 )
-            numbers.append(number)
+            numbers.append(int(number))
         if not numbers:
             raise UserError("class_labels []: expected a class for each image; give one at least")
         return torch.tensor(numbers)
@@ -321,5 +338,3 @@ def _picture(pixels: Any) -> Any:
 
 
 setattr(diffusers, StableVMPipeline.__name__, StableVMPipeline)
-for _module in (diffusers_model, diffusers_scheduler):  # of the parts, which a saved pipeline names by their modules
-    setattr(diffusers.pipelines, _module.__name__, _module)

@@ -2,11 +2,13 @@
 
     pipe.scheduler = StableVSFlowMatchScheduler.from_config(pipe.scheduler.config)
 
-They need diffusers (`pip install 'stablevm[vae]'`). No other module imports this one.
+They need diffusers (`pip install 'stablevm[vae]'`).
 """
 
+import sys
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -312,3 +314,7 @@ class StableVSUniPCMultistepScheduler(_Multistep, UniPCMultistepScheduler):
         super()._forget()
         self.timestep_list = [None] * self.config.solver_order
         self.last_sample = None
+
+
+# diffusers takes the parts of a pipeline on the hub from modules that are attributes of its own, as this one is now.
+setattr(diffusers.pipelines, __name__, sys.modules[__name__])

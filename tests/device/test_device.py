@@ -21,7 +21,9 @@ from stablevm.bank import ClassBank
 from stablevm.draw import ObjectiveSettings
 from stablevm.interpolant import LINEAR
 from stablevm.meanflow import MeanFlow
+from stablevm.networks.autoencoder import latent_spec_of
 from stablevm.networks.registry import build_network, network_config
+from stablevm.networks.snapshot import ModelCard
 from stablevm.objective import FlowMatching, StableTargetField, StableVM
 from stablevm.posterior import posterior
 from stablevm.support import rng
@@ -30,6 +32,7 @@ from stablevm.training.step import PhaseClock
 from stablevm.training.weights import MovingAverage
 from tests.helpers import runs
 from tests.helpers.checkpoints import save_checkpoint, tiny_card
+from tests.helpers.tiny_vae import save_tiny_vae
 
 ROOT = Path(__file__).parents[2]
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -244,3 +247,20 @@ def test_images_agree_with_the_cpu_to_one_level(mode, tmp_path, device):
         with np.load(tmp_path / f"{name}.npz") as archive:
             found.append(archive["arr_0"].astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and found[0].std() > 20
+
+
+def test_a_pipeline_whose_parts_wait_on_the_cpu_makes_the_same_images(tmp_path, device):
+    pytest.importorskip("diffusers")
+    from stablevm import StableVMPipeline
+
+    latent = latent_spec_of(str(save_tiny_vae(tmp_path / "vae")), 32)
+    model = network_config("SiT-XXS/2", input_size=4, in_channels=4, num_classes=CLASSES)
+    card = ModelCard(model, latent, "linear", "v", tuple(map(str, range(CLASSES))), step=1)
+    pipe = StableVMPipeline.from_checkpoint(save_checkpoint(tmp_path / "checkpoint", card))
+    found = []
+    for where in ("cpu", device.type):
+        pipe.enable_model_cpu_offload(device=where)
+        images = pipe([0, 1, 2], num_inference_steps=8, guidance_scale=1.5, generator=pipe.generators(0, [0, 1, 2]))
+        found.append(np.stack([np.asarray(image) for image in images.images]).astype(int))
+        assert {pipe.transformer.device.type, pipe.vae.device.type} == {"cpu"}
+    assert np.abs(found[0] - found[1]).max() <= 1

@@ -15,10 +15,11 @@ pytest.importorskip("diffusers")
 
 from diffusers import DiffusionPipeline
 
-from stablevm import StableVMPipeline, cli
+from stablevm import StableVMPipeline, StableVSFlowMatchScheduler, cli
 from stablevm.networks.autoencoder import latent_spec_of
 from stablevm.networks.registry import network_config
 from stablevm.networks.snapshot import ModelCard
+from tests.helpers import hub
 from tests.helpers.checkpoints import save_checkpoint, tiny_card
 from tests.helpers.tiny_vae import save_tiny_vae
 
@@ -137,3 +138,27 @@ def test_no_path_of_this_machine_is_written(tmp_path):
     assert export(tmp_path / "run", tmp_path / "other", "--vae", tmp_path / "tuned") == 0
     config = json.loads((tmp_path / "other" / "vae" / "config.json").read_text())
     assert config["block_out_channels"] == [4, 4, 8, 8]
+
+
+def test_a_pipeline_on_the_hub_is_loaded_without_running_its_code(run, tmp_path, monkeypatch):
+    from huggingface_hub import hf_api
+
+    pipe = StableVMPipeline.from_checkpoint(run)
+    pipe.scheduler = StableVSFlowMatchScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    ran = f"open({str(tmp_path / 'ran')!r}, 'w')".encode()
+    theirs = {"pipeline.py": ran, "diffusers_model.py": ran, "transformer/diffusers_model.py": ran}
+    with hub.stand_in() as there:
+        hub.use(monkeypatch, there.address, tmp_path / "cache")
+        monkeypatch.setattr(hf_api.api, "endpoint", there.address)
+        there.repositories["me/net"] = hub.Repository()
+        there.repositories["me/net"].commit({**contents(tmp_path / "pipeline"), **theirs})
+        for kind in (DiffusionPipeline, StableVMPipeline):
+            loaded = kind.from_pretrained("me/net", cache_dir=tmp_path / "cache")
+            assert type(loaded) is StableVMPipeline and type(loaded.scheduler) is StableVSFlowMatchScheduler
+            assert loaded.card == pipe.card
+        there.repositories["me/run"] = hub.Repository()
+        there.repositories["me/run"].commit(contents(run / "checkpoints" / "0000120"))
+        assert export("hf:me/run", tmp_path / "fetched") == 0
+        assert StableVMPipeline.from_pretrained(tmp_path / "fetched").card == pipe.card
+    assert not (tmp_path / "ran").exists()

@@ -177,7 +177,7 @@ def test_stochastic_schedulers_draw_from_the_generators(pipe):
 def test_outputs_have_the_forms_of_diffusers(pipe):
     made = {
         kind: pipe(
-            ["class 1", None], num_inference_steps=2, generator=pipe.generators(0, [0, 1]), output_type=kind
+            [np.int64(1), None], num_inference_steps=2, generator=pipe.generators(0, [0, 1]), output_type=kind
         ).images
         for kind in ("pil", "np", "pt", "latent")
     }
