@@ -3,10 +3,11 @@
     python benchmarks/digits_settings.py WORK_FOLDER [--seeds 3] [--steps 800] [--arms baseline muon]
 
 The settings: LightningDiT's blocks instead of SiT's, the automatic time shift, contrastive flow matching, Muon, and
-REG's class token, with the published weight of its loss and with 1. Muon's products of matrices are in float32 here: torch rounds them to bfloat16, with which processors
-that have no such arithmetic take twenty times as long. Each run is sampled without guidance and with the recipe's, and evaluated by an extractor that no
-network was aligned with. Each arm and seed has a JSON file in WORK_FOLDER/results, which is not computed again, and an
-interrupted run resumes, so run it again after an interruption, or to add seeds. It prints one table.
+REG's class token, with the published weight of its loss and with 1. Muon's products of matrices are in float32 here:
+torch rounds them to bfloat16, with which processors that have no such arithmetic take twenty times as long. Each run is
+sampled without guidance and with the recipe's, and evaluated by an extractor that no network was aligned with. Each arm
+and seed has a JSON file in WORK_FOLDER/results, which is not computed again, and an interrupted run resumes, so run it
+again after an interruption, or to add seeds. It prints one table.
 """
 
 import dataclasses
