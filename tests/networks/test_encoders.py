@@ -226,7 +226,8 @@ def test_download_gives_the_same_as_the_file(encoder, weights, images, monkeypat
 
 @pytest.mark.parametrize("name", ["nonsense", "vit_tiny_patch16_224.nonsense"])
 def test_unknown_name_lists_the_short_ones(name):
-    with pytest.raises(UserError, match=f"encoder {name}: expected one of digits, extractor, dinov2-vit-s.*jepa-vit-h"):
+    known = "digits, extractor, masked, dinov2-vit-s.*jepa-vit-h"
+    with pytest.raises(UserError, match=f"encoder {name}: expected one of {known}"):
         load(None, name)
 
 
