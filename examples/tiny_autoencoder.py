@@ -29,7 +29,6 @@ def make_autoencoder(side, latent_channels, latent_side):
         block_out_channels=WIDTHS[:levels],
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=1,
         norm_num_groups=8,
         sample_size=side,
         mid_block_add_attention=False,
@@ -40,16 +39,19 @@ def main(data, output, latent_channels=4, latent_side=8, steps=2000, batch_size=
     """Train the autoencoder and write it; returns the mean absolute error of pixels in [-1, 1] at each step."""
     if output.exists():
         raise SystemExit(f"{output}: exists already; remove it or give another folder")
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     dataset = open_dataset(data)
-    model = make_autoencoder(dataset.resolution, latent_channels, latent_side)
+    with torch.random.fork_rng():  # diffusers draws the weights from the global random state
+        torch.manual_seed(seed)
+        model = make_autoencoder(dataset.resolution, latent_channels, latent_side)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     errors = []
     for step in range(steps):
-        images = dataset.images(torch.randint(len(dataset), (batch_size,)).tolist()).float() / 127.5 - 1
+        rows = torch.randint(len(dataset), (batch_size,), generator=generator)
+        images = dataset.images(rows.tolist()).float() / 127.5 - 1
         latents = model.encode(images).latent_dist
-        error = (model.decode(latents.sample()).sample - images).abs().mean()
+        error = (model.decode(latents.sample(generator)).sample - images).abs().mean()
         optimizer.zero_grad()
         (error + KL_WEIGHT * latents.kl().mean() / latents.mean[0].numel()).backward()
         optimizer.step()
@@ -59,7 +61,7 @@ def main(data, output, latent_channels=4, latent_side=8, steps=2000, batch_size=
             print(f"step {step}: mean error of pixels {error.item():.3f}", flush=True)
     images = dataset.images(range(min(1000, len(dataset)))).float() / 127.5 - 1
     with torch.no_grad():
-        latents = model.eval().encode(images).latent_dist.sample()
+        latents = model.eval().encode(images).latent_dist.sample(generator)
     # networks see latents of mean 0 and deviation 1
     model.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     temporary = output.with_name(f"{output.name}.part")
