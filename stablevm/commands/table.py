@@ -218,13 +218,13 @@ def _reference() -> Use[Any]:
 
 
 def _variance() -> Use[Any]:
-    from stablevm.study.config import VarianceConfig
+    from stablevm.advice.config import VarianceConfig
 
     return Use(VarianceConfig, work.variance)
 
 
 def _study() -> Use[Any]:
-    from stablevm.comparison.config import StudyConfig
+    from stablevm.study.config import StudyConfig
 
     return Use(StudyConfig, work.study)
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from stablevm.support.extras import need
 
 if TYPE_CHECKING:
+    from stablevm.advice.config import VarianceConfig
     from stablevm.commands.config import CompletionConfig, RecipesConfig
-    from stablevm.comparison.config import StudyConfig
     from stablevm.demo.config import DemoConfig
     from stablevm.evaluation.config import EvaluateCheckpointConfig, EvaluateConfig, ExtractorConfig, ReferenceConfig
     from stablevm.integrations.config import ExportConfig, ImportConfig, PushConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stablevm.profiling.config import BenchmarkConfig
     from stablevm.quickstart.config import QuickstartConfig
     from stablevm.sampling.config import GenerateConfig
-    from stablevm.study.config import VarianceConfig
+    from stablevm.study.config import StudyConfig
     from stablevm.sweep.config import SweepConfig
     from stablevm.toy.config import ToyConfig
     from stablevm.training.average_config import AverageConfig
@@ -136,7 +136,7 @@ def encoder(config: "EncoderConfig") -> None:
 
 def variance(config: "VarianceConfig") -> None:
     need("stablevm variance", *FIGURES)
-    from stablevm.study.variance import measure_variance
+    from stablevm.advice.variance import measure_variance
 
     measure_variance(config)
 
@@ -225,7 +225,7 @@ def info(config: "InfoConfig") -> int:
 
 def study(config: "StudyConfig") -> None:
     need("stablevm study", *TRAINER, *FIGURES)
-    from stablevm.comparison.run import TABLE_FILE, study
+    from stablevm.study.run import TABLE_FILE, study
 
     study(config)
     print((config.output_dir / TABLE_FILE).read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Measurements on a user's data that recommend options of training."""
+"""The comparison of targets and alignment on one data set: several arms, seeds and points of the training."""

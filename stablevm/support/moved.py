@@ -66,7 +66,7 @@ MOVED = {
     "sampling.solvers": "solvers.fixed_steps",
     "schedules": "alignment",
     "snapshot": "networks.snapshot",
-    "study.command": "study.variance",
+    "study.command": "advice.variance",
     "toy.figures": "figures.toy",
     "toy.variance": "toy.experiment",
     "toy.visualization": "toy.films",
@@ -87,7 +87,7 @@ _ALSO = {  # split since
     "alignment": ("times",),
     "figures.evaluation": ("figures.sheets",),
     "solvers.integration": ("sampling.guidance", "solvers.settings"),
-    "toy.experiment": ("toy.mixture", "study.variance"),
+    "toy.experiment": ("toy.mixture", "advice.variance"),
     "toy.films": ("figures.toy",),
     "training.engine": ("training.start", "training.objectives", "training.terms"),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stablevm.advice.variance import BLOCK_ROWS, data_curve, dataset_curve
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
@@ -19,7 +20,6 @@ from stablevm.figures.toy import FIELD_NAMES, plot_divergence
 from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import LINEAR
 from stablevm.networks.autoencoder import pixels_to_unit
-from stablevm.study.variance import BLOCK_ROWS, data_curve, dataset_curve
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary, remove_temporary, remove_temporary_of, write_json, write_text
 from stablevm.support.locks import owned

@@ -20,10 +20,10 @@ FLOORS = dict(
             ("posterior", "times", "alignment", "bank", "solvers", "networks"),
             ("draw", "variance", "data"),
             ("objective", "meanflow", "figures"),
-            ("sampling", "preparation", "study"),
+            ("sampling", "preparation", "advice"),
             ("evaluation",),
             ("training",),
-            ("toy", "quickstart", "profiling", "demo", "comparison", "sweep", "integrations"),
+            ("toy", "quickstart", "profiling", "demo", "study", "sweep", "integrations"),
             ("commands",),
             ("cli",),
             ("__main__", "__init__"),
@@ -71,7 +71,7 @@ def test_option_definitions_import_no_torch():
     code = (
         "import sys, stablevm.cli, stablevm.training.config, stablevm.sampling.config, stablevm.quickstart.config, "
         "stablevm.evaluation.config, stablevm.preparation.config, "
-        "stablevm.integrations.config, stablevm.study.config, stablevm.comparison.config, stablevm.profiling.config, "
+        "stablevm.integrations.config, stablevm.advice.config, stablevm.study.config, stablevm.profiling.config, "
         "stablevm.training.average_config, stablevm.sweep.config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )

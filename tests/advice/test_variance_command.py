@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from stablevm import cli, draw
+from stablevm.advice.config import VarianceConfig
+from stablevm.advice.variance import Advice
 from stablevm.data.manifest import Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
 from stablevm.interpolant import LINEAR
 from stablevm.networks.autoencoder import LatentSpec
-from stablevm.study.config import VarianceConfig
-from stablevm.study.variance import Advice
 from stablevm.training.engine import model_config
 from stablevm.training.objectives import make_objective, prefill
 from stablevm.variance import VarianceCurve

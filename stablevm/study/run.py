@@ -3,14 +3,14 @@
 import time
 from typing import Any
 
-from stablevm.comparison.config import StudyConfig
-from stablevm.comparison.results import Comparison, Result, path_of, read
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.evaluation.small_extractor import digits_splits, load_extractor
-from stablevm.figures.comparison import plot_comparison
+from stablevm.figures.study import plot_comparison
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
+from stablevm.study.config import StudyConfig
+from stablevm.study.results import Comparison, Result, path_of, read
 from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json, write_text

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stablevm.advice.config import VarianceConfig
 from stablevm.data.dataset import PreparedDataset, drawn_latents
 from stablevm.data.mirrored import MirroredDataset
 from stablevm.data.opening import open_dataset
 from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import Interpolant, get_interpolant
-from stablevm.study.config import VarianceConfig
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json

@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from stablevm.comparison.config import ARMS, StudyConfig
-from stablevm.comparison.results import Comparison, Estimate, Result, path_of
-from stablevm.comparison.run import FIGURE_FILE, TABLE_FILE, study
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.evaluation.small_extractor import save_extractor, train_extractor
 from stablevm.preparation.config import EncoderConfig, FeaturesConfig
 from stablevm.preparation.features import features
 from stablevm.preparation.masked_encoder import encoder
+from stablevm.study.config import ARMS, StudyConfig
+from stablevm.study.results import Comparison, Estimate, Result, path_of
+from stablevm.study.run import FIGURE_FILE, TABLE_FILE, study
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 from tests.helpers.data_sets import one_line
@@ -79,7 +79,7 @@ def test_a_finished_study_trains_nothing_again_and_takes_more(done, capsys):
 
 
 def test_an_interrupted_study_has_the_same_numbers(done, tmp_path, monkeypatch):
-    from stablevm.comparison import run
+    from stablevm.study import run
 
     again = dataclasses.replace(done, output_dir=tmp_path / "again", arms="cfm", points="2,4")
     calls = []
