@@ -128,7 +128,7 @@ def extractor(config: "ExtractorConfig") -> None:
 
 
 def encoder(config: "EncoderConfig") -> None:
-    need("stablevm encoder", "timm")
+    need("stablevm encoder", "psutil", "timm")
     from stablevm.preparation.masked_encoder import encoder
 
     encoder(config)

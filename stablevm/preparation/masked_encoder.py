@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from stablevm.support.cards import read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
 from stablevm.support.locks import owned
+from stablevm.support.machine import gigabytes
 from stablevm.support.tensor_files import save_tensors
 
 WEIGHTS_FILE, CARD_FILE = "encoder.safetensors", "encoder.json"
@@ -89,8 +91,10 @@ def train_encoder(
 ) -> tuple[MaskedNet, float]:
     """Train a masked autoencoder on all images of `dataset`, and return its encoder with the last loss.
 
-    All random numbers depend on `seed`; the global random state is not changed. UserError for patches that do not fit.
+    All random numbers depend on `seed`; the global random state is not changed. UserError for patches that do not fit,
+    and for images that do not fit into memory.
     """
+    _check_memory(dataset)
     pixels = dataset.images(range(len(dataset)))
     channels = 1 if all(torch.equal(pixels[:, 0], pixels[:, other]) for other in (1, 2)) else 3
     weights = rng.generator("encoder", seed, "weights")
@@ -114,6 +118,17 @@ def train_encoder(
         losses.append(loss.detach())
     net.eval().requires_grad_(False)
     return net, float(torch.stack(losses[-max(1, steps // 10) :]).mean())
+
+
+def _check_memory(dataset: PreparedDataset) -> None:
+    """Raise UserError if the images, which are all held at once, do not fit into memory."""
+    needed, available = 3 * len(dataset) * dataset.resolution**2, psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"{dataset.folder}: the {len(dataset):,} images take {gigabytes(needed)}, which this command holds at "
+            f"once, and this machine has {gigabytes(available)} free; give a part of them (stablevm prepare convert "
+            f"--part 1/{math.ceil(2 * needed / max(1, available))})"
+        )
 
 
 def neighbour_accuracy(net: MaskedNet, config: EncoderConfig) -> float | None:

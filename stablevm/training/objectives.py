@@ -24,6 +24,7 @@ from stablevm.objective import Anchors, FlowMatching, StableVM, draw_anchors
 from stablevm.support import rng
 from stablevm.support.bars import hidden
 from stablevm.support.errors import UserError
+from stablevm.support.machine import gigabytes
 from stablevm.support.options import some_of
 from stablevm.support.rng import AnyGenerator
 from stablevm.times import automatic_shift
@@ -204,11 +205,6 @@ def check_classes(dataset: PreparedDataset, config: TrainConfig, num_classes: in
             f"--loss-type stablevm: {config.data_dir} has no sample of {len(missing)} of {num_classes} classes "
             f"({some_of(missing)}), so their part of the bank would stay empty; {remedy}"
         )
-
-
-def gigabytes(count: int) -> str:
-    """Bytes in the unit that people count memory in."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def choose_rows(labels: Tensor, counts: Tensor, per_class: int, seed: int) -> Tensor:

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset
 from stablevm.networks.autoencoder import GREY, IDENTITY
+from stablevm.support.machine import gigabytes
 from stablevm.training import checkpoint
 from stablevm.training.config import CHECKPOINT_INTERVAL, KEPT_BETWEEN, TrainConfig
 from stablevm.training.console import Row
 from stablevm.training.engine import Engine
-from stablevm.training.objectives import GPU_SHARE, gigabytes
+from stablevm.training.objectives import GPU_SHARE
 from stablevm.training.tracker import METRICS_FILE
 
 PRECISIONS = {"no": "float32", "fp16": "float16 (mixed)", "bf16": "bfloat16 (mixed)"}

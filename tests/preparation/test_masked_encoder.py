@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.networks.encoders import load_encoder
 from stablevm.networks.masked_net import MaskedAutoencoder, MaskedNet, masked_net_for
+from stablevm.preparation import masked_encoder
 from stablevm.preparation.config import EncoderConfig
 from stablevm.preparation.masked_encoder import encoder
 from stablevm.support.errors import UserError
@@ -103,3 +105,12 @@ def test_sizes_that_do_not_fit():
         with pytest.raises(UserError, match="expected patches that divide the image"):
             MaskedNet(side=side, patch_size=patch_size)
     assert masked_net_for({}) is None and masked_net_for({"network.pos_embed": torch.ones(1)}) is None
+
+
+def test_images_that_do_not_fit_into_memory_are_told_before_they_are_read(trained, tmp_path, monkeypatch):
+    config = dataclasses.replace(trained[0], output_dir=tmp_path / "new")
+    monkeypatch.setattr(masked_encoder.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with pytest.raises(UserError) as error:
+        encoder(config)
+    line = one_line(error)
+    assert "the 1,347 images take 0.26 MB" in line and "has 0.10 MB free" in line and "--part 1/6" in line

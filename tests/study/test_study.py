@@ -54,12 +54,8 @@ def test_each_arm_and_point_has_a_result(done):
     assert late["seconds"] == pytest.approx(early["seconds"] + 2 * late["seconds_per_step"])
     assert early["seconds"] < late["seconds"] and early["metrics"] != late["metrics"]
     run = TrainConfig.read(done.output_dir / "runs/stablevm-va-repa-seed0")
-    assert (run.loss_type, run.bank_anchors, run.use_proj_loss, run.enc_type) == (
-        "stablevm",
-        "batch",
-        True,
-        "extractor",
-    )
+    assert (run.loss_type, run.bank_capacity_per_class) == ("stablevm", 256)
+    assert (run.use_proj_loss, run.enc_type) == (True, "extractor")
 
 
 def test_the_table_and_the_figure(done):
@@ -112,7 +108,7 @@ def test_a_study_with_other_options_is_refused(done):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": "cfm,nonsense"}, "--arms cfm,nonsense: expected different ones of cfm, stablevm-class"),
+        ({"arms": "cfm,nonsense"}, "--arms cfm,nonsense: expected different ones of cfm, stablevm-fifo256"),
         ({"arms": "cfm,cfm"}, "expected different ones"),
         ({"points": "0,5"}, "--points 0,5: expected different steps from 1"),
         ({"points": "ten"}, "--points ten: expected different steps"),
