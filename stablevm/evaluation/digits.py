@@ -18,6 +18,7 @@ from stablevm.evaluation.small_extractor import (
     all_images,
     check_fits,
     data_checksum,
+    is_same_data,
     to_grey,
 )
 from stablevm.metrics.density_coverage import COVERAGE, DENSITY
@@ -159,7 +160,7 @@ def _summary(distances: Tensor) -> dict[str, float]:
 def _check_data(reference: PreparedDataset, train: PreparedDataset, extractor: DigitsExtractor) -> None:
     for dataset in (reference, train):
         check_fits(dataset, extractor.net)
-    if data_checksum(train) != extractor.data_sha256 and data_checksum(reference) != extractor.test_sha256:
+    if not is_same_data(train, extractor.data_sha256) and not is_same_data(reference, extractor.test_sha256):
         raise UserError(
             f"{train.folder}: not the data on which the extractor was trained, so it may have seen the test images; "
             "train an extractor on it, or on other data with the same test split"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from stablevm.data.dataset import PreparedDataset
+from stablevm.data.dataset import PreparedDataset, digest
 from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.opening import open_dataset
 from stablevm.evaluation.config import ExtractorConfig
@@ -70,8 +70,8 @@ class DigitsExtractor:
     test_accuracy: float
     seed: int
     steps: int
-    data_sha256: str  # of the training split's manifest, which holds the checksums of its shards
-    test_sha256: str | None = None  # of the test split's; None in files of earlier versions
+    data_sha256: str  # of the images and classes of the training split
+    test_sha256: str | None = None  # of the test split; None in files of earlier versions
 
     @property
     def name(self) -> str:
@@ -214,8 +214,15 @@ def all_images(dataset: PreparedDataset) -> Tensor:
 
 
 def data_checksum(dataset: PreparedDataset) -> str:
-    """A checksum of the data set's content: the digest of its manifest, which holds the digests of its shards."""
-    return sha256(dataset.folder / MANIFEST_FILE)
+    """A checksum of the images, in their order, with their classes. Latents of any autoencoder may lie beside them."""
+    known = dataset.fingerprint(with_images=True)
+    return digest([known.class_names, known.images, dataset.labels().numpy().tobytes()])
+
+
+def is_same_data(dataset: PreparedDataset, checksum: str | None) -> bool:
+    """Whether `checksum` is that of this data. Extractors of version 0.1 recorded the digest of the manifest."""
+    manifest = dataset.folder / MANIFEST_FILE
+    return checksum == data_checksum(dataset) or (manifest.is_file() and checksum == sha256(manifest))
 
 
 def _rate_factor(step: int, steps: int) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.digits import prepare_digits
-from stablevm.data.manifest import Manifest
+from stablevm.data.manifest import MANIFEST_FILE, Manifest
 from stablevm.data.opening import open_dataset
 from stablevm.data.writer import ShardWriter
 from stablevm.evaluation.config import EvaluateConfig
@@ -26,6 +26,8 @@ from stablevm.evaluation.small_extractor import (
     WEIGHTS_FILE,
     DigitsExtractor,
     all_images,
+    data_checksum,
+    is_same_data,
     load_extractor,
     save_extractor,
     train_extractor,
@@ -36,6 +38,7 @@ from stablevm.networks.autoencoder import LatentSpec
 from stablevm.networks.encoders import load_encoder
 from stablevm.networks.small_net import SmallNet
 from stablevm.support.errors import UserError
+from stablevm.support.files import sha256
 
 FEW_STEPS = 60  # of 1,500: enough to recognise most digits
 
@@ -178,7 +181,19 @@ def test_an_extractor_of_other_data_needs_the_same_test_split(
         evaluate_digits(channels_last(test), test.labels(), test, test, replace(extractor, test_sha256=None))
 
 
-def images_of_28_pixels(folder: Path, count: int, *, colour: bool, first: int) -> PreparedDataset:
+def test_the_same_images_beside_other_latents_are_the_same_data(tmp_path: Path) -> None:
+    grey = images_of_28_pixels(tmp_path / "grey", 60, colour=False, first=0)
+    scaled = images_of_28_pixels(tmp_path / "scaled", 60, colour=False, first=0, latent_scale=0.5)
+    other = images_of_28_pixels(tmp_path / "other", 60, colour=False, first=1)
+    assert sha256(grey.folder / MANIFEST_FILE) != sha256(scaled.folder / MANIFEST_FILE)
+    known = data_checksum(grey)
+    assert is_same_data(scaled, known) and not is_same_data(other, known) and not is_same_data(grey, None)
+    assert is_same_data(grey, sha256(grey.folder / MANIFEST_FILE)), "as recorded by version 0.1"
+
+
+def images_of_28_pixels(
+    folder: Path, count: int, *, colour: bool, first: int, latent_scale: float = 1.0
+) -> PreparedDataset:
     """Three classes: a bright left half, a bright right half, and neither, with noise."""
     labels = torch.arange(count) % 3
     pixels = torch.randint(60, (count, 3 if colour else 1, 28, 28), generator=torch.Generator().manual_seed(first))
@@ -188,7 +203,7 @@ def images_of_28_pixels(folder: Path, count: int, *, colour: bool, first: int) -
     description = Manifest(("left", "right", "none"), 28, "none", LatentSpec((3, 28, 28), 1.0, 0.0, "identity"),
                            has_flips=False, has_images=True)  # fmt: skip
     writer = ShardWriter(folder, description)
-    moments = torch.cat([images / 127.5 - 1, torch.zeros(images.shape)], dim=1).half()
+    moments = torch.cat([latent_scale * (images / 127.5 - 1), torch.zeros(images.shape)], dim=1).half()
     writer.add(moments=moments, labels=labels, index=torch.arange(count), images=images)
     writer.finish()
     return open_dataset(folder)
