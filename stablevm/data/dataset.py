@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,10 @@ class Fingerprint:
         if self.latents != expected.latents:
             return "other latents or labels, or the same in another order"
         return None if self.images == expected.images else "other images"
+
+    def difference_of_images(self, expected: "Fingerprint") -> str | None:
+        """Like `difference`, but of the images alone: their latents, classes and the names of these may differ."""
+        return replace(self, class_names="", latents="").difference(replace(expected, class_names="", latents=""))
 
 
 def digest(parts: Iterable[object]) -> str:

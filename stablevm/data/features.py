@@ -83,8 +83,11 @@ class StoredFeatures:
         return torch.from_numpy(values)
 
     def check(self, dataset: PreparedDataset, rows: int, expected: dict[str, object]) -> None:
-        """Raise UserError unless the tokens are those of this data, of as many rows, and have the expected facts."""
-        difference = dataset.fingerprint(with_images=True).difference(self.card.data)
+        """Raise UserError unless the tokens are of these images, of as many rows, and have the expected facts.
+
+        Latents do not matter: data sets of the same images in different autoencoders' latents share their tokens.
+        """
+        difference = dataset.fingerprint(with_images=True).difference_of_images(self.card.data)
         if difference is not None:
             raise UserError(f"{arg('features_dir')} {self.folder}: of another data set ({difference}); {_REMEDY}")
         for name, value in expected.items():

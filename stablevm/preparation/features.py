@@ -92,4 +92,4 @@ def _tokens(encoder: Encoder, images: Tensor, device: torch.device, config: Feat
 def _plan(card: FeatureCard) -> dict[str, Any]:
     """All facts that determine the tokens, by the words of messages."""
     facts = {name.replace("_", " "): value for name, value in vars(card).items() if name != "data"}
-    return facts | {"data": f"{card.data.latents} {card.data.images}"}
+    return facts | {"images": card.data.images}

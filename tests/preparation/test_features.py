@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,20 @@ def test_features_of_something_else_are_one_clear_line(made, folder, options, me
 def test_features_of_other_data_are_refused(made, folder):
     with pytest.raises(UserError, match="of another data set"):
         StoredFeatures(made.dest).check(open_dataset(folder / "data", "test"), 450, {})
+
+
+def test_the_same_images_beside_other_latents_share_their_tokens(made, folder):
+    dataset = open_dataset(folder / "data")
+    known = dataset.fingerprint(with_images=True)
+
+    def check(**changes):
+        other = dataclasses.replace(known, **changes)
+        StoredFeatures(made.dest).check(SimpleNamespace(fingerprint=lambda with_images: other), known.rows, {})
+
+    check(latents="those of another autoencoder", class_names="other names")
+    for changes in ({"images": "others"}, {"rows": known.rows + 1}):
+        with pytest.raises(UserError, match="of another data set"):
+            check(**changes)
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "other"])
