@@ -53,7 +53,8 @@ class StudyConfig:
 
     The arms differ in their targets or their alignment only. Each is trained with the same seeds, sampled without
     guidance and evaluated by one extractor at the same points of the training. Writes a JSON file for each arm, seed
-    and point, a table and a figure. To resume after an interruption, or to add arms, seeds or points, run it again.
+    and point, a table, a figure, and a picture with images of each arm. To resume after an interruption, or to add
+    arms, seeds or points, run it again.
     """
 
     data_dir: Path
@@ -61,7 +62,7 @@ class StudyConfig:
     extractor: Path
     """Folder of the extractor that evaluates (stablevm extractor), best trained on other images."""
     output_dir: Path = Path("study")
-    """Folder for runs, results, study.md and study.png."""
+    """Folder for runs, results, study.md, study.png and samples.png."""
     arms: str = FIRST
     """Names of arms separated by commas: cfm, stablevm-fifo256, stablevm-va-repa, va-repa, stablevm-from-0.5,
     stablevm-class, stablevm-fifo64, stablevm-fifo256-batch, repa, va-repa-hard; or a TOML file with a table of train's

@@ -39,9 +39,14 @@ class Result:
         write_json(path_of(folder, self.arm, self.seed, self.step), asdict(self))
 
 
+def name_of(arm: str, seed: int, step: int) -> str:
+    """The name of a point's files."""
+    return f"{arm}-seed{seed}-{step:07d}"
+
+
 def path_of(folder: Path, arm: str, seed: int, step: int) -> Path:
     """The file of a result."""
-    return folder / FOLDER / f"{arm}-seed{seed}-{step:07d}.json"
+    return folder / FOLDER / f"{name_of(arm, seed, step)}.json"
 
 
 def read(path: Path) -> Result:

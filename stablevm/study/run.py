@@ -10,7 +10,8 @@ from stablevm.figures.study import plot_comparison
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
 from stablevm.study.config import StudyConfig
-from stablevm.study.results import Comparison, Result, path_of, read
+from stablevm.study.pictures import draw_samples, samples_path
+from stablevm.study.results import Comparison, Result, name_of, path_of, read
 from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json, write_text
@@ -20,12 +21,12 @@ from stablevm.training.checkpoint import checkpoint_folder, saved_steps
 from stablevm.training.config import TrainConfig
 from stablevm.training.trainer import train
 
-STUDY_FILE, TABLE_FILE, FIGURE_FILE = "study.json", "study.md", "study.png"
+STUDY_FILE, TABLE_FILE, FIGURE_FILE, SAMPLES_FILE = "study.json", "study.md", "study.png", "samples.png"
 WARMUP_STEPS = 100
 
 
 def study(config: StudyConfig) -> Comparison:
-    """Run what is missing of the study, and write its table and figure after each result.
+    """Run what is missing of the study, and write its table and pictures after each result.
 
     UserError, before anything is trained, for options that contradict those of the study in the folder.
     """
@@ -42,7 +43,7 @@ def study(config: StudyConfig) -> Comparison:
 
 
 def summarise(config: StudyConfig) -> Comparison:
-    """Write the table and the figure of the results that there are, and return their comparison."""
+    """Write the table and the pictures of the results that there are, and return their comparison."""
     arms = config.arms_by_name()
     paths = [
         path_of(config.output_dir, arm, seed, step)
@@ -56,6 +57,7 @@ def summarise(config: StudyConfig) -> Comparison:
     write_text(config.output_dir / TABLE_FILE, "\n".join([*lines, *comparison.equal_time_table()]) + "\n")
     if results:
         plot_comparison(comparison.curves(), config.output_dir / FIGURE_FILE)
+        draw_samples(config, arms, config.output_dir / SAMPLES_FILE)
     return comparison
 
 
@@ -140,8 +142,8 @@ class _Run:
             num_steps=config.num_steps,
             per_proc_batch_size=config.per_proc_batch_size,
             global_seed=self.seed,
-            sample_dir=config.output_dir / "samples",
-            name=f"{self.name}-{step:07d}",
+            sample_dir=samples_path(config, self.arm, self.seed, step).parent,
+            name=name_of(self.arm, self.seed, step),
         )
         samples = generate(sampling)
         metrics = evaluate(EvaluateConfig(samples=samples, reference=config.data_dir, extractor=config.extractor))

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
@@ -14,7 +16,7 @@ from stablevm.preparation.features import features
 from stablevm.preparation.masked_encoder import encoder
 from stablevm.study.config import ARMS, StudyConfig
 from stablevm.study.results import Comparison, Estimate, Result, path_of
-from stablevm.study.run import FIGURE_FILE, TABLE_FILE, study
+from stablevm.study.run import FIGURE_FILE, SAMPLES_FILE, TABLE_FILE, study
 from stablevm.support.errors import UserError
 from stablevm.training.config import TrainConfig
 from tests.helpers.data_sets import one_line
@@ -63,6 +65,17 @@ def test_the_table_and_the_figure(done):
     assert table.startswith("# 4 of 4 results") and "After 2 steps:" in table and "After 4 steps:" in table
     assert "At equal processor time" in table
     assert (done.output_dir / FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_row_of_images_for_each_arm_below_real_ones(done):
+    cell = 64 + 2  # images are enlarged to 64 pixels, two apart
+    with Image.open(done.output_dir / SAMPLES_FILE) as picture:
+        pixels = np.asarray(picture)
+    assert len(pixels) == 3 * cell + 2  # test images, cfm, stablevm-va-repa
+    with np.load(done.output_dir / "samples/cfm-seed0-0000004.npz") as file:
+        first = file["arr_0"][np.flatnonzero(file["labels"] == 0)[1]].repeat(8, axis=0).repeat(8, axis=1)
+    top, left = cell + 2, pixels.shape[1] - 19 * cell  # the second of 20 columns, two of each class
+    assert np.array_equal(pixels[top : top + 64, left : left + 64], first)
 
 
 def test_a_finished_study_trains_nothing_again_and_takes_more(done, capsys):
