@@ -109,8 +109,7 @@ class StudyConfig:
     def fixed(self) -> dict[str, Any]:
         """What must not change while a study is resumed: all options but those that only add to it."""
         free = {"output_dir", "arms", "seeds", "points", "per_proc_batch_size"}
-        mine = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in free}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in mine.items()}
+        return in_json({field.name: getattr(self, field.name) for field in fields(self) if field.name not in free})
 
     def arms_by_name(self) -> Arms:
         """The options of each arm; UserError for unknown arms, or options that are not train's or the study's own."""
@@ -132,6 +131,11 @@ class StudyConfig:
             ],
         )
         _ = self.steps, self.arms_by_name()
+
+
+def in_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a JSON file holds them, with paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def _arms_in(path: Path) -> Arms:

@@ -9,7 +9,7 @@ from stablevm.evaluation.small_extractor import digits_splits, load_extractor
 from stablevm.figures.study import plot_comparison
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
-from stablevm.study.config import StudyConfig
+from stablevm.study.config import StudyConfig, in_json
 from stablevm.study.pictures import draw_samples, samples_path
 from stablevm.study.results import Comparison, Result, name_of, path_of, read
 from stablevm.support.cards import read_object
@@ -77,8 +77,8 @@ class _Run:
                 print(f"\n{self.name}, step {step:,}", flush=True)
                 seconds, per_step = self._train(before, step)
                 metrics = self._evaluate(step)
-                shared = self.config.fixed
-                result = Result(self.arm, self.seed, step, self.options, metrics, seconds, shared, per_step)
+                options, shared = in_json(self.options), self.config.fixed
+                result = Result(self.arm, self.seed, step, options, metrics, seconds, shared, per_step)
                 result.write(self.config.output_dir)
                 summarise(self.config)
             before = step

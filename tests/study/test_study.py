@@ -148,8 +148,14 @@ def test_arms_with_stored_tokens_of_an_encoder_without_labels(tiny, tmp_path):
     run = TrainConfig.read(tmp_path / "study/runs/va-repa-seed0")
     assert (run.enc_type, run.features_dir) == ("masked", tmp_path / "tokens")
     file = tmp_path / "arms.toml"
-    file.write_text(f'[own]\nuse_proj_loss = true\nfeatures_dir = "{tmp_path / "tokens"}"\nenc_type = "masked"\n')
-    assert dataclasses.replace(tiny, arms=str(file)).arms_by_name()["own"]["features_dir"] == tmp_path / "tokens"
+    file.write_text(
+        f'[own]\nuse_proj_loss = true\nfeatures_dir = "{tmp_path / "tokens"}"\nenc_type = "masked"\n'
+        f'encoder_weights = "{weights}"\n'
+    )
+    from_file = dataclasses.replace(tiny, arms=str(file), points="2", output_dir=tmp_path / "own")
+    study(from_file)
+    assert TrainConfig.read(tmp_path / "own/runs/own-seed0").features_dir == tmp_path / "tokens"
+    assert results_in(from_file)["own-seed0-0000002.json"]["options"]["features_dir"] == str(tmp_path / "tokens")
 
 
 def test_arms_in_a_file(tiny, tmp_path):
