@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stablevm.networks.lightning_dit import rotary_angles
 from stablevm.networks.lightning_dit_config import lightning_dit_config
-from stablevm.networks.registry import build_network, network_names
+from stablevm.networks.registry import empty_network, network_names
 from stablevm.networks.sit_config import SiTConfig, sit_config
 from stablevm.networks.transformer import time_frequencies
 from stablevm.networks.transformer_config import SIZES, TransformerConfig
@@ -204,8 +204,7 @@ def statistics_of_latents(state: dict[str, Tensor]) -> tuple[tuple[float, ...], 
 
 def check_fits(state: dict[str, Tensor], config: TransformerConfig) -> None:
     """Raise UserError, which lists the tensors, if some are unknown, missing, or of another shape than in `config`."""
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in empty_network(config).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     faults = {
         "unknown": sorted(found.keys() - expected.keys()),

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -15,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from stablevm.networks.registry import build_network
+from stablevm.networks.registry import build_network, empty_network
 from stablevm.networks.snapshot import FORMAT_VERSION, ModelCard
 from stablevm.support.cards import card_of, check_version
 
@@ -49,8 +48,8 @@ class StableVMModel(ModelMixin, ConfigMixin):
         values = {name: self.config[name] for name in (*names, "class_counts", "label_dropout", "time_shift")}
         check_version({"format_version": format_version}, FORMAT_VERSION, "the model's configuration")
         self.card = card_of(ModelCard, values, "the model's configuration")
-        with torch.device("meta") if _builds_empty() else nullcontext():
-            self.network = build_network(self.card.model)
+        build = empty_network if _builds_empty() else build_network
+        self.network = build(self.card.model)
 
     @classmethod
     def from_network(cls, network: nn.Module, card: ModelCard) -> "StableVMModel":

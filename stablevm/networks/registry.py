@@ -91,6 +91,15 @@ def build_network(config: NetworkConfig, generator: "torch.Generator | None" = N
     raise UserError(f"network of kind {config.kind}: expected one of {', '.join(config_classes())}")
 
 
+def empty_network(config: NetworkConfig) -> "Backbone":
+    """Build the network of `config` without values, on torch's "meta" device, for those that replace them or none."""
+    import timm  # noqa: F401  networks need it, and torch 2.7 can't import torchvision, as timm does, in the context below
+    import torch
+
+    with torch.device("meta"):
+        return build_network(config)
+
+
 def config_classes() -> dict[str, type[NetworkConfig]]:
     """The classes of configurations, by the kind that a checkpoint's card holds."""
     return {network.config.kind: network.config for network in NETWORKS}

@@ -14,7 +14,7 @@ from stablevm.choices import Prediction, Weights
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.network_config import NetworkConfig
-from stablevm.networks.registry import DEFAULT_KIND, build_network, config_classes
+from stablevm.networks.registry import DEFAULT_KIND, config_classes, empty_network
 from stablevm.support.cards import ByKind, read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import CHECKPOINTS, write_json
@@ -203,8 +203,7 @@ def load_model(
 
     UserError if the weights are missing, damaged, or those of another network.
     """
-    with torch.device("meta"):  # initial values would be thrown away
-        model = build_network(card.model)
+    model = empty_network(card.model)
     try:
         model.load_state_dict(load_weights(folder, weights), assign=True)
     except RuntimeError:

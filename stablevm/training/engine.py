@@ -15,7 +15,7 @@ from stablevm.data.workers import Calls
 from stablevm.networks.backbone import Backbone
 from stablevm.networks.encoders import Encoder, load_encoder
 from stablevm.networks.network_config import NetworkConfig
-from stablevm.networks.registry import build_network, network_config
+from stablevm.networks.registry import build_network, empty_network, network_config
 from stablevm.networks.snapshot import ModelCard
 from stablevm.support import rng
 from stablevm.support.compiler import check_compiler
@@ -211,8 +211,7 @@ class Engine:
         """The moving average as a network that the main process can use alone; all processes must call it."""
         if not self.accelerator.is_fsdp2:
             return self.ema.model
-        with torch.device("meta"):
-            model = build_network(self.card.model)
+        model = empty_network(self.card.model)
         tensors = model_tensors(self.ema.model)
         if self.accelerator.is_main_process:
             model.load_state_dict(tensors, assign=True)
