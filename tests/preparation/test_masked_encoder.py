@@ -4,6 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -11,7 +12,6 @@ from stablevm.data.digits import prepare_digits
 from stablevm.data.opening import open_dataset
 from stablevm.networks.encoders import load_encoder
 from stablevm.networks.masked_net import MaskedAutoencoder, MaskedNet, masked_net_for
-from stablevm.preparation import masked_encoder
 from stablevm.preparation.config import EncoderConfig
 from stablevm.preparation.masked_encoder import encoder
 from stablevm.support.errors import UserError
@@ -109,7 +109,7 @@ def test_sizes_that_do_not_fit():
 
 def test_images_that_do_not_fit_into_memory_are_told_before_they_are_read(trained, tmp_path, monkeypatch):
     config = dataclasses.replace(trained[0], output_dir=tmp_path / "new")
-    monkeypatch.setattr(masked_encoder.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
     with pytest.raises(UserError) as error:
         encoder(config)
     line = one_line(error)

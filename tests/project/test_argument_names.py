@@ -15,9 +15,9 @@ from stablevm.training.config import TrainConfig
 PACKAGE = Path(stablevm.__file__).parent
 # Rooms of commands, and the files of others that take a command's configuration.
 COMMANDS = (
+    "advice",
     "cli.py",
     "commands",
-    "comparison",
     "demo",
     "recipes",
     "evaluation",

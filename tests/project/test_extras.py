@@ -22,7 +22,7 @@ EXTRAS_OF_ROOM = {
     "data": {"data"},
     "figures": {"plots"},
     "integrations": {"vae", "hub", "pipelines"},
-    "preparation": {"data"},
+    "preparation": {"data", "train"},  # stablevm encoder trains
     "evaluation": {"eval"},
     "training": {"train", "wandb"},
     "toy": {"plots"},
