@@ -24,7 +24,7 @@ def say(line: str) -> None:
 
 def warn(line: str) -> None:
     """Print a warning in the same way, on stderr."""
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+    tqdm.write(f"warning: {line}\n", file=sys.stderr, end="")  # at once, as another process may write its error
 
 
 def on_terminal() -> bool:

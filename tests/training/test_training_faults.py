@@ -239,7 +239,7 @@ def launch(settings):
 def test_of_two_processes_one_tells_the_error(mistake, root):
     done = launch(runs.config(root, "twice", **mistake))
     assert done.returncode != 0
-    assert [line[:7] for line in done.stderr.splitlines() if "error: --" in line] == ["error: "]
+    assert [line[:7] for line in done.stderr.splitlines() if "error: --" in line] == ["error: "], done.stderr
     assert "exitcode  : 2" in done.stderr, "as torchrun tells"
 
 
