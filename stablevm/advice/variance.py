@@ -29,8 +29,8 @@ SHARE_OF_DATA = 4  # at most one in this many samples of a data set is a referen
 TIMES_DRAWN = 2**16  # training times over which the advice averages
 Worth = Literal["yes", "unclear", "no"]
 # By the share of samples with more than one reference, and the share of the variance that these remove, at the times of
-# the training (docs/results.md): on the digits, 0.6 and 0.9, images were nearer at each point; on Fashion-MNIST, 0.3
-# and 0.8, at the first ones alone. With a tenth, nine of ten targets are those of CFM.
+# the training (docs/results.md): on the digits, 0.6 and 0.9, images were nearer after 800 steps; on Fashion-MNIST,
+# 0.3 and 0.8, at first alone. With a tenth, nine of ten targets are those of CFM.
 MUCH, LITTLE = 0.5, 0.1
 VERDICTS: dict[Worth, str] = {
     "yes": "worth its cost, as on the digits, whose images became better",

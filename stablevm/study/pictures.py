@@ -29,21 +29,25 @@ def draw_samples(config: StudyConfig, arms: Iterable[str], path: Path) -> None:
     """
     files = {arm: samples_path(config, arm, SEED, config.steps[-1]) for arm in arms}
     samples = {arm: open_samples(file) for arm, file in files.items() if file.exists()}
-    labels = {arm: each.labels for arm, each in samples.items() if each.labels is not None}
-    if not labels:
-        return
+    labels = [each.labels for each in samples.values() if each.labels is not None]
+    assert len(labels) == len(samples), "generate writes the classes of its samples"
     test = open_dataset(config.data_dir, "test")
-    labels = {"test images": test.labels().numpy(), **labels}
-    places = _places(list(labels.values()))
-    rows = [test.images(next(places)).permute(0, 2, 3, 1).numpy()]
-    rows += [samples[arm].source.images(chosen) for arm, chosen in zip(list(labels)[1:], places, strict=True)]
-    captions = [name for name in labels for _ in rows[0]]
-    save_png(path, plot_sheet(np.concatenate(rows), len(rows[0]), captions))
+    places = list(_places([test.labels().numpy(), *labels]))
+    if not labels or not places:
+        return
+    rows = [test.images(places[0]).permute(0, 2, 3, 1).numpy()]
+    rows += [each.source.images(chosen) for each, chosen in zip(samples.values(), places[1:], strict=True)]
+    captions = [name for name in ("test images", *samples) for _ in places[0]]
+    save_png(path, plot_sheet(np.concatenate(rows), len(places[0]), captions))
 
 
 def _places(sets: Sequence[NDArray[np.int64]]) -> Iterator[list[int]]:
-    """For each set of labels the places of the first ones of each class, equally many in all of the sets."""
+    """For each set of labels the places of the first ones of each class, equally many in all; nothing if the sets have
+    no class in common.
+    """
     classes = sorted(set.intersection(*(set(labels.tolist()) for labels in sets)))[:COLUMNS]
+    if not classes:
+        return
     each = min(COLUMNS // len(classes), *(int((labels == label).sum()) for labels in sets for label in classes))
     for labels in sets:
         yield [int(place) for label in classes for place in np.flatnonzero(labels == label)[:each]]

@@ -15,6 +15,7 @@ from stablevm.preparation.config import EncoderConfig, FeaturesConfig
 from stablevm.preparation.features import features
 from stablevm.preparation.masked_encoder import encoder
 from stablevm.study.config import ARMS, StudyConfig
+from stablevm.study.pictures import _places
 from stablevm.study.results import Comparison, Estimate, Result, path_of
 from stablevm.study.run import FIGURE_FILE, SAMPLES_FILE, TABLE_FILE, study
 from stablevm.support.errors import UserError
@@ -76,6 +77,12 @@ def test_the_picture_has_a_row_of_images_for_each_arm_below_real_ones(done):
         first = file["arr_0"][np.flatnonzero(file["labels"] == 0)[1]].repeat(8, axis=0).repeat(8, axis=1)
     top, left = cell + 2, pixels.shape[1] - 19 * cell  # the second of 20 columns, two of each class
     assert np.array_equal(pixels[top : top + 64, left : left + 64], first)
+
+
+def test_the_places_of_images_are_of_the_classes_that_all_sets_have():
+    first, second = np.array([2, 0, 0, 1, 0]), np.array([0, 5, 0, 2])
+    assert list(_places([first, second])) == [[1, 0], [0, 3]]  # one of the classes 0 and 2, as one has but one of 2
+    assert list(_places([first, np.array([7])])) == []
 
 
 def test_a_finished_study_trains_nothing_again_and_takes_more(done, capsys):
