@@ -23,9 +23,10 @@ from stablevm.support.version import __version__
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT
 UNREAD_STATUS = 141  # 128 + SIGPIPE
-# OpenMP's threads sleep while they wait for each other, instead of spinning: beside other busy processes a step of
-# training is several times faster so, and on an idle machine as fast. It is read when torch is imported.
-PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin for some 20 microseconds while they wait for each other, then sleep. If they spin for as long as
+# its default says, a step of training takes several times as long beside other busy processes; if they sleep at once,
+# small operations take twice as long on an idle machine (benchmarks/waiting.py). Read when torch is imported.
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 # Errors of the machine that a user can fix, not bugs: no space, no permission, a disk that fails or is missing.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Impossible names: below a file, a folder instead of a file, too long, a link to itself.
@@ -155,7 +156,8 @@ def _run(command: Command, program: str, arguments: list[str]) -> int:
         if isinstance(asked.options, Checked):
             with arguments_spelt(spelling):
                 asked.options.validate()
-        os.environ.setdefault(*PATIENT_THREADS)
+        if not PATIENT_THREADS.keys() & os.environ.keys():
+            os.environ.update(PATIENT_THREADS)
         with printable_streams(), quietly() if asked.quiet else nullcontext(), arguments_spelt(spelling):
             result = asked.use.work(asked.options)
         return result if command.returns_status else None

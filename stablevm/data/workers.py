@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
@@ -32,6 +32,7 @@ class Calls(Generic[Result]):
     message. If a worker dies, UserError is raised, but only while the next result is awaited.
     Ctrl-C, which reaches every process of the terminal, does not end the workers. With `finish_after_signals` they also
     leave this process's group, so that a SIGTERM from a launcher does not reach them. pin_memory: as in torch.
+    task, without: what each worker does, and what the user does to have none, for messages.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class Calls(Generic[Result]):
         *,
         finish_after_signals: bool = False,
         pin_memory: bool = False,
+        task: str = "reads data",
+        without: str | None = None,
     ) -> None:
+        self._messages = _Messages(task, without or f"give {arg('num_workers')} 0")
         many = min(workers, len(requests)) if isinstance(requests, Sized) else workers
         with _many_workers_allowed():
             self._loader = DataLoader(
-                _Work(work),
+                _Work(work, self._messages),
                 batch_sampler=cast(Any, requests),  # each is the argument of one call, a list or not
                 collate_fn=_as_made,
                 num_workers=many,
@@ -65,8 +69,8 @@ class Calls(Generic[Result]):
         except OSError as error:
             if not self._loader.num_workers:
                 raise
-            raise UserError(f"processes that read data can't be started ({error.strerror}); {_more_room()}") from None
-        with _Watch(getattr(results, "_workers", [])) as watch:
+            raise UserError(self._messages.not_started(error)) from None
+        with _Watch(getattr(results, "_workers", []), self._messages) as watch:
             while True:
                 try:
                     with watch.waiting():
@@ -85,8 +89,8 @@ class _Watch:
     block the signal matters only in `waiting`, where it ends a wait for a result that will never come.
     """
 
-    def __init__(self, workers: Sequence[BaseProcess]) -> None:
-        self._workers, self._is_waiting = workers, False
+    def __init__(self, workers: Sequence[BaseProcess], messages: "_Messages") -> None:
+        self._workers, self._is_waiting, self._messages = workers, False, messages
 
     def __enter__(self) -> "_Watch":
         self._takes_signals = bool(self._workers) and threading.current_thread() is threading.main_thread()
@@ -124,28 +128,42 @@ class _Watch:
         for worker in self._workers:
             if worker.exitcode is not None:
                 self._is_waiting = False
-                raise UserError(_cause(worker)) from None
+                raise UserError(self._messages.died(worker)) from None
 
 
-def _more_room() -> str:
-    return f"give {arg('num_workers')} 0, or more shared memory (/dev/shm; docker run --shm-size 8g)"
+@dataclass(frozen=True)
+class _Messages:
+    """What to tell the user: `task` is what each worker does ("reads data"), `without` how to do it without them."""
 
+    task: str
+    without: str
 
-def _cause(worker: BaseProcess) -> str:
-    who, status = f"a process that reads data (pid {worker.pid})", worker.exitcode or 0
-    if status == -signal.SIGBUS:
-        return f"{who} was killed by SIGBUS, usually because shared memory is full; {_more_room()}"
-    if status == -signal.SIGKILL:
-        return f"{who} was killed, usually because memory ran out; lower {arg('num_workers')}, or run the same again"
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-    return f"{who} {how}; run the same command again, with {arg('num_workers')} 0 if that happens again"
+    def not_started(self, error: OSError) -> str:
+        return f"a process that {self.task} can't be started ({error.strerror}); {self._more_room()}"
+
+    def not_shared(self, error: RuntimeError) -> str:
+        return f"shared memory failed ({error}); {self._more_room()}"
+
+    def died(self, worker: BaseProcess) -> str:
+        """Why a worker died, and what helps."""
+        who, status = f"a process that {self.task} (pid {worker.pid})", worker.exitcode or 0
+        if status == -signal.SIGBUS:
+            return f"{who} was killed by SIGBUS, usually because shared memory is full; {self._more_room()}"
+        if status == -signal.SIGKILL:
+            how = "was killed, usually because memory ran out"
+        else:
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        return f"{who} {how}; run the same command again; if that happens again, {self.without}"
+
+    def _more_room(self) -> str:
+        return f"{self.without}, or more shared memory (/dev/shm; docker run --shm-size 8g)"
 
 
 class _Work(Dataset):
     """A data set for torch's loader, which passes each request unchanged to `__getitems__`."""
 
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        self.work = work
+    def __init__(self, work: Callable[[Any], Any], messages: _Messages) -> None:
+        self.work, self.messages = work, messages
 
     def __getitems__(self, request: Any) -> Any:
         try:
@@ -157,7 +175,7 @@ class _Work(Dataset):
         try:
             _share(result)
         except RuntimeError as error:
-            return UserError(f"shared memory failed ({error}); {_more_room()}")
+            return UserError(self.messages.not_shared(error))
         return result
 
 

@@ -1,7 +1,7 @@
 """Training the small network with the targets of one method, and comparing it with the exact field."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stablevm.data.workers import Calls
 from stablevm.interpolant import LINEAR
 from stablevm.objective import Draw, FlowMatching, ObjectiveSettings, StableTargetField, squared_error
 from stablevm.support import rng
+from stablevm.support.threads import torch_threads
 from stablevm.toy.config import Method, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
 from stablevm.toy.network import ToyNetwork, make_network
@@ -20,6 +22,9 @@ from stablevm.training.weights import MovingAverage
 
 BLOCK = 2048  # references drawn from one generator, so that any part of a set can be drawn again
 SETTINGS = ObjectiveSettings(path=LINEAR)
+# Up to this many products of an update (batch x references x dimensions), a process of its own for draws is worth more
+# than threads. It draws several updates at once, because each transfer takes a tenth of a millisecond.
+FEW_PRODUCTS, UPDATES_AT_ONCE = 2**24, 16
 
 
 def mixture_of(config: ToyConfig, seed: int, dimension: int | None = None) -> GaussianMixture:
@@ -75,11 +80,19 @@ class Draws:
         self.update = 0
 
     def __iter__(self) -> Iterator[Draw]:
-        while True:
-            yield self._next()
-            self.update += 1
+        return self
 
-    def _next(self) -> Draw:
+    def __next__(self) -> Draw:
+        draw = self._drawn()
+        self.update += 1
+        return draw
+
+    def batches(self, updates: int) -> list[Tensor]:
+        """The next batches: x_t and target (updates, B, d), and between them t (updates, B)."""
+        draws = [next(self) for _ in range(updates)]
+        return [torch.stack(parts) for parts in zip(*((draw.x_t, draw.t, draw.target) for draw in draws), strict=True)]
+
+    def _drawn(self) -> Draw:
         config = self.config
         if self.method == "cfm":
             x0 = self.mixture.sample(config.batch_size, self.generator)
@@ -117,6 +130,19 @@ class Draws:
             yield self._block(number), chosen - number * BLOCK
 
 
+def batches(method: Method, config: ToyConfig, mixture: GaussianMixture, seed: int) -> Iterator[Sequence[Tensor]]:
+    """The batches (x_t, t, target) of all updates, drawn in another process meanwhile if there is a core for it.
+
+    They do not depend on the network, so the numbers are the same.
+    """
+    draws = Draws(method, config, mixture, seed)
+    sizes = [min(UPDATES_AT_ONCE, config.updates - start) for start in range(0, config.updates, UPDATES_AT_ONCE)]
+    few = config.batch_size * config.references * config.dimension <= FEW_PRODUCTS
+    workers = 1 if few and torch.get_num_threads() > 1 else 0
+    for several in Calls(draws.batches, sizes, workers, task="draws batches", without="set OMP_NUM_THREADS=1"):
+        yield from zip(*several, strict=True)
+
+
 def train_method(
     method: Method, config: ToyConfig, seed: int, trackers: Trackers
 ) -> tuple[list[dict[str, Any]], ToyNetwork, dict[str, float]]:
@@ -131,7 +157,7 @@ def train_method(
     parameters = list(network.parameters())
     reduction = config.dimension if config.loss_reduction == "sum" else 1  # squared_error is a mean over dimensions
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-    clock = {"draw": 0.0, "network": 0.0, "evaluation": 0.0}
+    clock = {"waiting for draws": 0.0, "network": 0.0, "evaluation": 0.0}
     rows: list[dict[str, Any]] = []
 
     def evaluate(update: int, loss: float | None) -> None:
@@ -143,20 +169,21 @@ def train_method(
         clock["evaluation"] += time.perf_counter() - start
 
     evaluate(0, None)
-    draws = iter(Draws(method, config, mixture, seed))
+    drawn = batches(method, config, mixture, seed)
     for update in tqdm(range(1, config.updates + 1), desc=f"{method}, seed {seed}", unit="update", dynamic_ncols=True):
         start = time.perf_counter()
-        draw = next(draws)
-        target = to_field(config, draw.target, draw.x_t, draw.t)
-        drawn = time.perf_counter()
-        loss = reduction * squared_error(network(draw.x_t, draw.t, dropped), target).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        average.update(network, update - 1)
-        clock["draw"] += drawn - start
-        clock["network"] += time.perf_counter() - drawn
+        x_t, t, target = next(drawn)
+        ready = time.perf_counter()
+        with torch_threads(1):  # of a network this small, operations are faster on one thread
+            predicted = network(x_t, t, dropped)
+            loss = reduction * squared_error(predicted, to_field(config, target, x_t, t)).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            average.update(network, update - 1)
+        clock["waiting for draws"] += ready - start
+        clock["network"] += time.perf_counter() - ready
         if update % config.eval_every == 0 or update == config.updates:
             evaluate(update, loss.item())
     assert isinstance(average.model, ToyNetwork)

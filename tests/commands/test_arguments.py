@@ -228,13 +228,22 @@ def test_quiet_draws_no_bar_where_a_process_would_show_one():
     )
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_wait_patiently_unless_the_user_says_otherwise(chosen, monkeypatch):
-    """The variable is set before the command's module imports torch."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if chosen:
-        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, ("PASSIVE", "1000")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+        ({"GOMP_SPINCOUNT": "7"}, (None, "7")),
+    ],
+)
+def test_threads_wait_patiently_unless_the_user_says_otherwise(chosen, expected, monkeypatch):
+    """The variables are set before the command's module imports torch."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     seen = []
-    look = Use(RecipesConfig, lambda options: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    look = Use(RecipesConfig, lambda options: seen.append(tuple(map(os.environ.get, names))))
     assert cli._entry(dataclasses.replace(BY_NAME["recipes"], make_uses=(lambda: look,)))([]) == 0
-    assert seen == [chosen or "PASSIVE"]
+    assert seen == [expected]

@@ -157,7 +157,7 @@ class TestLoader:
     @pytest.mark.parametrize(
         ("number", "text"),
         [
-            (signal.SIGKILL, "was killed, usually because memory ran out; lower num_workers"),
+            (signal.SIGKILL, "was killed, usually because memory ran out; run the same command again; .*num_workers 0"),
             (
                 signal.SIGBUS,
                 "was killed by SIGBUS, usually because shared memory is full; give num_workers 0.*--shm-size",

@@ -27,6 +27,7 @@ RUNS = {
     "preparation": ("--images=8", "--classes=2"),
     "sampling": ("--model=SiT-XXS/2", "--side=8", "--images=2", "--num-steps=4"),
     "training_step": ("--model=SiT-XXS/2", "--steps=6", "--batch-size=2", "--no-compiled"),
+    "waiting": ("--busy", "1", "--ways", "one", "--rounds=1", "--steps=2"),
 }
 
 

@@ -1,5 +1,6 @@
 """Training runs of the toy study: every option has its effect, interruptions leave no trace, paths are finite."""
 
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 
 from stablevm.interpolant import LINEAR
 from stablevm.support import rng
+from stablevm.support.errors import UserError
+from stablevm.support.threads import torch_threads
 from stablevm.toy import experiment, films
-from stablevm.toy.config import RESULT_FIELDS, ToyConfig
+from stablevm.toy.config import METHODS, RESULT_FIELDS, ToyConfig
 from stablevm.toy.results import load, load_network, result_path
-from stablevm.toy.training import Draws, mixture_of, train_method
+from stablevm.toy.training import UPDATES_AT_ONCE, Draws, batches, mixture_of, train_method
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 TINY = ToyConfig(
@@ -47,25 +50,49 @@ def test_every_option_of_a_result_has_its_effect(tmp_path):
 def test_an_interrupted_run_gives_the_same_result(tmp_path, monkeypatch):
     whole, again = (replace(TINY, output_dir=tmp_path / name) for name in ("whole", "again"))
     experiment.run(whole)
-    real = Draws._next
+    real = Draws._drawn
 
     def interrupted(draws):
         if draws.update == 3:
             raise KeyboardInterrupt
         return real(draws)
 
-    monkeypatch.setattr(Draws, "_next", interrupted)
+    monkeypatch.setattr(Draws, "_drawn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         experiment.run(again)
     path = result_path(again, "stable_vm", 0)
     assert not path.exists()
-    monkeypatch.setattr(Draws, "_next", real)
+    monkeypatch.setattr(Draws, "_drawn", real)
     experiment.run(again)
     assert load(again, "stable_vm", 0).divergence == load(whole, "stable_vm", 0).divergence
     metrics = read_metrics(again.output_dir / "logs" / path.stem / METRICS_FILE)
     assert [row["step"] for row in metrics] == [0, 2, 4, 6]
     networks = [load_network(config, "stable_vm", 0).state_dict() for config in (whole, again)]
     assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_of_another_process_are_the_same(method):
+    """With a core for it, another process draws: more updates than it draws at once, and not a multiple of them."""
+    config = replace(TINY, updates=UPDATES_AT_ONCE + 3)
+    mixture = mixture_of(config, 0)
+    draws = [draw for _, draw in zip(range(config.updates), Draws(method, config, mixture, 0), strict=False)]
+    for threads in (1, 2):
+        with torch_threads(threads):
+            drawn = list(batches(method, config, mixture, 0))
+        assert len(drawn) == config.updates and not multiprocessing.active_children()
+        for (x_t, t, target), draw in zip(drawn, draws, strict=True):
+            assert torch.equal(x_t, draw.x_t) and torch.equal(t, draw.t) and torch.equal(target, draw.target)
+
+
+def test_the_process_that_draws_may_die():
+    config = replace(TINY, updates=10 * UPDATES_AT_ONCE)
+    with torch_threads(2):
+        drawn = batches("stable_vm", config, mixture_of(config, 0), 0)
+        next(drawn)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(UserError, match=r"a process that draws batches .*was killed.*OMP_NUM_THREADS=1$"):
+            list(drawn)
 
 
 @pytest.mark.parametrize("field", ["velocity", "score"])
