@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.advice.config import VarianceConfig
 from stablevm.data.dataset import PreparedDataset, drawn_latents
@@ -16,6 +15,7 @@ from stablevm.data.opening import open_dataset
 from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.support import rng
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
@@ -96,7 +96,7 @@ def _measure(config: VarianceConfig) -> Path:
     chosen = _choose_classes(config, counts)
     path = get_interpolant(config.path_type)
     classes = [_Blocks(dataset, (labels == label).nonzero().squeeze(1), config) for label in chosen]
-    with tqdm(total=len(chosen) * config.rows, desc="variance", unit="sample") as bar:
+    with progress_bar(total=len(chosen) * config.rows, desc="variance", unit="sample") as bar:
         curve = class_variance_curve(
             path,
             [(len(blocks), blocks) for blocks in classes],

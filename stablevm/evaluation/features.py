@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from stablevm.evaluation.extractors import FeatureExtractor
 from stablevm.evaluation.sources import ImageSource
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary
 from stablevm.support.processes import Process, wait_for_files
@@ -103,9 +103,7 @@ def extract(
     parts = [indices[start : start + PART_LENGTH] for start in indices[::PART_LENGTH]]
     paths: dict[range, Path] = {}
     mine = parts[process.rank :: process.world_size]
-    with tqdm(
-        total=sum(map(len, mine)), desc=title, unit="image", disable=hidden(process.is_first), dynamic_ncols=True
-    ) as bar:
+    with progress_bar(total=sum(map(len, mine)), desc=title, unit="image", show=process.is_first) as bar:
         for part in mine:
             paths[part] = cache.path(extractor, source.key(part))
             if _read(paths[part], extractor.feature_names) is not None:

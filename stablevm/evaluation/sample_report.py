@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.evaluation.page import Figure, Value, write_page
 from stablevm.evaluation.samples import Reference, Samples
@@ -30,6 +29,7 @@ from stablevm.metrics.neighbours import Neighbourhood, nearest, radii
 from stablevm.metrics.points import points
 from stablevm.metrics.table import metrics_in, panels_of, results_of
 from stablevm.support import rng
+from stablevm.support.bars import progress_bar
 from stablevm.support.text import caption
 from stablevm.support.version import __version__
 
@@ -180,7 +180,7 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 
 
 def _curves_figure(comparison: FeatureSets, values: Mapping[str, Any], folder: Path, number: int) -> Figure:
-    with tqdm(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
+    with progress_bar(total=sum(SUBSETS), desc="subsets of the samples", unit="subset") as bar:
         curves = metric_curves(comparison, values, progress=bar.update)
     paths = []
     for metrics in panels_of(curves):

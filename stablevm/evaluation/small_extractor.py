@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset, digest
 from stablevm.data.manifest import MANIFEST_FILE
@@ -20,6 +19,7 @@ from stablevm.evaluation.config import ExtractorConfig
 from stablevm.networks.autoencoder import pixels_to_unit
 from stablevm.networks.small_net import DIGITS_CLASSES, DIGITS_SIDE, SmallNet
 from stablevm.support import rng
+from stablevm.support.bars import progress_bar
 from stablevm.support.cards import read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import sha256, write_json
@@ -260,7 +260,7 @@ def _extractor(config: ExtractorConfig) -> DigitsExtractor:
         print(f"{folder}: the extractor exists already")
     else:
         splits = open_dataset(config.data_dir), open_dataset(config.data_dir, "test")
-        with tqdm(desc="extractor", unit="step") as bar:
+        with progress_bar(desc="extractor", unit="step") as bar:
 
             def show(step: int, steps: int) -> None:
                 bar.total = steps

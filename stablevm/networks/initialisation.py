@@ -11,7 +11,7 @@ from torch import Tensor, nn
 @torch.no_grad()
 def materialize(network: nn.Module) -> None:
     """Move a network from the meta device to the default device; normalisations become identities, all else zero."""
-    network.to_empty(device=torch.get_default_device())
+    network.to_empty(device=torch.empty(0).device)  # up to torch 2.7 get_default_device knows no `with torch.device()`
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.zero_()
     for module in network.modules():

@@ -7,7 +7,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.opening import open_dataset
@@ -15,6 +14,7 @@ from stablevm.networks.autoencoder import pixels_to_unit
 from stablevm.networks.masked_net import MaskedAutoencoder, MaskedNet
 from stablevm.preparation.config import EncoderConfig
 from stablevm.support import rng
+from stablevm.support.bars import progress_bar
 from stablevm.support.cards import read_card
 from stablevm.support.errors import UserError
 from stablevm.support.files import write_json
@@ -106,7 +106,7 @@ def train_encoder(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_factor(step, steps))
     losses = []
-    for _ in tqdm(range(steps), desc="encoder", unit="step"):
+    for _ in progress_bar(range(steps), desc="encoder", unit="step"):
         rows = torch.randint(len(pixels), (BATCH_SIZE,), generator=generator)
         kept = torch.rand(BATCH_SIZE, tokens, generator=generator).argsort(1)[:, :kept_tokens]
         loss = model.loss(pixels_to_unit(pixels[rows, :channels]), kept)

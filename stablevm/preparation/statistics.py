@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset, check_finite
 from stablevm.data.opening import open_dataset
 from stablevm.preparation.config import StatisticsConfig
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 from stablevm.support.locks import owned
 
@@ -46,7 +45,7 @@ def measured(dataset: PreparedDataset, *, show: bool = False) -> tuple[Tensor, T
     autoencoder gives a deviation, draws. One pass; UserError for a channel that is constant.
     """
     latent, moments = dataset.raw_latent, _Moments.zero(dataset.raw_latent.shape[0])
-    for start in tqdm(range(0, len(dataset), ROWS_AT_A_TIME), desc="latents", unit="batch", disable=hidden(show)):
+    for start in progress_bar(range(0, len(dataset), ROWS_AT_A_TIME), desc="latents", unit="batch", show=show):
         rows = range(start, min(start + ROWS_AT_A_TIME, len(dataset)))
         values = dataset.moments(rows)
         check_finite(dataset, rows, values)

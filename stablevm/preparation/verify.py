@@ -15,6 +15,7 @@ from stablevm.data.opening import open_dataset
 from stablevm.data.repa import IMAGES, LATENTS
 from stablevm.data.workers import Calls
 from stablevm.preparation.config import VerifyConfig
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 
 DAMAGED_STATUS = 1
@@ -63,7 +64,7 @@ def _faults(folder: Path, workers: int) -> Iterator[str]:
         return
     check = partial(_check_rows, dataset)
     batches = [range(start, min(start + _BATCH, len(dataset))) for start in range(0, len(dataset), _BATCH)]
-    with tqdm(total=len(dataset), desc="rows", unit="image", dynamic_ncols=True) as bar:
+    with progress_bar(total=len(dataset), desc="rows", unit="image") as bar:
         for rows, faults in zip(batches, Calls(check, batches, workers), strict=True):
             yield from faults
             bar.update(len(rows))
@@ -71,7 +72,7 @@ def _faults(folder: Path, workers: int) -> Iterator[str]:
 
 def _damaged_files(folder: Path, files: Sequence[ShardFile], workers: int) -> Iterator[str]:
     intact = Calls(partial(ShardFile.is_intact, folder=folder), files, workers)
-    with tqdm(total=sum(file.size for file in files), desc="files", unit="B", unit_scale=True) as bar:
+    with progress_bar(total=sum(file.size for file in files), desc="files", unit="B", unit_scale=True) as bar:
         for file, is_intact in zip(files, intact, strict=True):
             bar.update(file.size)
             if not is_intact:

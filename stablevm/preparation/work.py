@@ -25,7 +25,7 @@ from stablevm.data.manifest import MANIFEST_FILE
 from stablevm.data.workers import Calls
 from stablevm.networks.autoencoder import LatentSpec
 from stablevm.preparation.outcome import REPORT_FILE, Report
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 from stablevm.support.cards import card_of, read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary, write_json
@@ -79,13 +79,12 @@ class Job:
         results = _results(Calls(work, [each for part in mine for each in _pieces(part, batch)], workers))
         finished = self.count - sum(map(len, missing))
         with (
-            tqdm(
+            progress_bar(
                 total=finished + sum(map(len, mine)),
                 initial=finished,
                 desc=self.title,
                 unit="image",
-                disable=hidden(self.process.is_first),
-                dynamic_ncols=True,
+                show=self.process.is_first,
             ) as bar,
             Stop() as stop,
             closing(results),

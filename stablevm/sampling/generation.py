@@ -37,7 +37,7 @@ from stablevm.sampling.provenance import (
     provenance_of,
     resolved,
 )
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, replacing
@@ -159,7 +159,7 @@ def _make(run: Run, missing: list[range]) -> None:
                 progress.update(run.parts.num_present() - progress.n)
 
         evaluations = _sample(run, missing, show_progress) if missing else None
-        others = run.process.is_first and _wait(run, progress, show_progress)
+        others = run.process.is_first and _wait(run, show_progress)
     if others:
         print(f"{run.target}: another command has completed it")
     elif run.process.is_first:
@@ -187,14 +187,17 @@ def _sample(run: Run, missing: list[range], show_progress: Callable[[], None]) -
     return evaluations
 
 
-def _wait(run: Run, progress: tqdm, show_progress: Callable[[], None]) -> bool:
+def _wait(run: Run, show_progress: Callable[[], None]) -> bool:
     """Wait until all parts exist; True if another command has assembled them meanwhile, which locks prevent."""
+    waits = False
     while run.parts.missing():
         if run.target.exists():
             return True
         if not run.parts.folder.exists():
             raise UserError(f"{run.parts.folder}: was removed while images were made; run the same command again")
-        progress.set_description("waiting for the other processes")
+        if not waits:
+            tqdm.write(f"{run.target}: waiting for the other processes")
+            waits = True
         time.sleep(_POLL_SECONDS)
         show_progress()
     return False
@@ -232,11 +235,12 @@ def _make_film(run: Run) -> None:
 
 
 def _progress(run: Run) -> tqdm:
-    return tqdm(
+    return progress_bar(
         total=run.parts.num_images,
         initial=run.parts.num_present(),
+        desc="images",
         unit="image",
-        disable=hidden(run.process.is_first),
+        show=run.process.is_first,
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.advice.variance import BLOCK_ROWS, data_curve, dataset_curve
 from stablevm.data.dataset import PreparedDataset
@@ -20,6 +19,7 @@ from stablevm.figures.toy import FIELD_NAMES, plot_divergence
 from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import LINEAR
 from stablevm.networks.autoencoder import pixels_to_unit
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 from stablevm.support.files import is_temporary, remove_temporary, remove_temporary_of, write_json, write_text
 from stablevm.support.locks import owned
@@ -110,7 +110,7 @@ def _plot_divergence(config: ToyConfig) -> None:
 
 
 def _plot_variance(config: ToyConfig, jobs: dict[str, Callable[[], VarianceCurve]]) -> None:
-    bar = tqdm(jobs.items(), desc="variance curves", unit="curve")
+    bar = progress_bar(jobs.items(), desc="variance curves", unit="curve")
     curves = {title: in_field(config, job()) for title, job in bar}
     values = {
         title: {**dataclasses.asdict(curve), "split_point": curve.split_point()} for title, curve in curves.items()

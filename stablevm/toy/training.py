@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from stablevm.data.workers import Calls
 from stablevm.interpolant import LINEAR
 from stablevm.objective import Draw, FlowMatching, ObjectiveSettings, StableTargetField, squared_error
 from stablevm.support import rng
+from stablevm.support.bars import progress_bar
 from stablevm.support.threads import torch_threads
 from stablevm.toy.config import Method, ToyConfig
 from stablevm.toy.mixture import GaussianMixture, published_mixture
@@ -170,7 +170,7 @@ def train_method(
 
     evaluate(0, None)
     drawn = batches(method, config, mixture, seed)
-    for update in tqdm(range(1, config.updates + 1), desc=f"{method}, seed {seed}", unit="update", dynamic_ncols=True):
+    for update in progress_bar(range(1, config.updates + 1), desc=f"{method}, seed {seed}", unit="update"):
         start = time.perf_counter()
         x_t, t, target = next(drawn)
         ready = time.perf_counter()

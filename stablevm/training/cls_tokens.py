@@ -10,14 +10,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.data.dataset import PreparedDataset
 from stablevm.data.streaming import StreamedTensor, write_streamed
 from stablevm.data.tensor_file import TensorFile, bytes_of, opener
 from stablevm.data.workers import Calls
 from stablevm.networks.encoders import Encoder
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 from stablevm.support.files import sha256
 from stablevm.training.config import TrainConfig
@@ -92,8 +91,10 @@ def _encode(
     starts = [(each * world + rank) * CHUNK for each in range(rounds)]
     own = [[min(row, len(dataset) - 1) for row in range(start, start + CHUNK)] for start in starts]  # the last repeats
     found = []
-    quiet = hidden(accelerator.is_main_process and on_terminal())
-    for images in tqdm(Calls(dataset.images, own, config.num_workers), "class tokens", unit="batch", disable=quiet):
+    show = accelerator.is_main_process and on_terminal()
+    for images in progress_bar(
+        Calls(dataset.images, own, config.num_workers), desc="class tokens", unit="batch", show=show
+    ):
         tokens = accelerator.gather(encoder.pooled(images.to(accelerator.device)))
         assert isinstance(tokens, Tensor)
         _check(config, tokens)

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 
 Row = tuple[str, str]  # a label, and what is told of it
 
@@ -45,13 +45,12 @@ class Meter:
         """step: how many are done; show: false on all processes but the main one."""
         self._writes_lines = show and lines and not on_terminal()
         self._first, self._total, self._start = step, total_steps, time.monotonic()
-        self._bar = tqdm(
+        self._bar = progress_bar(
             desc=title,
             initial=step,
             total=total_steps,
             bar_format=_BAR,
-            disable=hidden(show and on_terminal()),
-            dynamic_ncols=True,
+            show=show and on_terminal(),
         )
 
     def advance(self) -> None:

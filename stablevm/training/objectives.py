@@ -10,7 +10,6 @@ from typing import Protocol, TypeAlias, TypedDict, Unpack
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stablevm.bank import ClassBank
 from stablevm.data.dataset import PreparedDataset, drawn_latents
@@ -22,7 +21,7 @@ from stablevm.networks.joint_state import joined
 from stablevm.networks.network_config import NetworkConfig
 from stablevm.objective import Anchors, FlowMatching, StableVM, draw_anchors
 from stablevm.support import rng
-from stablevm.support.bars import hidden
+from stablevm.support.bars import progress_bar
 from stablevm.support.errors import UserError
 from stablevm.support.machine import gigabytes
 from stablevm.support.options import some_of
@@ -183,7 +182,7 @@ def prefill(
     fully = config.prefill_bank_fully or config.bank_is_fixed
     rows = choose_rows(labels, counts, bank.capacity if fully else 1, config.seed)
     workers = config.num_workers if config.prefill_workers is None else config.prefill_workers
-    with tqdm(total=len(rows), desc="filling the bank", unit="latent", disable=hidden(show and on_terminal())) as bar:
+    with progress_bar(total=len(rows), desc="filling the bank", unit="latent", show=show and on_terminal()) as bar:
         for part, latents in _read_latents(dataset, rows, config, workers):
             states = latents if cls_tokens is None else joined(latents, cls_tokens(part))
             bank.insert(states, labels[part], part)

@@ -31,7 +31,7 @@ FLOORS = dict(
     )
 )
 # Packages of training machinery and of the command line, and the lowest floor that may use them.
-LOWEST_FLOOR = {"accelerate": 7, "wandb": 7, "tensorboard": 7, "tyro": 4, "tqdm": 5, "matplotlib": 4}
+LOWEST_FLOOR = {"accelerate": 7, "wandb": 7, "tensorboard": 7, "tyro": 4, "matplotlib": 4}
 
 
 def home(name):
