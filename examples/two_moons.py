@@ -61,8 +61,8 @@ def main(steps=1500, picture="two_moons.png"):
     left, right = figure.subplots(1, 2)
     states, moons = flow(network, moons[:400]), moons[:400]
     for moon, colour in enumerate(("#0072B2", "#D55E00")):
-        mine = states[:, moons == moon]
-        left.plot(*mine[:, :60].unbind(-1), color=colour, alpha=0.25, linewidth=0.8)
+        mine = states[:, moons == moon].numpy()
+        left.plot(mine[:, :60, 0], mine[:, :60, 1], color=colour, alpha=0.25, linewidth=0.8)
         left.scatter(*mine[-1].T, s=6, color=colour, zorder=2)
     left.set(title="From noise to the moons", xlabel="x", ylabel="y", aspect="equal")
     tenth = steps // 10

@@ -240,6 +240,11 @@ def test_saving_again_and_half_precision(tmp_path, caplog):
     assert np.abs(one - two).mean() < 4
 
 
+def same_weights(one, other):
+    values = other.state_dict()
+    return all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["SiT-XXS/4", "LightningDiT-XXS/2", "JiT-XXS/4"])
 def test_a_model_is_saved_and_loaded_alone(tmp_path, name):
     card = card_of(name)
@@ -251,7 +256,9 @@ def test_a_model_is_saved_and_loaded_alone(tmp_path, name):
         state = torch.random.get_rng_state()
         loaded = StableVMModel.from_pretrained(tmp_path, low_cpu_mem_usage=sparing)
         assert torch.equal(torch.random.get_rng_state(), state)
-        assert loaded.card == card and torch.equal(loaded(x, t, torch.tensor(labels)).sample, before)
+        assert loaded.card == card and same_weights(loaded, model)
+        # The last bits of a product depend on where in memory the weights lie.
+        torch.testing.assert_close(loaded(x, t, torch.tensor(labels)).sample, before, rtol=0, atol=1e-5)
     new = StableVMModel.from_config(StableVMModel.load_config(tmp_path))
     assert not new(x, t, torch.tensor(labels)).sample.any(), "as a new network, whose last layer is zero"
 
