@@ -92,7 +92,10 @@ def spoil(folder, part, change):
     tensors = load_file(path)
     change(tensors)
     before = sha256(path)
-    save_file(tensors, path)
+    save_file(tensors, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(
+        path
+    )  # tensors that were read before may lie in the old file (an older safetensors maps it)
     sums = folder / "SHA256SUMS"
     sums.write_text(sums.read_text().replace(before, sha256(path)))
 
