@@ -26,6 +26,6 @@ def system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):
+        if found := re.search(r"(?:os error |code: )(\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise

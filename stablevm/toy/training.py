@@ -130,7 +130,9 @@ class Draws:
             yield self._block(number), chosen - number * BLOCK
 
 
-def batches(method: Method, config: ToyConfig, mixture: GaussianMixture, seed: int) -> Iterator[Sequence[Tensor]]:
+def training_batches(
+    method: Method, config: ToyConfig, mixture: GaussianMixture, seed: int
+) -> Iterator[Sequence[Tensor]]:
     """The batches (x_t, t, target) of all updates, drawn in another process meanwhile if there is a core for it.
 
     They do not depend on the network, so the numbers are the same.
@@ -169,7 +171,7 @@ def train_method(
         clock["evaluation"] += time.perf_counter() - start
 
     evaluate(0, None)
-    drawn = batches(method, config, mixture, seed)
+    drawn = training_batches(method, config, mixture, seed)
     for update in progress_bar(range(1, config.updates + 1), desc=f"{method}, seed {seed}", unit="update"):
         start = time.perf_counter()
         x_t, t, target = next(drawn)

@@ -150,8 +150,9 @@ def _open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # so that TensorFlow, if installed, prints nothing
         tracker: Any = TensorBoardTracker("tensorboard", logging_dir=str(folder))
     else:
-        tracker = WandBTracker("stablevm", name=folder.name, dir=str(folder))
+        tracker = WandBTracker("stablevm", name=folder.name, dir=str(folder), config=plain)
     if hasattr(tracker, "start"):  # accelerate 1.9 and newer start a tracker apart from making it
         tracker.start()
-    tracker.store_init_configuration(plain)
+    if name == "tensorboard":  # to wandb it was given above: accelerate 1.10 would begin a second run, when offline
+        tracker.store_init_configuration(plain)
     return tracker

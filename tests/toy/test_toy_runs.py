@@ -13,7 +13,7 @@ from stablevm.support.threads import torch_threads
 from stablevm.toy import experiment, films
 from stablevm.toy.config import METHODS, RESULT_FIELDS, ToyConfig
 from stablevm.toy.results import load, load_network, result_path
-from stablevm.toy.training import UPDATES_AT_ONCE, Draws, batches, mixture_of, train_method
+from stablevm.toy.training import UPDATES_AT_ONCE, Draws, mixture_of, train_method, training_batches
 from stablevm.training.tracker import METRICS_FILE, Trackers, read_metrics
 
 TINY = ToyConfig(
@@ -79,7 +79,7 @@ def test_batches_of_another_process_are_the_same(method):
     draws = [draw for _, draw in zip(range(config.updates), Draws(method, config, mixture, 0), strict=False)]
     for threads in (1, 2):
         with torch_threads(threads):
-            drawn = list(batches(method, config, mixture, 0))
+            drawn = list(training_batches(method, config, mixture, 0))
         assert len(drawn) == config.updates and not multiprocessing.active_children()
         for (x_t, t, target), draw in zip(drawn, draws, strict=True):
             assert torch.equal(x_t, draw.x_t) and torch.equal(t, draw.t) and torch.equal(target, draw.target)
@@ -88,7 +88,7 @@ def test_batches_of_another_process_are_the_same(method):
 def test_the_process_that_draws_may_die():
     config = replace(TINY, updates=10 * UPDATES_AT_ONCE)
     with torch_threads(2):
-        drawn = batches("stable_vm", config, mixture_of(config, 0), 0)
+        drawn = training_batches("stable_vm", config, mixture_of(config, 0), 0)
         next(drawn)
         multiprocessing.active_children()[0].kill()
         with pytest.raises(UserError, match=r"a process that draws batches .*was killed.*OMP_NUM_THREADS=1$"):

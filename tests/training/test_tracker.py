@@ -91,7 +91,7 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     trackers.log(1, {"loss": 0.5, BIN: 0.25})
     trackers.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     trackers.close()
-    (record,) = tmp_path.rglob("*.wandb")
+    (record,) = {path.resolve() for path in tmp_path.rglob("*.wandb")}
     deadline = time.monotonic() + 20  # wandb's own process may write the last of the file after `finish`
     while BIN.encode() not in record.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
