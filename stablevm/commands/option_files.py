@@ -26,13 +26,18 @@ def read_options(where: str, command: Command) -> dict[str, Any]:
     value of another type.
     """
     path = file_of(where)
-    values = {name.replace("-", "_"): value for name, value in _of_command(read_values(path), command, path).items()}
+    given = _of_command(read_values(path), command, path)
+    typed = {name.replace("-", "_"): name for name in given}
+    values = {name: given[typed[name]] for name in typed}
     if command.name == "train" and _is_of_run(where, path):
         values = TrainConfig.of_run(values)
     checked = {}
     for name, value in values.items():
         if name not in command.fields:
-            raise UserError(f"{path}: {printable(name)}: {command.name} has no such option{_nearest(name, command)}")
+            as_given = printable(typed.get(name, name))
+            near = _nearest(name, command)
+            near = near.replace("_", "-") if "-" in as_given else near
+            raise UserError(f"{path}: {as_given}: {command.name} has no such option{near}")
         hint = _hint(command, name)
         checked[name] = card_of(hint, value, f"{path}: {name}", remedy="correct it")
     return checked

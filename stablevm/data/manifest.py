@@ -96,6 +96,8 @@ class Manifest:
         or contradicts itself.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise UserError(f"{arg('folder')} {folder}: a file; give the folder of a prepared data set")
         if not folder.is_dir():
             raise UserError(
                 f"{arg('folder')} {folder}: no such folder{meant(folder)}; give the folder of a prepared data set"

@@ -177,7 +177,8 @@ def _download() -> Path:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"Inception's weights can't be downloaded from {url} ({' '.join(str(error).split())}); download that "
-                "file elsewhere and give it with --inception-weights, or leave FID out: --no-inception --enc-type NAME"
+                "file elsewhere and give it with --inception-weights, or leave FID out: --no-inception --enc-type NAME "
+                "--encoder-weights FILE, such as the extractor that stablevm extractor trains"
             ) from None
     if not sha256(path).startswith(PUBLISHED_SHA256):
         raise UserError(f"{path}: damaged, its SHA-256 does not begin with {PUBLISHED_SHA256}; remove it")

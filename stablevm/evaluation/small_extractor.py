@@ -21,7 +21,7 @@ from stablevm.networks.small_net import DIGITS_CLASSES, DIGITS_SIDE, SmallNet
 from stablevm.support import rng
 from stablevm.support.bars import progress_bar
 from stablevm.support.cards import read_card
-from stablevm.support.errors import UserError
+from stablevm.support.errors import UserError, arg
 from stablevm.support.files import sha256, write_json
 from stablevm.support.locks import owned
 from stablevm.support.tensor_files import save_tensors
@@ -173,12 +173,13 @@ def load_extractor(folder: str | Path) -> DigitsExtractor:
     return DigitsExtractor(net, card.test_accuracy, card.seed, card.steps, card.data_sha256, card.test_sha256)
 
 
-def digits_splits(reference: Path) -> tuple[PreparedDataset, PreparedDataset]:
-    """Open the training and test splits of a reference; UserError if the folder is one data set without splits."""
-    train, test = open_dataset(reference, "train"), open_dataset(reference, "test")
+def digits_splits(folder: Path, option: str = "reference") -> tuple[PreparedDataset, PreparedDataset]:
+    """Open the training and test splits of the folder that `option` names; UserError if it is one data set."""
+    train, test = open_dataset(folder, "train"), open_dataset(folder, "test")
     if train.folder == test.folder:
         raise UserError(
-            f"--reference {reference}: one data set, not a folder with the splits train and test; give their folder"
+            f"{arg(option)} {folder}: one data set, not a folder with the splits train and test; give their folder "
+            "(stablevm prepare convert --part makes them from one source)"
         )
     return train, test
 
@@ -252,14 +253,16 @@ def extractor(config: ExtractorConfig) -> DigitsExtractor:
 
 def _extractor(config: ExtractorConfig) -> DigitsExtractor:
     folder = config.output_dir
+    splits = digits_splits(config.data_dir, "data_dir")
     if (folder / "extractor.json").exists():
         found = load_extractor(folder)
         for what, theirs, ours in (("seed", found.seed, config.seed), ("steps", found.steps, config.steps)):
             if theirs != ours:
                 raise UserError(f"{folder} holds an extractor of {what} {theirs}, not {ours}; give another folder")
+        if not all(map(is_same_data, splits, (found.data_sha256, found.test_sha256))):
+            raise UserError(f"{folder} holds an extractor of other data than {config.data_dir}; give another folder")
         print(f"{folder}: the extractor exists already")
     else:
-        splits = open_dataset(config.data_dir), open_dataset(config.data_dir, "test")
         with progress_bar(desc="extractor", unit="step") as bar:
 
             def show(step: int, steps: int) -> None:

@@ -47,7 +47,8 @@ class ConvertConfig:
     Lanczos, black bars above and below; pad: the whole image in the middle of black, scaled down if it is larger;
     none: no change of size."""
     part: str = "1/1"
-    """Only a part of the images: 2/3 is every third image by name, beginning with the second."""
+    """Only a part of the images: 2/3 is every third image by name, beginning with the second; 2-10/10 is all but every
+    tenth, so that 1/10 and 2-10/10 divide a source into a tenth and the rest."""
     max_images: Count | None = None
     """Only this many images of these, the first ones by name. Default: all."""
     num_workers: Natural = 8
@@ -66,12 +67,16 @@ class ConvertConfig:
         return int(match[1]), int(match[2] or match[1])
 
     @property
-    def part_of_whole(self) -> tuple[int, int]:
-        """The number of the part, from 1, and the number of parts."""
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.part)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--part {self.part}: expected NUMBER/PARTS with a number of 1 to PARTS, such as 1/2")
-        return int(match[1]), int(match[2])
+    def part_of_whole(self) -> tuple[range, int]:
+        """The numbers of the parts that are taken, from 1, and the number of all parts."""
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?/(\d{1,9})", self.part)
+        first, last, parts = (0, 0, 0) if match is None else (int(found) for found in match.groups(match[1]))
+        if not 1 <= first <= last <= parts:
+            raise UserError(
+                f"--part {self.part}: expected NUMBER/PARTS or FIRST-LAST/PARTS with numbers of 1 to PARTS, such as "
+                "1/2 or 2-10/10"
+            )
+        return range(first, last + 1), parts
 
     def names_of_classes(self) -> tuple[str, ...] | None:
         """The names in `class_names`, or in the file that it names; None without."""

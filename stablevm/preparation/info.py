@@ -46,7 +46,7 @@ def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
     return [
         ("data set", f"{dataset.folder}, {dataset.layout}"),
         ("images", f"{len(dataset):,} of {dataset.resolution} x {dataset.resolution} pixels"),
-        ("classes", f"{dataset.num_classes:,} with {counts.min():,} to {counts.max():,} images"),
+        ("classes", f"{dataset.num_classes:,} with {_span(counts.min(), counts.max())} images"),
         ("class names", some_of(dataset.class_names, 6)),
         ("latents", f"{' x '.join(map(str, latent.shape))}, by {latent.autoencoder}"),
         ("normalised", f"(latent - {_numbers(latent.shift)}) x {_numbers(latent.scale)}"),
@@ -54,6 +54,11 @@ def table(dataset: PreparedDataset) -> list[tuple[str, str]]:
         ("mirrored too", "yes" if dataset.has_flips else "no"),
         *dataset.facts(),
     ]
+
+
+def _span(least: int, most: int) -> str:
+    """Such as 100 to 110; one number where they are equal."""
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _numbers(values: PerChannel) -> str:

@@ -213,7 +213,7 @@ def _check_same(config: EncodeShardsConfig, manifest: Manifest) -> None:
         if theirs != ours:
             raise UserError(
                 f"{config.data_dir}: is complete, encoded with {as_typed(name, theirs)}; this command says "
-                f"{as_typed(name, ours)}: give the same, or convert into another folder"
+                f"{as_typed(name, ours)}: give the earlier one, or convert into another folder"
             )
 
 

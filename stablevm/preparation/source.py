@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -55,12 +55,14 @@ class Source:
             return self
         return replace(self, names=self.names[:count], labels=self.labels[:count])
 
-    def part(self, number: int, count: int) -> "Source":
-        """Part `number`, from 1, of `count` parts: every `count`-th image, and all classes."""
+    def part(self, numbers: Container[int], count: int) -> "Source":
+        """Some of `count` parts, with all classes. numbers: of the parts, from 1; part k is every `count`-th image from
+        the k-th on.
+        """
         if count == 1:
             return self
-        every = slice(number - 1, None, count)
-        return replace(self, names=self.names[every], labels=self.labels[every])
+        rows = [row for row in range(len(self)) if row % count + 1 in numbers]
+        return replace(self, names=[self.names[row] for row in rows], labels=self.labels[rows])
 
     def renamed(self, class_names: Sequence[str]) -> "Source":
         """The source with other names of its classes; UserError unless there is one for each."""

@@ -44,6 +44,10 @@ def integrate(velocity: Velocity, noise: Callable[[], Tensor], path: Interpolant
     """
     if not isinstance(path, Interpolant) or not isinstance(settings, SamplerSettings):
         raise UserError(f"path {path!r}, settings {settings!r}: expected an Interpolant and SamplerSettings")
+    if not callable(noise):
+        raise UserError(
+            f"noise is a {type(noise).__name__}: expected a function that returns it, such as lambda: torch.randn(4, 2)"
+        )
     first = noise()
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
         shown = described(first) if isinstance(first, Tensor) else f"a {type(first).__name__}"

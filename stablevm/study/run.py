@@ -32,7 +32,7 @@ def study(config: StudyConfig) -> Comparison:
     """
     config.validate()
     arms = config.arms_by_name()
-    digits_splits(config.data_dir)
+    digits_splits(config.data_dir, "data_dir")
     load_extractor(config.extractor)
     with owned(config.output_dir):
         _check_same(config)
@@ -160,7 +160,7 @@ def _check_same(config: StudyConfig) -> None:
         if earlier.get(name) != value:
             raise UserError(
                 f"{config.output_dir}: holds a study with {as_typed(name, earlier.get(name))}, this one has "
-                f"{as_typed(name, value)}; give that, or another folder"
+                f"{as_typed(name, value)}; give the study's, or another folder"
             )
 
 

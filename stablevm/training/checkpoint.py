@@ -67,6 +67,8 @@ class Progress:
     taken: int = 0  # steps in these sums
     means: dict[str, float] = field(default_factory=dict)  # that rate this checkpoint; empty for one off the interval
     bad_steps: list[int] = field(default_factory=list)  # in a row, up to this checkpoint
+    # Checkpoints up to this step are of commands with other plans, which `thin` leaves alone; None: not recorded.
+    thinned_after: int | None = None
 
 
 @dataclass(frozen=True)

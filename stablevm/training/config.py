@@ -278,7 +278,7 @@ class TrainConfig(
             if option not in free and value != theirs[option]:
                 raise UserError(
                     f"{self.folder} holds a run with {as_typed(option, theirs[option])}, this command says "
-                    f"{as_typed(option, value)}: give that, or another --exp-name"
+                    f"{as_typed(option, value)}: give the run's, or another --exp-name"
                 )
 
 

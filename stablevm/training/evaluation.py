@@ -149,7 +149,7 @@ def _comparison(reference: Reference, extractor: FeatureExtractor, device: torch
 
 
 def _measure_of_digits(config: TrainConfig) -> Measure:
-    train, test = digits_splits(Path(str(config.eval_reference)))
+    train, test = digits_splits(Path(str(config.eval_reference)), "eval_reference")
     extractor = load_extractor(str(config.eval_extractor))
 
     def of_digits(images: Tensor, labels: Tensor) -> dict[str, float]:

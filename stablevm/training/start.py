@@ -170,7 +170,7 @@ def check_data(config: TrainConfig, dataset: PreparedDataset, start: int) -> lis
     if earlier.resolve() != config.data_dir.resolve():
         raise UserError(
             f"{config.folder} holds a run with {as_typed('data_dir', str(earlier))}, this command says "
-            f"{as_typed('data_dir', str(config.data_dir))}: give that, or another --exp-name"
+            f"{as_typed('data_dir', str(config.data_dir))}: give the run's, or another --exp-name"
         )
     return [f"{config.folder} was started by an earlier version: that {config.data_dir} is unchanged can't be checked"]
 
@@ -182,6 +182,15 @@ def changes(config: TrainConfig, start: int) -> list[str]:
     earlier = TrainConfig.read(config.folder)
     before, now = (as_typed("proj_stop_step", each.proj_stop_step) for each in (earlier, config))
     return [f"{now} from step {start} on, instead of {before}"] if before != now else []
+
+
+def thinned_after(config: TrainConfig, start: int, recorded: int | None) -> int:
+    """The step up to which a run that resumes at step `start` removes no checkpoints: those of earlier commands that
+    had other plans, and so may be their results. recorded: the same of the command that wrote the checkpoint.
+    """
+    names = ("max_train_steps", "epochs", "checkpointing_steps", "checkpoints_kept", "log_steps")
+    earlier, now = ([getattr(each, name) for name in names] for each in (TrainConfig.read(config.folder), config))
+    return start if recorded is None or earlier != now else recorded
 
 
 def check_bank(config: TrainConfig, dataset: PreparedDataset, bank: ClassBank) -> None:

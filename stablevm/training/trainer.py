@@ -46,6 +46,7 @@ from stablevm.training.start import (
     open_data,
     record_data,
     short_run_warnings,
+    thinned_after,
 )
 from stablevm.training.step import rate_at
 from stablevm.training.summary import closing, next_command, opening
@@ -91,6 +92,7 @@ def _prepared(config: TrainConfig, accelerator: Accelerator) -> "Trainer":
         trainer.say(line)
     if start:
         _restore(trainer.engine, config, start, show=accelerator.is_main_process)
+        trainer.thinned_after = thinned_after(config, trainer.engine.step, trainer.engine.progress.thinned_after)
         if (bank := trainer.engine.objective.bank) is not None:
             check_bank(config, dataset, bank)
     elif config.init_from is not None:
@@ -124,6 +126,7 @@ class Trainer:
         self.total_steps = config.total_steps(len(dataset))
         self.checkpoint_interval = config.checkpoint_interval(self.total_steps)
         self.preview_interval = config.preview_interval(self.total_steps)
+        self.thinned_after = 0
         encoders = self._encoders()
         self.engine = Engine(config, dataset, accelerator, encoders)
         self.cls_encoder = encoders[0] if config.cls_token else None
@@ -135,7 +138,6 @@ class Trainer:
     def run(self, interruption: Interruption) -> int:
         """Train until the end or an interruption, and return the number of finished steps."""
         engine, started = self.engine, time.monotonic()
-        self.first_step = engine.step
         done = engine.step >= self.total_steps
         if not done and self.accelerator.is_main_process:
             say_rows(opening(self.config, engine, self.total_steps))
@@ -206,7 +208,8 @@ class Trainer:
         means: the means by which it may be the best; empty for a checkpoint off the interval, which a run without
         interruption would not have.
         """
-        state = replace(self.engine.state(), progress=journal.progress(means))
+        progress = replace(journal.progress(means), thinned_after=self.thinned_after)
+        state = replace(self.engine.state(), progress=progress)
 
         def write() -> None:
             self._write_checkpoint(state)
@@ -219,7 +222,7 @@ class Trainer:
         config = self.config
         folder = checkpoint.save(config.folder, state, self._kept(), self.checkpoint_interval)
         if config.is_thinned(self.total_steps) and not self.engine.guard.in_a_row:
-            checkpoint.thin(config.folder, CHECKPOINT_INTERVAL, KEPT_BETWEEN, after=self.first_step)
+            checkpoint.thin(config.folder, CHECKPOINT_INTERVAL, KEPT_BETWEEN, after=self.thinned_after)
         say(f"step {self.engine.step:,}: saved {folder}")
 
     def _kept(self) -> int:

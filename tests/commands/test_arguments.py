@@ -80,7 +80,7 @@ def test_a_file_has_tables_for_several_commands(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("batch-sise = 3", "batch_sise: train has no such option; the nearest is batch_size"),
+        ("batch-sise = 3", "batch-sise: train has no such option; the nearest is batch-size"),
         ("batch-size = 'many'", 'batch_size: "many", expected an integer'),
         ("batch-size = 1.5", "batch_size: 1.5, expected an integer"),
         ("use-proj-loss = 1", "use_proj_loss: 1, expected true or false"),

@@ -206,10 +206,12 @@ def test_pickles_of_cifar_are_refused_unread(name, tmp_path):
 
 def test_parts_cover_the_source_and_keep_all_classes(mnist):
     source = open_source(mnist)
-    parts = [source.part(number, 2) for number in (1, 2)]
+    parts = [source.part([number], 2) for number in (1, 2)]
     assert [part.labels.tolist() for part in parts] == [LABELS[::2], LABELS[1::2]]
     assert {*parts[0].names, *parts[1].names} == set(source.names)
-    assert parts[0].class_names == source.class_names and source.part(1, 1) is source
+    rest = source.part(range(2, 4), 3)
+    assert rest.labels.tolist() == [label for row, label in enumerate(LABELS) if row % 3]
+    assert parts[0].class_names == rest.class_names == source.class_names and source.part([1], 1) is source
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -242,6 +244,7 @@ def test_converted_into_a_folder_of_files(mnist, tmp_path):
     [
         ({"part": "0/2"}, "--part 0/2: expected NUMBER/PARTS"),
         ({"part": "3/2"}, "--part 3/2: expected NUMBER/PARTS"),
+        ({"part": "2-1/2"}, "--part 2-1/2: expected NUMBER/PARTS"),
         ({"part": "half"}, "--part half: expected NUMBER/PARTS"),
         ({"class_names": "cat,,dog"}, "expected different names"),
         ({"class_names": "cat,dog,cat"}, "expected different names"),

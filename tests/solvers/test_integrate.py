@@ -92,6 +92,11 @@ def test_a_velocity_of_whole_or_complex_numbers_is_refused(settings):
             integrate(lambda x, t, rows=None, dtype=dtype: x.to(dtype), start((3, 1)), LINEAR, settings)
 
 
+def test_noise_that_is_no_function_is_refused():
+    with pytest.raises(UserError, match="noise is a Tensor: expected a function"):
+        integrate(lambda x, t, rows=None: x, torch.zeros(3, 2), LINEAR, EULER)
+
+
 def test_noise_that_is_no_batch_and_noise_of_another_shape_are_refused():
     for wrong in (torch.zeros(()), torch.zeros(3, 2, dtype=torch.int64), [0.0]):
         with pytest.raises(UserError, match=r"noise\(\) returned .*: expected floating-point numbers \(B, ...\)"):

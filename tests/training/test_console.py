@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def test_a_run_says_what_it_is_how_far_it_is_and_what_comes_next(root, capsys, m
 def test_a_bar_on_a_terminal_and_lines_in_a_file(capsys, monkeypatch):
     for terminal in (False, True):
         monkeypatch.setattr(console, "on_terminal", lambda: terminal)  # noqa: B023
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
         meter = Meter("run", step=10, total_steps=30, show=True)
         meter.advance()
         meter.report(11, {"velocity_loss": 0.5}, 1234.5)

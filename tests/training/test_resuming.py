@@ -1,6 +1,7 @@
 """Resuming: after a graceful stop, from an earlier step, past a checkpoint with tensors of another run."""
 
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,21 @@ def stop_at(monkeypatch, count):
         return interruption.signal is not None
 
     monkeypatch.setattr(Interruption, "agreed", agreed)
+
+
+def test_a_run_that_is_interrupted_again_and_again_keeps_no_more(root, monkeypatch):
+    """Those of its own interruptions are removed; those of a command with another plan are not."""
+    settings = runs.config(root, "often", max_train_steps=12, checkpointing_steps=None)
+    longer = replace(settings, max_train_steps=30)
+    for plan, counts in ((settings, (3, 4, 100)), (longer, (2, 3, 4))):
+        for count in counts:
+            stop_at(monkeypatch, count)
+            with suppress(SystemExit):
+                runs.run(plan)
+    assert saved_steps(settings.folder) == [10, 12, 18, 21]
+    monkeypatch.undo()
+    runs.run(longer)
+    assert saved_steps(settings.folder) == [10, 12, 27, 30]
 
 
 def test_a_graceful_stop_splits_neither_rows_nor_means(root, monkeypatch):

@@ -71,5 +71,6 @@ def test_shared_memory_of_a_few_kilobytes(root, tmp_path):
     if process.returncode == 77:
         pytest.skip("no mounts here")
     told = process.stderr.splitlines()[-1]
-    assert process.returncode == 2 and told.startswith("error: shared memory"), told
+    assert process.returncode == 2 and "error: " in told, told
+    assert "shared memory" in told  # it could not be had, or with torch 2.7 a reader died when it was written
     assert "--num-workers 0" in told and "--shm-size" in told
