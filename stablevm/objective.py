@@ -196,6 +196,7 @@ class StableVM(_Objective):
         self.bank, self.anchors, self.pool_size = bank, anchors, pool_size
         self.class_shares = None if class_shares is None else class_shares.to(bank.device, torch.float32)
         self.references_from = _time(references_from)
+        self._had_ids = False
         self.settings = settings or ObjectiveSettings()
         if self.settings.null_class in range(bank.num_classes):
             raise UserError(
@@ -237,6 +238,7 @@ class StableVM(_Objective):
                 f"latents are on {latents.device}, labels on {labels.device}, the bank on {self.bank.device}: expected "
                 "the same device for all (set the bank's with ClassBank(..., device=...))"
             )
+        self._tell_of_missing_ids(ids)
         latents = latents.detach().float()
         if slots is None:
             slots = self.bank.insert(latents, labels, ids)
@@ -254,6 +256,18 @@ class StableVM(_Objective):
             pool_generator = generator
         corrections = self._weigh(noisy, labels, slots, ids, dropped, pool_generator)
         return with_target(self.settings, noisy, shown, ids, corrections)
+
+    def _tell_of_missing_ids(self, ids: Tensor | None) -> None:
+        """Warn, once, of a draw without ids after one with ids."""
+        if ids is not None:
+            self._had_ids = True
+        elif self._had_ids:
+            self._had_ids = False
+            warnings.warn(
+                "this draw is given no ids, earlier ones were: copies of its samples in the bank are not recognised, "
+                f"which biases the target, and draw.ids holds {NO_ID} for them",
+                stacklevel=4,  # past the decorator of `draw`
+            )
 
     def _weigh(
         self,

@@ -23,7 +23,7 @@ class MirroredDataset(PreparedDataset):
         if not plain.has_flips:
             raise UserError(
                 f"{arg('folder')} {plain.folder}: holds no latents of mirrored images; prepare shards with them "
-                f"(stablevm prepare convert, then stablevm prepare encode --flip), or "
+                f"(stablevm prepare convert into another folder, then stablevm prepare encode --flip), or "
                 f"train without {arg('horizontal_flips')}"
             )
         self.plain = plain

@@ -1,5 +1,7 @@
 """What objectives refuse: batches, labels, settings, slots and anchors that can't be."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -120,3 +122,17 @@ def test_slots_that_are_none_are_refused(slots, message, batch):
 def test_anchors_that_are_no_positions_are_refused(anchors, batch):
     with pytest.raises(UserError, match="anchors"):
         StableTargetField().draw(*batch, same_stream(), anchors=anchors)
+
+
+def test_a_draw_without_ids_after_one_with_ids_warns_once(batch):
+    latents, labels = batch[:2]
+    objective, generator = StableVM(ClassBank(10, 8, shape=latents.shape[1:])), torch.Generator().manual_seed(0)
+    ids = torch.arange(len(latents))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective.draw(latents, labels, generator)
+        objective.draw(latents, labels, generator, ids=ids)
+    with pytest.warns(UserWarning, match="given no ids, earlier ones were") as found:
+        for _ in range(2):
+            objective.draw(latents, labels, generator)
+    assert len(found) == 1 and found[0].filename == __file__
