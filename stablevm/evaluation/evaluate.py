@@ -57,6 +57,7 @@ from stablevm.support.npz import NpzFile
 from stablevm.support.processes import Process
 
 Results = dict[str, Any]
+POOR_ACCURACY = 0.8  # of an extractor, on the test images, below which its numbers come with a warning
 
 
 def evaluate(config: EvaluateConfig) -> Results:
@@ -137,7 +138,11 @@ def _finish_digits(
     """Evaluate images of digits uint8 (N, 8, 8, 3) with classes (N,), and write the results."""
     assert config.extractor is not None
     train, test = digits_splits(config.reference)
-    results = evaluate_digits(images, labels, test, train, load_extractor(config.extractor))
+    extractor = load_extractor(config.extractor)
+    if extractor.test_accuracy < POOR_ACCURACY:
+        poor = f"recognises {extractor.test_accuracy:.0%} of the test images, so its numbers say little"
+        _told([f"--extractor {config.extractor}: {poor}; train it longer, or on more images"], show)
+    results = evaluate_digits(images, labels, test, train, extractor)
     rows = digits_rows(results)
     named = {"samples": title, "reference": str(config.reference), **results, **_under_protocol(protocol)}
     return _finish(named, rows, output, show)
