@@ -16,6 +16,7 @@ from typing import Union, get_args, get_origin
 from stablevm.commands.arguments import Common, descriptions
 from stablevm.commands.table import COMMANDS, FOLDER_STEPS
 from stablevm.support.ranges import Range
+from tests.helpers.frozen import plain_json
 
 FROZEN = Path(__file__).parents[1] / "golden" / "options.json"
 CONFIGS = {
@@ -55,7 +56,7 @@ def surface():
 
 def test_options_are_the_frozen_ones():
     # Paths have another repr on another system; types are compared as their text.
-    assert json.loads(json.dumps(surface(), default=str)) == json.loads(FROZEN.read_text())
+    assert plain_json(surface()) == json.loads(FROZEN.read_text())
 
 
 def test_every_option_is_documented():
@@ -73,4 +74,4 @@ def test_the_page_has_every_option():
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
-    FROZEN.write_text(json.dumps(surface(), indent=1, default=str) + "\n")
+    FROZEN.write_text(json.dumps(plain_json(surface()), indent=1) + "\n")

@@ -13,9 +13,9 @@ from stablevm.support.locks import owned
 def test_waiting_ends_when_the_result_is_there_or_the_parts_are_gone(tmp_path):
     run = SimpleNamespace(target=tmp_path / "x.npz", parts=PartFolder(tmp_path / "x.parts", 20, {}))
     with pytest.raises(UserError, match="was removed while images were made"):
-        generation._wait(run, None, None)
+        generation._wait(run, None)
     run.target.touch()
-    assert generation._wait(run, None, None)
+    assert generation._wait(run, None)
 
 
 def test_a_name_is_drawn_by_one_command_at_a_time(tmp_path, monkeypatch):
