@@ -46,7 +46,7 @@ def train(steps, batch_size=64):
     objective = StableVM(ClassBank(10, 256, shape=(1, 8, 8)), protocol)  # 1
     for step in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=stream)
-        draw = objective.draw(images[rows], labels[rows], stream)  # 2
+        draw = objective.draw(images[rows], labels[rows], stream, ids=rows)  # 2
         velocity = network(draw.x_t, 1000 * draw.t, draw.labels).sample
         loss = squared_error(velocity, draw.target).mean()
         optimizer.zero_grad()

@@ -29,12 +29,12 @@ class Network(nn.Module):
 
 
 def train(objective, points, moons, steps):
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # both networks begin with the same weights, which torch draws from its global state
     network, stream, losses = Network(), torch.Generator().manual_seed(0), []
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = torch.randint(len(points), (256,), generator=stream)
-        draw = objective.draw(points[rows], moons[rows], stream)
+        draw = objective.draw(points[rows], moons[rows], stream, ids=rows)
         loss = squared_error(network(draw.x_t, draw.t, draw.labels), draw.target).mean()
         optimizer.zero_grad()
         loss.backward()

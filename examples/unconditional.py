@@ -20,13 +20,13 @@ def load_points():
 
 
 def drawer(method):
-    """A function (points (B, 2), stream) -> Draw."""
+    """A function (points (B, 2), rows (B,), stream) -> Draw; rows tells which points come again."""
     if method == "StableVM":
         objective = StableVM(ClassBank(1, 1024, shape=(2,)))
-        return lambda points, stream: objective.draw(points, torch.zeros(len(points), dtype=torch.int64), stream)
+        return lambda points, rows, stream: objective.draw(points, torch.zeros_like(rows), stream, ids=rows)
     if method == "STF":
-        return lambda points, stream: StableTargetField().draw(points, None, stream)
-    return lambda points, stream: FlowMatching().draw(points, torch.zeros(len(points), dtype=torch.int64), stream)
+        return lambda points, rows, stream: StableTargetField().draw(points, None, stream)
+    return lambda points, rows, stream: FlowMatching().draw(points, torch.zeros_like(rows), stream)
 
 
 def train(method, points, steps):
@@ -34,16 +34,17 @@ def train(method, points, steps):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
     optimizer, stream = torch.optim.Adam(network.parameters(), lr=2e-3), torch.Generator().manual_seed(0)
-    draw_from, rows = drawer(method), []
+    draw_from, measured = drawer(method), []
     for _ in range(steps):
-        draw = draw_from(points[torch.randint(len(points), (256,), generator=stream)], stream)
+        rows = torch.randint(len(points), (256,), generator=stream)
+        draw = draw_from(points[rows], rows, stream)
         velocity = network(torch.cat([draw.x_t, draw.t[:, None]], dim=1))  # no label: there is one class
         loss = squared_error(velocity, draw.target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rows.append([loss.item(), draw.ess.mean().item()])
-    return torch.tensor(rows[-max(1, steps // 10) :]).mean(0).tolist()
+        measured.append([loss.item(), draw.ess.mean().item()])
+    return torch.tensor(measured[-max(1, steps // 10) :]).mean(0).tolist()
 
 
 def main(steps=600):

@@ -246,7 +246,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def extractor(config: ExtractorConfig) -> DigitsExtractor:
-    """The extractor in the output folder, trained first if missing; UserError if it has another seed."""
+    """The extractor in the output folder, trained first if missing; UserError if its seed or data are others."""
     with owned(config.output_dir):
         return _extractor(config)
 
