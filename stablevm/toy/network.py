@@ -36,10 +36,10 @@ class AdaptiveNetwork(nn.Module):
         """x (B, d), t (B,) in [0, 1] to (B, d). Hidden values are dropped only where `dropped` says which."""
         features = time_features(t)
         h = self.enter(torch.cat([x, features], dim=1))
-        for norm, modulation, layer in zip(self.norms, self.modulations, self.layers, strict=True):
+        factors = _dropout_factors((len(self.layers), *h.shape), self.dropout, dropped)
+        for norm, modulation, layer, factor in zip(self.norms, self.modulations, self.layers, factors, strict=True):
             scale, shift = modulation(features).chunk(2, dim=1)
-            h = nn.functional.gelu(layer(norm(h) * (1 + scale) + shift))
-            h = _drop(h, self.dropout, dropped)
+            h = _drop(nn.functional.gelu(layer(torch.addcmul(shift, norm(h), 1 + scale))), factor)
         return self.leave(h)
 
 
@@ -49,7 +49,7 @@ class Perceptron(nn.Module):
     def __init__(self, dimension: int, width: int, depth: int, dropout: float, generator: torch.Generator) -> None:
         """The arguments are those of `AdaptiveNetwork`; initial weights are uniform within +-fan_in**-0.5, biases 0."""
         super().__init__()
-        self.dropout = dropout
+        self.width, self.dropout = width, dropout
         sizes = [dimension + 1] + [width] * depth + [dimension]
         self.layers = nn.ModuleList(_linear(*ends, generator, zero_bias=True) for ends in pairwise(sizes))
 
@@ -57,8 +57,9 @@ class Perceptron(nn.Module):
         """x (B, d), t (B,) in [0, 1] to (B, d). Hidden values are dropped only where `dropped` says which."""
         *hidden, last = self.layers
         h = torch.cat([x, t[:, None]], dim=1)
-        for layer in hidden:
-            h = _drop(nn.functional.silu(layer(h)), self.dropout, dropped)
+        factors = _dropout_factors((len(hidden), len(x), self.width), self.dropout, dropped)
+        for layer, factor in zip(hidden, factors, strict=True):
+            h = _drop(nn.functional.silu(layer(h)), factor)
         return last(h)
 
 
@@ -79,11 +80,22 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _drop(h: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Inverted dropout with a given generator; PyTorch's dropout draws from the global generator."""
+def _dropout_factors(
+    shape: tuple[int, ...], rate: float, generator: torch.Generator | None
+) -> Tensor | tuple[None, ...]:
+    """Factors of the hidden values of each layer, `shape` (layers, B, width), for inverted dropout: 0 with probability
+    `rate`, else 1 / (1 - rate). None for each layer where nothing is dropped.
+
+    They come from a given generator, as PyTorch's dropout draws from the global one; and all at once, as one operation
+    takes less time than several.
+    """
     if generator is None or rate == 0:
-        return h
-    return h * torch.empty_like(h).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        return (None,) * shape[0]
+    return torch.empty(shape).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+
+
+def _drop(h: Tensor, factor: Tensor | None) -> Tensor:
+    return h if factor is None else h * factor
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator, zero_bias: bool = False) -> nn.Linear:

@@ -16,7 +16,7 @@ from stablevm.toy import training
 from stablevm.toy.config import METHODS, ToyConfig
 from stablevm.toy.experiment import CURVE_TIMES, cifar10_files, in_field
 from stablevm.toy.mixture import GaussianMixture, mixture_curve, published_mixture
-from stablevm.toy.network import _drop, make_network
+from stablevm.toy.network import _dropout_factors, make_network
 from stablevm.toy.results import result_path
 from stablevm.toy.training import Draws, EvaluationPoints, mixture_of, to_field
 from stablevm.variance import VarianceCurve
@@ -183,7 +183,7 @@ def test_dropout_is_drawn_from_its_own_stream(name):
 
 def test_dropout_keeps_the_mean():
     """Of 100,000 ones a share of 0.1 is dropped (z < 4, seed 0), and the others are scaled up by 1 / 0.9."""
-    dropped = _drop(torch.ones(100_000), 0.1, rng.generator(0, "dropout"))
+    dropped = _dropout_factors((4, 250, 100), 0.1, rng.generator(0, "dropout"))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9])
     assert abs((dropped == 0).float().mean().item() - 0.1) < 4 * (0.09 / 100_000) ** 0.5
 
