@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from stablevm.commands.arguments import parse
@@ -158,7 +159,12 @@ def _run(command: Command, program: str, arguments: list[str]) -> int:
                 asked.options.validate()
         if not PATIENT_THREADS.keys() & os.environ.keys():
             os.environ.update(PATIENT_THREADS)
-        with printable_streams(), quietly() if asked.quiet else nullcontext(), arguments_spelt(spelling):
+        with (
+            printable_streams(),
+            quietly() if asked.quiet else nullcontext(),
+            arguments_spelt(spelling),
+            _telling_of_termination(command.resumes),
+        ):
             result = asked.use.work(asked.options)
         return result if command.returns_status else None
 
@@ -182,7 +188,7 @@ def _status(run: Callable[[], object], program: str, resumes: bool) -> int:
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         _take_no_more_interrupts()
-        tell("interrupted; run the same command again to " + ("resume" if resumes else "start over"))
+        tell(f"interrupted; {_remedy(resumes)}")
         return INTERRUPTED_STATUS
     except SystemExit as end:
         if isinstance(end.code, int) and end.code > 128:  # training was stopped by a signal
@@ -199,6 +205,36 @@ def _status(run: Callable[[], object], program: str, resumes: bool) -> int:
         tell(f"error: {error.strerror}: {name}{remedy}")
         return USER_ERROR_STATUS
     return status if isinstance(status, int) else 0
+
+
+def _remedy(resumes: bool) -> str:
+    return "run the same command again to " + ("resume" if resumes else "start over")
+
+
+@contextmanager
+def _telling_of_termination(resumes: bool) -> Iterator[None]:
+    """Inside the block, print a line when SIGTERM ends the process, as after Ctrl-C.
+
+    The process ends at once, as it would without this: every file is complete or absent. Where there are several
+    processes the launcher tells, and training handles the signal itself.
+    """
+    takes = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
+    before, process = signal.getsignal(signal.SIGTERM), os.getpid()
+    if not takes or before != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:  # not in a process that was forked
+            os.write(2, f"\nterminated; {_remedy(resumes)}\n".encode())  # a stream may be in use
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _take_no_more_interrupts() -> None:

@@ -121,7 +121,7 @@ def _measure(config: VarianceConfig) -> Path:
         },
     )
     plot_variance({title: curve}, config.output_dir / "variance.png", {title: advice.tau})
-    _report(config, [len(blocks) for blocks in classes], advice, noise)
+    _report(config, curve.references, [len(blocks) for blocks in classes], advice, noise)
     return config.output_dir
 
 
@@ -149,10 +149,10 @@ class Advice:
         idle = float((times < start).double().mean())
         return cls(curve.recommended_tau(path), curve.split_point(), worth, active, removed, start, idle)
 
-    def sentence(self, config: VarianceConfig) -> str:
-        """What it means for StableVM, in one line."""
+    def sentence(self, references: int) -> str:
+        """What it means for StableVM with that many references, in one line."""
         return (
-            f"StableVM: two or more of {config.references} references take part in {self.active_share:.0%} of the "
+            f"StableVM: two or more of {references} references take part in {self.active_share:.0%} of the "
             f"samples, and take {self.removed_share:.0%} of the targets' variance away: {VERDICTS[self.worth]}"
         )
 
@@ -215,7 +215,8 @@ def _choose_classes(config: VarianceConfig, counts: list[int]) -> list[int]:
     return sorted(able[position] for position in order[:DEFAULT_CLASSES].tolist())
 
 
-def _report(config: VarianceConfig, counts: list[int], advice: Advice, noise: float) -> None:
+def _report(config: VarianceConfig, references: int, counts: list[int], advice: Advice, noise: float) -> None:
+    """Print the advice. references: those of a sample, on average."""
     short = sum(count < config.references for count in counts)
     if short:
         print(
@@ -223,11 +224,9 @@ def _report(config: VarianceConfig, counts: list[int], advice: Advice, noise: fl
             "references, and StableVM's variance is 0 there"
         )
     print(f"--proj-tau {advice.tau:.2f}: up to there x_t leaves less than half of a class's variance open")
-    print(
-        f"split point xi = {advice.xi:.2f}: up to there fewer than two of the {config.references} references take part"
-    )
+    print(f"split point xi = {advice.xi:.2f}: up to there fewer than two of the {references} references take part")
     print(f"{noise:.1%} of the variance within classes is the autoencoder's own noise, which no reference resembles")
     print("finite classes are easier to tell apart than what they were drawn from: take both as upper bounds")
     print(advice.start_line())
-    print(advice.sentence(config))
+    print(advice.sentence(references))
     print(f"written to {config.output_dir}: variance.png, variance.json")

@@ -49,12 +49,14 @@ from stablevm.sampling.provenance import (
     provenance_of,
     resolved,
 )
+from stablevm.support.cards import read_object
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
 from stablevm.support.npz import NpzFile
 from stablevm.support.processes import Process
+from stablevm.support.text import shown
 
 Results = dict[str, Any]
 POOR_ACCURACY = 0.8  # of an extractor, on the test images, below which its numbers come with a warning
@@ -69,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> Results:
     process = _begin(config, config.warnings())
     output = config.output or default_output(config.samples)
     check_outputs(outputs_of(output, config), {"SAMPLES": config.samples} | inputs_of(config))
-    with _results_owned(output, process):
+    with _results_owned(output, config, process):
         if config.extractor is None:
             samples = replace(open_samples(config.samples), protocol=protocol_in(config.samples))
             return _evaluate_samples(samples, config, process, output)
@@ -80,12 +82,36 @@ def evaluate(config: EvaluateConfig) -> Results:
 
 
 @contextmanager
-def _results_owned(output: Path, process: Process) -> Iterator[None]:
-    """Keep other commands away from the results, and remove temporary files of interrupted ones."""
+def _results_owned(output: Path, config: EvaluationOptions, process: Process) -> Iterator[None]:
+    """Keep other commands away from the results, and remove temporary files of interrupted ones.
+
+    UserError where `output` holds what this evaluation would not compute again.
+    """
     with owned(output.parent, output.name):
+        _check_replaced(output, config)
         if process.is_first:
             remove_temporary_of(output, output.with_suffix(".html"))
         yield
+
+
+def _check_replaced(output: Path, config: EvaluationOptions) -> None:
+    """UserError for a file that is not of an evaluation, or of one with another reference or other features."""
+    if not output.exists():
+        return
+    other = f"give --output another name, or remove {output}"
+    earlier = read_object(output, "results", remedy=other)
+    if "reference" not in earlier or "num_samples" not in earlier:
+        raise UserError(f"{output} exists, and holds no results of an evaluation: {other}")
+    if Path(str(earlier["reference"])).resolve() != Path(str(config.reference)).resolve():
+        raise UserError(f"{output} holds results against {shown(earlier['reference'], quoted=False)}: {other}")
+    wanted = {"inception": config.inception, "encoder": config.enc_type, "extractor": config.extractor}
+    if config.extractor is not None:
+        wanted |= {"inception": False, "encoder": None}
+    encoder = earlier["encoder"].get("extractor") if isinstance(earlier.get("encoder"), dict) else None
+    if lost := [name for name in wanted if name in earlier and not wanted[name]]:
+        raise UserError(f"{output} holds results of features ({', '.join(lost)}) that are not asked for now: {other}")
+    if encoder not in (None, config.enc_type):
+        raise UserError(f"{output} holds results of the encoder {shown(encoder, quoted=False)}: {other}")
 
 
 def _evaluate_samples(
@@ -313,7 +339,7 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig, *, is_part: bool = Fal
     output = config.evaluation.output or sampling.sample_dir / f"{name}.json"
     check_outputs(outputs_of(output, config.evaluation), {"--ckpt": sampling.ckpt} | inputs_of(config.evaluation))
     title = title_of(config.sampling.ckpt, sampling.ckpt)
-    with _results_owned(output, process):
+    with _results_owned(output, config.evaluation, process):
         if config.evaluation.extractor is not None:
             if not process.is_first:
                 return {}

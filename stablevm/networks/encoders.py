@@ -20,6 +20,7 @@ from stablevm.support.extras import need
 from stablevm.support.foreign_weights import read_weights
 from stablevm.support.hub import check_reachable
 from stablevm.support.precision import without_autocast
+from stablevm.support.text import one_of
 
 # The network of `stablevm extractor`: for digits of 8 pixels, or of any size that its weights have.
 DIGITS, EXTRACTOR = "digits", "extractor"
@@ -258,8 +259,8 @@ def _spec_of(name: str) -> TimmEncoderSpec:
     except RuntimeError:  # a known architecture with an unknown tag after the dot
         pretrained = None
     if pretrained is None:
-        names = ", ".join((DIGITS, EXTRACTOR, MASKED, *SHORT_NAMES))
-        raise UserError(f"{arg('encoder')} {name}: expected one of {names}, or the name of a timm vision transformer")
+        known, others = (DIGITS, EXTRACTOR, MASKED, *SHORT_NAMES), ", or the name of a timm vision transformer"
+        raise UserError(f"{arg('encoder')} {name}: expected {one_of(name, known, others)}")
     return replace(spec, downloadable=spec.downloadable and pretrained.has_weights)
 
 

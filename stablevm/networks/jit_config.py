@@ -7,6 +7,7 @@ from stablevm.networks.lightning_dit_config import LightningDiTConfig
 from stablevm.networks.network_config import LARGEST_WIDTH, check_within
 from stablevm.networks.transformer_config import SIZES, Size, names_of, sized_config
 from stablevm.support.errors import UserError, arg
+from stablevm.support.text import one_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def jit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
     Its queries and keys are always normalised. The other arguments and errors are those of `sit_config`.
     """
     if name not in MODEL_NAMES:
-        raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")
+        raise UserError(f"{arg('model')} {name}: expected {one_of(name, MODEL_NAMES)}")
     options["qk_norm"] = True
     return sized_config(
         JiTConfig,

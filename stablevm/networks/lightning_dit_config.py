@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from stablevm.networks.transformer_config import TransformerConfig, names_of, sized_config
 from stablevm.support.errors import UserError, arg
+from stablevm.support.text import one_of
 
 # XS and XXS are ours, for latents of 8 x 8; the published ones have the depth, width and heads of SiT's.
 PATCH_SIZES = {"XL": (1, 2), "L": (1, 2), "B": (1, 2), "XS": (1, 2), "XXS": (1, 2)}
@@ -41,7 +42,7 @@ def lightning_dit_config(
     The other arguments and errors are those of `sit_config`.
     """
     if name not in MODEL_NAMES:
-        raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")
+        raise UserError(f"{arg('model')} {name}: expected {one_of(name, MODEL_NAMES)}")
     return sized_config(
         LightningDiTConfig, name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **options
     )

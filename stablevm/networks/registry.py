@@ -15,6 +15,7 @@ from stablevm.networks.network_config import NetworkConfig
 from stablevm.networks.sit_config import MODEL_NAMES as SIT_NAMES
 from stablevm.networks.sit_config import SiTConfig, sit_config
 from stablevm.support.errors import UserError, arg
+from stablevm.support.text import one_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def network_config(name: str, *, input_size: int, in_channels: int, num_classes:
             return network.configure(
                 name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **options
             )
-    raise UserError(f"{arg('model')} {name}: expected one of {', '.join(network_names())}")
+    raise UserError(f"{arg('model')} {name}: expected {one_of(name, network_names())}")
 
 
 def network_names() -> tuple[str, ...]:

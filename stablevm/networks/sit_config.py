@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from stablevm.networks.transformer_config import SIZES, TransformerConfig, names_of, sized_config
 from stablevm.support.errors import UserError, arg
+from stablevm.support.text import one_of
 
 PATCH_SIZES = {
     # latents of 8 x 8, and of 16 x 16 to 128 x 128
@@ -30,7 +31,7 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
     network's blocks.
     """
     if name not in MODEL_NAMES:
-        raise UserError(f"{arg('model')} {name}: expected one of {', '.join(MODEL_NAMES)}")
+        raise UserError(f"{arg('model')} {name}: expected {one_of(name, MODEL_NAMES)}")
     return sized_config(
         SiTConfig, name, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **options
     )

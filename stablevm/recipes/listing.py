@@ -8,7 +8,7 @@ from typing import Any
 
 from stablevm.support.cards import card_of
 from stablevm.support.errors import UserError
-from stablevm.support.text import printable
+from stablevm.support.text import one_of, printable
 
 FOLDER = Path(__file__).parent
 ENDING = ".toml"
@@ -33,7 +33,7 @@ def recipe_names() -> list[str]:
 def recipe_file(name: str) -> Path:
     """The file of a recipe; UserError for a name that none has."""
     if name not in recipe_names():
-        raise UserError(f"recipe {printable(name)}: expected one of {', '.join(recipe_names())}")
+        raise UserError(f"recipe {printable(name)}: expected {one_of(name, recipe_names())}")
     return FOLDER / f"{name}{ENDING}"
 
 

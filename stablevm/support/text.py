@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,9 +49,16 @@ def brief(value: Any, longest: int = 200) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like the one given; None if none is."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=_ALIKE)
-    return found[0] if found else None
+    """The known word that is most like the one given, whatever their case; None if none is."""
+    by_lower = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=_ALIKE)
+    return by_lower[found[0]] if found else None
+
+
+def one_of(word: str, known: Sequence[str], others: str = "") -> str:
+    """What was expected in place of a word: one of the known ones, or `others`, and the nearest, if one is like it."""
+    near = nearest(word, known)
+    return f"one of {', '.join(known)}{others}" + ("" if near is None else f"; the nearest is {near}")
 
 
 def meant(path: Path) -> str:

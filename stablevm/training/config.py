@@ -19,6 +19,7 @@ from stablevm.training.options import (
     NetworkOptions,
     ObjectiveOptions,
     OptimisationOptions,
+    UnneededOptions,
 )
 
 CONFIG_FILE = "config.json"
@@ -64,6 +65,7 @@ class TrainConfig(
     CheckpointOptions,
     EvaluationOptions,
     HardwareOptions,
+    UnneededOptions,
 ):
     """Train a network into OUTPUT_DIR/EXP_NAME. To resume after an interruption, run the same command again."""
 
@@ -75,13 +77,6 @@ class TrainConfig(
     """Folder of all runs."""
     report_to: str = "tensorboard"
     """wandb, tensorboard, none; several separated by commas. Metrics always go to metrics.jsonl as well."""
-
-    logging_dir: str | None = None
-    """StableVelocity's; not needed: logs are in OUTPUT_DIR/EXP_NAME."""
-    legacy: bool = False
-    """StableVelocity's; not needed: stablevm import knows the names of early checkpoints."""
-    bank_chunk_size: int | None = None
-    """StableVelocity's; not needed: references are processed in blocks that fit into memory, with the same result."""
 
     @property
     def folder(self) -> Path:

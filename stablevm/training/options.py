@@ -289,3 +289,17 @@ class HardwareOptions:
     checkpoint_activations: bool = False
     """Keep only the inputs of the network's blocks for the backward pass, which computes the rest again: the same
     numbers, much less memory, about a third more work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnneededOptions:
+    """Options of StableVelocity's train.py that change nothing here, and are taken so that its commands run."""
+
+    GROUP: ClassVar[str] = "unneeded"
+
+    logging_dir: str | None = None
+    """Logs are in OUTPUT_DIR/EXP_NAME."""
+    legacy: bool = False
+    """The names of early checkpoints are known to stablevm import."""
+    bank_chunk_size: int | None = None
+    """References are processed in blocks that fit into memory, with the same result."""

@@ -1,4 +1,7 @@
-"""Ctrl-C, which every process of the terminal receives, ends commands with workers in one line, and none ignores it."""
+"""Ctrl-C, which every process of the terminal receives, ends commands with workers in one line, and none ignores it.
+
+So does SIGTERM, which a job scheduler sends.
+"""
 
 import os
 import signal
@@ -38,13 +41,13 @@ def start(folder, step, *options):
     )
 
 
-def interrupt(process, result, times):
+def interrupt(process, result, times, number=signal.SIGINT):
     while not any(result.rglob("*.[pn][np][gy]")):
         assert process.poll() is None
         time.sleep(0.02)
-    for number in range(times):
-        time.sleep(0.05 * number)
-        os.killpg(process.pid, signal.SIGINT)
+    for time_ in range(times):
+        time.sleep(0.05 * time_)
+        os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     return [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "image/s" not in line]
 
@@ -56,9 +59,22 @@ def test_one_line_and_no_traceback(step, times, made):
     process = start(made, step, "--source=source", f"--dest={dest}", *options)
     lines = interrupt(process, dest, times)
     assert process.returncode == 130, lines
-    assert [line for line in lines if "it/s" not in line and "s/image" not in line and "?" not in line] == [
-        "interrupted; run the same command again to resume"
-    ]
+    assert without_rates(lines) == ["interrupted; run the same command again to resume"]
+
+
+def without_rates(lines):
+    return [line for line in lines if "it/s" not in line and "s/image" not in line and "?" not in line]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_termination_ends_at_once_with_one_line(processes, made, monkeypatch):
+    """Where there are several processes, their launcher tells."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    dest = made / f"terminated-{processes}"
+    process = start(made, "convert", "--source=source", f"--dest={dest}", "--resolution=128x128")
+    lines = interrupt(process, dest, 1, signal.SIGTERM)
+    assert process.returncode == -signal.SIGTERM, lines
+    assert without_rates(lines) == ["terminated; run the same command again to resume"] * (processes == "1")
 
 
 ENDING = """

@@ -214,7 +214,7 @@ def test_folders_of_images_are_taken_as_they_are(options, tmp_path):
     assert not np.array_equal(shuffled, FAKE[:count]), "a folder sorted by class must not look like chunks"
     Image.fromarray(FAKE[0, :6, :6]).save(fake / "small.png")
     with pytest.raises(UserError, match=r"small\.png|\d\d\.png"):
-        evaluate(dataclasses.replace(options(), samples=fake))
+        evaluate(dataclasses.replace(options(), samples=fake, output=tmp_path / "other.json"))
 
 
 def test_what_costs_nothing_more_is_reported(options, capsys):

@@ -41,7 +41,7 @@ def test_reference_of_a_folder_is_what_its_images_are(options, home, tmp_path, c
         assert len(set(where)) == 10 and where != sorted(where), "drawn and shuffled"
         assert made["labels"].tolist() == [int(index >= 13) for index in where]
     whole = evaluate(options())["inception"]
-    results = evaluate(options(reference=tmp_path / "made.npz"))
+    results = evaluate(options(reference=tmp_path / "made.npz", output=tmp_path / "made.json"))
     assert results["inception"]["statistics"] == "the file's stored statistics of 26 images"
     for key in ("frechet_distance", "spatial_frechet_distance"):
         assert results["inception"][key] == pytest.approx(whole[key], rel=1e-6)

@@ -29,7 +29,7 @@ def test_every_name_of_a_network_is_built_by_its_kind(network):
 
 
 def test_a_name_that_no_network_has():
-    with pytest.raises(UserError, match=r"model DiT-B: expected one of SiT-XL/1, .*JiT-XXS/4$"):
+    with pytest.raises(UserError, match=r"model DiT-B: expected one of SiT-XL/1, .*JiT-XXS/4; the nearest is SiT-B/8$"):
         network_config("DiT-B", input_size=8, in_channels=1, num_classes=2)
 
 
