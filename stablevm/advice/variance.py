@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.support import rng
 from stablevm.support.bars import progress_bar
+from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
+from stablevm.support.options import as_typed
 from stablevm.times import draw_times
 from stablevm.variance import VarianceCurve, class_variance_curve, streamed_variance_curve
 
@@ -50,7 +52,30 @@ def measure_variance(config: VarianceConfig) -> Path:
     config.validate()
     with owned(config.output_dir, FILES[0]):
         remove_temporary_of(*(config.output_dir / name for name in FILES))
+        _check_replaced(config)
         return _measure(config)
+
+
+def _options(config: VarianceConfig) -> dict[str, Any]:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+
+
+def _check_replaced(config: VarianceConfig) -> None:
+    """UserError where the folder holds a curve with other options, or a file of that name that is not a curve."""
+    path, remedy = config.output_dir / FILES[0], "give another --output-dir"
+    if not path.exists():
+        return
+    try:
+        earlier = read_object(path, "variance").get("options")
+    except UserError:
+        earlier = None
+    if not isinstance(earlier, dict):
+        raise UserError(f"{path} exists, and was not made by this command: {remedy}")
+    for name, value in _options(config).items():
+        if name != "output_dir" and earlier.get(name) != value:
+            raise UserError(
+                f"{path}: measured with {as_typed(name, earlier.get(name))}, not {as_typed(name, value)}; {remedy}"
+            )
 
 
 def dataset_curve(
@@ -109,7 +134,6 @@ def _measure(config: VarianceConfig) -> Path:
         )
     noise, advice = _share_of_noise(classes), Advice.of(curve, path, config)
     title = f"{len(chosen)} class{'es' * (len(chosen) > 1)} of {config.data_dir}"
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
     write_json(
         config.output_dir / "variance.json",
         {
@@ -117,7 +141,7 @@ def _measure(config: VarianceConfig) -> Path:
             "noise_share": noise,
             **dataclasses.asdict(curve),
             "classes": chosen,
-            "options": options,
+            "options": _options(config),
         },
     )
     plot_variance({title: curve}, config.output_dir / "variance.png", {title: advice.tau})

@@ -294,8 +294,10 @@ COMMANDS = (
     Command("export", "write a checkpoint as a pipeline of diffusers", (_export,)),
     Command("generate", "sample images from a checkpoint", (_generate,), script="generate.py"),
     Command("demo", "generate images from a checkpoint on a page in the browser", (_demo,), resumes=False),
-    Command("extractor", "train the network that evaluates digits and other small images", (_extractor,)),
-    Command("encoder", "train an encoder for alignment on your images, without labels", (_encoder,)),
+    Command(
+        "extractor", "train the network that evaluates digits and other small images", (_extractor,), resumes=False
+    ),
+    Command("encoder", "train an encoder for alignment on your images, without labels", (_encoder,), resumes=False),
     Command(
         "evaluate",
         "evaluate a file of generated images, or a checkpoint",

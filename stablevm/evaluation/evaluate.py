@@ -6,7 +6,7 @@ A checkpoint is evaluated without writing its images to a file.
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +34,7 @@ from stablevm.evaluation.features import FeatureCache, extract
 from stablevm.evaluation.npz import Archive
 from stablevm.evaluation.samples import Reference, Samples, check_comparable, open_reference, open_samples, warnings_of
 from stablevm.evaluation.small_extractor import digits_splits, load_extractor
+from stablevm.evaluation.sources import content_sha256
 from stablevm.metrics.metric import FeatureSets
 from stablevm.metrics.table import result_rows, results_of
 from stablevm.networks.snapshot import ModelCard, title_of
@@ -71,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> Results:
     process = _begin(config, config.warnings())
     output = config.output or default_output(config.samples)
     check_outputs(outputs_of(output, config), {"SAMPLES": config.samples} | inputs_of(config))
-    with _results_owned(output, config, process):
+    with _results_owned(output, process):
         if config.extractor is None:
             samples = replace(open_samples(config.samples), protocol=protocol_in(config.samples))
             return _evaluate_samples(samples, config, process, output)
@@ -82,36 +83,32 @@ def evaluate(config: EvaluateConfig) -> Results:
 
 
 @contextmanager
-def _results_owned(output: Path, config: EvaluationOptions, process: Process) -> Iterator[None]:
-    """Keep other commands away from the results, and remove temporary files of interrupted ones.
-
-    UserError where `output` holds what this evaluation would not compute again.
-    """
+def _results_owned(output: Path, process: Process) -> Iterator[None]:
+    """Keep other commands away from the results, and remove temporary files of interrupted ones."""
     with owned(output.parent, output.name):
-        _check_replaced(output, config)
         if process.is_first:
             remove_temporary_of(output, output.with_suffix(".html"))
         yield
 
 
-def _check_replaced(output: Path, config: EvaluationOptions) -> None:
-    """UserError for a file that is not of an evaluation, or of one with another reference or other features."""
+def _check_replaced(output: Path, made_with: Mapping[str, str]) -> None:
+    """UserError for a file that holds anything but the results of this evaluation, whose samples may have changed.
+
+    made_with: the digests of the reference and of each network, by what they are called in the results.
+    """
     if not output.exists():
         return
     other = f"give --output another name, or remove {output}"
-    earlier = read_object(output, "results", remedy=other)
-    if "reference" not in earlier or "num_samples" not in earlier:
-        raise UserError(f"{output} exists, and holds no results of an evaluation: {other}")
-    if Path(str(earlier["reference"])).resolve() != Path(str(config.reference)).resolve():
-        raise UserError(f"{output} holds results against {shown(earlier['reference'], quoted=False)}: {other}")
-    wanted = {"inception": config.inception, "encoder": config.enc_type, "extractor": config.extractor}
-    if config.extractor is not None:
-        wanted |= {"inception": False, "encoder": None}
-    encoder = earlier["encoder"].get("extractor") if isinstance(earlier.get("encoder"), dict) else None
-    if lost := [name for name in wanted if name in earlier and not wanted[name]]:
-        raise UserError(f"{output} holds results of features ({', '.join(lost)}) that are not asked for now: {other}")
-    if encoder not in (None, config.enc_type):
-        raise UserError(f"{output} holds results of the encoder {shown(encoder, quoted=False)}: {other}")
+    try:
+        known = read_object(output, "results").get("sha256")
+    except UserError:
+        known = None
+    if not isinstance(known, dict):
+        raise UserError(f"{output} exists, and holds no results of an evaluation by this version: {other}")
+    changed = [name for name, value in known.items() if made_with.get(name) != value]
+    if changed:
+        names = ", ".join(shown(name, quoted=False) for name in changed)
+        raise UserError(f"{output} holds results of another evaluation (differing in {names}): {other}")
 
 
 def _evaluate_samples(
@@ -120,11 +117,11 @@ def _evaluate_samples(
     """Evaluate samples with the features that the options request; see `evaluate`. show: whether to print."""
     reference = open_reference(config.reference)
     warnings = check_comparable(samples, reference)
+    extractors = _extractors(config, reference, process.device)
+    made_with = {"reference": content_sha256(reference.path)} | {each.section: each.fingerprint for each in extractors}
+    _check_replaced(output, made_with)
     cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
-    found = [
-        _features_of_both(extractor, samples, reference, config, cache, process)
-        for extractor in _extractors(config, reference, process.device)
-    ]
+    found = [_features_of_both(each, samples, reference, config, cache, process) for each in extractors]
     comparisons = [each for each in found if each is not None]
     if not process.is_first:
         return {}
@@ -134,6 +131,7 @@ def _evaluate_samples(
         "num_samples": len(samples),
         "reference": str(reference.path),
         "reference_images": 0 if reference.source is None else len(reference.source),
+        "sha256": made_with,
         "warnings": _told(warnings, show),
     }
     rows: list[Sequence[str | float]] = [("measure", "value", "meaning"), ("samples", len(samples), "generated images")]
@@ -163,6 +161,8 @@ def _finish_digits(
 ) -> Results:
     """Evaluate images of digits uint8 (N, 8, 8, 3) with classes (N,), and write the results."""
     assert config.extractor is not None
+    made_with = {"reference": content_sha256(config.reference), "extractor": content_sha256(config.extractor)}
+    _check_replaced(output, made_with)
     train, test = digits_splits(config.reference)
     extractor = load_extractor(config.extractor)
     if extractor.test_accuracy < POOR_ACCURACY:
@@ -170,7 +170,13 @@ def _finish_digits(
         _told([f"--extractor {config.extractor}: {poor}; train it longer, or on more images"], show)
     results = evaluate_digits(images, labels, test, train, extractor)
     rows = digits_rows(results)
-    named = {"samples": title, "reference": str(config.reference), **results, **_under_protocol(protocol)}
+    named = {
+        "samples": title,
+        "reference": str(config.reference),
+        "sha256": made_with,
+        **results,
+        **_under_protocol(protocol),
+    }
     return _finish(named, rows, output, show)
 
 
@@ -339,7 +345,7 @@ def evaluate_checkpoint(config: EvaluateCheckpointConfig, *, is_part: bool = Fal
     output = config.evaluation.output or sampling.sample_dir / f"{name}.json"
     check_outputs(outputs_of(output, config.evaluation), {"--ckpt": sampling.ckpt} | inputs_of(config.evaluation))
     title = title_of(config.sampling.ckpt, sampling.ckpt)
-    with _results_owned(output, config.evaluation, process):
+    with _results_owned(output, process):
         if config.evaluation.extractor is not None:
             if not process.is_first:
                 return {}

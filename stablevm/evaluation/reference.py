@@ -6,7 +6,7 @@ read.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from stablevm.evaluation.sources import DatasetSource, FolderSource, ImageSource
 from stablevm.metrics.statistics import FeatureStatistics
 from stablevm.preparation.crops import first_size
 from stablevm.preparation.sources import open_source
-from stablevm.sampling.archive import write_archive
+from stablevm.sampling.archive import read_provenance, write_archive
 from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_with
 from stablevm.support.locks import owned
+from stablevm.support.options import as_typed
 from stablevm.support.processes import Process
 
 CHUNK = 256  # images in memory at once, in addition to those of a batch
@@ -53,6 +54,8 @@ def _reference(config: ReferenceConfig, process: Process) -> Path:
     source, labels, class_names = _open(config)
     arrays: dict[str, NDArray[Any]] = {}
     protocol: dict[str, Any] = {"source": str(config.source), "seed": config.seed, "class_names": list(class_names)}
+    protocol["options"] = _options(config)
+    _check_replaced(config.output, protocol["options"])
     if config.statistics:
         extractor = load_inception(config.inception_weights, process.device)
         cache = FeatureCache(config.cache_dir or FeatureCache.default_folder())
@@ -70,6 +73,31 @@ def _reference(config: ReferenceConfig, process: Process) -> Path:
         what = f"statistics of {len(source):,} images ({extractor.name}), " if config.statistics else ""
         print(f"{config.output}: {what}{len(rows):,} images")
     return config.output
+
+
+def _options(config: ReferenceConfig) -> dict[str, Any]:
+    """The options that a reference depends on."""
+    names = ("source", "split", "resolution", "transform", "num_images", "seed", "statistics")
+    values = {name: getattr(config, name) for name in names}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _check_replaced(output: Path, options: Mapping[str, Any]) -> None:
+    """UserError where `output` is anything but a reference with the same options."""
+    if not output.exists():
+        return
+    remedy = "give --output another name, or remove it"
+    try:
+        earlier = read_provenance(output).get("options")
+    except UserError:
+        earlier = None
+    if not isinstance(earlier, dict):
+        raise UserError(f"{output} exists, and was not made by this version of the command: {remedy}")
+    for name, value in options.items():
+        if earlier.get(name) != value:
+            raise UserError(
+                f"{output}: made with {as_typed(name, earlier.get(name))}, not {as_typed(name, value)}; {remedy}"
+            )
 
 
 def _statistics(features: Features, extractor: InceptionExtractor) -> dict[str, NDArray[np.float64]]:

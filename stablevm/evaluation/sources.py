@@ -1,9 +1,11 @@
 """Sources of images to evaluate: memory, a compressed archive, a data set, image files."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +15,9 @@ from stablevm.data.dataset import PreparedDataset
 from stablevm.preparation.pictures import TRANSFORMS, BadPictureError, Size, pixels, read_picture
 from stablevm.preparation.source import Source
 from stablevm.support.errors import UserError
+from stablevm.support.files import sha256
+
+TELLING = ("dataset.json", "*/dataset.json", "extractor.json", "extractor.safetensors")
 
 
 class ImageSource(Protocol):
@@ -25,6 +30,17 @@ class ImageSource(Protocol):
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The images uint8 (n, H, W, 3) at `indices`, in that order."""
+
+
+def content_sha256(path: Path) -> str:
+    """What tells a reference or an extractor from another, wherever it lies: the SHA-256 of a file's content, and of a
+    folder's that of the cards of its data sets or its extractor. Of a folder without these only its place is known.
+    """
+    if path.is_file():
+        return sha256(path)
+    files = [file for pattern in TELLING for file in sorted(path.glob(pattern))]
+    known = {file.relative_to(path).as_posix(): sha256(file) for file in files} or str(path.resolve())
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def pixels_key(images: NDArray[np.uint8]) -> str:

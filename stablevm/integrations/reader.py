@@ -109,6 +109,8 @@ def _fault(key: object, value: Tensor) -> str | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a published checkpoint, a file (.pt or .safetensors)")
     if not path.is_file():
         raise UserError(f"{path}: no such file{meant(path)}; give a published checkpoint (.pt or .safetensors)")
     if path.suffix == SAFE:

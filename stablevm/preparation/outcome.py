@@ -109,6 +109,8 @@ def make_report(plan: dict[str, Any], source: Source, problems: Iterable[Problem
     ordered = sorted(problems, key=lambda problem: (problem.index or 0, problem.cause))
     skipped = [problem.index for problem in ordered if problem.action == "skipped" and problem.index is not None]
     done = len(source) - len(skipped)
+    if not len(source):
+        raise UserError(f"{source.storage.root}: no image is left to convert; give another --part or --max-images")
     if not done:
         raise UserError(f"{source.storage.root}: none of its {len(source):,} images can be read: {ordered[0].cause}")
     counts = np.bincount(np.delete(source.labels, skipped), minlength=len(source.class_names))

@@ -6,6 +6,7 @@ from typing import Any
 from stablevm.evaluation.config import EvaluateConfig
 from stablevm.evaluation.evaluate import evaluate
 from stablevm.evaluation.small_extractor import digits_splits, load_extractor
+from stablevm.evaluation.sources import content_sha256
 from stablevm.figures.study import plot_comparison
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.generation import generate
@@ -151,9 +152,11 @@ class _Run:
 
 
 def _check_same(config: StudyConfig) -> None:
+    """UserError where the folder holds a study with other options, or by other contents of the same folders."""
     path = config.output_dir / STUDY_FILE
+    content = {name: content_sha256(getattr(config, name)) for name in ("data_dir", "extractor")}
     if not path.exists():
-        write_json(path, config.fixed)
+        write_json(path, {**config.fixed, "sha256": content})
         return
     earlier = read_object(path, "study", remedy="give another folder")
     for name, value in config.fixed.items():
@@ -161,6 +164,13 @@ def _check_same(config: StudyConfig) -> None:
             raise UserError(
                 f"{config.output_dir}: holds a study with {as_typed(name, earlier.get(name))}, this one has "
                 f"{as_typed(name, value)}; give the study's, or another folder"
+            )
+    known = earlier.get("sha256")
+    for name, value in content.items():
+        if isinstance(known, dict) and known.get(name) != value:
+            raise UserError(
+                f"{as_typed(name, getattr(config, name))}: its content has changed since {config.output_dir} began; "
+                "restore it, or give another folder"
             )
 
 

@@ -119,6 +119,7 @@ class Sweep:
         text = "\n".join([self.table(), "", *self.summary()])
         write_text(folder / TABLE, text + "\n")
         write_json(folder / DATA, self.to_dict())
+        (folder / PICTURE).unlink(missing_ok=True)  # of an earlier sweep
         if self.axes:
             plot_sweep(self.lines(), self._axis_name(self.axis), self.distance, folder / PICTURE)
         print(f"{text}\nresults written to {folder / DATA}" + (f", figure: {folder / PICTURE}" if self.axes else ""))

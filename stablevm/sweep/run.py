@@ -11,12 +11,13 @@ from typing import Any
 
 from stablevm.evaluation.config import EvaluateCheckpointConfig, MetricOptions
 from stablevm.evaluation.evaluate import evaluate_checkpoint
+from stablevm.evaluation.sources import content_sha256
 from stablevm.networks.snapshot import checkpoint_in, load_card
 from stablevm.sampling.config import GenerateConfig
 from stablevm.sampling.provenance import decoding_notes, provenance_of, resolved
 from stablevm.support.cards import read_object
 from stablevm.support.errors import UserError
-from stablevm.support.files import CHECKPOINTS, remove_temporary, sha256
+from stablevm.support.files import CHECKPOINTS, remove_temporary
 from stablevm.support.locks import owned
 from stablevm.support.options import as_typed
 from stablevm.support.processes import Process
@@ -115,10 +116,8 @@ def _digest(facts: dict[str, Any]) -> str:
 
 
 def _identity(value: Any) -> Any:
-    """A value of an option for the digest: a file by its content, a folder by its place."""
-    if isinstance(value, Path):
-        return sha256(value) if value.is_file() else str(value.resolve())
-    return value
+    """A value of an option for the digest: a file or folder by its content."""
+    return content_sha256(value) if isinstance(value, Path) else value
 
 
 def _weights_folder(config: SweepConfig, value: Value, process: Process) -> Path:

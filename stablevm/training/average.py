@@ -23,8 +23,8 @@ from stablevm.networks import snapshot
 from stablevm.networks.snapshot import CARD_FILE, ModelCard, load_card
 from stablevm.support.cards import read_card
 from stablevm.support.errors import UserError, arg
-from stablevm.support.files import remove_temporary, write_json
-from stablevm.support.locks import owned
+from stablevm.support.files import remove_temporary, sha256, write_json
+from stablevm.support.locks import is_foreign, owned
 from stablevm.support.options import some_of
 from stablevm.training.average_config import WIDTH, AverageConfig
 
@@ -129,6 +129,7 @@ class _Record:
     step: int
     snapshots: int
     profile_error: float
+    newest_sha256: str = ""  # of a snapshot of the run, which tells it from others; in earlier versions, none
 
 
 def average(config: AverageConfig) -> Path:
@@ -148,8 +149,8 @@ def average(config: AverageConfig) -> Path:
     target = averaged_folder(config, step)
     with owned(target.parent, target.name):
         remove_temporary(target)
+        _check_result(target, run, config.width, step)
         if (target / CARD_FILE).exists():
-            _check_result(target, config.width, step)
             print(f"{target} is already complete")
         else:
             _make(run, [each for each in steps if each <= step], config.width, target)
@@ -176,19 +177,30 @@ def _make(run: Path, steps: Sequence[int], width: float, target: Path) -> None:
         )
     files = [snapshot_folder(run, each.step) / f"{snapshot_name(each.width)}.safetensors" for each in known]
     weights = combined(files, shares)
-    write_json(target / RECORD_FILE, asdict(_Record(width, steps[-1], len(steps), error)))
+    record = _Record(width, steps[-1], len(steps), error, _newest_sha256(run, steps[-1]))
+    write_json(target / RECORD_FILE, asdict(record))
     snapshot.save(target, load_card(snapshot_folder(run, steps[-1])), {"ema": weights})
     print(f"{target}: complete, a checkpoint folder for generate and evaluate")
 
 
-def _check_result(target: Path, width: float, step: int) -> None:
-    """UserError if the folder holds another average, or a checkpoint of another kind."""
+def _newest_sha256(run: Path, step: int) -> str:
+    return sha256(snapshot_folder(run, step) / f"{snapshot_name(WIDTHS[0])}.safetensors")
+
+
+def _check_result(target: Path, run: Path, width: float, step: int) -> None:
+    """UserError if the folder holds another average, or anything else."""
+    if not any(map(is_foreign, target.iterdir() if target.is_dir() else ())):
+        return
+    if not (target / RECORD_FILE).exists():
+        raise UserError(f"{target}: holds other files; give another --output")
     record = read_card(target / RECORD_FILE, _Record, "average", remedy="give another --output")
     if (record.width, record.step) != (width, step):
         raise UserError(
             f"{target}: holds the average of width {record.width:g} after step {record.step}, not that of width "
             f"{width:g} after step {step}; give another --output"
         )
+    if record.newest_sha256 not in ("", _newest_sha256(run, step)):
+        raise UserError(f"{target}: holds the average of another run than {run}; give another --output")
 
 
 def combined(files: Sequence[Path], shares: Tensor) -> dict[str, Tensor]:

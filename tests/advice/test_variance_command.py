@@ -47,6 +47,21 @@ def test_what_it_writes(data, tmp_path, capsys):
     assert Image.open(tmp_path / "variance.png").size == (2000, 580)
 
 
+def test_a_curve_with_other_options_and_a_foreign_file_are_kept(data, tmp_path, capsys):
+    assert run(data, tmp_path, "--times=3") == 0
+    made = (tmp_path / "variance.json").read_bytes()
+    assert run(data, tmp_path, "--times=3") == 0 and (tmp_path / "variance.json").read_bytes() == made
+    capsys.readouterr()
+    assert run(data, tmp_path, "--times=3", "--references=12") == 2
+    assert "measured with --references 256, not --references 12; give another --output-dir" in capsys.readouterr().err
+    assert (tmp_path / "variance.json").read_bytes() == made
+    for text in ("mine", "{}"):
+        (tmp_path / "variance.json").write_text(text)
+        assert run(data, tmp_path, "--times=3") == 2
+        assert "variance.json exists, and was not made by this command" in capsys.readouterr().err
+        assert (tmp_path / "variance.json").read_text() == text
+
+
 def test_options_change_the_curve(data, tmp_path):
     curves = []
     several = [["--seed=1"], ["--references-from=0.55"], ["--references=5"], ["--classes=0"], ["--path-type=cosine"]]

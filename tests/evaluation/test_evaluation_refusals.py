@@ -39,31 +39,24 @@ def test_bad_options_get_one_clear_line(options, tmp_path):
     assert "no such file" in refusal(options(reference=tmp_path / "absent.npz"))
 
 
-@pytest.mark.parametrize(
-    ("earlier", "message"),
-    [
-        ({"reference": "elsewhere.npz"}, "holds results against elsewhere.npz: give --output another name, or remove"),
-        ({"encoder": {"extractor": "dinov2-vit-b"}}, "features (encoder) that are not asked for now"),
-        ({"extractor": "digits"}, "features (extractor) that are not asked for now"),
-        ({"encoder": {"extractor": "dinov2-vit-b"}, "asked": "clip-vit-L"}, "of the encoder dinov2-vit-b"),
-        ({"num_samples": None}, "holds no results of an evaluation"),
-    ],
-)
-def test_results_of_another_evaluation_are_not_replaced(options, tmp_path, earlier, message):
-    config = options(enc_type=earlier.pop("asked", None))
-    results = {"num_samples": 3, "reference": str(config.reference), "inception": {}, **earlier}
-    written = {name: value for name, value in results.items() if value is not None}
-    (tmp_path / "samples.json").write_text(json.dumps(written))
-    assert message in refusal(config)
-
-
-def test_results_are_replaced_by_the_same_evaluation(options, tmp_path, monkeypatch):
-    """Also with the reference spelt otherwise, with samples that have changed, and with features beyond the earlier."""
-    monkeypatch.chdir(tmp_path)
-    config = options(samples={"arr_0": FAKE[:4]}, real={"arr_0": REAL[:4]})
-    (tmp_path / "samples.json").write_text(json.dumps({"num_samples": 3, "reference": "sub/../ref.npz"}))
-    assert json.loads((tmp_path / "samples.json").read_text()) != evaluate(config)
-    assert json.loads((tmp_path / "samples.json").read_text())["num_samples"] == 4
+def test_results_of_another_evaluation_are_not_replaced(options, tmp_path):
+    """But by the same evaluation: with the reference at another place, with samples that have changed, with more."""
+    four, output = {"arr_0": FAKE[:4]}, tmp_path / "samples.json"
+    config = options(samples=four, real={"arr_0": REAL[:4]})
+    first = evaluate(config)
+    moved = config.reference.rename(tmp_path / "moved.npz")
+    config = dataclasses.replace(options(samples={"arr_0": FAKE[4:8]}, real={"arr_0": REAL[:5]}), reference=moved)
+    second = evaluate(config)
+    assert first["sha256"] == second["sha256"] and json.loads(output.read_text()) == second != first
+    assert "another evaluation (differing in reference)" in refusal(options(real={"arr_0": REAL[:5]}))
+    more = {**second, "sha256": {**second["sha256"], "encoder": "0" * 64}}
+    output.write_text(json.dumps(more))
+    assert "another evaluation (differing in encoder)" in refusal(config)
+    for other in ({**second, "sha256": None}, {"mine": 1}):
+        output.write_text(json.dumps(other))
+        assert "holds no results of an evaluation by this version: give --output another name" in refusal(config)
+    output.write_text("")
+    assert "give --output another name" in refusal(config)
 
 
 def test_broken_weights_are_named(options, home, tmp_path):

@@ -70,6 +70,20 @@ def test_reference_without_statistics_needs_no_network(tmp_path):
     assert names == ["cat", "dog", "owl"]
 
 
+def test_a_reference_with_other_options_and_a_foreign_file_are_kept(tmp_path):
+    write(tmp_path / "data" / "train", source(40))
+    config = ReferenceConfig(source=tmp_path / "data", output=tmp_path / "ref.npz", num_images=30, statistics=False)
+    reference(config)
+    reference(config)
+    before = config.output.read_bytes()
+    with pytest.raises(UserError, match=r"made with --num-images 30, not --num-images 20; give --output another name"):
+        reference(dataclasses.replace(config, num_images=20))
+    assert config.output.read_bytes() == before
+    np.savez(tmp_path / "mine.npz", arr_0=np.zeros(3))
+    with pytest.raises(UserError, match=r"mine\.npz exists, and was not made by this version of the command"):
+        reference(dataclasses.replace(config, output=tmp_path / "mine.npz"))
+
+
 def test_reference_of_a_split_of_files_of_many_images(tmp_path):
     for split, count in (("train", 6), ("t10k", 4)):
         write_idx(tmp_path / "mnist", split, pictures_of(count, 8, 8), [0] * count, ".gz")

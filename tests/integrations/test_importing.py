@@ -171,6 +171,11 @@ def test_files_that_are_no_checkpoint(content, tmp_path):
         import_checkpoint(ImportConfig(tmp_path / "x.pt", tmp_path / "ours"))
 
 
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give a published checkpoint"):
+        import_checkpoint(ImportConfig(tmp_path, tmp_path / "ours"))
+
+
 def test_a_file_cut_short(tmp_path):
     torch.save(STATE, tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()

@@ -127,6 +127,11 @@ def test_a_source_that_vanishes_ends_the_run_and_nothing_is_lost(tmp_path, capsy
         assert "20 images converted, 0 skipped" in capsys.readouterr().out
 
 
+def test_a_part_without_images_is_told(source, tmp_path, capsys):
+    assert cli.prepare(convert(source, tmp_path / "dest", "--num-workers", "0", "--part", "9999/9999")) == 2
+    assert f"{source}: no image is left to convert; give another --part" in capsys.readouterr().err
+
+
 def convert_to(source, dest, side):
     assert cli.dataset_tools(convert(source, dest, f"--resolution={side}x{side}", "--num-workers", "0")) == 0
     return dest

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -123,6 +124,24 @@ def test_a_study_with_other_options_is_refused(done):
     with pytest.raises(UserError) as error:
         study(dataclasses.replace(done, batch_size=16))
     assert "holds a study with --batch-size 8, this one has --batch-size 16" in one_line(error)
+
+
+def test_a_study_by_another_extractor_in_the_same_place_is_refused(tiny, tmp_path):
+    """One that began with an earlier version, which did not record what was in the folders, goes on."""
+    extractor = shutil.copytree(tiny.extractor, tmp_path / "extractor")
+    config = dataclasses.replace(tiny, extractor=extractor, output_dir=tmp_path / "study", arms="cfm", points="2")
+    study(config)
+    study(config)
+    card = extractor / "extractor.json"
+    card.write_text(card.read_text().replace('"steps": 5', '"steps": 6'))
+    with pytest.raises(UserError) as error:
+        study(config)
+    assert f"--extractor {extractor}: its content has changed since {config.output_dir} began" in one_line(error)
+    path = config.output_dir / "study.json"
+    options = json.loads(path.read_text())
+    del options["sha256"]
+    path.write_text(json.dumps(options))
+    study(config)
 
 
 @pytest.mark.parametrize(

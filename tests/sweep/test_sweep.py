@@ -1,6 +1,7 @@
 """Sweeps: the combinations, each of which is evaluated once and kept, and what is printed about them."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,21 @@ def test_it_evaluates_each_once_and_resumes(digits, tmp_path, monkeypatch, capsy
     assert command(digits, tmp_path / "out", *options, "--cfg-scale=1,2,3") == 0
     assert "5 combinations of 10 samples, 3 finished" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
+def test_another_extractor_in_the_same_place_gives_numbers_of_its_own(digits, tmp_path, capsys):
+    assert command(digits, tmp_path / "out") == 0
+    splits = open_dataset(digits / "data"), open_dataset(digits / "data", "test")
+    before = shutil.copytree(digits / "extractor", tmp_path / "extractor")
+    try:
+        save_extractor(digits / "extractor", train_extractor(*splits, seed=1, steps=5))
+        capsys.readouterr()
+        assert command(digits, tmp_path / "out") == 0
+        assert "1 combination of 10 samples, 0 finished" in capsys.readouterr().out
+    finally:
+        shutil.copytree(before, digits / "extractor", dirs_exist_ok=True)
+    assert command(digits, tmp_path / "out") == 0
+    assert "1 finished" in capsys.readouterr().out
 
 
 def test_the_numbers_are_those_of_evaluate(digits, tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stablevm import cli
@@ -156,6 +157,23 @@ def test_average_writes_a_checkpoint_that_generate_takes(root, trained, tmp_path
     assert cli.main(["average", run, "--width", "0.2", "--step", "4", "--output", str(tmp_path / "early")]) == 0
     assert load_card(tmp_path / "early").step == 4
     assert json.loads((tmp_path / "early" / "average.json").read_text())["snapshots"] == 2
+
+
+def test_another_runs_average_and_other_files_are_kept(trained, tmp_path, capsys):
+    other = shutil.copytree(trained, tmp_path / "other")
+    snapshot = other / "averages" / "0000006" / "average-0.05.safetensors"
+    save_file({name: value + 1 for name, value in load_file(snapshot).items()}, snapshot)
+    assert cli.main(["average", str(trained), "--width", "0.11", "--output", str(tmp_path / "made")]) == 0
+    before = (tmp_path / "made" / "ema.safetensors").read_bytes()
+    capsys.readouterr()
+    assert cli.main(["average", str(other), "--width", "0.11", "--output", str(tmp_path / "made")]) == 2
+    assert f"holds the average of another run than {other}; give another --output" in capsys.readouterr().err
+    assert (tmp_path / "made" / "ema.safetensors").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dataset.json").write_text("{}")
+    assert cli.main(["average", str(trained), "--width", "0.11", "--output", str(tmp_path / "mine")]) == 2
+    assert "mine: holds other files; give another --output" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["dataset.json"]
 
 
 @pytest.mark.parametrize(
