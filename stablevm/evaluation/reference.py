@@ -79,7 +79,7 @@ def _options(config: ReferenceConfig) -> dict[str, Any]:
     """The options that a reference depends on."""
     names = ("source", "split", "resolution", "transform", "num_images", "seed", "statistics")
     values = {name: getattr(config, name) for name in names}
-    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _check_replaced(output: Path, options: Mapping[str, Any]) -> None:

@@ -21,8 +21,9 @@ from stablevm.support.files import CHECKPOINTS, remove_temporary
 from stablevm.support.locks import owned
 from stablevm.support.options import as_typed
 from stablevm.support.processes import Process
+from stablevm.support.text import shown
 from stablevm.sweep.config import OF_LABELS, WEIGHTS, SweepConfig, Value, described
-from stablevm.sweep.results import Cell, Sweep, measures_of
+from stablevm.sweep.results import DATA, Cell, Sweep, measures_of
 from stablevm.training.average import average, averaged_folder
 from stablevm.training.average_config import AverageConfig
 from stablevm.training.console import duration
@@ -54,6 +55,7 @@ def sweep(config: SweepConfig) -> Sweep:
         config = replace(config, guide_ckpt=checkpoint_in(config.guide_ckpt, config.guide_weights))
     jobs = list(_jobs(config, process))
     with owned(config.output_dir):
+        _check_same(config)
         if process.is_first:
             remove_temporary(config.output_dir)
             _begin(config, jobs)
@@ -75,6 +77,19 @@ def sweep(config: SweepConfig) -> Sweep:
         if process.is_first:
             found.write(config.output_dir)
         return found
+
+
+def _check_same(config: SweepConfig) -> None:
+    """UserError where the folder holds the sweep of another checkpoint, whose table would be replaced."""
+    path = config.output_dir / DATA
+    if not path.exists():
+        return
+    swept = read_object(path, "sweep", remedy="give another --output-dir").get("checkpoint")
+    if swept != str(config.ckpt):
+        raise UserError(
+            f"{config.output_dir}: holds the sweep of {shown(swept, quoted=False)}, not of {config.ckpt}; give another "
+            "--output-dir"
+        )
 
 
 def _begin(config: SweepConfig, jobs: Sequence[Job]) -> None:

@@ -177,14 +177,15 @@ def _make(run: Path, steps: Sequence[int], width: float, target: Path) -> None:
         )
     files = [snapshot_folder(run, each.step) / f"{snapshot_name(each.width)}.safetensors" for each in known]
     weights = combined(files, shares)
-    record = _Record(width, steps[-1], len(steps), error, _newest_sha256(run, steps[-1]))
+    record = _Record(width, steps[-1], len(steps), error, sha256(_newest(run, steps[-1])))
     write_json(target / RECORD_FILE, asdict(record))
     snapshot.save(target, load_card(snapshot_folder(run, steps[-1])), {"ema": weights})
     print(f"{target}: complete, a checkpoint folder for generate and evaluate")
 
 
-def _newest_sha256(run: Path, step: int) -> str:
-    return sha256(snapshot_folder(run, step) / f"{snapshot_name(WIDTHS[0])}.safetensors")
+def _newest(run: Path, step: int) -> Path:
+    """The snapshot by which a run is known."""
+    return snapshot_folder(run, step) / f"{snapshot_name(WIDTHS[0])}.safetensors"
 
 
 def _check_result(target: Path, run: Path, width: float, step: int) -> None:
@@ -199,7 +200,8 @@ def _check_result(target: Path, run: Path, width: float, step: int) -> None:
             f"{target}: holds the average of width {record.width:g} after step {record.step}, not that of width "
             f"{width:g} after step {step}; give another --output"
         )
-    if record.newest_sha256 not in ("", _newest_sha256(run, step)):
+    known, newest = record.newest_sha256, _newest(run, step)
+    if known and newest.exists() and sha256(newest) != known:
         raise UserError(f"{target}: holds the average of another run than {run}; give another --output")
 
 

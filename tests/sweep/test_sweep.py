@@ -157,6 +157,16 @@ def test_it_evaluates_each_once_and_resumes(digits, tmp_path, monkeypatch, capsy
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
 
+def test_the_sweep_of_another_checkpoint_is_kept(digits, tmp_path, capsys):
+    assert command(digits, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "sweep.json").read_bytes()
+    step = digits / "exps" / "run" / "checkpoints" / "0000004"
+    capsys.readouterr()
+    assert command(digits, tmp_path / "out", f"--ckpt={step}") == 2
+    assert f"not of {step}; give another --output-dir" in capsys.readouterr().err
+    assert (tmp_path / "out" / "sweep.json").read_bytes() == before
+
+
 def test_another_extractor_in_the_same_place_gives_numbers_of_its_own(digits, tmp_path, capsys):
     assert command(digits, tmp_path / "out") == 0
     splits = open_dataset(digits / "data"), open_dataset(digits / "data", "test")
