@@ -62,6 +62,8 @@ def convert(config: ConvertShardsConfig) -> int:
         "side": width,
         "class names": list(source.class_names),
     }
+    if config.part != ConvertShardsConfig.part:
+        plan["part"] = config.part  # for whoever asks whether two data sets share images
     with owned(config.dest):
         report = begin(config.dest, plan, process) or _convert(config, source, cropper, plan, process)
     return conclude(report, config.dest, "converted", process)

@@ -1,5 +1,6 @@
 """What preparation refuses, each with one line: mistakes, half-prepared data, a source that vanishes, damage."""
 
+import json
 import os
 import shutil
 
@@ -130,6 +131,14 @@ def test_a_source_that_vanishes_ends_the_run_and_nothing_is_lost(tmp_path, capsy
 def test_a_part_without_images_is_told(source, tmp_path, capsys):
     assert cli.prepare(convert(source, tmp_path / "dest", "--num-workers", "0", "--part", "9999/9999")) == 2
     assert f"{source}: no image is left to convert; give another --part" in capsys.readouterr().err
+
+
+def test_a_part_is_recorded(source, tmp_path):
+    for part, recorded in (("1/1", None), ("2/3", "2/3")):
+        dest = tmp_path / part.replace("/", "-")
+        assert cli.prepare(convert(source, dest, "--num-workers", "0", "--part", part)) == 0
+        (report,) = dest.rglob("report.json")
+        assert json.loads(report.read_text())["plan"].get("part") == recorded
 
 
 def convert_to(source, dest, side):
