@@ -16,11 +16,11 @@ from stablevm.figures.variance import plot_variance
 from stablevm.interpolant import Interpolant, get_interpolant
 from stablevm.support import rng
 from stablevm.support.bars import progress_bar
-from stablevm.support.cards import read_object
+from stablevm.support.cards import entry_of
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
 from stablevm.support.locks import owned
-from stablevm.support.options import as_typed
+from stablevm.support.options import check_options
 from stablevm.times import draw_times
 from stablevm.variance import VarianceCurve, class_variance_curve, streamed_variance_curve
 
@@ -57,6 +57,7 @@ def measure_variance(config: VarianceConfig) -> Path:
 
 
 def _options(config: VarianceConfig) -> dict[str, Any]:
+    """The options as JSON values."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
 
 
@@ -65,17 +66,11 @@ def _check_replaced(config: VarianceConfig) -> None:
     path, remedy = config.output_dir / FILES[0], "give another --output-dir"
     if not path.exists():
         return
-    try:
-        earlier = read_object(path, "variance").get("options")
-    except UserError:
-        earlier = None
-    if not isinstance(earlier, dict):
+    earlier = entry_of(path, "options")
+    if earlier is None:
         raise UserError(f"{path} exists, and was not made by this command: {remedy}")
-    for name, value in _options(config).items():
-        if name != "output_dir" and earlier.get(name) != value:
-            raise UserError(
-                f"{path}: measured with {as_typed(name, earlier.get(name))}, not {as_typed(name, value)}; {remedy}"
-            )
+    options = _options(config)
+    check_options(path, options, earlier | {"output_dir": options["output_dir"]}, remedy)
 
 
 def dataset_curve(

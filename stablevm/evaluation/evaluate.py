@@ -50,7 +50,7 @@ from stablevm.sampling.provenance import (
     provenance_of,
     resolved,
 )
-from stablevm.support.cards import read_object
+from stablevm.support.cards import entry_of
 from stablevm.support.compiler import check_compiler
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_json
@@ -99,11 +99,8 @@ def _check_replaced(output: Path, made_with: Mapping[str, str]) -> None:
     if not output.exists():
         return
     other = f"give --output another name, or remove {output}"
-    try:
-        known = read_object(output, "results").get("sha256")
-    except UserError:
-        known = None
-    if not isinstance(known, dict):
+    known = entry_of(output, "sha256")
+    if known is None:
         raise UserError(f"{output} exists, and holds no results of an evaluation by this version: {other}")
     changed = [name for name, value in known.items() if made_with.get(name) != value]
     if changed:

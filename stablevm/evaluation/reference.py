@@ -29,7 +29,7 @@ from stablevm.support import rng
 from stablevm.support.errors import UserError
 from stablevm.support.files import remove_temporary_of, write_with
 from stablevm.support.locks import owned
-from stablevm.support.options import as_typed
+from stablevm.support.options import check_options
 from stablevm.support.processes import Process
 
 CHUNK = 256  # images in memory at once, in addition to those of a batch
@@ -93,11 +93,7 @@ def _check_replaced(output: Path, options: Mapping[str, Any]) -> None:
         earlier = None
     if not isinstance(earlier, dict):
         raise UserError(f"{output} exists, and was not made by this version of the command: {remedy}")
-    for name, value in options.items():
-        if earlier.get(name) != value:
-            raise UserError(
-                f"{output}: made with {as_typed(name, earlier.get(name))}, not {as_typed(name, value)}; {remedy}"
-            )
+    check_options(output, options, earlier, remedy)
 
 
 def _statistics(features: Features, extractor: InceptionExtractor) -> dict[str, NDArray[np.float64]]:

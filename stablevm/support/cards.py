@@ -90,6 +90,15 @@ def read_object(
     return values
 
 
+def entry_of(path: Path, name: str) -> dict[str, Any] | None:
+    """The object called `name` in a JSON file; None where the file is damaged, or was made by something else."""
+    try:
+        found = read_object(path, name).get(name)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def check_version(values: Mapping[str, Any], version: int, where: str) -> None:
     """Raise UserError unless the file's `format_version` is `version`."""
     found = values.get("format_version")

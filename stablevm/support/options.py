@@ -81,6 +81,15 @@ def as_typed(option: str, value: Any) -> str:
     return f"--{dashed} {printable(str(value))}"
 
 
+def check_options(where: Path, options: Mapping[str, Any], earlier: Mapping[str, Any], remedy: str) -> None:
+    """UserError, naming the first difference, where what lies at `where` was made with other options than these."""
+    for name, value in options.items():
+        if earlier.get(name) != value:
+            raise UserError(
+                f"{where}: made with {as_typed(name, earlier.get(name))}, not {as_typed(name, value)}; {remedy}"
+            )
+
+
 def in_options(text: str) -> str:
     """An option's description, in which fields of the library, such as `num_steps`, are spelt as options."""
     return re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", text)

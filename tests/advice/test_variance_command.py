@@ -53,7 +53,7 @@ def test_a_curve_with_other_options_and_a_foreign_file_are_kept(data, tmp_path, 
     assert run(data, tmp_path, "--times=3") == 0 and (tmp_path / "variance.json").read_bytes() == made
     capsys.readouterr()
     assert run(data, tmp_path, "--times=3", "--references=12") == 2
-    assert "measured with --references 256, not --references 12; give another --output-dir" in capsys.readouterr().err
+    assert "made with --references 256, not --references 12; give another --output-dir" in capsys.readouterr().err
     assert (tmp_path / "variance.json").read_bytes() == made
     for text in ("mine", "{}"):
         (tmp_path / "variance.json").write_text(text)
